@@ -1,0 +1,80 @@
+# Darkroom's verbs: `make` lists them. The two that matter first, `make demo` and `make test`, make
+# the environment when it is missing, so each is one command on a fresh machine.
+
+BIN := .venv/bin
+
+# The first of these that runs and is new enough. 3.11 comes first because constraints.txt was
+# frozen on it; any later one works: make PYTHON=/path/to/python3.13
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+# Tests and the demo use only what is in the tree: a look at the hub would be a mistake.
+demo test gpu-test: export HF_HUB_OFFLINE := 1
+
+# Quiet, but errors are shown: -qq drops pip's progress and its warnings.
+PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types fmt bench eval train gpu-test clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/ready ## make the environment in .venv, with everything for development
+
+demo: .venv/ready-to-run ## caption the sample pictures with the bundled model, on the CPU
+	@$(BIN)/darkroom demo
+
+test: .venv/ready ## run every test that needs no GPU; ARGS="tests/engine -x" narrows it
+	@$(BIN)/pytest -m "not gpu" $(ARGS)
+
+lint: .venv/ready ## format, lint rules and who may import whom
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-logo
+
+types: .venv/ready ## mypy, strict
+	@$(BIN)/mypy
+
+fmt: .venv/ready ## format the code and mend what ruff can mend
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+bench: .venv/ready ## benchmark the engine on this machine; ARGS="--help" lists the options
+	@$(BIN)/python -m bench.engine $(ARGS)
+
+eval: .venv/ready ## measure how often the bundled model is right
+	@$(BIN)/python -m models.evaluate $(ARGS)
+
+train: .venv/ready ## train the bundled model anew
+	@$(BIN)/python -m models.train $(ARGS)
+
+gpu-test: .venv/ready ## run the tests that need a CUDA device
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-test: torch sees no CUDA device here")'
+	@$(BIN)/pytest -m gpu $(ARGS)
+
+clean: ## remove caches and built packages; .venv stays
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# Two stamps, so that the demo need not wait for the tools of development.
+#
+# torch is installed first and alone: a resolver that may choose pulls the newest CUDA build, several
+# gigabytes, even where the version pinned in constraints.txt is already at hand.
+.venv/ready-to-run: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "Installing torch into .venv: the large one, a minute or more ..."
+	@$(PIP_INSTALL) torch
+	@echo "Installing Darkroom with its engine ..."
+	@$(PIP_INSTALL) -e ".[engine,video]"
+	@touch $@
+
+.venv/ready: .venv/ready-to-run
+	@echo "Installing the tools for tests and checks ..."
+	@$(PIP_INSTALL) -e ".[engine,video,dev]"
+	@touch $@
+
+.venv/bin/pip:
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Darkroom needs Python 3.11 or later, and found $(or $(PYTHON),none). Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Making .venv with $(PYTHON) ..."
+	@$(PYTHON) -m venv --clear .venv
