@@ -1,0 +1,123 @@
+"""
+Why media could not become pixels: one small tree, each class with a stable word as its code.
+
+Every class answers two questions. Whose fault is it? Nearly always the sender's: the same bytes
+fail again tomorrow, so the item fails at once. Does trying again help? Never: decoding is a pure
+function of the bytes. What can pass (a network, a full disk) belongs to other rooms.
+
+The texts go to clients as they are. They say what is wrong, where, and what to do, and hold no
+path, no address and no word of a decoder's own message.
+"""
+
+import inspect
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Fault(StrEnum):
+    """Who can put it right."""
+
+    CLIENT = "client"
+    OPERATOR = "operator"
+
+
+class MediaError(ValueError):
+    """The media could not be decoded. Check the file and send it again."""
+
+    code: ClassVar[str] = "media_unreadable"
+    fault: ClassVar[Fault] = Fault.CLIENT
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or inspect.cleandoc(self.__doc__ or self.code))
+
+
+class ImageUnreadableError(MediaError):
+    """Failed to load image: the bytes are damaged or not an image. Check the file and send it again."""
+
+    code: ClassVar[str] = "image_unreadable"
+
+
+class ImageTruncatedError(ImageUnreadableError):
+    """Failed to load image: the data ends too early. Send the complete file."""
+
+    code: ClassVar[str] = "image_truncated"
+
+
+class ImageEmptyError(ImageUnreadableError):
+    """Failed to load image: there is no picture in it, 0 bytes or 0 pixels. Send the complete file."""
+
+    code: ClassVar[str] = "image_empty"
+
+
+class ImageFormatNotSupportedError(MediaError):
+    """Failed to load image: this format is not read here. Convert the image to JPEG or PNG."""
+
+    code: ClassVar[str] = "image_format_not_supported"
+
+
+class ImageValuesNotSupportedError(MediaError):
+    """Failed to load image: the type or range of its values leaves the brightness open. Give uint8, 0 to 255."""
+
+    code: ClassVar[str] = "image_values_not_supported"
+
+
+class ImageTooLargeError(MediaError):
+    """The image is too large. Scale it down before sending it."""
+
+    code: ClassVar[str] = "image_too_large"
+
+
+class ImageTooNarrowError(MediaError):
+    """The image is too narrow for its length. Crop it or cut it into several images."""
+
+    code: ClassVar[str] = "image_too_narrow"
+
+
+class VideoUnreadableError(MediaError):
+    """Failed to load video: the bytes are damaged or not a video. Check the file and send it again."""
+
+    code: ClassVar[str] = "video_unreadable"
+
+
+class VideoTruncatedError(VideoUnreadableError):
+    """Failed to load video: the data ends too early. Send the complete file."""
+
+    code: ClassVar[str] = "video_truncated"
+
+
+class VideoFormatNotSupportedError(MediaError):
+    """Failed to load video: this format is not read here. Convert the clip to MP4 with H.264."""
+
+    code: ClassVar[str] = "video_format_not_supported"
+
+
+class VideoHasNoFramesError(MediaError):
+    """The video has no frames to look at. Check that it has a picture track, and the times asked for."""
+
+    code: ClassVar[str] = "video_has_no_frames"
+
+
+class VideoTooLargeError(MediaError):
+    """The video is too large. Cut it, scale it down, or ask for fewer frames."""
+
+    code: ClassVar[str] = "video_too_large"
+
+
+class VideoSupportMissingError(MediaError):
+    """Video is not installed here. Install the extra `video`: pip install "darkroom[video]"."""
+
+    code: ClassVar[str] = "video_support_missing"
+    fault: ClassVar[Fault] = Fault.OPERATOR
+
+
+class BadFrameSamplingError(MediaError):
+    """The choice of frames makes no sense. Give num_frames >= 1, fps > 0 and 0 <= start_s < end_s."""
+
+    code: ClassVar[str] = "bad_frame_sampling"
+
+
+class BadDataUrlError(MediaError):
+    """The data URL cannot be read. Its form is data:image/jpeg;base64,<data> with standard base64."""
+
+    code: ClassVar[str] = "bad_data_url"

@@ -1,0 +1,392 @@
+"""
+One still image: encoded bytes, a Pillow image or an array -> `RGBImage`.
+
+The only file that opens images. It takes no path and no file handle for decoding, asks Pillow for
+a short list of formats, judges sizes before anything is decompressed, and answers with this
+room's errors only: a decoder's own text never leaves it. Pillow's process-wide switches
+(`MAX_IMAGE_PIXELS`, `LOAD_TRUNCATED_IMAGES`) are left as the process has them; the limits here do
+not depend on the first, and the second must stay off for cut files to be refused.
+
+A picture without transparency has the pixels of `ImageOps.exif_transpose(image).convert("RGB")`,
+one with transparency those of `convert_to_rgb` in transformers' image_transforms.py. We differ
+where that would not show the picture (Pillow 11.0 to 13.0 do the same, measured 2026):
+
+- 16-bit grey (`I;16` in each byte order) keeps the high byte. `convert` clips at 255, which turns
+  nearly all of such a picture white. 16-bit colour already loses its low byte inside Pillow.
+- 32-bit integers (`I`) are taken as they are up to 255, as 16-bit up to 65,535, else refused.
+- Floats (`F`) are taken as they are, cut to whole numbers, within 0 to 255. Outside, or when they
+  seem to run from 0 to 1, they are refused: `convert` clips the first and blackens the second.
+- `La` and `RGBa` (premultiplied) are laid on white too. transformers knows no transparency in
+  them: it fails on `La` and leaves `RGBa` on black.
+- A colour key in a 16-bit grey PNG is laid on white; Pillow compares it with clipped values.
+- Orientation that cannot be read counts as upright instead of failing the picture.
+
+ICC profiles are ignored, as both of them do. Of an animation only the first frame is decoded.
+"""
+
+import re
+import struct
+import zlib
+from contextlib import suppress
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
+
+from media.decoded import RGBImage
+from media.errors import (
+    ImageEmptyError,
+    ImageFormatNotSupportedError,
+    ImageTooLargeError,
+    ImageTooNarrowError,
+    ImageTruncatedError,
+    ImageUnreadableError,
+    ImageValuesNotSupportedError,
+    MediaError,
+)
+from media.limits import IMAGE_LIMITS, ImageLimits
+
+# Importing a plugin registers its format. Naming the few that are needed keeps Pillow from
+# loading all of its forty for the sake of WebP. AVIF is missing before Pillow 11.3.
+for _name in ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Avif", "Tiff"):
+    with suppress(ImportError):
+        import_module(f"PIL.{_name}ImagePlugin")
+
+# What Pillow's decoders were seen to raise on damaged bytes. Python's own errors are among them,
+# because its parsers index and unpack what they have not checked. Warning: a process that turns
+# warnings into errors gets them from here. MemoryError is not: after the limits it is ours.
+DECODER_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Warning,
+    Image.DecompressionBombError,
+)
+
+_BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(encoded: bytes, limits: ImageLimits = IMAGE_LIMITS) -> RGBImage:
+    """
+    Decode one image file held in memory.
+
+    Args:
+        encoded: a whole file in one of `limits.formats`; of an animation, the first frame counts.
+        limits: judged in this order: bytes, pixels and sides, scans of a JPEG.
+
+    Returns:
+        The picture, upright and opaque, with all metadata dropped.
+
+    Raises:
+        ImageEmptyError, ImageTruncatedError, ImageUnreadableError: the bytes are no whole image.
+        ImageFormatNotSupportedError: they are something else that we can name.
+        ImageTooLargeError, ImageTooNarrowError: over a limit. All are the client's fault.
+    """
+    if not encoded:
+        raise ImageEmptyError
+    if len(encoded) > limits.max_bytes:
+        raise ImageTooLargeError(_too_many_bytes(len(encoded), limits))
+    with _open(encoded, limits) as image:
+        check_size(image.size, limits)
+        _check_scans(encoded, image, limits)
+        try:
+            image.load()
+        except DECODER_ERRORS as error:
+            raise _unreadable(encoded, limits) from error
+        check_size(image.size, limits)  # a GIF grows to the frames that overflow its canvas
+        return from_pil(image)
+
+
+def read_image(path: Path, limits: ImageLimits = IMAGE_LIMITS) -> RGBImage:
+    """
+    Read and decode one image file, for the command line.
+
+    Raises:
+        OSError: the file cannot be read; its text names the path, so it stays on this machine.
+        MediaError: as `decode_image`. A file over `limits.max_bytes` is not read to its end.
+    """
+    with path.open("rb") as file:
+        encoded = file.read(limits.max_bytes + 1)
+    return decode_image(encoded, limits)
+
+
+def from_pil(image: Image.Image) -> RGBImage:
+    """
+    Copy a Pillow image of any mode into an `RGBImage`: turned by its EXIF, laid on white, RGB.
+
+    Args:
+        image: any mode that this file's head does not refuse; left as it is, but loaded.
+
+    Raises:
+        ImageEmptyError, ImageTruncatedError, ImageUnreadableError: it holds no whole picture.
+        ImageValuesNotSupportedError: integers or floats outside what is described above.
+    """
+    if not isinstance(image, Image.Image):
+        raise TypeError("from_pil takes a Pillow image; use decode_image for bytes.")
+    if 0 in image.size:
+        raise ImageEmptyError
+    try:
+        image.load()
+        rgb = _as_rgb(_turned_upright(image))
+    except MediaError:
+        raise
+    except DECODER_ERRORS as error:
+        raise ImageUnreadableError from error
+    rgb.info = {}
+    return RGBImage(rgb)
+
+
+def from_array(array: npt.NDArray[Any]) -> RGBImage:
+    """
+    Copy one picture from an array; there is no EXIF to turn it by.
+
+    Args:
+        array: (height_px, width_px, channels) if the last axis is 1, 3 or 4, else (channels,
+            height_px, width_px). 1 channel is grey, 3 are RGB, 4 are RGBA and laid on white.
+            uint8, or bool with True as white. No other type says which value is white (1.0, 255,
+            4,095 or 65,535), so none is guessed.
+
+    Raises:
+        ImageValuesNotSupportedError: another number of axes, channels, or another type.
+        ImageEmptyError: a side of 0 pixels.
+    """
+    if array.ndim != 3:
+        raise ImageValuesNotSupportedError(
+            f"Failed to load image: an array of {array.ndim} axes is not one picture. "
+            "Give (height, width, channels), and a grey picture one channel."
+        )
+    rows = array if array.shape[-1] in (1, 3, 4) else np.moveaxis(array, 0, -1)
+    if rows.shape[-1] not in (1, 3, 4):
+        raise ImageValuesNotSupportedError(
+            "Failed to load image: neither the first nor the last axis of the array holds 1, 3 "
+            "or 4 channels. Give (height, width, channels)."
+        )
+    if 0 in rows.shape:
+        raise ImageEmptyError
+    if rows.dtype == np.bool_:
+        rows = rows.astype(np.uint8) * 255
+    if rows.dtype != np.uint8:
+        raise ImageValuesNotSupportedError(
+            f"Failed to load image: {rows.dtype} does not say which value is white. Give uint8, "
+            'for example (array * 255).round().astype("uint8") if the values run from 0 to 1.'
+        )
+    rows = rows[..., 0] if rows.shape[-1] == 1 else rows
+    return from_pil(Image.fromarray(np.ascontiguousarray(rows)))
+
+
+def check_size(size_px: tuple[int, int], limits: ImageLimits) -> None:
+    """Raise unless an image of (width, height) stays within the limits."""
+    width, height = size_px
+    longer, shorter = max(size_px), min(size_px)
+    if shorter <= 0:
+        raise ImageEmptyError
+    if width * height > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"Image dimensions {width}x{height} ({width * height} pixels) exceed the maximum of "
+            f"{limits.max_pixels} pixels. Scale the image down before sending it."
+        )
+    if longer > limits.max_aspect * shorter:
+        raise ImageTooNarrowError(
+            f"Image dimensions {width}x{height}: one side is more than {limits.max_aspect:g} "
+            "times the other. Crop the image or cut it into several."
+        )
+    if longer > limits.max_side_px:
+        raise ImageTooLargeError(
+            f"Image dimensions {width}x{height} exceed the longest side of {limits.max_side_px} "
+            "pixels. Scale the image down before sending it."
+        )
+
+
+def _too_many_bytes(num_bytes: int, limits: ImageLimits) -> str:
+    return (
+        f"The image has more than the {limits.max_bytes} bytes that one may have. Scale it down, "
+        "or send it as JPEG."
+    )
+
+
+def _open(encoded: bytes, limits: ImageLimits) -> Image.Image:
+    """Read the headers only; Pillow decompresses pixels in `load`."""
+    formats = [name for name in limits.formats if name in Image.OPEN]
+    try:
+        return Image.open(BytesIO(encoded), formats=formats)
+    except _BOMB_ERRORS as error:
+        raise ImageTooLargeError(
+            f"The image has more than the {limits.max_pixels} pixels that one may have. Scale "
+            "it down before sending it."
+        ) from error
+    except DECODER_ERRORS as error:
+        raise _unreadable(encoded, limits) from error
+
+
+def _unreadable(encoded: bytes, limits: ImageLimits) -> MediaError:
+    """Judge by the bytes themselves why they failed: Pillow's texts are not stable."""
+    name = find_format(encoded)
+    accepted = ", ".join(limits.formats)
+    if name in limits.formats and name in Image.OPEN:
+        if _is_cut_short(encoded, name):
+            return ImageTruncatedError(
+                f"Failed to load image: the {name} data ends too early. Send the complete file."
+            )
+        return ImageUnreadableError(
+            f"Failed to load image: the {name} data is damaged. Save the image again and resend it."
+        )
+    if name in _NO_IMAGES:
+        return ImageUnreadableError(
+            f"Failed to load image: the bytes are {name}, not an image. Check that the address "
+            "leads to the image itself, without a login page."
+        )
+    if name is not None:
+        return ImageFormatNotSupportedError(
+            f"Failed to load image: the bytes are {name}, which is not read here. Convert the "
+            f"image to one of {accepted}."
+        )
+    return ImageUnreadableError(
+        f"Failed to load image: the bytes are not an image in one of {accepted}. Check the file "
+        "and send it again."
+    )
+
+
+_NO_IMAGES = ("HTML", "JSON", "a video")
+
+_MAGIC = (
+    (re.compile(rb"\xff\xd8\xff"), "JPEG"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
+    (re.compile(rb"GIF8[79]a"), "GIF"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "WEBP"),
+    (re.compile(rb"BM.{4}\0\0\0\0", re.DOTALL), "BMP"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "TIFF"),
+    (re.compile(rb"....ftypavi[fs]", re.DOTALL), "AVIF"),
+    (re.compile(rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL), "HEIC"),
+    (re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
+    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
+    (re.compile(rb"%PDF"), "PDF"),
+    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "PostScript"),
+    (re.compile(rb"8BPS"), "PSD"),
+    (re.compile(rb"\0\0[\x01\x02]\0[^\0]"), "an icon"),
+    (re.compile(rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf"), "an archive"),
+    (re.compile(rb"\s*<(?:!doctype html|html|head|body)", re.IGNORECASE), "HTML"),
+    (re.compile(rb"\s*<(?:[^\0]*<)?svg"), "SVG"),
+    (re.compile(rb'\s*[{\[]\s*["{\[\]}]'), "JSON"),
+)
+
+
+def find_format(encoded: bytes) -> str | None:
+    """Return what the first bytes are, in Pillow's or in plain words, for error texts; or None."""
+    head = encoded[:1024].removeprefix(b"\xef\xbb\xbf")
+    return next((name for magic, name in _MAGIC if magic.match(head)), None)
+
+
+def _is_cut_short(encoded: bytes, name: str) -> bool:
+    """Tell whether a file that failed lacks its end, from its own marks; only for the error word."""
+    if name == "JPEG":
+        return not encoded.rstrip(b"\0").endswith(b"\xff\xd9")
+    if name == "PNG":
+        return b"IEND" not in encoded[-64:]
+    if name == "GIF":
+        return not encoded.rstrip(b"\0").endswith(b";")
+    if name == "WEBP":
+        return len(encoded) < int.from_bytes(encoded[4:8], "little") + 8
+    if name == "BMP":
+        return len(encoded) < int.from_bytes(encoded[2:6], "little")
+    return False
+
+
+_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+_END_OF_IMAGE = 0xD9
+
+
+def _check_scans(encoded: bytes, image: Image.Image, limits: ImageLimits) -> None:
+    """Raise if a JPEG has more scans than the limit: each costs a pass over every pixel."""
+    if image.format not in ("JPEG", "MPO") or encoded.count(_SCAN) <= limits.max_jpeg_scans:
+        return
+    # The two bytes also occur by chance in metadata and behind the image; only now walk it.
+    if _count_scans(encoded, limits.max_jpeg_scans + 1) > limits.max_jpeg_scans:
+        raise ImageTooLargeError(
+            f"The JPEG has more than the {limits.max_jpeg_scans} scans that one may have. Save "
+            "it again as an ordinary JPEG."
+        )
+
+
+def _count_scans(jpeg: bytes, stop_at: int) -> int:
+    num_scans, at = 0, 2
+    while num_scans < stop_at and (marker := _MARKER.search(jpeg, at)):
+        code, at = marker[1][0], marker.end()
+        if code == _END_OF_IMAGE:
+            break
+        num_scans += code == _SCAN[1]
+        at += int.from_bytes(jpeg[at : at + 2], "big")
+    return num_scans
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_get_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _get_orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation, 1 to 8; upright where it is absent, out of range or unreadable."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODER_ERRORS:
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Return a new image in mode RGB; the file's head says where it leaves Pillow's way."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep_grey_as_rgb(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    straight = image.convert("LA") if image.mode == "La" else image
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
+
+
+def _deep_grey_as_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    grey = _as_eight_bits(values)
+    colour_key = image.info.get("transparency")
+    if isinstance(colour_key, int):
+        grey = np.where(values == colour_key, np.uint8(255), grey)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _as_eight_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Bring 16-bit, 32-bit or float grey, (height_px, width_px), to 0..255."""
+    lowest, highest = values.min(), values.max()  # NaN fails each comparison below
+    if values.dtype.itemsize == 2:
+        return (values >> 8).astype(np.uint8)
+    if lowest >= 0 and highest <= 255 and not (values.dtype.kind == "f" and 0 < highest <= 1):
+        return values.astype(np.uint8)
+    if lowest >= 0 and highest <= 65_535 and values.dtype.kind == "i":
+        return (values >> 8).astype(np.uint8)
+    raise ImageValuesNotSupportedError(
+        "Failed to load image: its 32-bit values do not say which one is white. Scale them to 0 "
+        "to 255 and convert the image to 8-bit grey or RGB."
+    )

@@ -1,0 +1,53 @@
+"""
+How much media one item may bring, in bytes, pixels, seconds and frames: frozen values.
+
+They are judged before the costly step they guard: bytes before parsing, pixels before
+decompressing, frames before decoding. An operator may widen them; each says what it is for.
+"""
+
+from dataclasses import dataclass
+
+MEBIBYTE = 1024 * 1024
+
+STILL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+"""Read by default, in Pillow's words. One place to widen, so nobody is handed a rare decoder."""
+
+OPT_IN_FORMATS = ("TIFF",)
+"""Read only where an operator asks: TIFF brings a dozen compressions, each with its own past."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """
+    What one still image may be.
+
+    There is no cap on the frames of an animated image: only its first frame is ever decoded.
+
+    Attributes:
+        max_bytes: encoded. A 40-megapixel camera JPEG has 10 to 25 MB; an 8-bit PNG of a
+            photograph that size stays below 100 MB and is refused: send JPEG.
+        max_pixels: 40 megapixels are 120 MB as RGB. No supported model looks at more than a
+            fraction of it. Pillow itself only warns, and from 89 megapixels on.
+        max_side_px: the longest side that JPEG can express; Pillow's resampling tables grow
+            with it.
+        max_aspect: longer side over shorter side. Qwen-VL's sizing refuses more than 200 as well.
+        max_jpeg_scans: a progressive JPEG has some ten scans. Each one more costs a pass over all
+            pixels, so that a small file could hold a core for minutes.
+        formats: of `STILL_FORMATS` and `OPT_IN_FORMATS`, those that are read.
+    """
+
+    max_bytes: int = 64 * MEBIBYTE
+    max_pixels: int = 40_000_000
+    max_side_px: int = 65_535
+    max_aspect: float = 200.0
+    max_jpeg_scans: int = 100
+    formats: tuple[str, ...] = STILL_FORMATS
+
+    def __post_init__(self) -> None:
+        unknown = set(self.formats) - {*STILL_FORMATS, *OPT_IN_FORMATS}
+        if unknown or not self.formats:
+            known = ", ".join((*STILL_FORMATS, *OPT_IN_FORMATS))
+            raise ValueError(f"ImageLimits.formats takes one or more of {known}.")
+
+
+IMAGE_LIMITS = ImageLimits()
