@@ -46,8 +46,8 @@ bench: .venv/ready ## benchmark the engine on this machine; ARGS="--help" lists 
 eval: .venv/ready ## measure how often the bundled model is right
 	@$(BIN)/python -m models.evaluate $(ARGS)
 
-train: .venv/ready ## train the bundled model anew
-	@$(BIN)/python -m models.train $(ARGS)
+train: .venv/ready ## train the bundled model anew, in slices that go on where the last one ended
+	@$(BIN)/python -m models.train.train --out runs/darkroom-tiny $(ARGS)
 
 gpu-test: .venv/ready ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-test: torch sees no CUDA device here")'
