@@ -1,0 +1,517 @@
+"""
+Logits to token ids, for the rows of one step at once, on whatever device the logits live.
+
+The order is vLLM's: allowed ids, bias and the mask of `min_tokens`; penalties; temperature; min_p;
+top_k; top_p; then the draw. Two things are ours:
+
+- A row's answer depends on that row alone. The noise of a draw is a pure function of the seed, the
+  output's index, the position and the token id, computed in integers, so neighbours, the place in
+  the batch and the order of admission change nothing, and neither does the device. What follows
+  runs in float64, so that the last bits, in which libraries and kernels differ, decide nothing.
+- Ties go to the lowest id: in greedy, at the edge of top_k and top_p, and in ranks. So top_k=1 is
+  greedy, also where 16-bit logits are full of ties.
+
+It refuses to know sequences, tokenizers and stopping: the caller gives views and takes ids.
+
+Axes: num_rows, vocab. The logits given are never written to.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.request import ALL, Logprob, SamplingParams
+
+NO_TOKEN = -1  # instead of an id: the row holds a NaN, or nothing that may be chosen
+MAX_CANDIDATES = 1024  # ids that top_p looks at before it sorts the whole vocabulary
+# Logits worked on at once: 8 float64 copies of them stay under 600 MB, whatever the batch.
+MAX_BLOCK_LOGITS = 1 << 23
+
+_MASK_32 = 0xFFFFFFFF
+_MASK_64 = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """
+    One sequence, as the sampler sees it in one step.
+
+    NOTE: the parameters must have passed `check_vocab`. On a GPU an id outside the logits ends the
+    process, not the request.
+
+    Args:
+        params: of its request.
+        seed: of its draws; the request's, or one that the engine chose. Greedy never reads it.
+        position: number of output tokens so far.
+        prompt_token_ids: with placeholders expanded; read by repetition_penalty only.
+        output_token_ids: so far; read by penalties only.
+        eos_token_ids: never chosen before min_tokens, unless the parameters ignore them anyway.
+        sample_index: which of the request's n outputs, from 0.
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
+    eos_token_ids: Sequence[int] = ()
+    sample_index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """
+    Log-probabilities at one place, before any parameter bent them.
+
+    Args:
+        logprob: of the chosen token.
+        rank: of the chosen token, 1 is the likeliest.
+        top: (token id, logprob, rank) of the likeliest ones, in order; or of `logprob_token_ids`,
+            in theirs and without a rank.
+    """
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float, int | None], ...]
+
+    def by_id(self, token_id: int, decode: Callable[[int], str]) -> dict[int, Logprob]:
+        """As results hold them, the chosen `token_id` first; `decode` gives an id's text."""
+        entries = {token_id: Logprob(self.logprob, self.rank, decode(token_id))}
+        for index, logprob, rank in self.top:
+            entries.setdefault(index, Logprob(logprob, rank, decode(index)))
+        return entries
+
+
+@dataclass(frozen=True, slots=True)
+class _LogprobGroup:
+    """
+    Rows that asked for as many log-probabilities, still on the device.
+
+    Args:
+        rows: their numbers in the batch.
+        ids: (num_rows, 1 + num_logprobs), int64; the chosen token first.
+        logprobs: of these ids, float32.
+        chosen_ranks: (num_rows,), int64.
+        is_ranked: whether the ids behind the chosen one have the ranks 1, 2, ...
+    """
+
+    rows: tuple[int, ...]
+    ids: Tensor
+    logprobs: Tensor
+    chosen_ranks: Tensor
+    is_ranked: bool
+
+    def read(self) -> Iterator[tuple[int, TokenLogprobs]]:
+        """(row, its log-probabilities), on the host."""
+        table = (self.rows, self.ids.tolist(), self.logprobs.tolist(), self.chosen_ranks.tolist())
+        for row, ids, logprobs, chosen_rank in zip(*table, strict=True):
+            ranks = range(1, len(ids)) if self.is_ranked else [None] * (len(ids) - 1)
+            top = tuple(zip(ids[1:], logprobs[1:], ranks, strict=True))
+            yield row, TokenLogprobs(logprobs[0], chosen_rank, top)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """
+    One token for each row, still on the device: reading them is what waits for it.
+
+    Args:
+        token_ids: (num_rows,), int64, the logits' device; `NO_TOKEN` where none could be chosen.
+    """
+
+    token_ids: Tensor
+    _logprob_groups: tuple[_LogprobGroup, ...] = ()
+
+    def tolist(self) -> list[int]:
+        """The ids on the host. One transfer; waits for the device."""
+        ids: list[int] = self.token_ids.tolist()
+        return ids
+
+    def logprobs(self) -> list[TokenLogprobs | None]:
+        """
+        For each row its log-probabilities; None where it asked for none.
+
+        Those of a row with `NO_TOKEN` mean nothing.
+        """
+        found: list[TokenLogprobs | None] = [None] * len(self.token_ids)
+        for group in self._logprob_groups:
+            for row, logprobs in group.read():
+                found[row] = logprobs
+        return found
+
+
+class Sampler:
+    """
+    Chooses a token for each row of logits.
+
+    Args:
+        vocab_size: columns of the logits, padding of the vocabulary included.
+        device: where the logits live.
+        max_candidates: ids that top_p looks at before it sorts everything; changes speed only.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        *,
+        max_candidates: int = MAX_CANDIDATES,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._max_candidates = min(max_candidates, vocab_size)
+        self._token_hashes = _mix(torch.arange(vocab_size, dtype=torch.int64, device=self.device))
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        """
+        Choose one token for each row.
+
+        Args:
+            logits: (num_rows, vocab), any float type; not changed.
+            rows: what each row belongs to, in the same order.
+
+        Returns:
+            The ids on the device. Nothing has waited for the device, unless a row has top_p
+            without top_k.
+
+        Raises:
+            ValueError: the shapes do not fit each other, which is a bug of the caller.
+        """
+        if logits.shape != (len(rows), self.vocab_size):
+            raise ValueError(
+                f"logits must be ({len(rows)}, {self.vocab_size}), got {tuple(logits.shape)}"
+            )
+        if all(is_plain(row.params) for row in rows):
+            return self.sample_plain(logits)
+        blocks = []
+        logprob_groups: list[_LogprobGroup] = []
+        num_rows = max(1, MAX_BLOCK_LOGITS // self.vocab_size)
+        for start in range(0, len(rows), num_rows):
+            block = slice(start, start + num_rows)
+            raw = logits[block].float()
+            token_ids = self._choose(raw, rows[block])
+            logprob_groups += _gather_logprobs(raw, token_ids, rows[block], start)
+            blocks.append(token_ids)
+        return Sampled(torch.cat(blocks), tuple(logprob_groups))
+
+    def sample_plain(self, logits: Tensor) -> Sampled:
+        """For rows whose parameters all are plain (`is_plain`): one argmax, and no rows needed."""
+        # No cast to float32 first: it is exact, so it could not change which is the largest.
+        return Sampled(_argmax(logits))
+
+    def _choose(self, raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """raw: (num_rows, vocab), float32. Returns (num_rows,), int64."""
+        logits = _penalise(_restrict(raw, rows), rows)
+        token_ids = _argmax(logits)
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        if drawn:
+            choice = self._draw(_take(logits, drawn), [rows[i] for i in drawn])
+            index = torch.tensor(drawn, device=self.device)
+            # A row in which greedy finds nothing to choose has nothing to draw from either.
+            token_ids[index] = torch.where(token_ids[index] == NO_TOKEN, NO_TOKEN, choice)
+        return token_ids
+
+    def _draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """logits: (num_rows, vocab), float32, after penalties. Returns (num_rows,), int64."""
+        scaled = logits.double() / self._column([row.params.temperature for row in rows])
+        if any(row.params.min_p > 0 for row in rows):
+            least = self._column([_log(row.params.min_p) for row in rows])
+            scaled.masked_fill_(scaled < scaled.amax(dim=-1, keepdim=True) + least, -math.inf)
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        cut = [i for i, row in enumerate(rows) if _cuts_tail(row.params)]
+        whole = [i for i, row in enumerate(rows) if not _cuts_tail(row.params)]
+        if cut:
+            cut_rows = [rows[i] for i in cut]
+            token_ids[cut] = self._draw_from_top(_take(logits, cut), _take(scaled, cut), cut_rows)
+        if whole:
+            noise = _gumbel(self._token_hashes, [rows[i] for i in whole])
+            token_ids[whole] = (_take(scaled, whole) + noise).argmax(dim=-1)
+        return token_ids
+
+    def _draw_from_top(self, logits: Tensor, scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """For rows with top_k or top_p: draw from the likeliest few of each."""
+        num_most = max(row.params.top_k or self._max_candidates for row in rows)
+        num_candidates = min(num_most, self.vocab_size)
+        token_ids, is_covered = self._pick_from_top(logits, scaled, rows, num_candidates)
+        if num_candidates < self.vocab_size and any(not row.params.top_k for row in rows):
+            missed = torch.nonzero(~is_covered).flatten()
+            if len(missed):
+                missed_rows = [rows[i] for i in missed.tolist()]
+                token_ids[missed], _ = self._pick_from_top(
+                    logits[missed], scaled[missed], missed_rows, self.vocab_size
+                )
+        return token_ids
+
+    def _pick_from_top(
+        self, logits: Tensor, scaled: Tensor, rows: Sequence[SamplingRow], num_candidates: int
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Draw from the `num_candidates` likeliest ids, less those that top_k and top_p cut.
+
+        Returns:
+            token_ids: (num_rows,), int64.
+            is_covered: (num_rows,), bool; False where top_p reaches behind the candidates.
+        """
+        ids = _order_keys(logits).topk(num_candidates, dim=-1).indices
+        values = scaled.gather(-1, ids)
+        # 1. top_k: candidates stand in order, so it cuts behind the k-th.
+        top_k = self._column([row.params.top_k or self.vocab_size for row in rows])
+        place = torch.arange(num_candidates, device=self.device)
+        values.masked_fill_(place >= top_k, -math.inf)
+        # 2. top_p: keep those before which less than p has been reached, of what top_k left.
+        has_top_k = self._column([row.params.top_k > 0 for row in rows])
+        total = torch.where(
+            has_top_k,
+            values.logsumexp(dim=-1, keepdim=True),
+            scaled.logsumexp(dim=-1, keepdim=True),
+        )
+        probs = (values - total).exp()
+        reached = probs.cumsum(dim=-1)
+        # With top_p=1 rounding must not cut: a sum may reach 1.0 a little before the last token.
+        top_p = self._column([_or_inf(row.params.top_p) for row in rows])
+        values.masked_fill_(reached - probs >= top_p, -math.inf)
+        is_covered = (has_top_k | (reached[:, -1:] >= top_p)).flatten()
+        # 3. the draw
+        noise = _gumbel(self._token_hashes[ids], rows)
+        choice = (values + noise).argmax(dim=-1, keepdim=True)
+        return ids.gather(-1, choice).flatten(), is_covered
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        """(num_rows, 1), one value a row; float64, int64 or bool, as the values are."""
+        dtype = torch.float64 if isinstance(values[0], float) else None
+        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Greedy, and nothing else to do: worth asking once a request instead of once a step."""
+    return (
+        params.greedy
+        and params.allowed_token_ids is None
+        and not params.logit_bias
+        and not params.min_tokens
+        and not _has_penalty(params)
+        and not _asks_logprobs(params)
+    )
+
+
+def _take(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows, in order; the tensor itself, without a copy, where that is all of them."""
+    if len(rows) == len(tensor):
+        return tensor
+    return tensor[torch.tensor(rows, device=tensor.device)]
+
+
+def _is_restricted(row: SamplingRow) -> bool:
+    params = row.params
+    return bool(
+        params.allowed_token_ids is not None or params.logit_bias or _is_before_min_tokens(row)
+    )
+
+
+def _is_before_min_tokens(row: SamplingRow) -> bool:
+    return row.position < row.params.min_tokens
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
+
+
+def _cuts_tail(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0
+
+
+def _index(token_ids: Iterable[int], line: Tensor) -> Tensor:
+    """Those ids that have a logit: placeholders and ends of text may have none."""
+    known = [token_id for token_id in token_ids if 0 <= token_id < len(line)]
+    return torch.tensor(known, dtype=torch.int64, device=line.device)
+
+
+def _asks_logprobs(params: SamplingParams) -> bool:
+    return params.logprobs is not None or params.logprob_token_ids is not None
+
+
+def _num_logprobs(params: SamplingParams, vocab_size: int) -> int | None:
+    if params.logprob_token_ids is not None:
+        return len(params.logprob_token_ids)
+    if params.logprobs is None:
+        return None
+    return vocab_size if params.logprobs == ALL else min(params.logprobs, vocab_size)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """(num_rows, vocab) -> (num_rows,), int64: the lowest id of the largest, or `NO_TOKEN`."""
+    token_ids = logits.argmax(dim=-1)  # documented to give the first of equal ones; NaN is largest
+    largest = logits.gather(-1, token_ids[:, None]).flatten()
+    return torch.where(largest.isfinite(), token_ids, NO_TOKEN)
+
+
+def _restrict(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Allowed ids, bias, and the mask of min_tokens. Returns `raw` itself if no row needs any."""
+    if not any(_is_restricted(row) for row in rows):
+        return raw
+    logits = raw.clone()
+    for line, row in zip(logits, rows, strict=True):  # each line is a view of (vocab,)
+        params = row.params
+        if params.allowed_token_ids is not None:
+            allowed = torch.tensor(params.allowed_token_ids, device=line.device)
+            kept = line[allowed]
+            line.fill_(-math.inf)
+            line[allowed] = kept
+        if params.logit_bias:
+            biased = torch.tensor(list(params.logit_bias), device=line.device)
+            line[biased] += torch.tensor(list(params.logit_bias.values()), device=line.device)
+        if _is_before_min_tokens(row):
+            ends = [
+                *(params.stop_token_ids or ()),
+                *(() if params.ignore_eos else row.eos_token_ids),
+            ]
+            line[_index(ends, line)] = -math.inf
+    return logits
+
+
+def _penalise(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """The three penalties. Returns `logits` itself if no row has one."""
+    if not any(_has_penalty(row.params) for row in rows):
+        return logits
+    logits = logits.clone()
+    for line, row in zip(logits, rows, strict=True):
+        params = row.params
+        if params.repetition_penalty != 1.0:
+            index = _index(set(row.prompt_token_ids).union(row.output_token_ids), line)
+            values = line[index]
+            line[index] = torch.where(
+                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+            )
+        if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+            counts = Counter(row.output_token_ids)
+            index = torch.tensor(list(counts), dtype=torch.int64, device=line.device)
+            times = torch.tensor(list(counts.values()), dtype=line.dtype, device=line.device)
+            line[index] -= params.frequency_penalty * times + params.presence_penalty
+    return logits
+
+
+def _gather_logprobs(
+    raw: Tensor, token_ids: Tensor, rows: Sequence[SamplingRow], start: int
+) -> Iterator[_LogprobGroup]:
+    """
+    Args:
+        raw: (num_rows, vocab), float32, as the model gave them.
+        token_ids: (num_rows,), int64, the chosen ones.
+        start: the first row's number in the batch.
+    """
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for i, row in enumerate(rows):
+        num_logprobs = _num_logprobs(row.params, raw.shape[-1])
+        if num_logprobs is not None:
+            is_ranked = row.params.logprob_token_ids is None
+            groups.setdefault((num_logprobs, is_ranked), []).append(i)
+    for (num_logprobs, is_ranked), members in groups.items():
+        index = torch.tensor(members, device=raw.device)
+        logits = raw[index]
+        keys = _order_keys(logits)
+        chosen = token_ids[index, None].clamp(min=0)
+        if is_ranked:
+            top = keys.topk(num_logprobs, dim=-1).indices
+        else:
+            listed = [rows[i].params.logprob_token_ids for i in members]
+            top = torch.tensor(listed, device=raw.device)
+        ids = torch.cat((chosen, top), dim=-1)
+        yield _LogprobGroup(
+            rows=tuple(start + i for i in members),
+            ids=ids,
+            logprobs=logits.double().log_softmax(dim=-1).gather(-1, ids).float(),
+            chosen_ranks=(keys >= keys.gather(-1, chosen)).sum(dim=-1),
+            is_ranked=is_ranked,
+        )
+
+
+def _order_keys(logits: Tensor) -> Tensor:
+    """
+    Integers in the order of the logits, all different: of equal logits the lower id is larger.
+
+    With them any algorithm for sorting and selecting gives the same answer, on any device.
+
+    Args:
+        logits: (num_rows, vocab), float32.
+
+    Returns:
+        (num_rows, vocab), int64.
+    """
+    # Read as integers, positive floats are in order and negative ones in reverse: flip those.
+    bits = (logits + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered << 32) - torch.arange(logits.shape[-1], device=logits.device)
+
+
+def _gumbel(token_hashes: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """
+    Gumbel noise: the largest of logits plus noise is a draw from their softmax.
+
+    Args:
+        token_hashes: (num_rows, num_ids), or (num_ids,) for all rows, int64 below 2**32: `_mix`
+            of the token ids.
+        rows: seed, sample_index and position are read.
+
+    Returns:
+        (num_rows, num_ids), float64.
+    """
+    keys = torch.tensor([_row_key(row) for row in rows], device=token_hashes.device)
+    bits = _mix(token_hashes ^ keys[:, :1], keys[:, 1:])
+    uniform = (bits.double() + 0.5) * 2.0**-32  # exact, and strictly between 0 and 1
+    return -(-uniform.log()).log()
+
+
+def _mix(x: Tensor, key: Tensor | None = None) -> Tensor:
+    """
+    A 32-bit finaliser: every bit of the input turns about half of the output's bits.
+
+    Shifts and constants are those of `lowbias32` (C. Wellons, hash-prospector). Both constants are
+    below 2**31, so that the product of one and a 32-bit number never overflows an int64.
+
+    Args:
+        x: int64 below 2**32, any shape.
+        key: the same; mixed in half way, so that x and key make 64 bits of input.
+
+    Returns:
+        Of x's shape, int64 below 2**32; a bijection of x for each key.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & _MASK_32
+    x ^= x >> 15
+    if key is not None:
+        x ^= key
+    x = (x * 0x735A2D97) & _MASK_32
+    x ^= x >> 15
+    return x
+
+
+def _row_key(row: SamplingRow) -> tuple[int, int]:
+    """64 bits, as two numbers below 2**32, from (seed, sample_index, position)."""
+    key = 0
+    for part in (row.seed, row.sample_index, row.position):
+        key = _mix_64(key ^ (part & _MASK_64))
+    return key >> 32, key & _MASK_32
+
+
+def _mix_64(x: int) -> int:
+    """One step of splitmix64 (G. Steele, D. Lea, C. Flood, 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK_64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return x ^ (x >> 31)
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf
+
+
+def _or_inf(top_p: float) -> float:
+    return top_p if top_p < 1.0 else math.inf

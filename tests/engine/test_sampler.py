@@ -1,0 +1,632 @@
+"""The sampler on known logits: against numpy twins written from the definitions, and alone against in company."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from engine import sampler as sampler_module
+from engine.request import SamplingParams
+from engine.sampler import NO_TOKEN, Sampler, SamplingRow, is_plain
+
+VOCAB = 50
+GREEDY = SamplingParams(temperature=0)
+
+Floats = NDArray[np.float64]
+
+
+def make_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, vocab, generator=generator) * scale
+
+
+def sample_ids(
+    logits: Tensor, rows: Sequence[SamplingRow], max_candidates: int = 1024
+) -> list[int]:
+    sampler = Sampler(logits.shape[-1], "cpu", max_candidates=max_candidates)
+    return sampler.sample(logits, rows).tolist()
+
+
+def draw_many(logits: Tensor, params: SamplingParams, num_draws: int) -> Counter[int]:
+    """One row's logits, drawn from with as many seeds."""
+    rows = [SamplingRow(params, seed, 0) for seed in range(num_draws)]
+    return Counter(sample_ids(logits.expand(num_draws, -1), rows))
+
+
+def chi_square(counts: Floats, expected: Floats) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def chi_square_limit(num_cells: int) -> float:
+    """What chi-square exceeds about once in 30,000 times (4 sigma, Wilson and Hilferty, 1931)."""
+    degrees = num_cells - 1
+    spread = 2 / (9 * degrees)
+    return degrees * float((1 - spread + 4 * math.sqrt(spread)) ** 3)
+
+
+# Greedy
+
+
+def test_greedy_takes_the_largest_logit() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.0]])
+
+    ids = sample_ids(logits, [SamplingRow(GREEDY, 0, 0)] * 2)
+
+    assert [1, 0] == ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_gives_the_lowest_id_of_a_tie_on_the_fast_and_the_slow_path(
+    dtype: torch.dtype,
+) -> None:
+    logits = torch.tensor([[0.0, 5.0, 5.0, -1.0, 5.0]], dtype=dtype)
+    slow = SamplingParams(temperature=0, logprobs=0)
+
+    ids = [sample_ids(logits, [SamplingRow(params, 0, 0)]) for params in (GREEDY, slow)]
+
+    assert [[1], [1]] == ids
+
+
+def test_greedy_ignores_seed_and_position() -> None:
+    logits = make_logits(1).expand(20, -1)
+    rows = [SamplingRow(GREEDY, seed, seed + 1) for seed in range(20)]
+
+    ids = sample_ids(logits, rows)
+
+    assert 1 == len(set(ids))
+
+
+def test_plain_rows_may_be_sampled_without_rows() -> None:
+    logits = make_logits(4)
+
+    ids = Sampler(VOCAB, "cpu").sample_plain(logits).tolist()
+
+    assert sample_ids(logits, [SamplingRow(GREEDY, 0, 0)] * 4) == ids
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 1.0},
+        {"logprobs": 0},
+        {"min_tokens": 1},
+        {"allowed_token_ids": (1,)},
+        {"logit_bias": {1: 1.0}},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"logprob_token_ids": (1,)},
+    ],
+)
+def test_params_with_more_to_do_are_not_plain(change: dict[str, object]) -> None:
+    params = dataclasses.replace(GREEDY, **change)  # type: ignore[arg-type]
+
+    assert (True, False) == (is_plain(GREEDY), is_plain(params))
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(top_p=0.9, min_p=0.1)])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_row_with_broken_logits_gets_no_token_and_its_neighbours_theirs(
+    params: SamplingParams, poison: float
+) -> None:
+    logits = make_logits(3)
+    rows = [SamplingRow(params, seed, 0) for seed in range(3)]
+    expected = sample_ids(logits, rows)
+    logits[1, 7] = poison
+
+    ids = sample_ids(logits, rows)
+
+    assert [expected[0], NO_TOKEN, expected[2]] == ids
+
+
+def test_row_in_which_everything_is_forbidden_gets_no_token() -> None:
+    params = SamplingParams(allowed_token_ids=[3], stop_token_ids=[3], min_tokens=1)
+
+    ids = sample_ids(make_logits(1), [SamplingRow(params, 0, 0)])
+
+    assert [NO_TOKEN] == ids
+
+
+def test_logits_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits must be \(2, 50\), got \(1, 50\)"):
+        sample_ids(make_logits(1), [SamplingRow(GREEDY, 0, 0)] * 2)
+
+
+def test_logits_given_are_not_changed() -> None:
+    logits = make_logits(4)
+    before = logits.clone()
+    rows = [
+        SamplingRow(GREEDY, 0, 0),
+        SamplingRow(SamplingParams(logit_bias={3: 5.0}, min_tokens=2), 1, 0, eos_token_ids=[1]),
+        SamplingRow(SamplingParams(repetition_penalty=2.0, top_k=3), 2, 0, [1, 2], [3]),
+        SamplingRow(SamplingParams(min_p=0.5, top_p=0.5, presence_penalty=1.0), 3, 0, [], [3]),
+    ]
+
+    sample_ids(logits, rows)
+
+    assert torch.equal(before, logits)
+
+
+# Restrictions
+
+
+def test_only_allowed_ids_are_chosen() -> None:
+    params = SamplingParams(allowed_token_ids=[4, 9])
+
+    drawn = draw_many(make_logits(1), params, 200)
+
+    assert {4, 9} == set(drawn)
+
+
+def test_bias_lifts_and_buries_tokens() -> None:
+    logits = make_logits(1).expand(2, -1)
+    best = int(logits[0].argmax())
+    lifted = SamplingParams(temperature=0, logit_bias={17: 100.0})
+    buried = SamplingParams(temperature=0, logit_bias={best: -100.0})
+
+    ids = sample_ids(logits, [SamplingRow(lifted, 0, 0), SamplingRow(buried, 0, 0)])
+
+    assert [17, int(logits[0].topk(2).indices[1])] == ids
+
+
+def test_ends_of_text_and_stop_ids_wait_for_min_tokens() -> None:
+    logits = torch.tensor([[9.0, 8.0, 7.0, 1.0]]).expand(3, -1)
+    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[1])
+    rows = [SamplingRow(params, 0, position, eos_token_ids=[0, 99]) for position in range(3)]
+
+    ids = sample_ids(logits, rows)
+
+    assert [2, 2, 0] == ids
+
+
+def test_ignored_end_of_text_is_an_ordinary_token_before_min_tokens() -> None:
+    logits = torch.tensor([[9.0, 8.0]])
+    params = SamplingParams(temperature=0, min_tokens=2, ignore_eos=True)
+
+    ids = sample_ids(logits, [SamplingRow(params, 0, 0, eos_token_ids=[0])])
+
+    assert [0] == ids
+
+
+# Penalties
+
+
+def penalise_by_hand(logits: list[float], row: SamplingRow) -> list[float]:
+    """The three penalties, a token at a time, from their definitions."""
+    params = row.params
+    changed = []
+    for token_id, logit in enumerate(logits):
+        count = list(row.output_token_ids).count(token_id)
+        if count or token_id in row.prompt_token_ids:
+            factor = params.repetition_penalty
+            logit = logit / factor if logit > 0 else logit * factor
+        logit -= params.frequency_penalty * count
+        logit -= params.presence_penalty * (count > 0)
+        changed.append(logit)
+    return changed
+
+
+@given(
+    repetition=st.floats(0.1, 3),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    prompt=st.lists(st.integers(0, 9), max_size=8),
+    output=st.lists(st.integers(0, 9), max_size=8),
+    seed=st.integers(0, 1000),
+)
+def test_penalties_equal_the_definition(
+    repetition: float,
+    presence: float,
+    frequency: float,
+    prompt: list[int],
+    output: list[int],
+    seed: int,
+) -> None:
+    params = SamplingParams(
+        temperature=0,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+    )
+    row = SamplingRow(params, 0, len(output), prompt, output)
+    logits = make_logits(1, vocab=10, seed=seed)
+
+    penalised = sampler_module._penalise(logits, [row])
+
+    expected = torch.tensor([penalise_by_hand(logits[0].tolist(), row)])
+    torch.testing.assert_close(expected, penalised)
+
+
+def test_repetition_penalty_equals_that_of_transformers() -> None:
+    logits = make_logits(1)
+    prompt, output = [3, 4, 4, 11], [12, 3]
+    row = SamplingRow(SamplingParams(repetition_penalty=1.3), 0, 2, prompt, output)
+
+    penalised = sampler_module._penalise(logits, [row])
+
+    reference = RepetitionPenaltyLogitsProcessor(1.3)
+    expected = reference(torch.tensor([prompt + output]), logits.clone())
+    assert torch.equal(expected, penalised)
+
+
+def test_placeholders_without_a_logit_are_not_penalised() -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=1.5)
+    logits = make_logits(1)
+
+    ids = sample_ids(logits, [SamplingRow(params, 0, 0, [-200, VOCAB, 10**9])])
+
+    assert [int(logits.argmax())] == ids
+
+
+# The shape of the distribution
+
+
+def kept_by_definition(logits: Floats, params: SamplingParams) -> tuple[Floats, float]:
+    """
+    Probabilities after temperature, min_p, top_k and top_p, as the definitions say them.
+
+    Returns:
+        probabilities: (vocab,), 0 where cut.
+        slack: how close a sum came to top_p; where it is tiny, rounding may decide either way.
+    """
+    scaled = logits / params.temperature
+    probs = np.exp(scaled - scaled.max())
+    probs /= probs.sum()
+    probs[probs < params.min_p * probs.max()] = 0
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if params.top_k:
+        probs[order[params.top_k :]] = 0
+    probs /= probs.sum()
+    before = 0.0
+    slack = 1.0
+    for i in order:
+        slack = min(slack, abs(before - params.top_p))
+        prob = float(probs[i])
+        if params.top_p < 1 and before >= params.top_p:
+            probs[i] = 0
+        before += prob
+    return probs / probs.sum(), slack
+
+
+shapes = st.builds(
+    SamplingParams,
+    temperature=st.floats(0.1, 2),
+    top_p=st.floats(0.05, 1),
+    top_k=st.integers(0, 12),
+    min_p=st.floats(0, 0.5),
+)
+
+
+@settings(max_examples=60)
+@given(params=shapes, seed=st.integers(0, 1000), max_candidates=st.sampled_from([1, 3, 1024]))
+def test_draws_come_from_what_the_definitions_keep_and_from_all_of_it(
+    params: SamplingParams, seed: int, max_candidates: int
+) -> None:
+    logits = make_logits(1, vocab=10, seed=seed, scale=1.5)
+    probs, slack = kept_by_definition(logits[0].double().numpy(), params)
+    assume(slack > 1e-9)
+
+    num_draws = 400
+    rows = [SamplingRow(params, 7, position) for position in range(num_draws)]
+    drawn = Counter(sample_ids(logits.expand(num_draws, -1), rows, max_candidates))
+
+    assert set(drawn) <= set(np.flatnonzero(probs).tolist())
+    # A token that should be drawn 20 times or more is missed once in 10**8.
+    assert set(np.flatnonzero(probs * num_draws >= 20).tolist()) <= set(drawn)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.7),
+        SamplingParams(top_k=5),
+        SamplingParams(top_p=0.8),
+        SamplingParams(min_p=0.1),
+        SamplingParams(temperature=1.3, top_k=12, top_p=0.9, min_p=0.02),
+    ],
+    ids=["plain", "temperature", "top_k", "top_p", "min_p", "all"],
+)
+def test_draws_are_as_frequent_as_the_definitions_say(params: SamplingParams) -> None:
+    logits = make_logits(1, vocab=20, scale=1.0)
+    num_draws = 20_000
+
+    drawn = draw_many(logits, params, num_draws)
+
+    probs, _ = kept_by_definition(logits[0].double().numpy(), params)
+    kept = np.flatnonzero(probs)
+    counts = np.array([drawn[int(i)] for i in kept], dtype=np.float64)
+    assert num_draws == counts.sum()
+    assert chi_square(counts, probs[kept] * num_draws) < chi_square_limit(len(kept))
+
+
+@given(seed=st.integers(0, 1000), max_candidates=st.integers(1, 40), top_p=st.floats(0.05, 1))
+def test_number_of_candidates_looked_at_first_changes_nothing(
+    seed: int, max_candidates: int, top_p: float
+) -> None:
+    logits = make_logits(8, vocab=40, seed=seed, scale=1.0)
+    params = [SamplingParams(top_p=top_p), SamplingParams(top_p=top_p, top_k=5)]
+    rows = [SamplingRow(params[i % 2], seed, i) for i in range(8)]
+
+    ids = sample_ids(logits, rows, max_candidates)
+
+    assert sample_ids(logits, rows, max_candidates=40) == ids
+
+
+def test_top_k_of_one_is_greedy_even_among_ties() -> None:
+    logits = torch.tensor([[0.0, 4.0, 4.0, -0.0, 4.0]])
+
+    drawn = draw_many(logits, SamplingParams(top_k=1, temperature=2), 100)
+
+    assert {1} == set(drawn)
+
+
+def test_tiny_top_p_is_greedy() -> None:
+    logits = torch.tensor([[1.0, 4.0, 4.0, 2.0]])
+
+    drawn = draw_many(logits, SamplingParams(top_p=1e-9), 100)
+
+    assert {1} == set(drawn)
+
+
+def test_ties_at_the_edge_of_top_k_go_to_the_lowest_ids() -> None:
+    logits = torch.tensor([[1.0, 1.0, 5.0, 1.0, 1.0]])
+
+    drawn = draw_many(logits, SamplingParams(top_k=3, temperature=2), 300)
+
+    assert {0, 1, 2} == set(drawn)
+
+
+def test_min_p_of_one_keeps_every_likeliest_token() -> None:
+    logits = torch.tensor([[3.0, 1.0, 3.0, 2.9]])
+
+    drawn = draw_many(logits, SamplingParams(min_p=1.0), 100)
+
+    assert {0, 2} == set(drawn)
+
+
+# The noise
+
+
+def draw_uniform(rows: Sequence[SamplingRow], vocab: int) -> Floats:
+    """(num_rows, vocab): the uniform numbers behind the Gumbel noise."""
+    hashes = sampler_module._mix(torch.arange(vocab))
+    noise: Floats = sampler_module._gumbel(hashes, rows).numpy()
+    return np.exp(-np.exp(-noise))
+
+
+def test_uniform_numbers_fill_the_interval_evenly() -> None:
+    rows = [SamplingRow(GREEDY, seed, position) for seed in range(20) for position in range(20)]
+
+    uniform = draw_uniform(rows, vocab=1000)
+
+    counts, _ = np.histogram(uniform, bins=256, range=(0, 1))
+    expected = np.full(256, uniform.size / 256)
+    assert (0 < uniform.min(), uniform.max() < 1) == (True, True)
+    assert chi_square(counts.astype(np.float64), expected) < chi_square_limit(256)
+
+
+@pytest.mark.parametrize(
+    "neighbour",
+    [
+        {"seed": 1},
+        {"position": 1},
+        {"sample_index": 1},
+        {"seed": 2**40},
+        {"position": 1, "seed": 1},
+    ],
+    ids=str,
+)
+def test_noise_of_neighbouring_draws_is_independent(neighbour: dict[str, int]) -> None:
+    base = SamplingRow(GREEDY, 0, 0)
+    rows = [base, dataclasses.replace(base, **neighbour)]  # type: ignore[arg-type]
+
+    first, second = draw_uniform(rows, vocab=100_000)
+
+    counts, *_ = np.histogram2d(first, second, bins=16, range=((0, 1), (0, 1)))
+    expected = np.full((16, 16), len(first) / 256)
+    assert chi_square(counts, expected) < chi_square_limit(256)
+
+
+def test_noise_of_neighbouring_tokens_is_independent() -> None:
+    uniform = draw_uniform([SamplingRow(GREEDY, 5, 5)], vocab=200_001)[0]
+
+    counts, *_ = np.histogram2d(uniform[:-1], uniform[1:], bins=16, range=((0, 1), (0, 1)))
+
+    expected = np.full((16, 16), 200_000 / 256)
+    assert chi_square(counts, expected) < chi_square_limit(256)
+
+
+def test_seed_index_and_position_are_not_interchangeable() -> None:
+    parts = [(a, b, c) for a in range(8) for b in range(8) for c in range(8)]
+
+    keys = {
+        sampler_module._row_key(SamplingRow(GREEDY, seed, position, sample_index=index))
+        for seed, index, position in parts
+    }
+
+    assert len(parts) == len(keys)
+
+
+def mix_by_hand(x: int, key: int = 0) -> int:
+    """`_mix` in Python's integers, which never overflow."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) % 2**32
+    x = ((x ^ (x >> 15) ^ key) * 0x735A2D97) % 2**32
+    return x ^ (x >> 15)
+
+
+@given(x=st.integers(0, 2**32 - 1), key=st.integers(0, 2**32 - 1))
+def test_hash_on_tensors_equals_the_hash_on_plain_integers(x: int, key: int) -> None:
+    mixed = sampler_module._mix(torch.tensor([x]), torch.tensor([key]))
+
+    assert [mix_by_hand(x, key)] == mixed.tolist()
+
+
+def test_one_draw_is_pinned_so_that_seeds_mean_the_same_in_every_release() -> None:
+    rows = [SamplingRow(SamplingParams(), 42, position) for position in range(8)]
+
+    ids = sample_ids(torch.zeros(8, 1000), rows)
+
+    assert [670, 333, 374, 500, 759, 842, 729, 187] == ids
+
+
+# Neighbours
+
+
+MIXED = [
+    GREEDY,
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_k=20, top_p=0.8),
+    SamplingParams(top_p=0.95),
+    SamplingParams(min_p=0.05, temperature=1.5),
+    SamplingParams(temperature=0, repetition_penalty=1.2, min_tokens=3),
+    SamplingParams(presence_penalty=0.5, frequency_penalty=-0.5, logit_bias={5: 2.0}),
+    SamplingParams(temperature=0, logprobs=3),
+    SamplingParams(top_k=2, logprobs=5, allowed_token_ids=list(range(0, 1003, 3))),
+]
+
+
+def make_mixed_rows(num_rows: int) -> list[SamplingRow]:
+    return [
+        SamplingRow(
+            params=MIXED[i % len(MIXED)],
+            seed=1000 + i,
+            position=i % 5,
+            prompt_token_ids=[1, i, 5 * i],
+            output_token_ids=[2 * i] * (i % 5),
+            eos_token_ids=[0],
+            sample_index=i % 2,
+        )
+        for i in range(num_rows)
+    ]
+
+
+def test_row_alone_equals_the_row_among_63_others_bit_for_bit() -> None:
+    vocab = 1003  # no multiple of a vector's width: rows start at odd addresses
+    logits = make_logits(64, vocab=vocab)
+    rows = make_mixed_rows(64)
+    sampler = Sampler(vocab, "cpu", max_candidates=100)
+
+    together = sampler.sample(logits, rows)
+
+    alone = [sampler.sample(logits[i : i + 1].clone(), rows[i : i + 1]) for i in range(64)]
+    assert [each.tolist()[0] for each in alone] == together.tolist()
+    assert [each.logprobs()[0] for each in alone] == together.logprobs()
+
+
+@given(st.permutations(range(12)))
+def test_order_of_rows_changes_nothing(order: list[int]) -> None:
+    logits = make_logits(12, vocab=1003)
+    rows = make_mixed_rows(12)
+
+    ids = sample_ids(logits[order], [rows[i] for i in order])
+
+    in_place = sample_ids(logits, rows)
+    assert [in_place[i] for i in order] == ids
+
+
+def test_batch_worked_on_in_blocks_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = make_logits(20, vocab=1003)
+    rows = make_mixed_rows(20)
+    whole = Sampler(1003, "cpu").sample(logits, rows)
+    monkeypatch.setattr(sampler_module, "MAX_BLOCK_LOGITS", 3 * 1003)
+
+    in_blocks = Sampler(1003, "cpu").sample(logits, rows)
+
+    assert whole.tolist() == in_blocks.tolist()
+    assert whole.logprobs() == in_blocks.logprobs()
+
+
+@pytest.mark.gpu
+def test_draws_on_a_gpu_equal_those_on_the_cpu() -> None:
+    logits = make_logits(64, vocab=1003)
+    rows = make_mixed_rows(64)
+
+    on_gpu = Sampler(1003, "cuda").sample(logits.cuda(), rows)
+
+    assert sample_ids(logits, rows) == on_gpu.tolist()
+
+
+# Log-probabilities
+
+
+def test_logprobs_are_those_of_the_model_whatever_bends_the_draw() -> None:
+    logits = make_logits(1)
+    params = SamplingParams(temperature=0, logit_bias={17: 100.0}, logprobs=2)
+    sampled = Sampler(VOCAB, "cpu").sample(logits, [SamplingRow(params, 0, 0)])
+
+    (found,) = sampled.logprobs()
+
+    raw = logits[0].double().log_softmax(-1)
+    order = raw.argsort(descending=True).tolist()
+    assert found is not None
+    assert [17] == sampled.tolist()
+    assert float(raw[17].float()) == found.logprob
+    assert order.index(17) + 1 == found.rank
+    assert [(order[0], 1), (order[1], 2)] == [(token, rank) for token, _, rank in found.top]
+    assert [float(raw[i].float()) for i in order[:2]] == [value for _, value, _ in found.top]
+
+
+@pytest.mark.parametrize(("asked", "num_top"), [(0, 0), (4, 4), (-1, VOCAB)])
+def test_as_many_logprobs_as_asked_come_with_the_chosen_one(asked: int, num_top: int) -> None:
+    params = SamplingParams(temperature=0, logprobs=asked)
+
+    (found,) = Sampler(VOCAB, "cpu").sample(make_logits(1), [SamplingRow(params, 0, 0)]).logprobs()
+
+    assert found is not None
+    assert num_top == len(found.top)
+
+
+def test_ranks_of_tied_tokens_go_by_id() -> None:
+    params = SamplingParams(temperature=0, logprobs=3, logit_bias={2: 1.0})
+    logits = torch.tensor([[1.0, 0.0, 1.0, 1.0]])
+
+    (found,) = Sampler(4, "cpu").sample(logits, [SamplingRow(params, 0, 0)]).logprobs()
+
+    assert found is not None
+    assert 2 == found.rank
+    assert [(0, 1), (2, 2), (3, 3)] == [(token, rank) for token, _, rank in found.top]
+
+
+def test_logprobs_of_listed_ids_come_in_their_order() -> None:
+    logits = make_logits(1)
+    params = SamplingParams(temperature=0, logprob_token_ids=[30, 2])
+
+    (found,) = Sampler(VOCAB, "cpu").sample(logits, [SamplingRow(params, 0, 0)]).logprobs()
+
+    raw = logits[0].double().log_softmax(-1).float().tolist()
+    assert found is not None
+    assert ((30, raw[30], None), (2, raw[2], None)) == found.top
+
+
+def test_only_rows_that_asked_have_logprobs() -> None:
+    rows = [SamplingRow(GREEDY, 0, 0), SamplingRow(SamplingParams(logprobs=1), 0, 0)]
+
+    found = Sampler(VOCAB, "cpu").sample(make_logits(2), rows).logprobs()
+
+    assert [True, False] == [each is None for each in found]
+
+
+def test_logprobs_by_id_hold_the_chosen_token_first_and_once() -> None:
+    params = SamplingParams(temperature=0, logprobs=2)
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    (found,) = Sampler(2, "cpu").sample(logits, [SamplingRow(params, 0, 0)]).logprobs()
+    assert found is not None
+
+    by_id = found.by_id(1, decode=str)
+
+    assert [(1, 1, "1"), (0, 2, "0")] == [
+        (token_id, entry.rank, entry.decoded_token) for token_id, entry in by_id.items()
+    ]
+    assert [math.log(0.75), math.log(0.25)] == pytest.approx(
+        [entry.logprob for entry in by_id.values()]
+    )
