@@ -27,6 +27,7 @@ ICC profiles are ignored, as both of them do. Of an animation only the first fra
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
@@ -76,7 +77,9 @@ DECODER_ERRORS: tuple[type[Exception], ...] = (
     Image.DecompressionBombError,
 )
 
-_BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# Pillow's own cap on pixels, where the process has it below `max_pixels` (or turns its warning
+# into an error).
+BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -109,15 +112,19 @@ def decode_image(encoded: bytes, limits: ImageLimits = IMAGE_LIMITS) -> RGBImage
         raise ImageEmptyError
     if len(encoded) > limits.max_bytes:
         raise ImageTooLargeError(_too_many_bytes(len(encoded), limits))
-    with _open(encoded, limits) as image:
-        check_size(image.size, limits)
-        _check_scans(encoded, image, limits)
-        try:
+    try:
+        with open_lazily(encoded, limits.formats) as image:
+            check_size(image.size, limits)
+            _check_scans(encoded, image, limits)
             image.load()
-        except DECODER_ERRORS as error:
-            raise _unreadable(encoded, limits) from error
-        check_size(image.size, limits)  # a GIF grows to the frames that overflow its canvas
-        return from_pil(image)
+            check_size(image.size, limits)  # a GIF grows to the frames that overflow its canvas
+            return from_pil(image)
+    except MediaError:
+        raise
+    except BOMB_ERRORS as error:
+        raise ImageTooLargeError from error
+    except DECODER_ERRORS as error:
+        raise _unreadable(encoded, limits) from error
 
 
 def read_image(path: Path, limits: ImageLimits = IMAGE_LIMITS) -> RGBImage:
@@ -227,18 +234,14 @@ def _too_many_bytes(num_bytes: int, limits: ImageLimits) -> str:
     )
 
 
-def _open(encoded: bytes, limits: ImageLimits) -> Image.Image:
-    """Read the headers only; Pillow decompresses pixels in `load`."""
-    formats = [name for name in limits.formats if name in Image.OPEN]
-    try:
-        return Image.open(BytesIO(encoded), formats=formats)
-    except _BOMB_ERRORS as error:
-        raise ImageTooLargeError(
-            f"The image has more than the {limits.max_pixels} pixels that one may have. Scale "
-            "it down before sending it."
-        ) from error
-    except DECODER_ERRORS as error:
-        raise _unreadable(encoded, limits) from error
+def open_lazily(encoded: bytes, formats: Sequence[str]) -> Image.Image:
+    """
+    Let Pillow read the headers, as one of these formats only; `load` will decompress the pixels.
+
+    Raises:
+        DECODER_ERRORS: whatever Pillow says. The caller turns it into an error of this room.
+    """
+    return Image.open(BytesIO(encoded), formats=[name for name in formats if name in Image.OPEN])
 
 
 def _unreadable(encoded: bytes, limits: ImageLimits) -> MediaError:
@@ -246,7 +249,7 @@ def _unreadable(encoded: bytes, limits: ImageLimits) -> MediaError:
     name = find_format(encoded)
     accepted = ", ".join(limits.formats)
     if name in limits.formats and name in Image.OPEN:
-        if _is_cut_short(encoded, name):
+        if is_cut_short(encoded, name):
             return ImageTruncatedError(
                 f"Failed to load image: the {name} data ends too early. Send the complete file."
             )
@@ -269,7 +272,8 @@ def _unreadable(encoded: bytes, limits: ImageLimits) -> MediaError:
     )
 
 
-_NO_IMAGES = ("HTML", "JSON", "a video")
+A_VIDEO = "a video"
+_NO_IMAGES = ("HTML", "JSON", A_VIDEO)
 
 _MAGIC = (
     (re.compile(rb"\xff\xd8\xff"), "JPEG"),
@@ -280,7 +284,7 @@ _MAGIC = (
     (re.compile(rb"II[*+]\0|MM\0[*+]"), "TIFF"),
     (re.compile(rb"....ftypavi[fs]", re.DOTALL), "AVIF"),
     (re.compile(rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL), "HEIC"),
-    (re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video"),
+    (re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), A_VIDEO),
     (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
     (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
     (re.compile(rb"%PDF"), "PDF"),
@@ -300,7 +304,7 @@ def find_format(encoded: bytes) -> str | None:
     return next((name for magic, name in _MAGIC if magic.match(head)), None)
 
 
-def _is_cut_short(encoded: bytes, name: str) -> bool:
+def is_cut_short(encoded: bytes, name: str) -> bool:
     """Tell whether a file that failed lacks its end, from its own marks; only for the error word."""
     if name == "JPEG":
         return not encoded.rstrip(b"\0").endswith(b"\xff\xd9")

@@ -1,0 +1,519 @@
+"""
+One clip: encoded bytes, or a list of JPEG frames -> `Frames`.
+
+The only file that opens videos. FFmpeg never sees a name: it reads memory, is told which of four
+containers to expect, and may open nothing by itself, since playlists and concat scripts in the
+bytes would otherwise make it read files and addresses. PyAV is imported on first use, so that
+stills work without it. Animated GIF, WebP and PNG go through Pillow.
+
+Frames of one clip have one size, that of the first: a stream that changes its resolution on the
+way is resampled to it. Pixels are as stored: non-square ones are not stretched.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BytesIO
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from media.decoded import Frames, RGBImage
+from media.errors import (
+    BadFrameSamplingError,
+    MediaError,
+    VideoFormatNotSupportedError,
+    VideoHasNoFramesError,
+    VideoSupportMissingError,
+    VideoTooLargeError,
+    VideoTruncatedError,
+    VideoUnreadableError,
+)
+from media.frames import (
+    FrameSampling,
+    choose_indices,
+    count_frames,
+    estimate_span_s,
+    spread_evenly,
+)
+from media.images import (
+    A_VIDEO,
+    BOMB_ERRORS,
+    DECODER_ERRORS,
+    decode_image,
+    find_format,
+    from_pil,
+    is_cut_short,
+    open_lazily,
+)
+from media.limits import VIDEO_LIMITS, ImageLimits, VideoLimits
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
+ANIMATION_FORMATS = ("GIF", "WEBP", "PNG")
+DEFAULT_SAMPLING = FrameSampling()
+
+_CONTAINERS = (
+    (re.compile(rb"....(?:ftyp|moov|mdat|wide|free|skip|pnot)", re.DOTALL), "mov"),
+    (re.compile(rb"\x1a\x45\xdf\xa3"), "matroska"),
+    (re.compile(rb"RIFF....AVI ", re.DOTALL), "avi"),
+    (re.compile(rb"(?:G.{187}){3}", re.DOTALL), "mpegts"),
+)
+_ACCEPTED = "MP4, MOV, WebM, Matroska, AVI, MPEG-TS, GIF, WebP or PNG"
+
+
+def decode_video(
+    encoded: bytes,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
+    limits: VideoLimits = VIDEO_LIMITS,
+) -> Frames:
+    """
+    Decode the wanted frames of one clip held in memory.
+
+    Args:
+        encoded: a whole file: MP4, MOV, WebM, Matroska, AVI or MPEG-TS holding one of `CODECS`,
+            or an animated GIF, WebP or PNG.
+        sampling: which frames; see `media.frames`.
+        limits: bytes, frames and seconds are judged before decoding, pixels frame by frame.
+
+    Returns:
+        The frames, upright, with the times at which the container shows them. A frame that the
+        decoder cannot make is passed over, and the next one that it can stands in.
+
+    Raises:
+        VideoUnreadableError, VideoTruncatedError: the bytes are no whole video.
+        VideoFormatNotSupportedError: a container or codec that is not read here.
+        VideoHasNoFramesError: no picture track, or nothing in the window asked for.
+        VideoTooLargeError: over a limit. All of these are the client's fault.
+        VideoSupportMissingError: the extra `video` is not installed. The operator's.
+    """
+    if len(encoded) > limits.max_bytes:
+        raise VideoTooLargeError(
+            f"The video has more than the {limits.max_bytes} bytes that one may have. Cut it or "
+            "scale it down."
+        )
+    name = find_format(encoded)
+    if name in ANIMATION_FORMATS:
+        return _decode_animation(encoded, sampling, limits)
+    # A picture in an MP4 box, such as HEIC, is named and refused instead of played.
+    container = _find_container(encoded) if name in (None, A_VIDEO) else None
+    if container is None:
+        raise _no_container(encoded)
+    if container == "mov":
+        _check_boxes(encoded)
+    return _decode_stream(encoded, container, sampling, limits)
+
+
+def decode_jpeg_frames(
+    encoded_frames: Sequence[bytes],
+    sampling: FrameSampling = DEFAULT_SAMPLING,
+    limits: VideoLimits = VIDEO_LIMITS,
+) -> Frames:
+    """
+    Decode a clip given as JPEG files, one a frame, without times.
+
+    Raises:
+        BadFrameSamplingError: `sampling` asks by seconds, which such frames do not have.
+        VideoHasNoFramesError, VideoTooLargeError: none, or too many.
+        VideoUnreadableError: the frames differ in size.
+        MediaError: as `decode_image`, for the first frame that fails.
+    """
+    if sampling.needs_times:
+        raise BadFrameSamplingError(
+            "A list of frames has no times, so fps, start_s and end_s cannot be applied. Use "
+            "num_frames."
+        )
+    num_source = len(encoded_frames)
+    indices = spread_evenly(num_source, count_frames(num_source, 0.0, sampling))
+    keep = _Keep(limits, len(indices))
+    jpeg = ImageLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, formats=("JPEG",))
+    images = []
+    for index in indices:
+        image = decode_image(encoded_frames[index], jpeg)
+        keep.check(image.width_px, image.height_px)
+        images.append(image)
+    if len({(image.width_px, image.height_px) for image in images}) > 1:
+        raise VideoUnreadableError(
+            "Failed to load video: its frames differ in size. Scale all of them to one size."
+        )
+    return Frames(tuple(images), source_num_frames=num_source, indices=indices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keep:
+    """Judges how many frames, and of what size, are kept of one clip."""
+
+    limits: VideoLimits
+    num_frames: int
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1:
+            raise VideoHasNoFramesError
+        if self.num_frames > self.limits.max_frames:
+            raise VideoTooLargeError(
+                f"{self.num_frames} frames were asked for; at most {self.limits.max_frames} are "
+                "kept of one video. Lower num_frames or fps."
+            )
+
+    def check(self, width: int, height: int) -> None:
+        if width * height > self.limits.max_pixels:
+            raise VideoTooLargeError(
+                f"The video's frames are {width}x{height}, more than the "
+                f"{self.limits.max_pixels} pixels that one may have. Scale the video down."
+            )
+        if width * height * self.num_frames > self.limits.max_kept_pixels:
+            raise VideoTooLargeError(
+                f"{self.num_frames} frames of {width}x{height} are more than the "
+                f"{self.limits.max_kept_pixels} pixels that are kept of one video. Lower "
+                "num_frames or fps, or scale the video down."
+            )
+
+
+def _find_container(encoded: bytes) -> str | None:
+    """Return FFmpeg's name of the container, from its first bytes; FFmpeg is not asked to guess."""
+    return next((name for magic, name in _CONTAINERS if magic.match(encoded)), None)
+
+
+def _no_container(encoded: bytes) -> MediaError:
+    if not encoded:
+        return VideoUnreadableError("Failed to load video: it has 0 bytes. Send the complete file.")
+    name = find_format(encoded)
+    if name is None:
+        return VideoFormatNotSupportedError(
+            f"Failed to load video: the bytes are not {_ACCEPTED}. Check the file, or convert the "
+            "clip to MP4 with H.264."
+        )
+    return VideoFormatNotSupportedError(
+        f"Failed to load video: the bytes are {name}, not {_ACCEPTED}. Check what the address "
+        "leads to."
+    )
+
+
+def _check_boxes(encoded: bytes) -> None:
+    """Raise if an MP4 lacks its index or runs past its end: FFmpeg would play what is there."""
+    names, at = set(), 0
+    while at + 8 <= len(encoded):
+        size, name = int.from_bytes(encoded[at : at + 4], "big"), encoded[at + 4 : at + 8]
+        if size == 1:
+            size = int.from_bytes(encoded[at + 8 : at + 16], "big")
+        if name in (b"moov", b"moof", b"mdat") and at + size > len(encoded):
+            raise VideoTruncatedError
+        names.add(name)
+        if size < 8:  # 0: up to the end of the file; the rest is no size
+            break
+        at += size
+    if b"moov" not in names:
+        raise VideoTruncatedError(
+            "Failed to load video: its index (moov) is missing, as when a recording or an upload "
+            "broke off. Send the complete file."
+        )
+
+
+def _decode_stream(
+    encoded: bytes, container: str, sampling: FrameSampling, limits: VideoLimits
+) -> Frames:
+    av = _load_av()
+    # `protocol_whitelist` names no protocol, so that nothing in the bytes can open anything.
+    options = {"format_whitelist": container, "protocol_whitelist": "none"}
+    try:
+        with av.open(
+            BytesIO(encoded), format=container, options=options, metadata_errors="ignore"
+        ) as source:
+            stream = _find_stream(source)
+            # Clips are decoded side by side, so one thread for each. More of FFmpeg's own hang when
+            # a damaged clip is closed while PyAV's logging, off by default, is on (18.1, 2026).
+            stream.codec_context.thread_count = 1
+            # A guard inside the decoder for what the header hides; twice, since codecs round up.
+            stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels)}
+            track = _read_track(source, stream, limits)
+            indices = choose_indices(track.times_s(), sampling)
+            keep = _Keep(limits, len(indices))
+            keep.check(stream.codec_context.width, stream.codec_context.height)
+            return _keep_frames(stream, track, [track.ticks[index] for index in indices], keep)
+    except av.FFmpegError as error:
+        raise VideoUnreadableError from error
+
+
+def _load_av() -> ModuleType:
+    try:
+        import av
+    except ImportError as error:
+        raise VideoSupportMissingError from error
+    return av
+
+
+def _find_stream(source: InputContainer) -> VideoStream:
+    """Return the picture track, which is not the cover of an audio file."""
+    cover = 0x400  # AV_DISPOSITION_ATTACHED_PIC
+    stream = next((s for s in source.streams.video if not s.disposition & cover), None)
+    if stream is None:
+        raise VideoHasNoFramesError(
+            "The file has no picture track, only sound or data. Check that it is a video."
+        )
+    if stream.codec_context is None or stream.codec_context.codec.canonical_name not in CODECS:
+        raise VideoFormatNotSupportedError(
+            f"Failed to load video: its codec is not one of {', '.join(CODECS)}. Convert the clip "
+            "to MP4 with H.264."
+        )
+    return stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """
+    The compressed frames of one clip.
+
+    Attributes:
+        packets: in decoding order.
+        ticks: when frames are shown, ascending, no two the same.
+        tick_s: seconds a tick, a fraction so that 23 tenths of a second are 2.3.
+        is_timed: False where the container stores no times of showing (AVI); a tick is then the
+            frame's place in the order of showing.
+    """
+
+    packets: tuple[Packet[VideoStream], ...]
+    ticks: tuple[int, ...]
+    tick_s: Fraction
+    is_timed: bool
+
+    def time_s(self, tick: int) -> float:
+        """Return seconds since the first frame."""
+        return (tick - self.ticks[0]) * self.tick_s.numerator / self.tick_s.denominator
+
+    def times_s(self) -> tuple[float, ...]:
+        return tuple(self.time_s(tick) for tick in self.ticks)
+
+
+def _read_track(source: InputContainer, stream: VideoStream, limits: VideoLimits) -> _Track:
+    packets = _read_packets(source, stream, limits)
+    shown = [packet.pts for packet in packets if not packet.is_discard]
+    ticks = tuple(sorted({pts for pts in shown if pts is not None}))
+    tick_s = stream.time_base
+    is_timed = source.format.name != "avi" and None not in shown
+    if not is_timed:
+        rate = stream.average_rate or stream.guessed_rate
+        ticks = tuple(range(len(packets)))
+        tick_s = 1 / rate if rate else None
+    if not ticks:
+        raise VideoHasNoFramesError
+    if not tick_s or tick_s <= 0:
+        raise VideoUnreadableError("Failed to load video: it has no frame rate. Save it again.")
+    track = _Track(packets, ticks, tick_s, is_timed)
+    if track.time_s(ticks[-1]) > limits.max_duration_s:
+        raise VideoTooLargeError(
+            f"The video is longer than {limits.max_duration_s:g} seconds. Cut it into parts."
+        )
+    return track
+
+
+def _read_packets(
+    source: InputContainer, stream: VideoStream, limits: VideoLimits
+) -> tuple[Packet[VideoStream], ...]:
+    packets = []
+    for packet in source.demux(stream):
+        if not packet.size:
+            continue  # the empty packet at the end
+        packets.append(packet)
+        if len(packets) > limits.max_source_frames:
+            raise VideoTooLargeError(
+                f"The video has more than the {limits.max_source_frames} frames that one may "
+                "have. Cut it into parts."
+            )
+    return tuple(packets)
+
+
+def _keep_frames(stream: VideoStream, track: _Track, wanted: Sequence[int], keep: _Keep) -> Frames:
+    images: list[RGBImage] = []
+    ticks: list[int] = []
+    size: tuple[int, int] | None = None
+    for tick, frame in _pick(_decode(stream, track, wanted), wanted):
+        keep.check(frame.width, frame.height)
+        size = size or (frame.width, frame.height)
+        images.append(_as_rgb_image(frame, size))
+        ticks.append(tick)
+    if not images:
+        raise VideoUnreadableError
+    times_s = track.times_s()
+    return Frames(
+        images=tuple(images),
+        times_s=tuple(track.time_s(tick) for tick in ticks),
+        fps=_mean_fps(times_s),
+        source_num_frames=len(times_s),
+        indices=tuple(bisect_left(track.ticks, tick) for tick in ticks),
+    )
+
+
+def _mean_fps(times_s: Sequence[float]) -> float | None:
+    span_s = estimate_span_s(times_s, len(times_s))
+    return len(times_s) / span_s if span_s > 0 else None
+
+
+def _pick(
+    frames: Iterator[tuple[int, VideoFrame]], wanted: Sequence[int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield for each wanted tick the frame at it, or the first after it, each frame once."""
+    num_met = 0
+    for tick, frame in frames:
+        if tick < wanted[num_met]:
+            continue
+        yield tick, frame
+        num_met = bisect_right(wanted, tick)
+        if num_met == len(wanted):
+            return
+
+
+def _decode(
+    stream: VideoStream, track: _Track, wanted: Sequence[int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode at least the wanted frames, in order of time, leaving out the stretches between."""
+    place = 0
+    for run in _find_runs(track, set(wanted)):
+        for frame in _decode_run(stream, run):
+            if not track.is_timed:
+                yield place, frame
+            elif frame.pts is not None:
+                yield frame.pts, frame
+            place += 1
+        stream.codec_context.flush_buffers()
+
+
+def _decode_run(stream: VideoStream, run: Sequence[Packet[VideoStream]]) -> Iterator[VideoFrame]:
+    for packet in (*run, None):  # None: hand out what the decoder still holds
+        try:
+            yield from stream.decode(packet)
+        except _load_av().FFmpegError:
+            continue  # one damaged packet; its neighbours may do
+
+
+def _find_runs(track: _Track, wanted: set[int]) -> list[list[Packet[VideoStream]]]:
+    """
+    Return the stretches of packets to decode, each from a key frame on.
+
+    A key frame and all packets up to the next one form a group. Groups that show no wanted frame
+    are left out. Frames that are shown before their group's key frame need the group before it.
+    """
+    if not track.is_timed:
+        return [list(track.packets)]
+    groups: list[list[Packet[VideoStream]]] = []
+    for packet in track.packets:
+        if packet.is_keyframe or not groups:
+            groups.append([])
+        groups[-1].append(packet)
+    needed = [False] * len(groups)
+    for place, group in enumerate(groups):
+        shown = [packet.pts for packet in group if packet.pts is not None]
+        if wanted.isdisjoint(shown):
+            continue
+        needed[place] = True
+        if min(wanted.intersection(shown)) < shown[0]:
+            needed[max(place - 1, 0)] = True
+    runs: list[list[Packet[VideoStream]]] = []
+    for place, group in enumerate(groups):
+        if needed[place] and place and needed[place - 1]:
+            runs[-1].extend(group)
+        elif needed[place]:
+            runs.append(list(group))
+    return runs
+
+
+# Rows of FFmpeg's display matrix (a, b, c, d), where x' = a x + c y and y' = b x + d y, y downwards.
+_TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+}
+
+
+def _as_rgb_image(frame: VideoFrame, size_px: tuple[int, int]) -> RGBImage:
+    """Convert one decoded frame, resampled to (width, height) if it differs, and turn it upright."""
+    width, height = size_px
+    image: Image.Image = frame.to_image(width=width, height=height)  # type: ignore[no-untyped-call]
+    turn = _TURNS.get(_get_turn(frame))
+    return RGBImage(image if turn is None else image.transpose(turn))
+
+
+def _get_turn(frame: VideoFrame) -> tuple[int, int, int, int]:
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return (1, 0, 0, 1)
+    a, b, _, c, d = (int(sign) for sign in np.sign(np.frombuffer(bytes(matrix), np.int32)[:5]))
+    return (a, b, c, d)
+
+
+def _decode_animation(encoded: bytes, sampling: FrameSampling, limits: VideoLimits) -> Frames:
+    try:
+        with open_lazily(encoded, ANIMATION_FORMATS) as clip:
+            return _read_animation(clip, sampling, limits)
+    except MediaError:
+        raise
+    except BOMB_ERRORS as error:
+        raise VideoTooLargeError from error
+    except DECODER_ERRORS as error:
+        if is_cut_short(encoded, find_format(encoded) or ""):
+            raise VideoTruncatedError from error
+        raise VideoUnreadableError from error
+
+
+def _read_animation(clip: Image.Image, sampling: FrameSampling, limits: VideoLimits) -> Frames:
+    num_source = getattr(clip, "n_frames", 1)
+    if (
+        num_source > limits.max_source_frames
+        or num_source * clip.width * clip.height > limits.max_animation_pixels
+    ):
+        raise VideoTooLargeError(
+            f"The animation has {num_source} frames of {clip.width}x{clip.height}, more than one "
+            "may have. Cut it or scale it down, or send it as MP4."
+        )
+    if sampling.needs_times:
+        times_s = tuple(_play(clip, num_source, limits))
+        if times_s[-1] > limits.max_duration_s:
+            raise VideoTooLargeError
+        indices = choose_indices(times_s, sampling)
+    else:
+        indices = spread_evenly(num_source, count_frames(num_source, 0.0, sampling))
+    keep = _Keep(limits, len(indices))
+    keep.check(clip.width, clip.height)
+    clip.seek(0)
+    canvas = (0, 0, clip.width, clip.height)
+    images, played_s = [], []
+    for index, time_s in enumerate(_play(clip, indices[-1] + 1, limits)):
+        played_s.append(time_s)
+        if index in indices:
+            images.append(from_pil(clip.crop(canvas) if clip.size != canvas[2:] else clip))
+    return Frames(
+        images=tuple(images),
+        times_s=tuple(played_s[index] for index in indices),
+        fps=_mean_fps(played_s),
+        source_num_frames=num_source,
+        indices=indices,
+    )
+
+
+_UNTIMED_FRAME_MS = 100.0  # what browsers show a frame for that says 0
+
+
+def _play(clip: Image.Image, num_frames: int, limits: VideoLimits) -> Iterator[float]:
+    """Step through the frames, yielding when each starts, in seconds; `clip` stands on it then."""
+    start_ms = 0.0
+    for index in range(num_frames):
+        clip.seek(index)
+        # Before `load`: a later frame may overflow the canvas, which then grows to hold it.
+        _Keep(limits, 1).check(clip.width, clip.height)
+        clip.load()
+        yield start_ms / 1000
+        start_ms += float(clip.info.get("duration") or _UNTIMED_FRAME_MS)

@@ -1,0 +1,85 @@
+"""Clips encoded on the spot. Needs PyAV: import it behind `pytest.importorskip`."""
+
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from io import BytesIO
+
+import av
+import numpy as np
+from av.video.stream import VideoStream
+
+from tests.media.files import Pixels
+
+MILLISECOND = Fraction(1, 1000)
+
+
+def shade(place: int) -> int:
+    """The grey of frame `place`, far enough from its neighbours' to survive a codec."""
+    return 16 + place * 5
+
+
+def shades(num_frames: int, width: int = 64, height: int = 48) -> list[Pixels]:
+    return [np.full((height, width, 3), shade(place), np.uint8) for place in range(num_frames)]
+
+
+def clip(
+    pictures: Sequence[Pixels],
+    container: str = "mp4",
+    codec: str = "libx264",
+    fps: int = 10,
+    times_ms: Sequence[int] | None = None,
+    pixel_format: str = "yuv420p",
+    options: dict[str, str] | None = None,
+) -> bytes:
+    """Encode pictures of one size, at a constant rate or at the given times."""
+    file = BytesIO()
+    with av.open(file, "w", format=container) as target:
+        stream = target.add_stream(codec, rate=fps, options=options)
+        assert isinstance(stream, VideoStream)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = pixel_format
+        if times_ms:
+            stream.codec_context.time_base = MILLISECOND
+        for place, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times_ms:
+                frame.pts, frame.time_base = times_ms[place], MILLISECOND
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+    return file.getvalue()
+
+
+def jpeg_clip(jpegs: Sequence[bytes], times_ms: Sequence[int]) -> bytes:
+    """Put JPEG files into Matroska as they are, whatever their sizes and times."""
+    file = BytesIO()
+    with av.open(file, "w", format="matroska") as target:
+        stream = target.add_stream("mjpeg", rate=10)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for jpeg, time_ms in zip(jpegs, times_ms, strict=True):
+            packet = av.Packet(jpeg)
+            packet.stream = stream
+            packet.pts = packet.dts = time_ms
+            packet.time_base = MILLISECOND
+            packet.is_keyframe = True
+            target.mux(packet)
+    return file.getvalue()
+
+
+def sound() -> bytes:
+    file = BytesIO()
+    with av.open(file, "w", format="mp4") as target:
+        stream = target.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        target.mux(stream.encode(frame))
+        target.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def turned(mp4: bytes, a: int, b: int, c: int, d: int) -> bytes:
+    """Write a matrix of display into the track header, as telephones do."""
+    at = mp4.index(b"tkhd") + 44
+    matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    return mp4[:at] + matrix + mp4[at + 36 :]
