@@ -12,12 +12,12 @@ one with transparency those of `convert_to_rgb` in transformers' image_transform
 where that would not show the picture (Pillow 11.0 to 13.0 do the same, measured 2026):
 
 - 16-bit grey (`I;16` in each byte order) keeps the high byte. `convert` clips at 255, which turns
-  nearly all of such a picture white. 16-bit colour already loses its low byte inside Pillow.
+  99 % of an evenly exposed picture white. 16-bit colour loses its low bytes inside Pillow already.
 - 32-bit integers (`I`) are taken as they are up to 255, as 16-bit up to 65,535, else refused.
 - Floats (`F`) are taken as they are, cut to whole numbers, within 0 to 255. Outside, or when they
   seem to run from 0 to 1, they are refused: `convert` clips the first and blackens the second.
-- `La` and `RGBa` (premultiplied) are laid on white too. transformers knows no transparency in
-  them: it fails on `La` and leaves `RGBa` on black.
+- `La`, `RGBa` (premultiplied) and palettes with an alpha of their own are laid on white too.
+  transformers fails on the first and drops the transparency of the others.
 - A colour key in a 16-bit grey PNG is laid on white; Pillow compares it with clipped values.
 - Orientation that cannot be read counts as upright instead of failing the picture.
 
@@ -53,9 +53,9 @@ from media.limits import IMAGE_LIMITS, ImageLimits
 
 # Importing a plugin registers its format. Naming the few that are needed keeps Pillow from
 # loading all of its forty for the sake of WebP. AVIF is missing before Pillow 11.3.
-for _name in ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Avif", "Tiff"):
+for _plugin in ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Avif", "Tiff"):
     with suppress(ImportError):
-        import_module(f"PIL.{_name}ImagePlugin")
+        import_module(f"PIL.{_plugin}ImagePlugin")
 
 # What Pillow's decoders were seen to raise on damaged bytes. Python's own errors are among them,
 # because its parsers index and unpack what they have not checked. Warning: a process that turns
@@ -111,7 +111,10 @@ def decode_image(encoded: bytes, limits: ImageLimits = IMAGE_LIMITS) -> RGBImage
     if not encoded:
         raise ImageEmptyError
     if len(encoded) > limits.max_bytes:
-        raise ImageTooLargeError(_too_many_bytes(len(encoded), limits))
+        raise ImageTooLargeError(
+            f"The image has more than the {limits.max_bytes} bytes that one may have. Scale it "
+            "down, or send it as JPEG."
+        )
     try:
         with open_lazily(encoded, limits.formats) as image:
             check_size(image.size, limits)
@@ -227,13 +230,6 @@ def check_size(size_px: tuple[int, int], limits: ImageLimits) -> None:
         )
 
 
-def _too_many_bytes(num_bytes: int, limits: ImageLimits) -> str:
-    return (
-        f"The image has more than the {limits.max_bytes} bytes that one may have. Scale it down, "
-        "or send it as JPEG."
-    )
-
-
 def open_lazily(encoded: bytes, formats: Sequence[str]) -> Image.Image:
     """
     Let Pillow read the headers, as one of these formats only; `load` will decompress the pixels.
@@ -247,8 +243,9 @@ def open_lazily(encoded: bytes, formats: Sequence[str]) -> Image.Image:
 def _unreadable(encoded: bytes, limits: ImageLimits) -> MediaError:
     """Judge by the bytes themselves why they failed: Pillow's texts are not stable."""
     name = find_format(encoded)
-    accepted = ", ".join(limits.formats)
-    if name in limits.formats and name in Image.OPEN:
+    formats = [name for name in limits.formats if name in Image.OPEN]
+    accepted = ", ".join(formats)
+    if name in formats:
         if is_cut_short(encoded, name):
             return ImageTruncatedError(
                 f"Failed to load image: the {name} data ends too early. Send the complete file."
@@ -320,7 +317,7 @@ def is_cut_short(encoded: bytes, name: str) -> bool:
 
 
 _SCAN = b"\xff\xda"
-_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # no repeat: fill bytes may be millions
 _END_OF_IMAGE = 0xD9
 
 

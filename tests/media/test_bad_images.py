@@ -210,6 +210,16 @@ def test_jpeg_of_ten_thousand_scans_is_refused() -> None:
     assert "scans" in str(error)
 
 
+def test_fill_bytes_between_markers_cost_no_more_than_their_length() -> None:
+    encoded = encode(picture(), "JPEG")
+    chance = b"\xff\xfe\x02\x02" + b"\xff\xda" * 256  # a comment that looks like scans
+    fill = b"\xff" * 300_000
+
+    image = decode_image(encoded[:2] + chance + fill + encoded[2:])
+
+    assert (60, 40) == (image.width_px, image.height_px)
+
+
 def test_animation_of_a_hundred_thousand_frames_costs_one_frame() -> None:
     image = decode_image(gif(1, 1, [(0, 0, 1, 1)] * 100_000))
 

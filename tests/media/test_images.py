@@ -13,7 +13,9 @@ from media.images import decode_image, from_array, from_pil, read_image
 from media.limits import ImageLimits
 from tests.media.files import Pixels, animation, catch, encode, exif, picture, png, png_chunk
 
-needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+needs_avif = pytest.mark.skipif(
+    "avif" not in features.modules or not features.check("avif"), reason="this Pillow has no AVIF"
+)
 
 
 @pytest.mark.parametrize(
