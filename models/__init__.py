@@ -1,0 +1,1 @@
+"""The small bundled model, and the program that trains it."""

@@ -1,0 +1,1 @@
+"""How models/darkroom-tiny was made, and how to make it again."""
