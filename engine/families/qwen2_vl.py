@@ -1,0 +1,367 @@
+"""
+Qwen2-VL: how pictures and clips become patches, placeholders and positions.
+
+A picture of any size is resampled to a multiple of PATCH_PX * MERGE on both sides inside the area
+limits, cut into patches of 14 x 14 pixels, and MERGE x MERGE neighbouring patches become one token.
+The functions are arithmetic on sizes and uint8 pixels; `Qwen2VL` binds them to a checkpoint.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from engine.attention import VisionContext, using
+from engine.errors import BadConfig
+
+PATCH_PX = 14
+MERGE = 2
+TEMPORAL = 2  # frames that share one patch in a video; a still image is its own neighbour
+TOKEN_PX = PATCH_PX * MERGE
+MAX_ASPECT = 200
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that the encoder was trained on
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Patches = npt.NDArray[np.uint8]
+
+
+class ImageTooNarrowError(ValueError):
+    """One side is over 200 times the other. The client's fault: never retried."""
+
+
+@dataclass(frozen=True, slots=True)
+class AreaLimits:
+    """Smallest and largest area after resampling, in pixels, both inclusive."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """
+    The patches of one picture (num_frames_merged 1) or clip.
+
+    Attributes:
+        times: temporal patches; a clip has one for every TEMPORAL frames.
+        rows, columns: spatial patches, each a multiple of MERGE.
+    """
+
+    times: int
+    rows: int
+    columns: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.times * self.rows * self.columns
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches // MERGE**2
+
+
+def target_size(height_px: int, width_px: int, area: AreaLimits) -> tuple[int, int]:
+    """
+    The size, as (height, width) in pixels, to which a picture is resampled.
+
+    Both sides become multiples of TOKEN_PX, the aspect ratio is kept as closely as that permits, and
+    the area ends inside the limits.
+
+    Raises:
+        ImageTooNarrowError: one side is over MAX_ASPECT times the other.
+
+    Source: the published rule of the model (`smart_resize` in transformers' image processor);
+    tests compare the two over random sizes.
+    """
+    longer, shorter = max(height_px, width_px), min(height_px, width_px)
+    if longer > MAX_ASPECT * shorter:
+        raise ImageTooNarrowError(f"{width_px}x{height_px}")
+    rows, columns = round(height_px / TOKEN_PX), round(width_px / TOKEN_PX)
+    covered = rows * columns * TOKEN_PX**2
+    if covered > area.max_pixels:
+        shrink = math.sqrt(height_px * width_px / area.max_pixels)
+        rows = max(1, math.floor(height_px / shrink / TOKEN_PX))
+        columns = max(1, math.floor(width_px / shrink / TOKEN_PX))
+    elif covered < area.min_pixels:
+        grow = math.sqrt(area.min_pixels / (height_px * width_px))
+        rows = math.ceil(height_px * grow / TOKEN_PX)
+        columns = math.ceil(width_px * grow / TOKEN_PX)
+    return rows * TOKEN_PX, columns * TOKEN_PX
+
+
+def resample(image: Image.Image, height_px: int, width_px: int) -> Image.Image:
+    """Bicubic resampling of an RGB picture; the picture itself where it already has the size."""
+    if image.size == (width_px, height_px):
+        return image
+    return image.resize((width_px, height_px), Image.Resampling.BICUBIC)
+
+
+def cut_patches(pixels: npt.NDArray[np.uint8]) -> Patches:
+    """
+    Cut one resampled picture into the patches that the vision encoder reads.
+
+    Args:
+        pixels: (height_px, width_px, 3), uint8, both sides multiples of TOKEN_PX.
+
+    Returns:
+        patches: (num_patches, 3 * PATCH_PX**2), uint8; channel-major inside a patch; the MERGE x
+        MERGE patches of one token are neighbours.
+    """
+    height_px, width_px, _ = pixels.shape
+    tokens_down, tokens_across = height_px // TOKEN_PX, width_px // TOKEN_PX
+    blocks = pixels.reshape(tokens_down, MERGE, PATCH_PX, tokens_across, MERGE, PATCH_PX, 3)
+    return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH_PX**2)
+
+
+def pair_frames(frames: list[Patches]) -> Patches:
+    """
+    Join the patches of neighbouring frames into temporal patches; an odd last frame is doubled.
+
+    Args:
+        frames: one (num_patches, 3 * PATCH_PX**2) array a frame, equal shapes.
+
+    Returns:
+        (times * num_patches, 3 * TEMPORAL * PATCH_PX**2), uint8, channel, then frame, then pixels.
+    """
+    if len(frames) % TEMPORAL:
+        frames = [*frames, frames[-1]]
+    stacked = np.stack(frames).reshape(len(frames) // TEMPORAL, TEMPORAL, -1, 3, PATCH_PX**2)
+    return np.ascontiguousarray(stacked.transpose(0, 2, 3, 1, 4)).reshape(
+        -1, 3 * TEMPORAL * PATCH_PX**2
+    )
+
+
+def double_frames(patches: Patches) -> Patches:
+    """A still picture's patches in the form of temporal patches: each frame its own neighbour."""
+    return np.repeat(patches.reshape(-1, 3, 1, PATCH_PX**2), TEMPORAL, axis=2).reshape(
+        -1, 3 * TEMPORAL * PATCH_PX**2
+    )
+
+
+def patch_positions(grid: Grid) -> npt.NDArray[np.int64]:
+    """
+    Row and column of each patch, in the order of `cut_patches`, repeated for each temporal patch.
+
+    Returns:
+        (num_patches, 2), int64.
+    """
+    rows, columns = np.meshgrid(np.arange(grid.rows), np.arange(grid.columns), indexing="ij")
+    shape = (grid.rows // MERGE, MERGE, grid.columns // MERGE, MERGE)
+    ordered = [axis.reshape(shape).transpose(0, 2, 1, 3).ravel() for axis in (rows, columns)]
+    return np.tile(np.stack(ordered, axis=1), (grid.times, 1)).astype(np.int64)
+
+
+def token_positions(grid: Grid, start: int) -> npt.NDArray[np.int64]:
+    """
+    M-RoPE positions of one picture's or clip's placeholder tokens.
+
+    Args:
+        start: the position after the token before the placeholders.
+
+    Returns:
+        (3, num_tokens), int64: time, row, column. The next token stands at `next_position`.
+    """
+    axes = np.meshgrid(
+        np.arange(grid.times),
+        np.arange(grid.rows // MERGE),
+        np.arange(grid.columns // MERGE),
+        indexing="ij",
+    )
+    return np.stack([axis.ravel() for axis in axes]).astype(np.int64) + start
+
+
+def next_position(grid: Grid, start: int) -> int:
+    """The position of the token that follows the placeholders; time does not count (as published)."""
+    return start + max(grid.rows, grid.columns) // MERGE
+
+
+def square_grid(num_tokens: int) -> Grid:
+    """
+    The grid of a picture that came as bare features: the most nearly square one, lying if not square.
+
+    The form with `image_grid_thw` says it exactly; this is for callers that have only features.
+    """
+    rows = max(n for n in range(1, math.isqrt(num_tokens) + 1) if num_tokens % n == 0)
+    return Grid(1, rows * MERGE, num_tokens // rows * MERGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Visual:
+    """
+    One picture or clip, ready for the encoder.
+
+    Attributes:
+        patches: uint8, host: (num_patches, 3 * PATCH_PX**2) for a picture, twice as wide for a clip.
+        grid: of these patches.
+    """
+
+    patches: Patches
+    grid: Grid
+
+    @property
+    def unit(self) -> int:
+        """Patches that attend to each other: those of one picture, or of one pair of frames."""
+        return self.grid.rows * self.grid.columns
+
+
+class Qwen2VL:
+    """
+    What is Qwen2-VL's own about running a checkpoint; everything else is the same for all families.
+
+    Args:
+        config: the checkpoint's, a `Qwen2VLConfig`.
+        processor: its preprocessor_config.json.
+        video_processor: its video_preprocessor_config.json; None where it has none.
+    """
+
+    image_placeholder = "<|image_pad|>"
+    video_placeholder = "<|video_pad|>"
+
+    def __init__(
+        self,
+        config: Any,
+        processor: Mapping[str, Any],
+        video_processor: Mapping[str, Any] | None = None,
+    ) -> None:
+        vision = config.vision_config
+        if (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size) != (
+            PATCH_PX,
+            MERGE,
+            TEMPORAL,
+        ):
+            raise BadConfig(
+                "This Qwen2-VL checkpoint cuts other patches than 14 px, merged 2 x 2, 2 frames "
+                "each. Only these are supported."
+            )
+        self.image_token_id: int = config.image_token_id
+        self.video_token_id: int = config.video_token_id
+        self.hidden_size: int = config.text_config.hidden_size
+        self.image_area = _area_of(processor)
+        self.video_area = _area_of(video_processor or processor)
+        self.mean = tuple(processor.get("image_mean", CLIP_MEAN))
+        self.std = tuple(processor.get("image_std", CLIP_STD))
+
+    def cut_picture(self, image: Image.Image, area: AreaLimits) -> Visual:
+        """
+        Resample an RGB picture and cut it.
+
+        Raises:
+            ImageTooNarrowError: one side is over MAX_ASPECT times the other.
+        """
+        grid, pixels = self._fit(image, area)
+        return Visual(cut_patches(pixels), grid)
+
+    def cut_clip(self, frames: Sequence[Image.Image], area: AreaLimits) -> Visual:
+        """The same for a clip: all frames of one size, paired into temporal patches."""
+        fitted = [self._fit(frame, area) for frame in frames]
+        grid = fitted[0][0]
+        times = -(-len(frames) // TEMPORAL)
+        patches = pair_frames([cut_patches(pixels) for _, pixels in fitted])
+        return Visual(patches, Grid(times, grid.rows, grid.columns))
+
+    def _fit(self, image: Image.Image, area: AreaLimits) -> tuple[Grid, npt.NDArray[np.uint8]]:
+        height_px, width_px = target_size(image.height, image.width, area)
+        pixels = np.asarray(resample(image, height_px, width_px))
+        return Grid(1, height_px // PATCH_PX, width_px // PATCH_PX), pixels
+
+    def positions(
+        self, num_tokens: int, spans: Sequence[tuple[int, Grid]]
+    ) -> tuple[npt.NDArray[np.int64], int]:
+        """
+        M-RoPE positions of a whole prompt.
+
+        Args:
+            spans: for each picture or clip, in order: where its placeholders start, and its grid.
+
+        Returns:
+            positions: (3, num_tokens), int64.
+            delta: what generated tokens add to their row in the slab to get their position.
+        """
+        pieces, row, at = [], 0, 0
+        for start, grid in spans:
+            pieces.append(np.tile(np.arange(at, at + start - row), (3, 1)))
+            at += start - row
+            pieces.append(token_positions(grid, at))
+            at = next_position(grid, at)
+            row = start + grid.num_tokens
+        pieces.append(np.tile(np.arange(at, at + num_tokens - row), (3, 1)))
+        positions = np.concatenate(pieces, axis=1).astype(np.int64)
+        return positions, int(positions.max()) + 1 - num_tokens
+
+    def attach(self, model: nn.Module) -> None:
+        """
+        Take a loaded model's encoder: the patch embedding becomes one Linear on uint8 pixels.
+
+        The convolution's kernel is its stride, so it is a Linear; mean, deviation and 1/255 are
+        folded into it, and for a still picture, whose two frames are equal, its halves are summed.
+        """
+        self._visual = model.model.visual  # type: ignore[union-attr]
+        weight = self._visual.patch_embed.proj.weight.detach()  # type: ignore[union-attr]
+        exact = weight.double().flatten(3)  # (embed, 3, TEMPORAL, PATCH_PX**2)
+        mean, std = (
+            torch.tensor(x, dtype=torch.float64, device=weight.device).view(1, 3, 1, 1)
+            for x in (self.mean, self.std)
+        )
+        scaled = exact / (255 * std)
+        self._clip_weight = scaled.flatten(1).to(weight.dtype)
+        self._still_weight = scaled.sum(2).flatten(1).to(weight.dtype)
+        self._patch_bias = -(exact * mean / std).flatten(1).sum(1).to(weight.dtype)
+        self._visual.patch_embed = nn.Identity()  # type: ignore[union-attr]
+
+    @torch.inference_mode()
+    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
+        """
+        Run the encoder once over many pictures and clips of any sizes, packed into one row.
+
+        Returns:
+            For each, (num_tokens, hidden_size), on the model's device.
+        """
+        order = sorted(range(len(visuals)), key=lambda i: (visuals[i].unit, visuals[i].grid.rows))
+        packed = [visuals[i] for i in order]
+        embedded = torch.cat([self._embed(visual) for visual in packed])
+        device = embedded.device
+        positions = np.concatenate([patch_positions(visual.grid) for visual in packed])
+        units = [unit for v in packed for unit in [v.unit] * v.grid.times]
+        grids = torch.tensor([[v.grid.times, v.grid.rows, v.grid.columns] for v in packed])
+        with using(VisionContext(_runs(units))):
+            features = self._visual(
+                embedded,
+                grid_thw=grids,
+                position_ids=torch.from_numpy(positions).to(device),
+                cu_seqlens=torch.tensor([0, *np.cumsum(units)], dtype=torch.int32, device=device),
+                max_seqlen=max(units),
+            ).pooler_output
+        pieces = features.split([visual.grid.num_tokens for visual in packed])
+        found: list[Tensor] = [features] * len(visuals)
+        for index, piece in zip(order, pieces, strict=True):
+            found[index] = piece
+        return found
+
+    def _embed(self, visual: Visual) -> Tensor:
+        is_clip = visual.patches.shape[1] == 3 * TEMPORAL * PATCH_PX**2
+        weight = self._clip_weight if is_clip else self._still_weight
+        pixels = torch.from_numpy(visual.patches).to(weight.device, non_blocking=True)
+        return F.linear(pixels.to(weight.dtype), weight, self._patch_bias)
+
+
+def _runs(units: Sequence[int]) -> list[tuple[int, int]]:
+    """(how many, how large) of neighbours of equal size."""
+    return [(len(list(group)), size) for size, group in groupby(units)]
+
+
+def _area_of(processor: Mapping[str, Any]) -> AreaLimits:
+    """The limits in either of the two forms in which checkpoints write them."""
+    size = processor.get("size") or {}
+    default = AreaLimits()
+    return AreaLimits(
+        processor.get("min_pixels") or size.get("shortest_edge") or default.min_pixels,
+        processor.get("max_pixels") or size.get("longest_edge") or default.max_pixels,
+    )
