@@ -1,0 +1,221 @@
+"""
+Attention inside unmodified transformers modules: which token sees which rows is known only here.
+
+The modules are called on one row of tokens, (1, tokens, hidden), that belong to many sequences; the
+engine says through a context, set around the call, whose they are. Two functions are registered
+with transformers, one for text and one for vision encoders. Their names contain `flash`, because
+encoders split their input by picture, with a wait for the device in every layer, for any other name.
+
+Axes: T tokens of one call, heads, kv_heads, dim. K and V of a layer: (rows, kv_heads, dim).
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+TEXT_ATTENTION = "darkroom_flash_text"
+VISION_ATTENTION = "darkroom_flash_vision"
+
+
+@dataclass(frozen=True, slots=True)
+class TextContext:
+    """
+    Whose tokens a text call holds.
+
+    Attributes:
+        keys, values: one (rows, kv_heads, dim) tensor a layer.
+        write_rows: (T,), int64: the row that each token's key and value go to.
+        starts: first row of each sequence's slab.
+        lens: rows in use by each sequence once this call has written.
+        num_queries: tokens of each sequence in this call; they are its last ones.
+        device_spans: the same as int32 tensors (query_starts, slab_starts, lens), for the kernels
+            that read them on the device; None where the loop below is used.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    write_rows: Tensor
+    starts: Sequence[int]
+    lens: Sequence[int]
+    num_queries: Sequence[int]
+    device_spans: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VisionContext:
+    """
+    Attributes:
+        runs: (num_pictures, num_patches each) of neighbours of equal size, in order; a frame pair
+            of a video counts as a picture.
+    """
+
+    runs: Sequence[tuple[int, int]]
+
+
+class _Current(threading.local):
+    text: TextContext | None = None
+    vision: VisionContext | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def using(context: TextContext | VisionContext) -> Iterator[None]:
+    """Set the context of the calls inside the block, in this thread alone."""
+    name = "text" if isinstance(context, TextContext) else "vision"
+    setattr(_current, name, context)
+    try:
+        yield
+    finally:
+        setattr(_current, name, None)
+
+
+def attend_text(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_ignored: Any,
+) -> tuple[Tensor, None]:
+    """
+    Store this call's keys and values in their rows, then attend over each sequence's own rows.
+
+    Args:
+        query: (1, heads, T, dim). key, value: (1, kv_heads, T, dim).
+
+    Returns:
+        (1, T, heads, dim), and no weights.
+    """
+    context = _current.text
+    assert context is not None and attention_mask is None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = context.keys[layer], context.values[layer]
+    keys.index_copy_(0, context.write_rows, key[0].transpose(0, 1))
+    values.index_copy_(0, context.write_rows, value[0].transpose(0, 1))
+    if context.device_spans is not None:
+        return _attend_flash(query, keys, values, context, scaling), None
+    if len(context.lens) == query.shape[2]:
+        return _attend_decode(query, keys, values, context, scaling), None
+    return _attend_prefill(query, key, value, context, scaling), None
+
+
+def _attend_prefill(
+    query: Tensor, key: Tensor, value: Tensor, context: TextContext, scaling: float | None
+) -> Tensor:
+    """Whole prompts, one after the other; nothing of them was in the rows before."""
+    sizes = list(context.num_queries)
+    attended = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+def _attend_decode(
+    query: Tensor, keys: Tensor, values: Tensor, context: TextContext, scaling: float | None
+) -> Tensor:
+    """
+    One token a sequence. The heads of a group stand as query rows of their KV head: no copy of K
+    and V for each head, and no padding to the longest sequence.
+    """
+    _, heads, num_seqs, dim = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query[0].transpose(0, 1).reshape(num_seqs, kv_heads, heads // kv_heads, dim)
+    attended = [
+        F.scaled_dot_product_attention(
+            grouped[index : index + 1],
+            keys[start : start + length].transpose(0, 1)[None],
+            values[start : start + length].transpose(0, 1)[None],
+            scale=scaling,
+        )
+        for index, (start, length) in enumerate(zip(context.starts, context.lens, strict=True))
+    ]
+    return torch.cat(attended).reshape(1, num_seqs, heads, dim)
+
+
+def _attend_flash(
+    query: Tensor, keys: Tensor, values: Tensor, context: TextContext, scaling: float | None
+) -> Tensor:
+    """
+    Prefill and decode in one kernel over all sequences, on a GPU in half precision.
+
+    The operator is private to torch: `can_use_flash` asks for it by name, and a GPU test compares it
+    with the loops above. The kernel takes each slab's offset from the starts, which need not rise,
+    and its length from `seqused_k`.
+    """
+    assert context.device_spans is not None
+    query_starts, slab_starts, lens = context.device_spans
+    attended, *_ = torch.ops.aten._flash_attention_forward(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        query_starts,
+        slab_starts,
+        max(context.num_queries),
+        max(context.lens),
+        0.0,
+        True,
+        False,
+        scale=scaling,
+        seqused_k=lens,
+    )
+    return attended[None]  # type: ignore[no-any-return]
+
+
+def can_use_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's own FlashAttention takes these tensors."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and hasattr(torch.ops.aten, "_flash_attention_forward")
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def attend_vision(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_ignored: Any,
+) -> tuple[Tensor, None]:
+    """
+    Every patch attends to its own picture: neighbours of equal size as one dense batch.
+
+    Args:
+        query, key, value: (1, heads, patches, dim).
+
+    Returns:
+        (1, patches, heads, dim), and no weights.
+    """
+    context = _current.vision
+    assert context is not None and attention_mask is None
+    attended, start = [], 0
+    for num_pictures, num_patches in context.runs:
+        end = start + num_pictures * num_patches
+        q, k, v = (
+            x[0, :, start:end].unflatten(1, (num_pictures, num_patches)).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        attended.append(out.transpose(1, 2).flatten(0, 1))
+        start = end
+    return torch.cat(attended)[None], None
+
+
+AttentionInterface.register(TEXT_ATTENTION, attend_text)
+AttentionInterface.register(VISION_ATTENTION, attend_vision)

@@ -1,0 +1,187 @@
+"""
+A checkpoint on disk or in the hub's cache: its configs, tokenizer, template and weights.
+
+Everything cheap is read and checked before the weights are, so that a wrong folder costs a moment.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers.utils import cached_file
+
+from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
+from engine.config import EngineConfig
+from engine.errors import BadConfig
+from engine.families.qwen2_vl import Qwen2VL
+
+# The family and the class of the weights for each `model_type` of a config.json.
+FAMILIES: dict[str, tuple[type[Qwen2VL], type[Any]]] = {
+    "qwen2_vl": (Qwen2VL, Qwen2VLForConditionalGeneration),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """
+    Attributes:
+        config: transformers' config object.
+        tokenizer: a fast tokenizer.
+        family: bound to the config; `load_weights` attaches the encoder.
+        generation: the author's sampling defaults, as in generation_config.json.
+        eos_token_ids: ids that end an output.
+        dtype, device: as computed from the engine's config.
+        revision: the commit, where the hub's cache knows it.
+    """
+
+    source: str
+    config: Any
+    tokenizer: Any
+    family: Qwen2VL
+    generation: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    revision: str | None
+
+
+def read_checkpoint(engine: EngineConfig) -> Checkpoint:
+    """
+    Read all of a checkpoint but its weights.
+
+    Raises:
+        BadConfig: not found, not supported, or without a part that is needed.
+    """
+    source = engine.folder_or_id
+    options = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
+    config = _read("a config.json", engine, lambda: AutoConfig.from_pretrained(source, **options))
+    if config.model_type not in FAMILIES:
+        raise BadConfig(
+            f"The model type {config.model_type!r} is not supported yet: "
+            f"use {', '.join(sorted(FAMILIES))}."
+        )
+    tokenizer = _read(
+        "a tokenizer",
+        engine,
+        lambda: AutoTokenizer.from_pretrained(engine.tokenizer or source, **options),
+    )
+    if not tokenizer.is_fast:
+        raise BadConfig("The model's tokenizer has no fast form (tokenizer.json), which is needed.")
+    processor = _read_json(engine, "preprocessor_config.json")
+    if processor is None:
+        raise BadConfig("The model has no preprocessor_config.json, so its pictures have no size.")
+    family = FAMILIES[config.model_type][0](
+        config, processor, _read_json(engine, "video_preprocessor_config.json")
+    )
+    generation = _read_json(engine, "generation_config.json") or {}
+    device = _device(engine)
+    return Checkpoint(
+        source,
+        config,
+        tokenizer,
+        family,
+        generation,
+        _eos_token_ids(config, generation, tokenizer),
+        _dtype(engine, config, device),
+        device,
+        getattr(config, "_commit_hash", None),
+    )
+
+
+def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> nn.Module:
+    """
+    Load the weights, ready to run: on the device, attention through our functions.
+
+    Raises:
+        BadConfig: no safetensors, or weights that do not fit the config.
+    """
+    model_class = FAMILIES[checkpoint.config.model_type][1]
+    # A config that names our attention could not build a second model, so the model gets a copy.
+    config = copy.deepcopy(checkpoint.config)
+    model = _read(
+        "weights in safetensors",
+        engine,
+        lambda: model_class.from_pretrained(
+            checkpoint.source,
+            config=config,
+            revision=engine.revision,
+            dtype=checkpoint.dtype,
+            use_safetensors=True,
+        ),
+    )
+    prepare_model(model, checkpoint)
+    return model  # type: ignore[no-any-return]
+
+
+def prepare_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Move a built model to the device and route its attention through our functions."""
+    model.eval().requires_grad_(False).to(checkpoint.device)
+    # Set after construction: from_pretrained would look for an installed flash-attn by this name.
+    model.config.text_config._attn_implementation = TEXT_ATTENTION  # type: ignore[union-attr]
+    model.config.vision_config._attn_implementation = VISION_ATTENTION  # type: ignore[union-attr]
+    checkpoint.family.attach(model)
+
+
+def _read(what: str, engine: EngineConfig, load: Callable[[], Any]) -> Any:
+    """Vendor errors stop here: their texts name paths and hosts, ours name what is missing."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise BadConfig(
+            f"The model {engine.model!r} cannot be loaded: {what} was not found there or cannot "
+            "be read. Give a checkpoint folder, a hub id that is in the cache, or darkroom-tiny."
+        ) from error
+
+
+def _read_json(engine: EngineConfig, name: str) -> dict[str, Any] | None:
+    """One of the checkpoint's JSON files, or None where it has none of that name."""
+    path = cached_file(
+        engine.folder_or_id,
+        name,
+        revision=engine.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return None
+    content = _read(f"its {name}", engine, lambda: json.loads(Path(path).read_text("utf-8")))
+    return content if isinstance(content, dict) else None
+
+
+def _device(engine: EngineConfig) -> torch.device:
+    name = engine.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadConfig(f"device must be auto, cpu or cuda, got {name!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadConfig("device is cuda, but torch sees no GPU. Use device='cpu'.")
+    return device
+
+
+def _dtype(engine: EngineConfig, config: Any, device: torch.device) -> torch.dtype:
+    if engine.dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        found = config.dtype if config.dtype is not None else torch.bfloat16
+        return found if isinstance(found, torch.dtype) else getattr(torch, str(found))  # type: ignore[no-any-return]
+    names = {"float": "float32", "half": "float16"}
+    return getattr(torch, names.get(engine.dtype, engine.dtype))  # type: ignore[no-any-return]
+
+
+def _eos_token_ids(config: Any, generation: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """All that may end an output: generation_config.json first, then the model's and tokenizer's."""
+    found = generation.get("eos_token_id")
+    if found is None:
+        found = [getattr(config.text_config, "eos_token_id", None), tokenizer.eos_token_id]
+    ids = found if isinstance(found, list) else [found]
+    return tuple(dict.fromkeys(index for index in ids if index is not None))

@@ -1,0 +1,174 @@
+"""
+What an engine is built with: one frozen value, checked before anything is loaded.
+
+The environment is never read here; whoever starts the process passes values in.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.errors import BadConfig
+
+BUNDLED_MODEL = "darkroom-tiny"
+BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / BUNDLED_MODEL
+MODALITIES = ("image", "video")
+LIMIT_OPTIONS = ("count", "width", "height", "num_frames")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float", "half")
+DEFAULT_LIMITS = {"image": 1, "video": 1}
+
+# Words of vLLM's constructor that have no use here: accepted, and said once in the log.
+UNUSED_WORDS = (
+    "tokenizer_mode",
+    "quantization",
+    "swap_space",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "disable_log_stats",
+    "task",
+    "runner",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """
+    Attributes:
+        model: a checkpoint folder, a hub id, or `darkroom-tiny` for the bundled model.
+        tokenizer: folder or hub id of another tokenizer; None for the model's own.
+        revision: of a hub id.
+        trust_remote_code: whether code that lies beside the weights may run.
+        dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU, where it is exact.
+        device: "auto" is the GPU where there is one.
+        seed: of random draws whose request names none.
+        limits: pictures and videos that one prompt may hold.
+        max_model_len: prompt and output together, in tokens; None for the model's own maximum.
+        max_num_seqs: sequences that decode together.
+        max_prefill_tokens: prompt tokens of one prefill call; a longer prompt gets a call alone.
+        kv_bytes: memory for KV rows; None for a share of what the device has free.
+        gpu_memory_utilization: that share, of the whole device, 0 to 1.
+        min_pixels, max_pixels: area of a picture after resampling; None for the checkpoint's.
+        chat_template: Jinja text instead of the tokenizer's own.
+        num_media_threads: threads that decode and resample; None for the cores that are there.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    limits: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_prefill_tokens: int = 8192
+    kv_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    chat_template: str | None = None
+    num_media_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise BadConfig("model must name a checkpoint folder, a hub id, or darkroom-tiny.")
+        if self.dtype not in DTYPES:
+            raise BadConfig(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        for name in ("max_model_len", "kv_bytes", "min_pixels", "max_pixels", "num_media_threads"):
+            _check_positive(name, getattr(self, name), may_be_none=True)
+        for name in ("max_num_seqs", "max_prefill_tokens"):
+            _check_positive(name, getattr(self, name), may_be_none=False)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise BadConfig(
+                f"gpu_memory_utilization must be over 0 and at most 1, got "
+                f"{self.gpu_memory_utilization}."
+            )
+
+    @property
+    def folder_or_id(self) -> str:
+        """Where transformers finds the checkpoint."""
+        if self.model == BUNDLED_MODEL and not Path(self.model).is_dir():
+            return str(BUNDLED_FOLDER)
+        return self.model
+
+
+def _check_positive(name: str, value: object, *, may_be_none: bool) -> None:
+    if value is None and may_be_none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadConfig(f"{name} must be a whole number of 1 or more, got {value!r}.")
+
+
+def parse_limits(given: Mapping[str, Any] | None) -> dict[str, int]:
+    """
+    Read `limit_mm_per_prompt` in both of vLLM's forms.
+
+    Args:
+        given: `{"image": 4}` or `{"image": {"count": 4, "width": 512, "height": 512}}`, or mixed.
+            Only `count` refuses a prompt. A modality that is left out keeps its default of 1.
+
+    Raises:
+        BadConfig: an unknown modality or option, or a count that is no whole number of 0 or more.
+    """
+    limits = dict(DEFAULT_LIMITS)
+    for modality, limit in (given or {}).items():
+        if modality not in MODALITIES:
+            raise BadConfig(
+                f"limit_mm_per_prompt has an unknown modality {modality!r}: "
+                f"use {' or '.join(MODALITIES)}."
+            )
+        limits[modality] = _count_of(modality, limit)
+    return limits
+
+
+def _count_of(modality: str, limit: object) -> int:
+    where = f"limit_mm_per_prompt[{modality!r}]"
+    count = limit
+    if isinstance(limit, Mapping):
+        unknown = [option for option in limit if option not in LIMIT_OPTIONS]
+        if unknown:
+            raise BadConfig(
+                f"{where} has an unknown option {unknown[0]!r}: use {', '.join(LIMIT_OPTIONS)}."
+            )
+        for option, value in limit.items():
+            if option != "count":
+                _check_positive(f"{where}[{option!r}]", value, may_be_none=False)
+        count = limit.get("count", DEFAULT_LIMITS[modality])
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise BadConfig(f"{where} must be a whole number of 0 or more, got {count!r}.")
+    return count
+
+
+def parse_area(given: Mapping[str, Any] | None) -> dict[str, int]:
+    """
+    Read `min_pixels` and `max_pixels` out of `mm_processor_kwargs`, in any of its usual scopes.
+
+    Raises:
+        BadConfig: another key, which would otherwise be dropped in silence.
+    """
+    area: dict[str, int] = {}
+    for key, value in (given or {}).items():
+        if key in ("images_kwargs", "videos_kwargs") and isinstance(value, Mapping):
+            area |= parse_area(value)
+        elif key == "size" and isinstance(value, Mapping):
+            names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+            area |= parse_area({names.get(edge, edge): pixels for edge, pixels in value.items()})
+        elif key in ("min_pixels", "max_pixels"):
+            _check_positive(f"mm_processor_kwargs[{key!r}]", value, may_be_none=False)
+            area[key] = value
+        else:
+            raise BadConfig(
+                f"mm_processor_kwargs has the key {json.dumps(str(key)[:40])}, which this model "
+                "does not take: use min_pixels and max_pixels."
+            )
+    return area
+
+
+def nearest_word(word: str, known: list[str]) -> str:
+    """A hint for an unknown constructor word: the known one that looks most like it."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""

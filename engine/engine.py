@@ -1,0 +1,408 @@
+"""
+Requests in, results out, each the moment it is ready: the loop that owns the device.
+
+Media threads prepare requests ahead, bounded in number; `step` admits what is ready, runs one batch
+and takes its tokens. Whatever goes wrong with one request becomes its own result: every request
+ends in exactly one, and none of them as an exception through the loop.
+"""
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.errors import BadConfig, EngineError, EngineFailure
+from engine.inputs import Request
+from engine.processor import Prepared, Processor
+from engine.request import FinishReason, Metrics, Result, SamplingParams, Stamp, find_flags
+from engine.runner import Runner, num_kv_rows
+from engine.sampler import NO_TOKEN, Sampled, Sampler
+from engine.scheduler import Batch, Scheduler
+from engine.sequence import Sequence
+from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
+from engine.text import Detokenizer, decode_token
+
+logger = logging.getLogger(__name__)
+
+NUM_PREPARED_AHEAD = 32  # requests in media threads or waiting with their patches, beside running
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """One request on its way, and where its result goes."""
+
+    number: int
+    request: Request
+    sink: deque[Result]
+    arrival_time: float
+    arrived: float  # perf_counter
+    prepared: Prepared | None = None
+    sequences: list[Sequence] = field(default_factory=list)
+    seed: int | None = None
+    queued_ts: float | None = None
+    scheduled_ts: float | None = None
+    first_token_ts: float | None = None
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.sequences)
+
+
+class Engine:
+    """
+    Args:
+        config: as the caller gave it.
+        checkpoint: read, not loaded.
+        model: its weights, prepared for our attention.
+    """
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, model: nn.Module) -> None:
+        self.checkpoint = checkpoint
+        self.defaults = SamplingParams.from_generation_config(checkpoint.generation)
+        self.max_model_len = _max_model_len(config, checkpoint)
+        rows = _plan_rows(config, checkpoint, self.max_model_len)
+        self._config = config
+        self._processor = Processor(config, checkpoint, self.max_model_len, self.defaults)
+        self._scheduler = Scheduler(
+            SlabAllocator(rows), config.max_num_seqs, config.max_prefill_tokens
+        )
+        self._runner = Runner(checkpoint, model, rows)
+        vocab_size = checkpoint.config.text_config.vocab_size
+        self._sampler = Sampler(vocab_size, checkpoint.device)
+        self._pool = ThreadPoolExecutor(
+            config.num_media_threads or _num_cores(), thread_name_prefix="media"
+        )
+        self._preparing: dict[Future[Prepared], _Ticket] = {}
+        self._tickets: dict[int, _Ticket] = {}
+        self._numbers = itertools.count()
+        # One thread at a time steps; a result goes to the stream that asked, whoever stepped.
+        self._lock = threading.RLock()
+        logger.info(
+            "engine_ready model=%s device=%s dtype=%s max_model_len=%d kv_rows=%d",
+            config.model,
+            checkpoint.device,
+            checkpoint.dtype,
+            self.max_model_len,
+            rows,
+        )
+
+    # --- the stream ----------------------------------------------------------------------------------
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """
+        Run requests as they come; yield results as they finish, in no order.
+
+        Requests are pulled a little ahead of the work and no further, so the iterable may be endless.
+        Closing the iterator aborts what it has in flight.
+        """
+        source = iter(requests)
+        sink: deque[Result] = deque()
+        mine: set[int] = set()
+        has_more = True
+        try:
+            while True:
+                with self._lock:
+                    while has_more and self._has_room():
+                        request = next(source, None)
+                        if request is None:
+                            has_more = False
+                        else:
+                            mine.add(self.add(request, sink))
+                    if not sink:
+                        self.step()
+                while sink:
+                    yield sink.popleft()
+                mine &= self._tickets.keys()
+                if not has_more and not mine and not sink:
+                    return
+        finally:
+            for number in mine:
+                self.abort(number)
+
+    def _has_room(self) -> bool:
+        waiting = len(self._preparing) + self._scheduler.num_waiting
+        return waiting < NUM_PREPARED_AHEAD
+
+    def add(self, request: Request, sink: deque[Result]) -> int:
+        """Take one request; its result will be appended to `sink`. Returns its ticket."""
+        with self._lock:
+            number = next(self._numbers)
+            if not request.request_id:
+                request = replace(request, request_id=str(number))
+            ticket = _Ticket(number, request, sink, time.time(), time.perf_counter())
+            self._tickets[number] = ticket
+            self._preparing[self._pool.submit(self._processor.prepare, request)] = ticket
+            return number
+
+    def abort(self, number: int) -> None:
+        """Drop a request, wherever it is, without a result. Unknown tickets are finished ones."""
+        with self._lock:
+            ticket = self._tickets.pop(number, None)
+            if ticket is None:
+                return
+            for future in [f for f, t in self._preparing.items() if t is ticket]:
+                future.cancel()
+                del self._preparing[future]
+            for sequence in ticket.sequences:
+                if not sequence.is_finished:
+                    self._scheduler.finish(sequence)
+
+    # --- one step ------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Admit what is ready, run one batch, take its tokens, and hand out what is finished."""
+        with self._lock:
+            self._collect()
+            if self._scheduler.has_work:
+                batch = self._scheduler.schedule()
+                self._run(batch)
+
+    def _collect(self) -> None:
+        """Queue what the media threads have prepared; wait only where there is nothing to run."""
+        if not self._preparing:
+            return
+        timeout = 0 if self._scheduler.has_work else None
+        done, _ = wait(self._preparing, timeout, FIRST_COMPLETED)
+        for future in [future for future in self._preparing if future in done]:
+            ticket = self._preparing.pop(future)
+            try:
+                self._queue(ticket, future.result())
+            except EngineError as error:
+                self._fail(ticket, error)
+            except Exception:
+                # The edge of a media thread: a fault of ours or of a library in one request must
+                # not end the others. The log has the trace, the client gets no part of it.
+                logger.exception("prepare_failed request=%s", ticket.request.request_id)
+                self._fail(ticket, EngineFailure())
+
+    def _queue(self, ticket: _Ticket, prepared: Prepared) -> None:
+        ticket.prepared = prepared
+        ticket.queued_ts = time.perf_counter()
+        params = prepared.params
+        if not params.greedy:
+            ticket.seed = self._config.seed if params.seed is None else params.seed
+            if params.seed is None:  # another draw for each request, the same for the same order
+                ticket.seed = (self._config.seed << 32) + ticket.number
+        for index in range(params.n):
+            sequence = Sequence(
+                ticket.number,
+                prepared,
+                index,
+                ticket.seed or 0,
+                self.checkpoint.eos_token_ids,
+                Detokenizer(self.checkpoint.tokenizer, params, streaming=False),
+                ticket.request.priority,
+            )
+            ticket.sequences.append(sequence)
+            self._scheduler.add(sequence)
+
+    def _run(self, batch: Batch) -> None:
+        started = time.perf_counter()
+        run = self._runner.prefill if batch.is_prefill else self._runner.decode
+        for sequences, logits in self._guarded(run, batch.sequences):
+            self._take(sequences, logits)
+        took_ms = (time.perf_counter() - started) * 1000 / max(1, len(batch.sequences))
+        for sequence in batch.sequences:
+            ticket = self._tickets.get(sequence.ticket)
+            if ticket is None:
+                continue
+            if batch.is_prefill:
+                ticket.scheduled_ts = ticket.scheduled_ts or started
+                ticket.prefill_ms += took_ms
+            else:
+                ticket.decode_ms += took_ms
+        self._hand_out(batch.sequences)
+
+    def _guarded(
+        self, run: Callable[[list[Sequence]], Tensor], sequences: list[Sequence]
+    ) -> Iterator[tuple[list[Sequence], Tensor]]:
+        """
+        Run a batch; where it fails, its halves, and so on down to the one that cannot run.
+
+        Every call may be repeated: it writes the same rows with the same values.
+        """
+        try:
+            yield sequences, run(sequences)
+        except Exception:
+            # The edge of the device: out of memory, or a request that breaks a kernel. Torch and
+            # drivers raise too many types to name; the log has the trace.
+            if len(sequences) == 1:
+                logger.exception("sequence_failed ticket=%d", sequences[0].ticket)
+                self._fail_sequence(sequences[0])
+                return
+            logger.warning("batch_halved num_sequences=%d", len(sequences), exc_info=True)
+            if self.checkpoint.device.type == "cuda":
+                torch.cuda.empty_cache()
+            middle = len(sequences) // 2
+            yield from self._guarded(run, sequences[:middle])
+            yield from self._guarded(run, sequences[middle:])
+
+    def _take(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Choose each sequence's next token, and push it."""
+        sampled = self._sampler.sample(logits, [s.sampling_row() for s in sequences])
+        self._note_logprobs(sequences, sampled)
+        for sequence, token_id in zip(sequences, sampled.tolist(), strict=True):
+            if token_id == NO_TOKEN:
+                self._fail_sequence(sequence)
+                continue
+            sequence.push(token_id)
+
+    def _note_logprobs(self, sequences: list[Sequence], sampled: Sampled) -> None:
+        wanted = [s.prepared.params for s in sequences]
+        if all(p.logprobs is None and p.logprob_token_ids is None for p in wanted):
+            return
+        rows = zip(sequences, sampled.tolist(), sampled.logprobs(), strict=True)
+        for sequence, token_id, found in rows:
+            if found is None or token_id == NO_TOKEN:
+                continue
+            sequence.logprobs.append(found.by_id(token_id, self._decode_token))
+            sequence.cumulative_logprob += found.logprob
+
+    def _decode_token(self, token_id: int) -> str:
+        return decode_token(self.checkpoint.tokenizer, token_id)
+
+    # --- results ---------------------------------------------------------------------------------------
+
+    def _hand_out(self, sequences: list[Sequence]) -> None:
+        now = time.perf_counter()
+        for sequence in sequences:
+            ticket = self._tickets.get(sequence.ticket)
+            if ticket is None:
+                continue  # another of its outputs failed, and the request with it
+            ticket.first_token_ts = ticket.first_token_ts or now
+            if sequence.is_finished:
+                self._scheduler.finish(sequence)
+                if ticket.is_finished:
+                    self._finish(ticket)
+
+    def _finish(self, ticket: _Ticket) -> None:
+        prepared = ticket.prepared
+        assert prepared is not None
+        outputs = tuple(sequence.output() for sequence in ticket.sequences)
+        del self._tickets[ticket.number]
+        ticket.sink.append(
+            Result(
+                request_id=ticket.request.request_id,
+                prompt=prepared.prompt,
+                prompt_token_ids=tuple(prepared.token_ids),
+                outputs=outputs,
+                metrics=self._metrics(ticket, sum(len(o.token_ids) for o in outputs)),
+                images=prepared.images,
+                stamp=self._stamp(prepared.params, ticket.seed),
+                flags=find_flags(prepared.params, outputs),
+                num_cached_tokens=0,
+            )
+        )
+
+    def _fail_sequence(self, sequence: Sequence) -> None:
+        sequence.finish_reason = FinishReason.ERROR
+        ticket = self._tickets.get(sequence.ticket)
+        if ticket is not None:
+            self._fail(ticket, EngineFailure())
+
+    def _fail(self, ticket: _Ticket, error: EngineError) -> None:
+        """End a request with an error, and take its other outputs out of the work."""
+        self._tickets.pop(ticket.number, None)
+        for sequence in ticket.sequences:
+            sequence.finish_reason = sequence.finish_reason or FinishReason.ABORT
+            if sequence.start is not None or sequence.finish_reason == FinishReason.ABORT:
+                self._scheduler.finish(sequence)
+        prepared, request = ticket.prepared, ticket.request
+        prompt = request.prompt if isinstance(request.prompt, str) else None
+        ticket.sink.append(
+            Result.failed(
+                request.request_id,
+                error,
+                prompt=prepared.prompt if prepared else prompt,
+                prompt_token_ids=tuple(prepared.token_ids) if prepared else None,
+                metrics=self._metrics(ticket, 0),
+                images=prepared.images if prepared else (),
+                stamp=self._stamp(prepared.params, ticket.seed) if prepared else None,
+            )
+        )
+
+    def _metrics(self, ticket: _Ticket, num_tokens: int) -> Metrics:
+        first = ticket.first_token_ts
+        return Metrics(
+            arrival_time=ticket.arrival_time,
+            queued_ts=ticket.queued_ts,
+            scheduled_ts=ticket.scheduled_ts,
+            first_token_ts=first,
+            last_token_ts=time.perf_counter() if first else None,
+            first_token_latency=first - ticket.arrived if first else None,
+            num_generation_tokens=num_tokens,
+            preprocess_ms=ticket.prepared.preprocess_ms if ticket.prepared else None,
+            prefill_ms=ticket.prefill_ms if first else None,
+            decode_ms=ticket.decode_ms if first else None,
+        )
+
+    def _stamp(self, params: SamplingParams, seed: int | None) -> Stamp:
+        return Stamp(
+            model=self._config.model,
+            revision=self.checkpoint.revision,
+            dtype=str(self.checkpoint.dtype).removeprefix("torch."),
+            device=self.checkpoint.device.type,
+            engine_version=_version(),
+            sampling=asdict(params),
+            seed=seed,
+            trust_remote_code=self._config.trust_remote_code,
+        )
+
+    def close(self) -> None:
+        """Stop the media threads. What is in flight is dropped."""
+        for number in list(self._tickets):
+            self.abort(number)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _max_model_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    most: int = checkpoint.config.text_config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > most:
+        raise BadConfig(
+            f"max_model_len={config.max_model_len} is more than the model's maximum of {most} "
+            "positions. Give at most that."
+        )
+    return config.max_model_len or most
+
+
+def _plan_rows(config: EngineConfig, checkpoint: Checkpoint, max_model_len: int) -> int:
+    """KV rows to allocate; at least one sequence of the greatest length must fit."""
+    longest = -(-max_model_len // ROW_STEP) * ROW_STEP
+    rows = num_kv_rows(
+        checkpoint,
+        wanted=longest * config.max_num_seqs + NUM_SCRATCH_ROWS,
+        kv_bytes=config.kv_bytes,
+        utilization=config.gpu_memory_utilization,
+    )
+    if rows < longest + NUM_SCRATCH_ROWS:
+        raise BadConfig(
+            f"The memory for KV rows holds {max(0, rows - NUM_SCRATCH_ROWS)} tokens, but one "
+            f"sequence may have max_model_len={max_model_len}. Lower max_model_len, or raise "
+            "gpu_memory_utilization or kv_cache_memory_bytes."
+        )
+    return rows
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, which a container's quota can make fewer than there are."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("darkroom")
+    except metadata.PackageNotFoundError:
+        return "0"

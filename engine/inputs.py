@@ -1,0 +1,503 @@
+"""
+What callers hand in, in all the forms that vLLM's users know, as one kind of value: `Request`.
+
+Shapes and keys are checked here, pixels are not: a picture may still be a file's bytes or a callable
+that fetches it, and is only decoded in `read_picture` and `read_clip`, in a media thread.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine.errors import (
+    BadEmbeddings,
+    BadPrompt,
+    EngineError,
+    MediaRefused,
+    UnsupportedModality,
+    UnsupportedPart,
+)
+from engine.request import SamplingParams
+from media import data_url, images, video
+from media.decoded import Frames, RGBImage
+from media.errors import MediaError
+from media.limits import IMAGE_LIMITS, VIDEO_LIMITS
+
+PROMPT_KEYS = (
+    "prompt",
+    "prompt_token_ids",
+    "multi_modal_data",
+    "mm_processor_kwargs",
+    "multi_modal_uuids",
+    "media_io_kwargs",
+    "cache_salt",
+)
+PART_TYPES = (
+    "text",
+    "input_text",
+    "image_url",
+    "input_image",
+    "image",
+    "image_pil",
+    "image_embeds",
+    "video_url",
+    "video",
+)
+AREA_KEYS = ("min_pixels", "max_pixels")
+EMBEDS_FIELDS = ("image_embeds", "image_grid_thw")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """
+    One picture on its way in.
+
+    Attributes:
+        source: RGBImage, PIL image, uint8 array, encoded bytes, or a callable that returns one.
+        area: `min_pixels` and `max_pixels` for this picture alone.
+    """
+
+    source: Any
+    area: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Frames, a list of pictures, a 4-D array, or a callable that returns one of them."""
+
+    source: Any
+    area: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """
+    Features that the caller made in place of a picture.
+
+    Attributes:
+        features: (num_tokens, hidden), on any device.
+        grid: (times, rows, columns) in patches, where the caller gave it.
+    """
+
+    features: Tensor
+    grid: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UserText:
+    """A text whose special strings are words, not marks: it can never bind or shift a picture."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: its parts in order; a Picture or Clip stands where its placeholder belongs."""
+
+    role: str
+    parts: tuple[UserText | Picture | Clip | Embeddings, ...]
+    is_plain_text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """
+    One prompt with its pictures, for `LLM.stream`.
+
+    Give a `prompt` (with one placeholder for each picture) and `multi_modal_data`, or give
+    `messages`, which place pictures themselves. Nothing is checked here: a request that cannot be
+    read becomes its own failed result.
+
+    Attributes:
+        prompt: a text in the model's own format, token ids, or a dict of either and its data, in
+            any form that vLLM takes.
+        params: how to answer; None for the defaults of the call, then of the model.
+        request_id: the caller's name for it; "" lets the engine number it.
+        mm_processor_kwargs: `min_pixels` and `max_pixels` for this request's pictures.
+        priority: lower runs first.
+    """
+
+    prompt: Any = None
+    messages: Any = None
+    multi_modal_data: Any = None
+    params: SamplingParams | None = None
+    request_id: str = ""
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    priority: int = 0
+
+
+def unfold(request: Request) -> Request:
+    """
+    Read a prompt that came as a dict into the request's own fields; any other is returned as it is.
+
+    Raises:
+        BadPrompt: an unknown key.
+    """
+    form = request.prompt
+    if not isinstance(form, Mapping):
+        return request
+    unknown = [key for key in form if key not in PROMPT_KEYS]
+    if unknown:
+        raise BadPrompt(
+            f"has an unknown key {str(unknown[0])[:40]!r}",
+            remedy=f"Use {', '.join(PROMPT_KEYS[:4])}",
+        )
+    return replace(
+        request,
+        prompt=form.get("prompt_token_ids", form.get("prompt")),
+        multi_modal_data=form.get("multi_modal_data", request.multi_modal_data),
+        mm_processor_kwargs=form.get("mm_processor_kwargs") or request.mm_processor_kwargs,
+    )
+
+
+def is_token_ids(form: object) -> bool:
+    """A bare list of whole numbers is one prompt, not many."""
+    if not isinstance(form, Sequence) or isinstance(form, str | bytes) or not form:
+        return False
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in form)
+
+
+def is_conversation(form: object) -> bool:
+    """A list of `{"role", "content"}` dicts is one conversation; a list of such lists is many."""
+    return (
+        isinstance(form, Sequence)
+        and not isinstance(form, str | bytes)
+        and all(isinstance(message, Mapping) for message in form)
+    )
+
+
+# --- multi_modal_data ------------------------------------------------------------------------------
+
+
+def parse_media(given: Mapping[str, Any] | None) -> tuple[list[Picture | Embeddings], list[Clip]]:
+    """
+    Read `multi_modal_data`: pictures (or embeddings in their place) and clips, in order.
+
+    A 3-D torch tensor is embeddings (pictures, tokens, hidden), as in vLLM; one picture as a tensor
+    must be in a list, or 4-D.
+
+    Raises:
+        UnsupportedModality, BadPrompt, BadEmbeddings: what is there is nothing we know.
+    """
+    if given is None:
+        return [], []
+    if not isinstance(given, Mapping):
+        raise BadPrompt(
+            f"is a {type(given).__name__}",
+            where="multi_modal_data",
+            remedy='Give a dict such as {"image": image}',
+        )
+    for modality in given:
+        if modality not in ("image", "video"):
+            raise UnsupportedModality(modality)
+    pictures = [] if given.get("image") is None else _parse_pictures(given["image"])
+    clips = [] if given.get("video") is None else _parse_clips(given["video"])
+    return pictures, clips
+
+
+def _parse_pictures(given: Any) -> list[Picture | Embeddings]:
+    if isinstance(given, Mapping):
+        return _parse_picture_dict(given)
+    if isinstance(given, Tensor) and given.ndim == 3:
+        return [Embeddings(features) for features in given]
+    if isinstance(given, np.ndarray | Tensor) and given.ndim == 4:
+        return [Picture(item) for item in given]
+    if isinstance(given, list | tuple):
+        if given and all(isinstance(item, Tensor) and item.ndim == 2 for item in given):
+            return [Embeddings(features) for features in given]
+        return [picture for item in given for picture in _parse_item(item)]
+    return _parse_item(given)
+
+
+def _parse_item(item: Any) -> list[Picture | Embeddings]:
+    if isinstance(item, Mapping):
+        return _parse_picture_dict(item)
+    if not _is_picture(item):
+        raise BadPrompt(
+            f"holds a {type(item).__name__}",
+            where="multi_modal_data['image']",
+            remedy="Give a PIL image, an array of uint8, encoded bytes, or a list of them",
+        )
+    return [Picture(item)]
+
+
+def _is_picture(item: Any) -> bool:
+    if isinstance(item, np.ndarray | Tensor):
+        return item.ndim in (2, 3)
+    return isinstance(item, RGBImage | Image.Image | bytes | bytearray) or callable(item)
+
+
+def _parse_picture_dict(given: Mapping[str, Any]) -> list[Picture | Embeddings]:
+    """The Qwen form of embeddings, or `{"image": picture, "max_pixels": n}` for one picture."""
+    if "image" in given:
+        unknown = [key for key in given if key not in ("image", *AREA_KEYS)]
+        if unknown:
+            raise BadPrompt(
+                f"has an unknown key {str(unknown[0])[:40]!r}",
+                where="multi_modal_data['image']",
+                remedy="Use image, min_pixels, max_pixels",
+            )
+        area = parse_part_area(given)
+        found = _parse_item(given["image"])
+        return [Picture(p.source, area) if isinstance(p, Picture) else p for p in found]
+    if any(name not in given for name in EMBEDS_FIELDS):
+        raise BadEmbeddings.missing_fields(required=EMBEDS_FIELDS, found=map(str, given))
+    return _split_embeddings(given["image_embeds"], given["image_grid_thw"])
+
+
+def _split_embeddings(features: Any, grids: Any) -> list[Picture | Embeddings]:
+    """(total tokens, hidden) and (pictures, 3) -> one piece for each picture."""
+    features, grids = torch.as_tensor(features), torch.as_tensor(grids)
+    if features.ndim != 2 or grids.ndim != 2 or grids.shape[1] != 3:
+        raise BadEmbeddings(
+            "image_embeds must be (total tokens, hidden) and image_grid_thw (pictures, 3), got "
+            f"{tuple(features.shape)} and {tuple(grids.shape)}."
+        )
+    shapes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
+    sizes = [times * rows * columns // 4 for times, rows, columns in shapes]
+    if sum(sizes) != len(features) or any(size < 1 for size in sizes):
+        raise BadEmbeddings(
+            f"image_grid_thw stands for {sum(sizes)} tokens, but image_embeds has {len(features)}."
+        )
+    pieces = features.split(sizes)
+    return [Embeddings(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _parse_clips(given: Any) -> list[Clip]:
+    if _is_clip(given):
+        return [Clip(given)]
+    if isinstance(given, list | tuple) and given:
+        if all(_is_clip(item) for item in given):
+            return [Clip(item) for item in given]
+        if all(_is_picture(item) for item in given):
+            return [Clip(list(given))]
+    raise BadPrompt(
+        f"is a {type(given).__name__} that is no clip",
+        where="multi_modal_data['video']",
+        remedy="Give a list of frames, a 4-D array (frames, height, width, 3), or a list of clips",
+    )
+
+
+def _is_clip(item: Any) -> bool:
+    if isinstance(item, np.ndarray | Tensor):
+        return item.ndim == 4
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping):
+        return True  # (frames, metadata)
+    if isinstance(item, list) and item:
+        return all(_is_picture(frame) for frame in item) and not callable(item[0])
+    return isinstance(item, Frames) or (callable(item) and not isinstance(item, RGBImage))
+
+
+def parse_part_area(part: Mapping[str, Any]) -> dict[str, int]:
+    """`min_pixels` and `max_pixels` of one picture, where its part or dict names them."""
+    area = {}
+    for key in AREA_KEYS:
+        value = part.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadPrompt("is no whole number of 1 or more", where=key, remedy="Give pixels")
+        area[key] = value
+    return area
+
+
+# --- conversations ---------------------------------------------------------------------------------
+
+
+def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """
+    Read a conversation in OpenAI's form, with data URLs, or with pictures themselves.
+
+    Raises:
+        BadPrompt, UnsupportedPart: a message or part that is none.
+    """
+    if not is_conversation(messages) or not messages:
+        raise BadPrompt(
+            "is no list of messages",
+            where="messages",
+            remedy='Give [{"role": "user", "content": "..."}]',
+        )
+    return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _parse_message(message: Mapping[str, Any], where: str) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise BadPrompt("has no role", where=where, remedy="Give system, user or assistant")
+    if isinstance(content, str):
+        return Message(role, (UserText(content),), is_plain_text=True)
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise BadPrompt(
+            f"has a content of type {type(content).__name__}",
+            where=where,
+            remedy="Give a text or a list of parts",
+        )
+    parts = tuple(_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    return Message(role, parts, is_plain_text=False)
+
+
+def _parse_part(part: Any, where: str) -> UserText | Picture | Clip | Embeddings:
+    if isinstance(part, str):
+        return UserText(part)
+    if not isinstance(part, Mapping):
+        raise BadPrompt(
+            f"is a {type(part).__name__}", where=where, remedy='Give {"type": "text", ...}'
+        )
+    kind = part.get("type")
+    if kind is None:  # the short form: {"image_url": "..."}
+        kind = next((name for name in PART_TYPES if name in part), None)
+    if kind not in PART_TYPES:
+        raise UnsupportedPart(kind, PART_TYPES)
+    if kind in ("text", "input_text"):
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise BadPrompt("has no text", where=where, remedy='Give {"type": "text", "text": …}')
+        return UserText(text)
+    area = parse_part_area(part)
+    field_name = "image_url" if kind == "input_image" else kind
+    if part.get(field_name) is None:
+        raise BadPrompt(f"has no {field_name}", where=where, remedy=f"Give it under {field_name!r}")
+    given = part[field_name]
+    if kind in ("image_url", "input_image"):
+        return Picture(_data_url_picture(_url_of(given, where), where), area)
+    if kind == "video_url":
+        return Clip(_data_url_clip(_url_of(given, where), where), area)
+    if kind == "video":
+        return Clip(_parse_clips(given)[0].source, area)
+    if kind == "image_embeds":
+        return _one_embedding(given, where)
+    found = _parse_item(given)[0]
+    return Picture(found.source, area) if isinstance(found, Picture) else found
+
+
+def _one_embedding(given: Any, where: str) -> Embeddings:
+    found = _parse_pictures(given if not _is_flat(given) else [given])
+    if len(found) != 1 or not isinstance(found[0], Embeddings):
+        raise BadPrompt(
+            "is not the embeddings of one picture",
+            where=where,
+            remedy="Give a tensor of (tokens, hidden) or the dict form with image_grid_thw",
+        )
+    return found[0]
+
+
+def _is_flat(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.ndim == 2
+
+
+def _url_of(given: Any, where: str) -> str:
+    url = given.get("url") if isinstance(given, Mapping) else given
+    if not isinstance(url, str) or not url:
+        raise BadPrompt("has no url", where=where, remedy='Give {"url": "data:image/…;base64,…"}')
+    if not data_url.is_data_url(url):
+        raise BadPrompt(
+            "is not a data URL",
+            where=where,
+            remedy="The library opens no address and no file by URL: give data:…;base64,… or the "
+            "picture itself as {'type': 'image', 'image': …}",
+        )
+    return url
+
+
+def _data_url_picture(url: str, where: str) -> Callable[[], RGBImage]:
+    del where
+
+    def decode() -> RGBImage:
+        encoded, _ = data_url.decode_data_url(url, IMAGE_LIMITS)
+        return images.decode_image(encoded)
+
+    return decode
+
+
+def _data_url_clip(url: str, where: str) -> Callable[[], Frames]:
+    del where
+
+    def decode() -> Frames:
+        if data_url.media_type_of(url) == data_url.FRAMES_MEDIA_TYPE:
+            return video.decode_jpeg_frames(data_url.decode_frames_url(url, VIDEO_LIMITS))
+        encoded, _ = data_url.decode_data_url(url, VIDEO_LIMITS)
+        return video.decode_video(encoded)
+
+    return decode
+
+
+# --- pixels ----------------------------------------------------------------------------------------
+
+
+def read_picture(picture: Picture) -> RGBImage:
+    """
+    Decode one picture, whatever form it came in.
+
+    Raises:
+        MediaRefused: media said no, in its own words.
+        BadPrompt: a callable gave something that is no picture.
+    """
+    source = picture.source
+    try:
+        if callable(source) and not isinstance(source, RGBImage):
+            source = source()
+        return _as_rgb_image(source)
+    except MediaError as error:
+        raise refused(error) from error
+
+
+def _as_rgb_image(source: Any) -> RGBImage:
+    if isinstance(source, RGBImage):
+        return source
+    if isinstance(source, Image.Image):
+        return images.from_pil(source)
+    if isinstance(source, bytes | bytearray):
+        return images.decode_image(bytes(source))
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, np.ndarray):
+        return images.from_array(source)
+    raise BadPrompt(
+        f"came as a {type(source).__name__}",
+        where="image",
+        remedy="Give a PIL image, an array of uint8, or encoded bytes",
+    )
+
+
+def read_clip(clip: Clip) -> Frames:
+    """
+    Decode one clip, whatever form it came in.
+
+    Raises:
+        MediaRefused, BadPrompt: as `read_picture`; also frames that differ in size.
+    """
+    source = clip.source
+    try:
+        if callable(source):
+            source = source()
+        if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], Mapping):
+            source = source[0]
+        if isinstance(source, Frames):
+            return source
+        if isinstance(source, Tensor):
+            source = source.detach().cpu().numpy()
+        frames = tuple(_as_rgb_image(frame) for frame in source)
+        return Frames(frames)
+    except MediaError as error:
+        raise refused(error) from error
+    except EngineError:
+        raise
+    except ValueError as error:
+        raise BadPrompt(
+            "has no frames, or frames of different sizes",
+            where="video",
+            remedy="Give one frame or more, all of one size",
+        ) from error
+
+
+def refused(error: MediaError) -> MediaRefused:
+    return MediaRefused(str(error), code=error.code, retryable=error.retryable)

@@ -1,0 +1,300 @@
+"""
+`LLM`: the offline face, with the names that vLLM's users know, over one stream of results.
+
+`generate` and `chat` collect the stream and restore order; `stream` is the native form.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from engine import checkpoint as checkpoints
+from engine.config import UNUSED_WORDS, EngineConfig, nearest_word, parse_area, parse_limits
+from engine.engine import Engine
+from engine.errors import BadConfig, BadPrompt
+from engine.inputs import Request, is_conversation, is_token_ids
+from engine.request import Result, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["return", "raise"]
+PROMPTS_BAR = "Processed prompts"
+
+
+class PromptFailedError(RuntimeError):
+    """
+    A prompt failed, and the caller asked to hear of it as an exception.
+
+    Attributes:
+        result: of the first prompt that failed; its `error` says why.
+    """
+
+    def __init__(self, result: Result) -> None:
+        assert result.error is not None
+        super().__init__(result.error.message)
+        self.result = result
+
+
+class LLM:
+    """
+    A model, loaded and ready.
+
+    Args:
+        model: a checkpoint folder, a hub id in the cache, or `darkroom-tiny`.
+        limit_mm_per_prompt: pictures and videos one prompt may hold, e.g. `{"image": 4}`; one each
+            by default.
+        mm_processor_kwargs: `min_pixels` and `max_pixels` of every picture; a request's own go first.
+        gpu_memory_utilization: share of the GPU to use. kv_cache_memory_bytes: KV memory, instead.
+        chat_template: Jinja text, or the path of a file that holds it.
+        device: "auto", "cpu" or "cuda".
+        tensor_parallel_size: only 1.
+
+    The other words are `EngineConfig`'s, and vLLM's. A word of vLLM's that has no use here is said
+    once in the log.
+
+    Raises:
+        BadConfig: a value or a checkpoint that cannot work; nothing was loaded.
+        TypeError: a word that nobody knows.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        trust_remote_code: bool = False,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        seed: int | None = 0,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_memory_bytes: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        limit_mm_per_prompt: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        tensor_parallel_size: int = 1,
+        num_media_threads: int | None = None,
+        **words: Any,
+    ) -> None:
+        _check_words(words)
+        if tensor_parallel_size != 1:
+            raise BadConfig("tensor_parallel_size must be 1: one engine runs on one GPU.")
+        config = EngineConfig(
+            model=str(model),
+            tokenizer=tokenizer,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=str(dtype).removeprefix("torch."),
+            device=device,
+            seed=seed or 0,
+            limits=parse_limits(limit_mm_per_prompt),
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_prefill_tokens=max_num_batched_tokens,
+            kv_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            chat_template=_template_text(chat_template),
+            num_media_threads=num_media_threads,
+            **parse_area(mm_processor_kwargs),
+        )
+        checkpoint = checkpoints.read_checkpoint(config)
+        self.engine = Engine(config, checkpoint, checkpoints.load_weights(checkpoint, config))
+
+    def stream(
+        self,
+        requests: Iterable[Request | Any],
+        params: SamplingParams | None = None,
+    ) -> Iterator[Result]:
+        """
+        Run any number of requests; yield each result the moment it is ready, in no order.
+
+        Args:
+            requests: `Request`s, or prompts in any form that `generate` takes; pulled a little ahead
+                of the work and no further.
+            params: for requests that bring none.
+        """
+
+        return self.engine.stream(_as_request(form, params) for form in requests)
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        priority: Sequence[int] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        on_error: OnError = "return",
+    ) -> list[Result]:
+        """
+        Answer one prompt or many, in order.
+
+        Args:
+            prompts: a text, token ids, a dict with `prompt` (or `prompt_token_ids`) and
+                `multi_modal_data`, or a list of them.
+            sampling_params: one for all, or one each; None for the model's own defaults.
+            use_tqdm: a bar, none, or a callable that makes one.
+            on_error: "return" puts a failed prompt's result, with its `error`, in its place;
+                "raise" raises the first one after all have run.
+
+        Raises:
+            BadPrompt: the lengths of prompts and parameters differ.
+            PromptFailedError: with on_error="raise".
+        """
+        _refuse_lora(lora_request)
+        forms = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        requests = [
+            form
+            if isinstance(form, Request)
+            else Request(prompt=form, mm_processor_kwargs=mm_processor_kwargs)
+            for form in forms
+        ]
+        return self._collect(requests, sampling_params, priority, use_tqdm, on_error)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        priority: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        on_error: OnError = "return",
+    ) -> list[Result]:
+        """
+        Answer one conversation (a list of messages) or many (a list of such lists), in order.
+
+        Pictures are parts of a message: `image_url` with a data URL, or `image` with the picture
+        itself; the model's placeholders are put in their place. What users typed stays text.
+        Other arguments as in `generate`.
+        """
+        del chat_template_content_format  # both forms of content are read alike
+        _refuse_lora(lora_request)
+        if tools is not None:
+            raise BadPrompt("are not supported", where="tools", remedy="Leave them out")
+        template = _template_text(chat_template)
+        requests = [
+            Request(
+                messages=conversation,
+                chat_template=template,
+                chat_template_kwargs=chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                mm_processor_kwargs=mm_processor_kwargs,
+            )
+            for conversation in ([messages] if is_conversation(messages) else messages)
+        ]
+        return self._collect(requests, sampling_params, priority, use_tqdm, on_error)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a prompt without parameters is answered with: the model's generation config."""
+        return self.engine.defaults
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer, transformers' own object."""
+        return self.engine.checkpoint.tokenizer
+
+    def close(self) -> None:
+        """Stop the engine's threads; the object is of no use afterwards."""
+        self.engine.close()
+
+    def _collect(
+        self,
+        requests: Sequence[Request],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        use_tqdm: bool | Callable[..., Any],
+        on_error: OnError,
+    ) -> list[Result]:
+        """Run requests and put their results in order."""
+        params = _one_each(sampling_params, len(requests), "params")
+        priorities = _one_each(priority, len(requests), "priorities")
+        numbered = (
+            replace(
+                request,
+                request_id=str(index),
+                params=request.params or params[index],
+                priority=priorities[index] or request.priority,
+            )
+            for index, request in enumerate(requests)
+        )
+        results: list[Result | None] = [None] * len(requests)
+        make_bar = tqdm if use_tqdm is True else use_tqdm
+        bar = make_bar(total=len(requests), desc=PROMPTS_BAR) if callable(make_bar) else None
+        try:
+            for result in self.engine.stream(numbered):
+                results[int(result.request_id)] = result
+                if bar is not None:
+                    bar.update(1)
+        finally:
+            if bar is not None:
+                bar.close()
+        finished = [result for result in results if result is not None]
+        assert len(finished) == len(requests), "every request ends in exactly one result"
+        if on_error == "raise":
+            for result in finished:
+                if result.error is not None:
+                    raise PromptFailedError(result)
+        return finished
+
+
+def _as_request(form: Any, params: SamplingParams | None) -> Request:
+    request = form if isinstance(form, Request) else Request(prompt=form)
+    return request if request.params is not None else replace(request, params=params)
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    return isinstance(prompts, str | Mapping | Request) or is_token_ids(prompts)
+
+
+def _one_each(given: Any, count: int, what: str) -> Sequence[Any]:
+    if isinstance(given, Sequence):
+        if len(given) != count:
+            raise BadPrompt(
+                f"({count}) and {what} ({len(given)}) must be the same",
+                where="The lengths of prompts",
+                remedy="Give one for all, or one each",
+            )
+        return given
+    return [given] * count
+
+
+def _refuse_lora(lora_request: object) -> None:
+    if lora_request is not None:
+        raise BadPrompt("is not supported", where="lora_request", remedy="Leave it out")
+
+
+def _check_words(words: Mapping[str, Any]) -> None:
+    known = [*LLM.__init__.__annotations__, *UNUSED_WORDS]
+    for word in words:
+        if word not in UNUSED_WORDS:
+            raise TypeError(
+                f"LLM() got an unexpected keyword argument {word!r}.{nearest_word(word, known)}"
+            )
+        logger.warning("word_unused name=%s: vLLM's word has no use here and is ignored", word)
+
+
+def _template_text(given: str | None) -> str | None:
+    """A template, given as itself or as the path of a file."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).read_text("utf-8")
+    except OSError as error:
+        raise BadConfig(
+            "chat_template is neither a template (it holds no '{') nor a file that can be read."
+        ) from error

@@ -1,0 +1,226 @@
+"""
+The slow, obvious, right path: one prompt at a time through transformers' own `generate`.
+
+The engine's tests compare with it token for token, and benchmarks take it as the baseline. It
+knows nothing of batches, slabs, families or our cutting of patches, and imports none of them, so
+that a bug there cannot hide in both. All that it shares with the fast path is the checkpoint and
+the decoded pictures. It reads Qwen2-VL, the family whose fast path exists.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import cached_file
+
+from media.decoded import Frames, RGBImage
+
+EDGES = ("shortest_edge", "longest_edge")
+PixelLimits = Mapping[str, int]
+"""Area after resampling, in pixels, both inclusive: `shortest_edge` the least, `longest_edge` the most."""
+
+
+class Reference:
+    """
+    One checkpoint with a model of its own: configs are shared by reference inside transformers, and
+    the engine marks those of its model.
+
+    Args:
+        model: a folder, or a name on the hub.
+    """
+
+    def __init__(
+        self, model: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
+        # Not AutoProcessor nor AutoImageProcessor: both ask for torchvision, in one version or other.
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(model)
+        self.image_size = {edge: self.image_processor.size[edge] for edge in EDGES}
+        self.video_size = _load_video_size(model, default=self.image_size)
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa"
+        )
+        self.model.to(device).eval()
+        self.eos_ids = self.model.generation_config.eos_token_id
+        # The checkpoint's may sample or punish repetition, and `generate` fills gaps from it.
+        self.model.generation_config = GenerationConfig()
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of a conversation, one placeholder a picture or clip, ready to answer."""
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str | list[int],
+        *,
+        images: Sequence[RGBImage] = (),
+        videos: Sequence[Frames] = (),
+        max_tokens: int,
+        ignore_eos: bool = False,
+        size: PixelLimits | None = None,
+    ) -> list[int]:
+        """
+        Answer one prompt greedily.
+
+        Args:
+            prompt: text or token ids, with one `<|image_pad|>` for each of `images` and one
+                `<|video_pad|>` for each of `videos`, in their order.
+            size: in place of the checkpoint's limits, for pictures and clips alike.
+
+        Returns:
+            The new token ids, a final end-of-sequence token included if one was generated.
+
+        Raises:
+            ValueError: placeholders and media differ in number, or one is over 200 times as long
+                as it is wide.
+        """
+        inputs = self.encode(prompt, images, videos, size=size)
+        eos_ids = None if ignore_eos else self.eos_ids
+        ids = self._run(inputs, max_new_tokens=max_tokens, eos_token_id=eos_ids).sequences
+        new_ids: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        return new_ids
+
+    @torch.inference_mode()
+    def logprobs(
+        self,
+        prompt: str | list[int],
+        images: Sequence[RGBImage],
+        videos: Sequence[Frames],
+        output_ids: Sequence[int],
+        *,
+        size: PixelLimits | None = None,
+    ) -> Tensor:
+        """
+        Judge an answer that somebody else gave: what would each of its tokens have been here?
+
+        The answer is forced through `generate` a token at a time, so that every token stands where
+        it would have stood. Other ways are faster and wrong: one pass over prompt and answer takes
+        a placeholder among the answer's tokens for a picture, and a pass over the answer alone,
+        with the prompt in the cache, stands elsewhere after a long clip (transformers 5.17 to 5.23:
+        `forward` goes on from the latest moment of the clip, `generate` from the prompt's last token).
+
+        Args:
+            output_ids: at least one.
+
+        Returns:
+            (len(output_ids), vocab), float32, on the host: the logarithm of each token's
+            probability after the prompt and the output_ids before it.
+        """
+        inputs = self.encode(prompt, images, videos, size=size)
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        made = self._run(
+            inputs,
+            max_new_tokens=len(output_ids),
+            eos_token_id=None,
+            output_logits=True,
+            prefix_allowed_tokens_fn=lambda _, ids: [output_ids[len(ids) - num_prompt_tokens]],
+        )
+        return torch.cat(made.logits).float().log_softmax(-1).cpu()
+
+    def encode(
+        self,
+        prompt: str | list[int],
+        images: Sequence[RGBImage] = (),
+        videos: Sequence[Frames] = (),
+        *,
+        size: PixelLimits | None = None,
+    ) -> dict[str, Tensor]:
+        """
+        Return what the model takes: `input_ids` with every placeholder repeated once for each
+        token of its picture or clip, `attention_mask`, `mm_token_type_ids` (0 text, 1 picture, 2
+        clip), and for each modality in use its normalised patches and (time, rows, columns) grids.
+        """
+        ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
+        inputs: dict[str, Tensor] = {}
+        image_grids, video_grids = torch.empty(0, 3), torch.empty(0, 3)
+        if images:
+            cut = self.image_processor(
+                [image.image for image in images],
+                size=size or self.image_size,
+                return_tensors="pt",
+            )
+            image_grids = cut["image_grid_thw"]
+            inputs |= {"pixel_values": cut["pixel_values"], "image_grid_thw": image_grids}
+        if videos:
+            clips = [self._cut_clip(clip, size or self.video_size) for clip in videos]
+            video_grids = torch.tensor([grid for _, grid in clips])
+            inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in clips])
+            inputs["video_grid_thw"] = video_grids
+        config = self.model.config
+        ids = self._expand(ids, config.image_token_id, image_grids)
+        ids = self._expand(ids, config.video_token_id, video_grids)
+        inputs["input_ids"] = torch.tensor([ids])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
+        inputs["mm_token_type_ids"] += 2 * (inputs["input_ids"] == config.video_token_id).int()
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def _run(self, inputs: dict[str, Tensor], **options: Any) -> GenerateDecoderOnlyOutput:
+        self.model.model.rope_deltas = None  # the prompt before left its own
+        made: GenerateDecoderOnlyOutput = self.model.generate(
+            **inputs,
+            **options,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,  # not used by one prompt, but asked for
+            return_dict_in_generate=True,
+        )
+        return made
+
+    def _cut_clip(self, clip: Frames, size: PixelLimits) -> tuple[Tensor, list[int]]:
+        """
+        Cut one clip as transformers' video processor does, without torchvision and with PIL's bicubic.
+
+        Returns:
+            patches: (times * rows * columns, channels * frames a patch * pixels), normalised.
+            grid: times, rows and columns, in patches.
+        """
+        frames_a_patch = self.image_processor.temporal_patch_size
+        cut = self.image_processor(
+            [frame.image for frame in clip.images], size=size, return_tensors="pt"
+        )
+        _, rows, columns = cut["image_grid_thw"][0].tolist()
+        # A still picture comes with its only frame repeated: (frame, patch, channel, copy, pixel).
+        shape = (clip.num_frames, rows * columns, 3, frames_a_patch, -1)
+        frames = cut["pixel_values"].view(shape)[:, :, :, 0]
+        num_missing = -clip.num_frames % frames_a_patch
+        frames = torch.cat([frames, *[frames[-1:]] * num_missing])
+        # (time, frame, patch, channel, pixel) -> (time, patch, channel, frame, pixel)
+        patches = frames.unflatten(0, (-1, frames_a_patch)).permute(0, 2, 3, 1, 4)
+        return patches.flatten(0, 1).flatten(1), [len(patches), rows, columns]
+
+    def _expand(self, ids: list[int], placeholder: int, grids: Tensor) -> list[int]:
+        counts = (grids.prod(dim=1) // self.image_processor.merge_size**2).int().tolist()
+        if ids.count(placeholder) != len(counts):
+            raise ValueError(
+                f"The prompt has {ids.count(placeholder)} "
+                f"{self.tokenizer.convert_ids_to_tokens(placeholder)} for {len(counts)} media."
+            )
+        following = iter(counts)
+        return [
+            copy for id_ in ids for copy in [id_] * (next(following) if id_ == placeholder else 1)
+        ]
+
+
+def _load_video_size(model: str | Path, default: PixelLimits) -> PixelLimits:
+    """Read a clip's limits, which not every checkpoint has apart from a picture's."""
+    path = cached_file(
+        model, "video_preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+    )
+    written = json.loads(Path(path).read_text()) if path else {}
+    size = {**default, **written.get("size", {})}
+    older = (written.get("min_pixels"), written.get("max_pixels"))  # the names before `size`
+    return {edge: area or size[edge] for edge, area in zip(EDGES, older, strict=True)}

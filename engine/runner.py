@@ -1,0 +1,196 @@
+"""
+All that touches the device: the encoder, packed prefill over many prompts, decode over many slabs.
+
+Axes: T tokens of one call, num_seqs, vocab. The text model is called on one row of tokens, (1, T,
+hidden); engine/attention.py knows whose they are.
+"""
+
+from collections.abc import Sequence as Many
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.attention import TextContext, can_use_flash, using
+from engine.checkpoint import Checkpoint
+from engine.families.qwen2_vl import Visual
+from engine.kv import KVRows, row_bytes
+from engine.sequence import Sequence
+
+MAX_ENCODER_PATCHES = 32_768  # of one encoder call; a larger picture gets a call alone
+CPU_KV_BYTES = 1 << 29
+
+
+class Runner:
+    """
+    Args:
+        checkpoint: with the encoder attached to `model`.
+        num_rows: KV rows to hold, scratch included.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, num_rows: int) -> None:
+        text = checkpoint.config.text_config
+        self.device, self.dtype = checkpoint.device, checkpoint.dtype
+        self._family = checkpoint.family
+        self._text = model.model.language_model  # type: ignore[union-attr]
+        self._embed = self._text.embed_tokens  # type: ignore[union-attr]
+        self._head = model.lm_head
+        self._rows = KVRows(
+            num_layers=text.num_hidden_layers,
+            num_rows=num_rows,
+            kv_heads=text.num_key_value_heads,
+            dim=text.hidden_size // text.num_attention_heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self._uses_flash = can_use_flash(
+            self.device, self.dtype, text.hidden_size // text.num_attention_heads
+        )
+
+    def encode(self, sequences: Many[Sequence]) -> None:
+        """Give every sequence the features of its pictures; those that came as features stay."""
+        jobs = []
+        for sequence in sequences:
+            if sequence.features:
+                continue
+            sequence.features = [
+                content.to(self.device, self.dtype) if isinstance(content, Tensor) else content
+                for _, content in sequence.prepared.media
+            ]  # type: ignore[misc]
+            jobs += [
+                (sequence, index, content)
+                for index, content in enumerate(sequence.features)
+                if isinstance(content, Visual)
+            ]
+        for call in _calls([visual.grid.num_patches for _, _, visual in jobs]):
+            features = self._family.encode([jobs[i][2] for i in call])
+            for i, feature in zip(call, features, strict=True):
+                sequence, index, _ = jobs[i]
+                sequence.features[index] = feature
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Many[Sequence]) -> Tensor:
+        """
+        Run whole prompts, packed, and write their rows.
+
+        Returns:
+            Logits after each prompt's last token: (num_seqs, vocab).
+        """
+        self.encode(sequences)
+        lens = [sequence.num_prompt_tokens for sequence in sequences]
+        ids = np.concatenate([sequence.prepared.token_ids for sequence in sequences])
+        x = self._embed(torch.from_numpy(ids).to(self.device))
+        first_rows = np.cumsum([0, *lens])
+        spans = [
+            (int(first) + start, feature)
+            for first, sequence in zip(first_rows, sequences, strict=False)
+            for (start, _), feature in zip(sequence.prepared.media, sequence.features, strict=True)
+        ]
+        for start, feature in spans:
+            x[start : start + len(feature)] = feature
+        positions = np.concatenate([s.prepared.positions for s in sequences], axis=1)
+        write_rows = np.concatenate(
+            [_start(s) + np.arange(length) for s, length in zip(sequences, lens, strict=True)]
+        )
+        hidden = self._run(x, positions, write_rows, sequences, lens, lens)
+        for sequence in sequences:
+            sequence.features = []
+        last = torch.from_numpy(first_rows[1:] - 1).to(self.device)
+        return self._head(hidden[last])  # type: ignore[no-any-return, operator]
+
+    @torch.inference_mode()
+    def decode(self, sequences: Many[Sequence]) -> Tensor:
+        """
+        Run the newest token of each sequence, and write its row.
+
+        Returns:
+            Logits for the next token: (num_seqs, vocab).
+        """
+        lens = [sequence.num_rows for sequence in sequences]
+        ids = torch.tensor([sequence.output_ids[-1] for sequence in sequences], device=self.device)
+        rows = np.array([_start(s) + n - 1 for s, n in zip(sequences, lens, strict=True)])
+        at = np.array([n - 1 + s.prepared.rope_delta for s, n in zip(sequences, lens, strict=True)])
+        ones = [1] * len(sequences)
+        hidden = self._run(self._embed(ids), np.tile(at, (3, 1)), rows, sequences, lens, ones)
+        return self._head(hidden)  # type: ignore[no-any-return, operator]
+
+    def _run(
+        self,
+        x: Tensor,
+        positions: np.ndarray,
+        write_rows: np.ndarray,
+        sequences: Many[Sequence],
+        lens: Many[int],
+        num_queries: Many[int],
+    ) -> Tensor:
+        """x: (T, hidden), positions: (3, T), write_rows: (T,) -> (T, hidden)."""
+        starts = [_start(sequence) for sequence in sequences]
+        context = TextContext(
+            self._rows.keys,
+            self._rows.values,
+            torch.from_numpy(write_rows).to(self.device),
+            starts,
+            lens,
+            num_queries,
+            self._device_spans(starts, lens, num_queries) if self._uses_flash else None,
+        )
+        with using(context):
+            output = self._text(
+                inputs_embeds=x[None],
+                position_ids=torch.from_numpy(positions)[:, None].to(self.device),
+                use_cache=False,
+            )
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def _device_spans(
+        self, starts: Many[int], lens: Many[int], num_queries: Many[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query_starts = np.cumsum([0, *num_queries])
+        table = [query_starts, [*starts, 0], [*lens, 0]]
+        packed = torch.tensor(np.array(table), dtype=torch.int32).to(self.device)
+        return packed[0], packed[1], packed[2, :-1]
+
+
+def num_kv_rows(
+    checkpoint: Checkpoint, *, wanted: int, kv_bytes: int | None, utilization: float
+) -> int:
+    """
+    How many KV rows to allocate: as many as can be used at once, within what memory allows.
+
+    Args:
+        wanted: rows that the most and longest sequences could use.
+        kv_bytes: an explicit budget; None for a share of the device.
+        utilization: that share, of the whole device, what is in use already included.
+    """
+    text = checkpoint.config.text_config
+    one_row = row_bytes(
+        num_layers=text.num_hidden_layers,
+        kv_heads=text.num_key_value_heads,
+        dim=text.hidden_size // text.num_attention_heads,
+        dtype=checkpoint.dtype,
+    )
+    if kv_bytes is None:
+        kv_bytes = CPU_KV_BYTES
+        if checkpoint.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(checkpoint.device)
+            # A tenth of the device stays free for the activations of encoder and prefill.
+            kv_bytes = int(free - total * (1 - utilization) - total * 0.1)
+    return max(0, min(wanted, kv_bytes // one_row))
+
+
+def _start(sequence: Sequence) -> int:
+    assert sequence.start is not None, "a sequence runs only with a slab"
+    return sequence.start
+
+
+def _calls(num_patches: Many[int]) -> list[list[int]]:
+    """Cut a list of pictures into encoder calls of at most MAX_ENCODER_PATCHES."""
+    calls: list[list[int]] = []
+    total = 0
+    for index, count in enumerate(num_patches):
+        if not calls or total + count > MAX_ENCODER_PATCHES:
+            calls.append([])
+            total = 0
+        calls[-1].append(index)
+        total += count
+    return calls

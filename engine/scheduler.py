@@ -1,0 +1,86 @@
+"""
+Who runs next: waiting sequences are admitted when a slab and a place are free; all others decode.
+
+Loads no torch. Prefill goes first, since a full decode batch is worth more than an early token.
+"""
+
+import heapq
+import itertools
+from dataclasses import dataclass
+
+from engine.sequence import Sequence
+from engine.slabs import SlabAllocator
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step runs: whole prompts, or one token of every running sequence."""
+
+    sequences: list[Sequence]
+    is_prefill: bool
+
+
+class Scheduler:
+    """
+    Args:
+        slabs: the rows to hand out.
+        max_num_seqs: sequences that decode together.
+        max_prefill_tokens: prompt tokens of one prefill; a longer prompt runs alone.
+    """
+
+    def __init__(self, slabs: SlabAllocator, max_num_seqs: int, max_prefill_tokens: int) -> None:
+        self._slabs = slabs
+        self._max_num_seqs = max_num_seqs
+        self._max_prefill_tokens = max_prefill_tokens
+        self._waiting: list[tuple[int, int, Sequence]] = []  # by priority, then by arrival
+        self._arrivals = itertools.count()
+        self._running: list[Sequence] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.priority, next(self._arrivals), sequence))
+
+    def schedule(self) -> Batch:
+        """The next batch; empty only where there is no work."""
+        admitted = self._admit()
+        if admitted:
+            self._running += admitted
+            return Batch(admitted, is_prefill=True)
+        return Batch(list(self._running), is_prefill=False)
+
+    def _admit(self) -> list[Sequence]:
+        admitted: list[Sequence] = []
+        num_tokens = 0
+        while self._waiting and len(self._running) + len(admitted) < self._max_num_seqs:
+            sequence = self._waiting[0][2]
+            num_tokens += sequence.num_prompt_tokens
+            if admitted and num_tokens > self._max_prefill_tokens:
+                break
+            sequence.start = self._slabs.find(sequence.num_rows_at_most)
+            if sequence.start is None:
+                break  # NOTE: first come, first served: a long one is not passed over for ever
+            heapq.heappop(self._waiting)
+            admitted.append(sequence)
+        return admitted
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, running or waiting, and give its rows back."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+            heapq.heapify(self._waiting)
+        if sequence.start is not None:
+            self._slabs.free(sequence.start)
+            sequence.start = None

@@ -1,0 +1,107 @@
+"""One output's progress: the only value in the engine that changes as it runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from engine.processor import Prepared
+from engine.request import CompletionOutput, FinishReason, Logprob
+from engine.sampler import SamplingRow
+from engine.text import Detokenizer
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """
+    One of a request's `n` outputs while it grows.
+
+    Attributes:
+        ticket: the engine's number for the request.
+        prepared: what all outputs of the request share.
+        index: which output, from 0.
+        seed: of its draws.
+        features: (num_tokens, hidden) for each picture or clip, once encoded.
+        start: first row of its slab; None while it has none.
+        output_ids: chosen so far.
+    """
+
+    ticket: int
+    prepared: Prepared
+    index: int
+    seed: int
+    eos_token_ids: tuple[int, ...]
+    detokenizer: Detokenizer
+    priority: int = 0
+    features: list[Tensor] = field(default_factory=list)
+    start: int | None = None
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[Mapping[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prepared.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """KV rows in use once the newest token's own have been written."""
+        return self.num_prompt_tokens + len(self.output_ids)
+
+    @property
+    def num_rows_at_most(self) -> int:
+        return self.num_prompt_tokens + self.prepared.max_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def sampling_row(self) -> SamplingRow:
+        return SamplingRow(
+            params=self.prepared.params,
+            seed=self.seed,
+            position=len(self.output_ids),
+            prompt_token_ids=self.prepared.token_ids,
+            output_token_ids=self.output_ids,
+            eos_token_ids=self.eos_token_ids,
+            sample_index=self.index,
+        )
+
+    def push(self, token_id: int) -> None:
+        """Take the next token, and see whether it ends the output."""
+        params = self.prepared.params
+        self.output_ids.append(token_id)
+        num_tokens = len(self.output_ids)
+        ends_by_eos = token_id in self.eos_token_ids and not params.ignore_eos
+        ends_by_id = token_id in (params.stop_token_ids or ())
+        if num_tokens >= params.min_tokens and (ends_by_eos or ends_by_id):
+            self.finish_reason = FinishReason.STOP
+            self.stop_reason = None if ends_by_eos else token_id
+            if params.include_stop_str_in_output:
+                self.detokenizer.push(token_id)
+            return
+        self.detokenizer.push(token_id)
+        if self.detokenizer.stop_reason is not None:
+            self.finish_reason = FinishReason.STOP
+            self.stop_reason = self.detokenizer.stop_reason
+        elif num_tokens >= self.prepared.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+        elif params.repetition_detection is not None and params.repetition_detection.is_found_in(
+            self.output_ids
+        ):
+            self.finish_reason = FinishReason.REPETITION
+
+    def output(self) -> CompletionOutput:
+        self.detokenizer.finish()
+        wants_logprobs = self.prepared.params.logprobs is not None or bool(self.logprobs)
+        return CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.text,
+            token_ids=tuple(self.output_ids),
+            cumulative_logprob=self.cumulative_logprob if wants_logprobs else None,
+            logprobs=tuple(self.logprobs) if wants_logprobs else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
