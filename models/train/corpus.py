@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
 from engine.families.qwen2_vl import (
-    MERGE,
     PATCH_PX,
     Grid,
     cut_patches,
@@ -72,8 +71,7 @@ READ = ("What does it say?", "What is written here?", "Read the text.", "What do
 NO_IMAGE = "There is no image."
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
-PATCHES_IN_MICRO_BATCH = 131_072
-TOKENS_IN_MICRO_BATCH = 131_072
+PATCHES_IN_MICRO_BATCH = 131_072  # of the encoder; also bounds the tokens of the text model
 MAX_TURNS = 5
 IGNORED = -100
 # the kinds in the order in which micro-batches are drawn, over and over
@@ -109,24 +107,28 @@ class Sample:
 # --- samples -------------------------------------------------------------------------------------
 
 
-def scene_sample(rng: random.Random, size: tuple[int, int]) -> Sample:
-    scene = scenes.random_scene(rng, *size)
+def scene_sample(rng: random.Random, size: tuple[int, int], most: int = 4) -> Sample:
+    scene = scenes.random_scene(rng, *size, num_things=rng.randint(1, most))
     picture = scenes.weather(rng, scenes.draw_scene(rng, scene))
     asked = scenes.questions(rng, scene)
     turns = [(rng.choice(DESCRIBE), scenes.caption(scene))]
     return Sample("scene", [picture], turns + rng.sample(asked, min(MAX_TURNS, len(asked))))
 
 
-def word_sample(rng: random.Random, size: tuple[int, int]) -> Sample:
-    word = fitting_word(rng, size)
+def word_sample(
+    rng: random.Random, size: tuple[int, int], most: int = words.MAX_CHARACTERS
+) -> Sample:
+    word = fitting_word(rng, size, most)
     picture = scenes.weather(rng, words.draw_word(rng, word, *size))
     return Sample("word", [picture], [(rng.choice((*READ, *DESCRIBE)), words.reading(word))])
 
 
-def fitting_word(rng: random.Random, size: tuple[int, int]) -> str:
-    word = words.random_word(rng)
+def fitting_word(
+    rng: random.Random, size: tuple[int, int], most: int = words.MAX_CHARACTERS
+) -> str:
+    word = words.random_word(rng, most)
     while not words.fits(word, *size):
-        word = words.random_word(rng)
+        word = words.random_word(rng, most)
     return word
 
 
@@ -207,10 +209,7 @@ def _which_image(rng: random.Random, scenes_at: list[tuple[int, scenes.Scene]]) 
     if rng.random() < 0.12:
         noun = f"{rng.choice(list(scenes.COLOURS))} {rng.choice(scenes.SHAPES)}"
     found = [str(i + 1) for i, scene in scenes_at if any(t.noun == noun for t in scene.things)]
-    if not found:
-        answer = "none"
-    else:
-        answer = f"image{'s' if len(found) > 1 else ''} {listed(found)}"
+    answer = f"image{'s' if len(found) > 1 else ''} {listed(found)}" if found else "none"
     return f"Which image shows {with_article(noun)}?", sentence(answer)
 
 
@@ -341,44 +340,80 @@ class Encoder:
         return ids
 
 
-def micro_batch(encoder: Encoder, seed: str, kind: str) -> MicroBatch:
-    """Draw one micro-batch of a kind; a pure function of the seed."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """
+    What to draw.
+
+    Attributes:
+        kinds: in the order in which micro-batches are drawn, over and over.
+        num_easy: over so many micro-batches the share of easy ones falls from all to none: small
+            pictures, short words and clips, from which the hard ones are then soon learnt.
+        num_patches: of a micro-batch, about.
+    """
+
+    kinds: tuple[str, ...] = SCHEDULE
+    num_easy: int = 0
+    num_patches: int = PATCHES_IN_MICRO_BATCH
+
+    def kind(self, index: int) -> str:
+        return "text" if index % TEXT_ONLY_EVERY == 0 else self.kinds[index % len(self.kinds)]
+
+    def is_easy(self, index: int, seed: str) -> bool:
+        return random.Random(f"{seed}/easy/{index}").random() < 1 - index / max(1, self.num_easy)
+
+
+def micro_batch(
+    encoder: Encoder,
+    seed: str,
+    kind: str,
+    is_easy: bool = False,
+    num_patches: int = PATCHES_IN_MICRO_BATCH,
+) -> MicroBatch:
+    """Draw one micro-batch of a kind; a pure function of its arguments."""
     rng = random.Random(seed)
-    samples, question_first = _draw(rng, kind)
+    question_first = rng.random() < 0.2
+    samples = _draw(rng, kind, is_easy, num_patches)
     return _assemble(rng, encoder, kind, samples, question_first)
 
 
-def _draw(rng: random.Random, kind: str) -> tuple[list[Sample], bool]:
-    question_first = rng.random() < 0.2
+def _draw(rng: random.Random, kind: str, is_easy: bool, num_patches: int) -> list[Sample]:
     if kind == "text":
-        return [text_sample(rng) for _ in range(64)], True
-    if kind in ("scene", "photo"):
-        size = scenes.random_size(rng)
-        make: Callable[[random.Random, tuple[int, int]], Sample] = (
-            scene_sample if kind == "scene" else photo_sample
-        )
-        return [make(rng, size) for _ in range(_samples_for([size], 200))], question_first
+        return [text_sample(rng) for _ in range(64)]
     if kind == "word":
-        size = words.random_size(rng)
-        return [word_sample(rng, size) for _ in range(_samples_for([size], 80))], question_first
+        size = (rng.randint(70, 150), rng.randint(56, 84)) if is_easy else words.random_size(rng)
+        most = rng.randint(1, 3) if is_easy else words.MAX_CHARACTERS
+        num = _num_samples([size], 80, num_patches)
+        return [word_sample(rng, size, most) for _ in range(num)]
+    if kind in ("scene", "photo"):
+        size = _easy_size(rng) if is_easy else scenes.random_size(rng)
+        num = _num_samples([size], 200, num_patches)
+        if kind == "photo":
+            return [photo_sample(rng, size) for _ in range(num)]
+        return [scene_sample(rng, size, 2 if is_easy else 4) for _ in range(num)]
     if kind == "images":
-        count = rng.choice((1, 2, 2, 3, 3, 4, 5, 6, 7, 8))
-        kinds = [scenes.random_size(rng) for _ in range(rng.choice((1, 1, 2, 3)))]
-        sizes = [rng.choice(kinds) for _ in range(count)]
-        num = _samples_for(sizes, 60 + 100)
-        return [images_sample(rng, sizes) for _ in range(num)], question_first
-    num_frames = rng.choice((2, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 12, 14, 16))
-    size = _clip_size(rng, num_frames)
+        count = rng.choice((1, 2, 3) if is_easy else (1, 2, 2, 3, 3, 4, 5, 6, 7, 8))
+        pick = _easy_size if is_easy else scenes.random_size
+        choices = [pick(rng) for _ in range(rng.choice((1, 1, 2, 3)))]
+        sizes = [rng.choice(choices) for _ in range(count)]
+        num = _num_samples(sizes, 160, num_patches)
+        return [images_sample(rng, sizes) for _ in range(num)]
+    easy_lengths, lengths = (2, 3, 4), (2, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 12, 14, 16)
+    num_frames = rng.choice(easy_lengths if is_easy else lengths)
+    size = _easy_size(rng) if is_easy else clip_size(rng, num_frames)
     is_video = kind == "video"
-    num = _samples_for([size] * (num_frames // 2 + 1 if is_video else num_frames), 150)
-    if is_video:
-        num = max(4, min(num, 2560 // num_frames))
-    return [motion_sample(rng, size, num_frames, is_video) for _ in range(num)], question_first
+    num_seen = num_frames // 2 + 1 if is_video else num_frames
+    num = _num_samples([size] * num_seen, 150, num_patches)
+    return [motion_sample(rng, size, num_frames, is_video) for _ in range(num)]
 
 
-def _clip_size(rng: random.Random, num_frames: int) -> tuple[int, int]:
+def _easy_size(rng: random.Random) -> tuple[int, int]:
+    return rng.randint(104, 150), rng.randint(104, 150)
+
+
+def clip_size(rng: random.Random, num_frames: int) -> tuple[int, int]:
     high = 360 if num_frames <= 8 or rng.random() < 0.3 else 200
-    side = scenes._log_uniform(rng, 84, high)
+    side = scenes.log_uniform(rng, 84, high)
     aspect = rng.uniform(0.6, 1.7)
     return max(72, round(side * aspect**0.5)), max(72, round(side / aspect**0.5))
 
@@ -388,10 +423,10 @@ def grid_of(size: tuple[int, int]) -> Grid:
     return Grid(1, height // PATCH_PX, width // PATCH_PX)
 
 
-def _samples_for(sizes: list[tuple[int, int]], text_tokens: int) -> int:
+def _num_samples(sizes: list[tuple[int, int]], text_tokens: int, num_patches: int) -> int:
     patches = sum(grid_of(size).num_patches for size in sizes)
     tokens = sum(grid_of(size).num_tokens + 2 for size in sizes) + text_tokens
-    return max(4, min(PATCHES_IN_MICRO_BATCH // patches, TOKENS_IN_MICRO_BATCH // tokens, 768))
+    return max(4, min(num_patches // patches, num_patches // tokens, 768))
 
 
 def _patches(sample: Sample) -> list[tuple[np.ndarray, Grid]]:
@@ -503,23 +538,26 @@ def _sequence(
 
 
 class MicroBatches(IterableDataset[MicroBatch]):
-    """An endless stream, the same for the same seed and number of workers."""
+    """An endless stream, the same for the same seed and plan, however many workers draw it."""
 
-    def __init__(self, tokenizer_json: str, seed: str, start: int = 0) -> None:
-        self.tokenizer_json, self.seed, self.start = tokenizer_json, seed, start
+    def __init__(self, tokenizer_json: str, seed: str, plan: Plan, indices: range) -> None:
+        self.tokenizer_json, self.seed, self.plan, self.indices = (
+            tokenizer_json,
+            seed,
+            plan,
+            indices,
+        )
 
     def __iter__(self) -> Iterator[MicroBatch]:
         torch.set_num_threads(1)
         encoder = Encoder(Tokenizer.from_str(self.tokenizer_json))
         worker = get_worker_info()
-        step = worker.num_workers if worker else 1
-        index = self.start + (worker.id if worker else 0)
-        while True:
-            kind = SCHEDULE[index % len(SCHEDULE)]
-            if index % TEXT_ONLY_EVERY == 0:
-                kind = "text"
-            yield micro_batch(encoder, f"{self.seed}/{index}", kind)
-            index += step
-
-
-assert MERGE == 2, "the closed forms above take two patches a side for a token"
+        mine = self.indices[worker.id :: worker.num_workers] if worker else self.indices
+        for index in mine:
+            yield micro_batch(
+                encoder,
+                f"{self.seed}/{index}",
+                self.plan.kind(index),
+                self.plan.is_easy(index, self.seed),
+                self.plan.num_patches,
+            )

@@ -111,14 +111,14 @@ def listed(phrases: list[str]) -> str:
 def random_size(rng: random.Random) -> tuple[int, int]:
     """Width and height, 56 to 1280 pixels a side; most are small, since most of the time goes there."""
     if rng.random() < 0.12:
-        return _log_uniform(rng, 56, 1280), _log_uniform(rng, 56, 1280)
-    side = _log_uniform(rng, 72, 360)
+        return log_uniform(rng, 56, 1280), log_uniform(rng, 56, 1280)
+    side = log_uniform(rng, 72, 360)
     aspect = math.exp(rng.uniform(-0.7, 0.7))
     width, height = side * math.sqrt(aspect), side / math.sqrt(aspect)
     return max(56, min(1280, round(width))), max(56, min(1280, round(height)))
 
 
-def _log_uniform(rng: random.Random, low: float, high: float) -> int:
+def log_uniform(rng: random.Random, low: float, high: float) -> int:
     return round(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
@@ -145,9 +145,7 @@ def random_scene(
     rng: random.Random, width_px: int, height_px: int, num_things: int | None = None
 ) -> Scene:
     free = places(width_px, height_px)
-    if num_things is None:
-        num_things = rng.randint(1, 4)
-    num_things = min(num_things, len(free))
+    num_things = min(num_things or rng.randint(1, 4), len(free))
     spots = sorted(rng.sample(free, num_things))
     sizes = sizes_that_can_be_seen(width_px, height_px)
     things = tuple(

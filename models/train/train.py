@@ -3,7 +3,9 @@ Train darkroom-tiny from nothing, in slices: `python -m models.train.train --min
 
 A slice ends after its minutes and leaves `state.pt` (weights, optimiser, step, time spent); the next
 one goes on from there. The learning rate falls along a cosine over the minutes planned in all, so
-the schedule is the same on a fast and on a slow machine. `--export` writes the checkpoint.
+the schedule is the same on a fast and on a slow machine. With every `state.pt` goes the checkpoint's
+`model.safetensors`, of use at once. On several GPUs: `torchrun --nproc-per-node=N -m ...`, where
+every process draws its own part of the same stream.
 """
 
 import argparse
@@ -18,13 +20,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models.train.corpus import SCHEDULE, Encoder, MicroBatch, MicroBatches, micro_batch
-from models.train.export import unpublished
+from models.train.corpus import (
+    PATCHES_IN_MICRO_BATCH,
+    SCHEDULE,
+    Encoder,
+    MicroBatch,
+    MicroBatches,
+    Plan,
+    micro_batch,
+)
+from models.train.export import unpublished, write_weights
 from models.train.network import TinyQwen2VL
 
 FOLDER = Path(__file__).parents[1] / "darkroom-tiny"
@@ -32,7 +43,7 @@ WARM_UP_STEPS = 250
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.05
 MAX_GRADIENT_NORM = 1.0
-SAVE_EVERY_S = 90.0
+SAVE_EVERY_S = 60.0
 LOG_EVERY_STEPS = 50
 MIN_KEPT = 24  # micro-batches to choose from before any is used again
 FLOOR = 0.02  # share of the peak learning rate that is left at the end
@@ -43,7 +54,8 @@ def main() -> None:
     sys.setswitchinterval(0.0005)  # the thread that receives batches must not stall the launches
     tokenizer_json = (FOLDER / "tokenizer.json").read_text()
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, num_ranks = _join()
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     model = TinyQwen2VL(-(-tokenizer.get_vocab_size() // 16) * 16).to(device)
     weights = Weights(model, device)
@@ -61,14 +73,24 @@ def main() -> None:
         for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
             block.compile(dynamic=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    stream = _stream(tokenizer_json, options, state["consumed"])
+    stream = _stream(tokenizer_json, options, int(state["consumed"]), rank, num_ranks)
     _train(model, weights, stream, state, options, device)
+    if rank != 0:
+        return
     _save(weights, state, options.out)
     report = {
-        kind: teacher_forced(model, tokenizer, kind, options.eval_batches, device)
-        for kind in dict.fromkeys(SCHEDULE)
+        kind: teacher_forced(model, tokenizer, kind, options.eval_batches, device, options.patches)
+        for kind in dict.fromkeys(options.kinds)
     }
     print(json.dumps({"teacher_forced_exact": report, **state}), flush=True)
+
+
+def _join() -> tuple[int, int]:
+    """This process's number on its machine, and how many train together."""
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return int(os.environ.get("LOCAL_RANK", "0")), num_ranks
 
 
 def _options() -> argparse.Namespace:
@@ -81,6 +103,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--uses", type=int, default=4, help="how often each micro-batch is used")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--seed", default="train", help="which stream of drawings")
+    parser.add_argument("--kinds", nargs="+", default=SCHEDULE, help="of micro-batches, in turn")
+    parser.add_argument("--easy", type=int, default=0, help="micro-batches till all are hard")
+    parser.add_argument("--patches", type=int, default=PATCHES_IN_MICRO_BATCH)
     parser.add_argument("--start-from", help="weights (safetensors) of an earlier run")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
     parser.add_argument("--eval-batches", type=int, default=8)
@@ -115,6 +140,13 @@ class Weights:
         for exact, rounded in zip(self.exact, self.rounded, strict=True):
             exact.grad = torch.zeros_like(exact) if rounded.grad is None else rounded.grad.float()
             rounded.grad = None
+        if dist.is_initialized():
+            flat = torch.cat([exact.grad.flatten() for exact in self.exact])  # type: ignore[union-attr]
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            pieces = flat.split([exact.numel() for exact in self.exact])
+            for exact, piece in zip(self.exact, pieces, strict=True):
+                exact.grad = piece.view_as(exact)
         norm = torch.nn.utils.clip_grad_norm_(self.exact, MAX_GRADIENT_NORM).item()
         if math.isfinite(norm):
             self.optimiser.step()
@@ -137,9 +169,16 @@ class Weights:
         return dict(zip(self.names, self.exact, strict=True))
 
 
-def _stream(tokenizer_json: str, options: argparse.Namespace, start: int) -> Iterator[MicroBatch]:
+def _stream(
+    tokenizer_json: str, options: argparse.Namespace, start: int, rank: int, num_ranks: int
+) -> Iterator[MicroBatch]:
     loader = DataLoader(
-        MicroBatches(tokenizer_json, options.seed, start),
+        MicroBatches(
+            tokenizer_json,
+            options.seed,
+            Plan(tuple(options.kinds), options.easy, options.patches),
+            range(start * num_ranks + rank, sys.maxsize, num_ranks),
+        ),
         batch_size=None,
         num_workers=options.workers,
         prefetch_factor=4 if options.workers else None,
@@ -159,9 +198,10 @@ def _train(
     begun, spent_before = time.monotonic(), state["spent_s"]
     saved_at = logged_at = begun
     replay = Replay(stream, device, options.uses)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     drawn_before, pictures = state["consumed"], 0
     losses: dict[str, list[Tensor]] = defaultdict(list)
-    while time.monotonic() - begun < options.minutes * 60:
+    while _goes_on(time.monotonic() - begun < options.minutes * 60, device):
         state["spent_s"] = spent_before + time.monotonic() - begun
         rate = options.peak * _share(
             state["step"], state["spent_s"] / (options.minutes_in_all * 60)
@@ -176,7 +216,7 @@ def _train(
         norm = weights.step(rate)
         state["step"] += 1
         now = time.monotonic()
-        if state["step"] % LOG_EVERY_STEPS == 0:
+        if state["step"] % LOG_EVERY_STEPS == 0 and is_first:
             facts = {
                 kind: round(torch.stack(found).nanmean().item(), 4)
                 for kind, found in losses.items()
@@ -192,9 +232,18 @@ def _train(
             )
             logged_at, replay.waited_s, pictures = now, 0.0, 0
             losses.clear()
-        if now - saved_at > SAVE_EVERY_S:
+        if now - saved_at > SAVE_EVERY_S and is_first:
             _save(weights, state, options.out)
             saved_at = now
+
+
+def _goes_on(has_time: bool, device: torch.device) -> bool:
+    """Whether there is time for another step; the first process decides for all."""
+    if not dist.is_initialized():
+        return has_time
+    decided = torch.tensor([float(has_time)], device=device)
+    dist.broadcast(decided, src=0)
+    return bool(decided.item())
 
 
 def _share(step: float, progress: float) -> float:
@@ -216,12 +265,17 @@ def loss_of(model: TinyQwen2VL, batch: MicroBatch) -> Tensor:
 
 @torch.no_grad()
 def teacher_forced(
-    model: TinyQwen2VL, tokenizer: Tokenizer, kind: str, num_batches: int, device: torch.device
+    model: TinyQwen2VL,
+    tokenizer: Tokenizer,
+    kind: str,
+    num_batches: int,
+    device: torch.device,
+    num_patches: int,
 ) -> float:
     """Share of held-out answers of which every token is the model's first choice."""
     encoder, right, total = Encoder(tokenizer), 0, 0
     for index in range(num_batches):
-        batch = micro_batch(encoder, f"held-out/{index}", kind)
+        batch = micro_batch(encoder, f"held-out/{index}", kind, num_patches=num_patches)
         moved = batch.each(lambda tensor: tensor.to(device))
         missed = (_logits(model, moved).argmax(-1) != moved.learnt_ids).cpu()
         _, answer = batch.answer.unique(return_inverse=True)
@@ -279,6 +333,7 @@ def _save(weights: Weights, state: dict[str, float], folder: Path) -> None:
         part,
     )
     part.replace(folder / "state.pt")
+    write_weights(folder, weights.named())
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ def font(name: str, size_px: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT_FOLDER / f"{name}.ttf"), size_px)
 
 
-def random_word(rng: random.Random) -> str:
+def random_word(rng: random.Random, most: int = MAX_CHARACTERS) -> str:
     """A word in one case or a number; never one whose case or kind cannot be told by looking."""
     while True:
-        length = rng.randint(1, MAX_CHARACTERS)
+        length = rng.randint(1, most)
         kind = rng.random()
         if kind < 0.3:
             word = "".join(rng.choice(DIGITS) for _ in range(length))
