@@ -79,7 +79,7 @@ def _clip(rng: random.Random, kind: str) -> Case:
     question = rng.choice(corpus.DESCRIBE_CLIP)
     if kind.endswith("reversed"):
         clip, frames = motion.reverse(clip), frames[::-1]
-    sample = Sample(kind, frames, [], is_video=kind.startswith("video"))
+    sample = Sample(kind, frames, [], [], is_video=kind.startswith("video"))
     return _exact(kind, sample, (question, motion.describe(clip)))
 
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
 from engine.families.qwen2_vl import (
+    MERGE,
     PATCH_PX,
     Grid,
     cut_patches,
@@ -26,6 +27,7 @@ from engine.families.qwen2_vl import (
     token_positions,
 )
 from models.train import motion, photos, scenes, words
+from models.train.marks import Mark, scene_marks
 from models.train.scenes import NUMBERS, Turn, listed, sentence, with_article
 from models.train.settings import AREA, SYSTEM_PROMPT
 
@@ -96,11 +98,13 @@ class Sample:
     Attributes:
         pictures: RGB; the frames in order when `is_video`.
         turns: questions about them, each with its only right answer.
+        marks: for each picture, what stands where; None where it is no drawing.
     """
 
     kind: str
     pictures: list[Image.Image]
     turns: list[Turn]
+    marks: list[list[Mark] | None]
     is_video: bool = False
 
 
@@ -112,15 +116,17 @@ def scene_sample(rng: random.Random, size: tuple[int, int], most: int = 4) -> Sa
     picture = scenes.weather(rng, scenes.draw_scene(rng, scene))
     asked = scenes.questions(rng, scene)
     turns = [(rng.choice(DESCRIBE), scenes.caption(scene))]
-    return Sample("scene", [picture], turns + rng.sample(asked, min(MAX_TURNS, len(asked))))
+    turns += rng.sample(asked, min(MAX_TURNS, len(asked)))
+    return Sample("scene", [picture], turns, [scene_marks(scene)])
 
 
 def word_sample(
     rng: random.Random, size: tuple[int, int], most: int = words.MAX_CHARACTERS
 ) -> Sample:
     word = fitting_word(rng, size, most)
-    picture = scenes.weather(rng, words.draw_word(rng, word, *size))
-    return Sample("word", [picture], [(rng.choice((*READ, *DESCRIBE)), words.reading(word))])
+    picture, marks = words.draw_word(rng, word, *size)
+    turn = (rng.choice((*READ, *DESCRIBE)), words.reading(word))
+    return Sample("word", [scenes.weather(rng, picture)], [turn], [marks])
 
 
 def fitting_word(
@@ -140,31 +146,34 @@ def photo_sample(
         picture = scenes.through_jpeg(picture, rng.randint(60, 95))
     seen = photos.look(picture)
     turns = [(rng.choice(DESCRIBE), photos.statement(seen)), *photos.questions(rng, seen)]
-    return Sample("photo", [picture], turns)
+    return Sample("photo", [picture], turns, [None])
 
 
 def images_sample(rng: random.Random, sizes: list[tuple[int, int]]) -> Sample:
     """One to eight pictures, most of them scenes, and questions about their order."""
     pictures, captions, shorts, drawn = [], [], [], []
+    all_marks: list[list[Mark] | None] = []
     for size in sizes:
         chance = rng.random()
         scene = None
+        marks: list[Mark] | None
         if chance < 0.12:
             word = fitting_word(rng, size)
-            picture = words.draw_word(rng, word, *size)
+            picture, marks = words.draw_word(rng, word, *size)
             caption, short = words.reading(word), f'the text "{word}"'
         elif chance < 0.22:
-            picture = photos.random_photo(rng, *size, photos.TRAINING_PHOTOS)
+            picture, marks = photos.random_photo(rng, *size, photos.TRAINING_PHOTOS), None
             caption, short = photos.statement(photos.look(picture)), "a photo"
         else:
             scene = scenes.random_scene(rng, *size, num_things=rng.choice((1, 1, 2, 3)))
-            picture = scenes.draw_scene(rng, scene)
+            picture, marks = scenes.draw_scene(rng, scene), scene_marks(scene)
             caption, short = scenes.caption(scene), scenes.short_caption(scene)
         pictures.append(scenes.weather(rng, picture))
         captions.append(caption)
         shorts.append(short)
         drawn.append(scene)
-    return Sample("images", pictures, _order_turns(rng, captions, shorts, drawn))
+        all_marks.append(marks)
+    return Sample("images", pictures, _order_turns(rng, captions, shorts, drawn), all_marks)
 
 
 def _order_turns(
@@ -221,6 +230,7 @@ def motion_sample(
         "video" if is_video else "motion",
         weathered_frames(rng, motion.draw_clip(rng, clip, num_frames)),
         [(rng.choice(DESCRIBE_CLIP), motion.describe(clip)), *motion.questions(rng, clip)],
+        [scene_marks(scene) for scene in motion.frame_scenes(clip, num_frames)],
         is_video,
     )
 
@@ -239,8 +249,8 @@ def weathered_frames(rng: random.Random, frames: list[Image.Image]) -> list[Imag
 def text_sample(rng: random.Random) -> Sample:
     question = rng.choice((*DESCRIBE, *DESCRIBE_EACH, *DESCRIBE_CLIP, *READ))
     if rng.random() < 0.2:
-        return Sample("text", [], [("How many images are there?", "None.")])
-    return Sample("text", [], [(question, NO_IMAGE)])
+        return Sample("text", [], [("How many images are there?", "None.")], [])
+    return Sample("text", [], [(question, NO_IMAGE)], [])
 
 
 # --- words as people type them ---------------------------------------------------------------------
@@ -283,6 +293,8 @@ class MicroBatch:
         ids: (samples, length).
         learnt_rows: flat indices into (samples * length) of the tokens whose next token is learnt.
         learnt_ids, answer: for each of them, that next token, and the number of its answer.
+        marked_rows: rows of the groups' features, in order, that belong to drawings.
+        marks: (marks, 2): row into `marked_rows`, label.
         positions: (3, samples, length). branch: (samples, length), 0 for what all turns share, the
             turn's number for its own tokens, -1 for padding.
     """
@@ -296,6 +308,8 @@ class MicroBatch:
     learnt_rows: torch.Tensor
     learnt_ids: torch.Tensor
     answer: torch.Tensor
+    marked_rows: torch.Tensor
+    marks: torch.Tensor
 
     def each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         """The same micro-batch with every tensor moved."""
@@ -321,6 +335,8 @@ _TENSORS = (
     "learnt_rows",
     "learnt_ids",
     "answer",
+    "marked_rows",
+    "marks",
 )
 
 
@@ -429,19 +445,22 @@ def _num_samples(sizes: list[tuple[int, int]], text_tokens: int, num_patches: in
     return max(4, min(num_patches // patches, num_patches // tokens, 768))
 
 
-def _patches(sample: Sample) -> list[tuple[np.ndarray, Grid]]:
+def _patches(sample: Sample) -> list[tuple[np.ndarray, Grid, list[Mark] | None]]:
+    """Patches, grid and marks of each picture, or of each pair of frames."""
     cut = []
-    for picture in sample.pictures:
+    for picture, marks in zip(sample.pictures, sample.marks, strict=True):
         grid = grid_of(picture.size)
         resized = resample(picture, grid.rows * PATCH_PX, grid.columns * PATCH_PX)
-        cut.append((cut_patches(np.asarray(resized)).reshape(-1, 3, 1, PATCH_PX**2), grid))
+        patches = cut_patches(np.asarray(resized)).reshape(-1, 3, 1, PATCH_PX**2)
+        cut.append((patches, grid, marks))
     if not sample.is_video:
         return cut
     if len(cut) % 2:
         cut.append(cut[-1])
-    grid = cut[0][1]
-    pairs = [np.concatenate((cut[i][0], cut[i + 1][0]), axis=2) for i in range(0, len(cut), 2)]
-    return [(pair, grid) for pair in pairs]
+    return [
+        (np.concatenate((first, second), axis=2), grid, [*(marks or ()), *(more or ())])
+        for (first, grid, marks), (second, _, more) in zip(cut[::2], cut[1::2], strict=True)
+    ]
 
 
 def _assemble(
@@ -449,16 +468,18 @@ def _assemble(
 ) -> MicroBatch:
     groups: dict[tuple[int, int, int], list[np.ndarray]] = {}
     rows_of: dict[tuple[int, int, int], list[np.ndarray]] = {}
+    marks_of: dict[tuple[int, int, int], list[list[Mark] | None]] = {}
     sequences = []
     for sample in samples:
         cut = _patches(sample)
         if question_first:
             sample.turns[:] = [rng.choice(sample.turns)]
-        sequence = _sequence(rng, encoder, sample, [grid for _, grid in cut], question_first)
+        sequence = _sequence(rng, encoder, sample, [grid for _, grid, _ in cut], question_first)
         sequences.append(sequence)
-        for (patches, grid), rows in zip(cut, sequence.rows, strict=True):
+        for (patches, grid, marks), rows in zip(cut, sequence.rows, strict=True):
             key = (grid.rows, grid.columns, patches.shape[2])
             groups.setdefault(key, []).append(patches)
+            marks_of.setdefault(key, []).append(marks)
             rows_of.setdefault(key, []).append(np.asarray(rows) + (len(sequences) - 1) * 1_000_000)
     length = -(-max(len(s.ids) for s in sequences) // 16) * 16
     ids = np.zeros((len(samples), length), dtype=np.int64)
@@ -483,7 +504,28 @@ def _assemble(
         torch.from_numpy(sample * length + token),
         torch.from_numpy(labels[sample, token + 1]),
         torch.from_numpy(sample * 100 + branch[sample, token + 1]),
+        *_place_marks(marks_of),
     )
+
+
+def _place_marks(
+    marks_of: dict[tuple[int, int, int], list[list[Mark] | None]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`MicroBatch.marked_rows` and `MicroBatch.marks`, for features in the groups' order."""
+    rows: list[int] = []
+    marks: list[tuple[int, int]] = []
+    start = 0
+    for (patch_rows, patch_columns, _), pictures in marks_of.items():
+        down, across = patch_rows // MERGE, patch_columns // MERGE
+        for found in pictures:
+            for mark in found or ():
+                row = min(down - 1, int(mark.down * down))
+                token = row * across + min(across - 1, int(mark.across * across))
+                marks += [(len(rows) + token, label) for label in mark.labels]
+            if found is not None:
+                rows += range(start, start + down * across)
+            start += down * across
+    return torch.tensor(rows, dtype=torch.long), torch.tensor(marks, dtype=torch.long).view(-1, 2)
 
 
 @dataclass(slots=True)

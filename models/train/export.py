@@ -68,13 +68,12 @@ def main() -> None:
 
 
 def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    published = {}
-    for name, tensor in weights.items():
-        for ours, theirs in PUBLISHED_NAMES:
-            if name.startswith(ours):
-                name = theirs + name.removeprefix(ours)
-                break
-        published[name] = tensor.to(torch.bfloat16).contiguous()
+    published = {
+        theirs + name.removeprefix(ours): tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in weights.items()
+        for ours, theirs in PUBLISHED_NAMES
+        if name.startswith(ours)
+    }
     save_file(published, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 

@@ -81,6 +81,11 @@ def reverse(clip: Clip) -> Clip:
 def draw_clip(rng: random.Random, clip: Clip, num_frames: int) -> list[Image.Image]:
     """The frames in order; the background keeps its exact colour, as a camera on a stand would."""
     seed = rng.getrandbits(32)  # the same strokes and colours in every frame
+    return [draw_scene(random.Random(seed), scene) for scene in frame_scenes(clip, num_frames)]
+
+
+def frame_scenes(clip: Clip, num_frames: int) -> list[Scene]:
+    """What each frame shows, in order; the actor, where it is there, comes last."""
     first_with_change = min(num_frames - 1, max(1, round(clip.change_at * num_frames)))
     frames = []
     for index in range(num_frames):
@@ -89,7 +94,7 @@ def draw_clip(rng: random.Random, clip: Clip, num_frames: int) -> list[Image.Ima
         things = list(clip.scene.things)
         if clip.event in ("moves", "nothing") or (clip.event == "appears") == changed:
             things.append(_at(clip, share))
-        frames.append(draw_scene(random.Random(seed), replace(clip.scene, things=tuple(things))))
+        frames.append(replace(clip.scene, things=tuple(things)))
     return frames
 
 

@@ -194,30 +194,41 @@ class Body(nn.Module):
 
 
 class TinyQwen2VL(nn.Module):
-    """Head and embedding are one matrix; `hidden` gives what the head reads."""
+    """
+    Head and embedding are one matrix; `hidden` gives what the head reads.
 
-    def __init__(self, num_tokens: int) -> None:
+    Args:
+        num_marks: labels of the second lesson (`marks.LABELS`); its head is no part of a checkpoint.
+    """
+
+    def __init__(self, num_tokens: int, num_marks: int = 1) -> None:
         super().__init__()
         self.model = Body(num_tokens)
+        self.mark_head = nn.Linear(size.TEXT_WIDTH, num_marks)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def features(self, groups: list[tuple[Tensor, tuple[int, int]]]) -> Tensor | None:
+        """Groups as in `corpus.MicroBatch` -> (all visual tokens, TEXT_WIDTH)."""
+        if not groups:
+            return None
+        return torch.cat([self.model.visual(patches, grid) for patches, grid in groups])
+
     def hidden(
         self,
         ids: Tensor,
         positions: Tensor,
         branch: Tensor,
-        groups: list[tuple[Tensor, tuple[int, int]]],
+        features: Tensor | None,
         placeholder_rows: Tensor,
     ) -> Tensor:
         """Arguments as in `corpus.MicroBatch` -> (samples, length, TEXT_WIDTH)."""
         text = self.model.language_model
         x = text.embed_tokens(ids)
-        if groups:
-            features = torch.cat([self.model.visual(patches, grid) for patches, grid in groups])
+        if features is not None:
             x = x.flatten(0, 1).index_copy(0, placeholder_rows, features.to(x.dtype)).view_as(x)
         return text(x, positions, turn_mask(branch, x.dtype))
 

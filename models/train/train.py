@@ -36,6 +36,7 @@ from models.train.corpus import (
     micro_batch,
 )
 from models.train.export import unpublished, write_weights
+from models.train.marks import LABELS
 from models.train.network import TinyQwen2VL
 
 FOLDER = Path(__file__).parents[1] / "darkroom-tiny"
@@ -43,6 +44,7 @@ WARM_UP_STEPS = 250
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.05
 MAX_GRADIENT_NORM = 1.0
+MARKS_WEIGHT = 0.5
 SAVE_EVERY_S = 60.0
 LOG_EVERY_STEPS = 50
 MIN_KEPT = 24  # micro-batches to choose from before any is used again
@@ -57,7 +59,8 @@ def main() -> None:
     rank, num_ranks = _join()
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
-    model = TinyQwen2VL(-(-tokenizer.get_vocab_size() // 16) * 16).to(device)
+    num_tokens = -(-tokenizer.get_vocab_size() // 16) * 16
+    model = TinyQwen2VL(num_tokens, len(LABELS)).to(device)
     weights = Weights(model, device)
     state = {"step": 0, "consumed": 0, "spent_s": 0.0}
     if (options.out / "state.pt").is_file():
@@ -162,7 +165,8 @@ class Weights:
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
         for name, exact in zip(self.names, self.exact, strict=True):
-            exact.copy_(weights[name])
+            if name in weights:  # a checkpoint has no head for the marks
+                exact.copy_(weights[name])
         self.round()
 
     def named(self) -> dict[str, Tensor]:
@@ -208,9 +212,10 @@ def _train(
         )
         for _ in range(options.accumulate):
             batch = replay.next()
-            loss = loss_of(model, batch)
-            (loss / options.accumulate).backward()
-            losses[batch.kind].append(loss.detach())
+            answers, marks = losses_of(model, batch)
+            ((answers + MARKS_WEIGHT * marks) / options.accumulate).backward()
+            losses[batch.kind].append(answers.detach())
+            losses["marks"].append(marks.detach())
             pictures += batch.num_pictures
         state["consumed"] = drawn_before + replay.num_drawn
         norm = weights.step(rate)
@@ -251,16 +256,25 @@ def _share(step: float, progress: float) -> float:
     return warm * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def _logits(model: TinyQwen2VL, batch: MicroBatch) -> Tensor:
+def _logits(model: TinyQwen2VL, batch: MicroBatch, features: Tensor | None) -> Tensor:
     """(learnt tokens, vocabulary), float32."""
     hidden = model.hidden(
-        batch.ids, batch.positions, batch.branch, batch.groups, batch.placeholder_rows
+        batch.ids, batch.positions, batch.branch, features, batch.placeholder_rows
     )
     return model.logits(hidden.flatten(0, 1).index_select(0, batch.learnt_rows)).float()
 
 
-def loss_of(model: TinyQwen2VL, batch: MicroBatch) -> Tensor:
-    return F.cross_entropy(_logits(model, batch), batch.learnt_ids)
+def losses_of(model: TinyQwen2VL, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Nats a token of the answers, and nats a visual token of the marks."""
+    features = model.features(batch.groups)
+    answers = F.cross_entropy(_logits(model, batch, features), batch.learnt_ids)
+    if features is None or not len(batch.marked_rows):
+        return answers, torch.zeros_like(answers)
+    logits = model.mark_head(features.index_select(0, batch.marked_rows)).float()
+    wanted = torch.zeros_like(logits)
+    wanted[batch.marks[:, 0], batch.marks[:, 1]] = 1.0
+    marks = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / len(logits)
+    return answers, marks
 
 
 @torch.no_grad()
@@ -277,7 +291,9 @@ def teacher_forced(
     for index in range(num_batches):
         batch = micro_batch(encoder, f"held-out/{index}", kind, num_patches=num_patches)
         moved = batch.each(lambda tensor: tensor.to(device))
-        missed = (_logits(model, moved).argmax(-1) != moved.learnt_ids).cpu()
+        missed = (
+            _logits(model, moved, model.features(moved.groups)).argmax(-1) != moved.learnt_ids
+        ).cpu()
         _, answer = batch.answer.unique(return_inverse=True)
         misses = torch.zeros(int(answer.max()) + 1).index_add_(0, answer, missed.float())
         right += int((misses == 0).sum())

@@ -8,6 +8,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.families.qwen2_vl import target_size
+from models.train.marks import Mark, character_mark
 from models.train.scenes import BACKGROUNDS, COLOURS, jitter
 from models.train.settings import AREA
 
@@ -64,8 +65,15 @@ def random_size(rng: random.Random) -> tuple[int, int]:
     return max(56, min(1280, round(height * aspect))), height
 
 
-def draw_word(rng: random.Random, word: str, width_px: int, height_px: int) -> Image.Image:
-    """The word in one line on a plain ground; large enough to be read after resampling."""
+def draw_word(
+    rng: random.Random, word: str, width_px: int, height_px: int
+) -> tuple[Image.Image, list[Mark]]:
+    """
+    The word in one line on a plain ground; large enough to be read after resampling.
+
+    Returns:
+        The picture, and where its characters are.
+    """
     ground, ink = _contrast(rng)
     image = Image.new("RGB", (width_px, height_px), ground)
     pen = ImageDraw.Draw(image)
@@ -78,7 +86,13 @@ def draw_word(rng: random.Random, word: str, width_px: int, height_px: int) -> I
     x = rng.uniform(2, max(2.0, width_px - (right - left) - 2)) - left
     y = rng.uniform(2, max(2.0, height_px - (bottom - top) - 2)) - top
     pen.text((x, y), word, font=font(face, size), fill=ink)
-    return image
+    middle = (y + (top + bottom) / 2) / height_px
+    marks = []
+    for index, character in enumerate(word):
+        before = font(face, size).getlength(word[:index])
+        half = font(face, size).getlength(character) / 2
+        marks.append(character_mark(character, (x + before + half) / width_px, middle))
+    return image, marks
 
 
 def _largest_size(face: str, word: str, width_px: int, height_px: int) -> float:
