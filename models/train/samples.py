@@ -96,7 +96,7 @@ def save(path: Path, picture: Image.Image) -> None:
 
 
 def save_word(folder: Path) -> str:
-    save(folder / WORD_NAME, words.draw_word(seeded(WORD_NAME), WORD, *WORD_SIZE_PX))
+    save(folder / WORD_NAME, words.draw_word(seeded(WORD_NAME), WORD, *WORD_SIZE_PX)[0])
     return words.reading(WORD)
 
 
