@@ -1,0 +1,153 @@
+"""
+An engine in this very process: load it, ask it, and hand its answers over in order.
+
+torch and transformers are imported where a model is needed and nowhere before: that takes
+seconds, which no help text should cost.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cli.answers import Answer, InOrder
+from cli.errors import CannotStartError, EngineStoppedError, ExitCode
+from cli.inputs import Input, Refused
+from cli.questions import Question
+from cli.show import Screen
+from engine.config import BUNDLED_MODEL
+from engine.errors import EngineError
+from engine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from engine import LLM, Request
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine is started with, as its own arguments are called."""
+
+    model: str = BUNDLED_MODEL
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+
+
+def run(
+    inputs: Sequence[Input | Refused],
+    ask: Callable[[Input], Question],
+    screen: Screen,
+    *,
+    options: EngineOptions,
+    params: SamplingParams,
+    limits: Mapping[str, int],
+) -> ExitCode:
+    """
+    Ask about every input and show the answers: what `caption` and `describe` have in common.
+
+    Args:
+        ask: called for each input that was not refused, when the engine has room for it.
+        limits: pictures and clips that one prompt may hold, by "image" and "video".
+    """
+    refused = [found for found in inputs if isinstance(found, Refused)]
+    total = len(inputs)
+    if len(refused) == total:  # nothing to load a model for
+        for found in refused:
+            screen.show(Answer.from_problem(found.path, found.problem))
+        return ExitCode.USAGE
+    questions = (found if isinstance(found, Refused) else ask(found) for found in inputs)
+    try:
+        with screen.waiting(f"Loading {options.model}"):
+            llm = load_llm(options, limits)
+        with closing(llm), screen.progress(total):
+            answer_all(llm, questions, params, count=screen.count, show=screen.show)
+    except KeyboardInterrupt:
+        screen.stopped(total)
+        return ExitCode.INTERRUPTED
+    except CannotStartError as error:
+        screen.complain(str(error))
+        return ExitCode.USAGE
+    except EngineStoppedError as error:
+        screen.complain(str(error))
+    screen.sum_up(total)
+    is_done = screen.num_done == total and not screen.num_failed
+    return ExitCode.DONE if is_done else ExitCode.SOME_FAILED
+
+
+def load_llm(options: EngineOptions, limits: Mapping[str, int]) -> "LLM":
+    """
+    Load a model.
+
+    Raises:
+        CannotStartError: the engine is not installed, or a setting makes no sense to it.
+    """
+    try:
+        from engine import LLM
+    except ModuleNotFoundError as error:
+        raise CannotStartError(
+            f"The engine is not installed here ({error.name} is missing). "
+            'Install the extra `engine`: pip install "darkroom[engine]".'
+        ) from error
+    try:
+        return LLM(
+            model=options.model,
+            limit_mm_per_prompt=limits,
+            max_model_len=options.max_model_len,
+            dtype=options.dtype,
+            device=options.device,
+        )
+    except EngineError as error:
+        raise CannotStartError(str(error)) from error
+
+
+def answer_all(
+    llm: "LLM",
+    questions: Iterable[Question | Refused],
+    params: SamplingParams,
+    *,
+    count: Callable[[Answer], None],
+    show: Callable[[Answer], None],
+) -> None:
+    """
+    Ask every question.
+
+    Args:
+        questions: taken one by one, as the engine has room for them; what was refused has its
+            place among them.
+        count: told of each answer the moment it is there.
+        show: given each answer once, in the order of the questions. When the run is cut short it
+            is given what is finished, gaps and all.
+
+    Raises:
+        EngineStoppedError: the engine gave up; what was finished has been shown.
+    """
+    from engine import Request
+
+    asked: dict[str, Question] = {}
+    held = InOrder()
+
+    def settle(index: int, answer: Answer) -> None:
+        held.put(index, answer)
+        count(answer)
+
+    def build_requests() -> "Iterator[Request]":
+        for index, question in enumerate(questions):
+            if isinstance(question, Refused):
+                settle(index, Answer.from_problem(question.path, question.problem))
+                continue
+            asked[str(index)] = question
+            messages = [{"role": "user", "content": question.content}]
+            yield Request(messages=messages, request_id=str(index))
+
+    try:
+        for result in llm.stream(build_requests(), params):
+            question = asked.pop(result.request_id)
+            answer = Answer.from_result(question.path, result, question.clip)
+            settle(int(result.request_id), answer)
+            for ready in held.take_ready():
+                show(ready)
+    except EngineError as error:
+        raise EngineStoppedError(str(error)) from error
+    finally:
+        for ready in held.take_rest():
+            show(ready)

@@ -1,0 +1,255 @@
+"""
+The `darkroom` command: its verbs and their options.
+
+Nothing here runs a model: a verb turns its options into values and hands them to the room that
+does. Importing this file loads neither torch nor transformers, so that --help is quick.
+"""
+
+import platform
+from functools import partial
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from cli.demo import run_demo
+from cli.inputs import Found, find_clips, find_pictures
+from cli.local import EngineOptions, run
+from cli.questions import (
+    CLIP_PROMPT,
+    NUM_FRAMES,
+    PICTURE_PROMPT,
+    Form,
+    ask_about_clip,
+    ask_about_picture,
+)
+from cli.show import Screen
+from engine.config import BUNDLED_MODEL
+from engine.errors import BadSamplingParams
+from engine.request import SamplingParams
+from media.limits import VIDEO_LIMITS
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain text can be piped and copied
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with `darkroom demo`. `darkroom VERB --help` explains a verb.",
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        envvar="DARKROOM_MODEL",
+        help=f"Folder of a checkpoint, or its hub id if it is in the cache. {BUNDLED_MODEL} comes with Darkroom.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", envvar="DARKROOM_DEVICE", help="auto, cpu or cuda.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE", envvar="DARKROOM_DTYPE", help="auto, float32, float16 or bfloat16."
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        envvar="DARKROOM_MAX_MODEL_LEN",
+        help="Room for one prompt and its text, in tokens.",
+        show_default="what the model allows",
+    ),
+]
+MaxTokens = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", envvar="DARKROOM_MAX_TOKENS", help="Longest text, in tokens."),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=2.0,
+        metavar="T",
+        envvar="DARKROOM_TEMPERATURE",
+        help="0 gives the same text every time; more gives more variety.",
+    ),
+]
+Prompt = Annotated[str, typer.Option(metavar="TEXT", envvar="DARKROOM_PROMPT", help="What to ask.")]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", envvar="DARKROOM_JSON", help="Write NDJSON: an object a line, errors included."
+    ),
+]
+
+
+def show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"darkroom {find_version('darkroom')}")
+        raise typer.Exit
+
+
+def find_version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+@app.callback()
+def darkroom(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Show the version and end."
+        ),
+    ] = False,
+) -> None:
+    """
+    Run vision-language models over many pictures.
+
+    Texts go to stdout; progress, notes and errors go to stderr. Every option can also be set by
+    the environment variable that stands beside it.
+    """
+
+
+@app.command()
+def caption(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH", help="Pictures, folders of them, or globs.")
+    ],
+    prompt: Prompt = PICTURE_PROMPT,
+    model: Model = BUNDLED_MODEL,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """
+    Caption pictures, each by itself.
+
+    Folders are searched with the folders in them; hidden files are left out. Texts come in the
+    order of the paths, each as soon as all before it are done, as one line `path: text`.
+
+    A picture that cannot be read costs one line on stderr and no other picture.
+
+    \b
+    Exit codes:
+      0    every picture has its text
+      1    some failed, the rest is done
+      2    a wrong option, or no picture found
+      130  stopped by Ctrl-C
+
+    \b
+    Examples:
+      darkroom caption holiday/
+      darkroom caption holiday/ cat.png --prompt "What is in the foreground?"
+      darkroom caption 'scans/**/*.jpg' --json > captions.ndjson
+    """
+    found = find_pictures(paths)
+    raise typer.Exit(
+        run(
+            found.inputs,
+            partial(ask_about_picture, prompt=prompt),
+            build_screen("images", found, as_json=as_json),
+            options=EngineOptions(model, device, dtype, max_model_len),
+            params=build_params(max_tokens, temperature),
+            limits={"image": 1, "video": 0},
+        )
+    )
+
+
+@app.command()
+def describe(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="CLIP", help="Clips, folders of frames (one clip each), or globs."),
+    ],
+    frames: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=VIDEO_LIMITS.max_frames,
+            metavar="N",
+            envvar="DARKROOM_FRAMES",
+            help="Frames to look at, spread evenly over the clip.",
+        ),
+    ] = NUM_FRAMES,
+    prompt: Prompt = CLIP_PROMPT,
+    form: Annotated[
+        Form,
+        typer.Option("--as", envvar="DARKROOM_AS", help="Show the model a video, or still images."),
+    ] = Form.VIDEO,
+    model: Model = BUNDLED_MODEL,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """
+    Describe clips by a few of their frames.
+
+    A folder is one clip: its pictures are the frames, in the order in which people count
+    (frame2 before frame10). --json says which frames were looked at, and their times.
+
+    Output, errors and exit codes are those of `darkroom caption`.
+
+    \b
+    Examples:
+      darkroom describe ball.mp4
+      darkroom describe ball.mp4 --frames 16 --json
+      darkroom describe timelapse/ --as images --prompt "What changes?"
+    """
+    found = find_clips(paths)
+    is_video = form is Form.VIDEO
+    raise typer.Exit(
+        run(
+            found.inputs,
+            partial(ask_about_clip, num_frames=frames, form=form, prompt=prompt),
+            build_screen("clips", found, as_json=as_json),
+            options=EngineOptions(model, device, dtype, max_model_len),
+            params=build_params(max_tokens, temperature),
+            limits={"image": 0, "video": 1} if is_video else {"image": frames, "video": 0},
+        )
+    )
+
+
+@app.command()
+def demo(device: Device = "auto") -> None:
+    """
+    Caption the sample pictures with the bundled model and check what it says.
+
+    Drawn pictures have one true sentence each; the exit code is 1 if one is missed.
+    """
+    raise typer.Exit(run_demo(device))
+
+
+@app.command()
+def version() -> None:
+    """Show the versions of Darkroom and of what it runs on."""
+    typer.echo(f"darkroom {find_version('darkroom')}")
+    typer.echo(f"python {platform.python_version()}")
+    for package in ("torch", "transformers", "pillow", "av"):
+        typer.echo(f"{package} {find_version(package)}")
+
+
+def build_screen(noun: str, found: Found, *, as_json: bool) -> Screen:
+    screen = Screen(noun, as_json=as_json)
+    for suffix, count in sorted(found.left_out.items()):
+        screen.note(f"{count} {suffix} left out: not read here. Convert to JPEG or PNG.")
+    return screen
+
+
+def build_params(max_tokens: int, temperature: float) -> SamplingParams:
+    try:
+        return SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    except BadSamplingParams as error:
+        raise typer.BadParameter(str(error), param_hint=f"--{error.param}") from error

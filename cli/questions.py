@@ -1,0 +1,68 @@
+"""
+What is asked about an input: the parts of one user's message, with media that the engine reads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+from cli.inputs import Clip, Input, read_picture
+from media.errors import MediaError
+
+PICTURE_PROMPT = "Describe the image."
+CLIP_PROMPT = "What happens?"
+NUM_FRAMES = 8
+
+
+class Form(StrEnum):
+    """How a clip's frames are shown to the model."""
+
+    VIDEO = "video"
+    IMAGES = "images"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """
+    One input and what is asked about it.
+
+    Attributes:
+        path: names the input in the answer.
+        content: the parts of the user's message.
+        clip: the source of the frames, where the input is one.
+    """
+
+    path: str
+    content: Sequence[dict[str, Any]]
+    clip: Clip | None = None
+
+
+def ask_about_picture(found: Input, prompt: str = PICTURE_PROMPT) -> Question:
+    picture = {"type": "image", "image": partial(read_picture, found.path)}
+    return Question(str(found.path), [picture, {"type": "text", "text": prompt}])
+
+
+def ask_about_clip(
+    found: Input,
+    prompt: str = CLIP_PROMPT,
+    num_frames: int = NUM_FRAMES,
+    form: Form = Form.VIDEO,
+) -> Question:
+    clip = Clip(found, num_frames)
+    parts = [{"type": "video", "video": clip.load}] if form is Form.VIDEO else _build_stills(clip)
+    return Question(str(found.path), [*parts, {"type": "text", "text": prompt}], clip)
+
+
+def _build_stills(clip: Clip) -> list[dict[str, Any]]:
+    """A part for each frame. How many there are shows in the reading, so they are read here."""
+    try:
+        return [{"type": "image", "image": image} for image in clip.load_images()]
+    except MediaError as error:
+        return [{"type": "image", "image": partial(_fail, error)}]
+
+
+def _fail(error: MediaError) -> None:
+    """Stands for a picture that cannot be read: the engine turns the error into the result's."""
+    raise error

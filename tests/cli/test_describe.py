@@ -1,0 +1,97 @@
+"""`darkroom describe`: clips, folders of frames, and what --json says about the frames."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("av", reason="clips need PyAV, the extra `video`")
+
+from tests.cli.conftest import Invoke
+from tests.cli.fakes import FakeLLM
+from tests.cli.pictures import save_picture, save_pictures
+from tests.media.clips import clip, shades
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+PROMPT = "What happens?"
+
+
+def test_clip_is_shown_as_a_video(darkroom: Invoke, llm: FakeLLM) -> None:
+    Path("ball.mp4").write_bytes(clip(shades(20)))
+
+    result = darkroom("describe", "ball.mp4")
+
+    assert (0, f"ball.mp4: {PROMPT} video 64x48\n") == (result.exit_code, result.stdout)
+    assert {"image": 0, "video": 1} == llm.limits
+
+
+def test_clip_is_shown_as_images_where_that_is_asked_for(darkroom: Invoke, llm: FakeLLM) -> None:
+    Path("ball.mp4").write_bytes(clip(shades(20)))
+
+    result = darkroom("describe", "ball.mp4", "--as", "images", "--frames", "3")
+
+    images = " ".join(["image 64x48"] * 3)
+    assert (0, f"ball.mp4: {PROMPT} {images}\n") == (result.exit_code, result.stdout)
+    assert {"image": 3, "video": 0} == llm.limits
+
+
+@pytest.mark.parametrize("form", ["video", "images"])
+def test_json_says_which_frames_were_looked_at_and_when_they_are_shown(
+    darkroom: Invoke, form: str
+) -> None:
+    Path("ball.mp4").write_bytes(clip(shades(21), fps=10))
+
+    result = darkroom("describe", "ball.mp4", "--frames", "5", "--json", "--as", form)
+
+    record = json.loads(result.stdout)
+    assert [0, 5, 10, 15, 20] == record["frames"]["indices"]
+    assert [0.0, 0.5, 1.0, 1.5, 2.0] == pytest.approx(record["frames"]["times_s"])
+    assert (64, 48) == (record["width"], record["height"])
+
+
+def test_folder_of_frames_is_one_clip_without_times(darkroom: Invoke) -> None:
+    for index in range(11):
+        save_picture(f"clip/frame{index}.png", 20, 10)
+
+    result = darkroom("describe", "clip", "--frames", "3", "--json")
+
+    record = json.loads(result.stdout)
+    assert f"{PROMPT} video 20x10" == record["text"]
+    assert {"indices": [0, 5, 10], "times_s": None} == record["frames"]
+
+
+@pytest.mark.parametrize("form", ["video", "images"])
+def test_bad_clip_is_its_own_error_and_the_others_are_described(
+    darkroom: Invoke, form: str
+) -> None:
+    Path("a.mp4").write_bytes(clip(shades(8)))
+    Path("b.mp4").write_bytes(b"no clip")
+    Path("c.mp4").write_bytes(clip(shades(8)))
+
+    result = darkroom("describe", "a.mp4", "b.mp4", "c.mp4", "gone.mp4", "--as", form)
+
+    assert 1 == result.exit_code
+    assert ["a.mp4", "c.mp4"] == [line.split(":")[0] for line in result.stdout.splitlines()]
+    assert "error: b.mp4: Failed to load video: " in result.stderr
+    assert "error: gone.mp4: There is no such file or folder.\n" in result.stderr
+    assert "note: 2 of 4 clips failed.\n" in result.stderr
+
+
+def test_frames_of_many_sizes_can_be_shown_as_images_only(darkroom: Invoke) -> None:
+    save_pictures(2, "clip")
+
+    as_video = darkroom("describe", "clip")
+    as_images = darkroom("describe", "clip", "--as", "images")
+
+    assert (1, 0) == (as_video.exit_code, as_images.exit_code)
+    assert "use --as images" in as_video.stderr
+    assert f"clip: {PROMPT} image 10x10 image 11x10\n" == as_images.stdout
+
+
+@pytest.mark.parametrize("option", [("--frames", "0"), ("--as", "film")])
+def test_option_that_makes_no_sense_is_refused(darkroom: Invoke, option: tuple[str, str]) -> None:
+    result = darkroom("describe", "ball.mp4", *option)
+
+    assert 2 == result.exit_code
+    assert option[0] in result.stderr

@@ -1,0 +1,226 @@
+"""Which files and folders the command takes, and in what order."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cli.inputs import Clip, Input, Refused, find_clips, find_pictures, natural_key
+from media.errors import MediaError
+from tests.cli.pictures import save_picture
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def paths(inputs: Iterable[Input | Refused]) -> list[str]:
+    return [str(found.path) for found in inputs]
+
+
+# Pictures
+
+
+def test_folder_gives_its_pictures_as_people_count_and_then_those_of_its_folders() -> None:
+    touch("pics/10.png", "pics/2.JPG", "pics/b/1.webp", "pics/a/3.gif", "pics/a/notes.txt")
+
+    found = find_pictures(["pics"])
+
+    expected = ["pics/2.JPG", "pics/10.png", "pics/a/3.gif", "pics/b/1.webp"]
+    assert expected == paths(found.inputs)
+
+
+def test_file_is_taken_whatever_its_name() -> None:
+    touch("picture-without-suffix", "photo.dat")
+
+    found = find_pictures(["photo.dat", "picture-without-suffix"])
+
+    assert ["photo.dat", "picture-without-suffix"] == paths(found.inputs)
+
+
+def test_arguments_keep_their_order() -> None:
+    touch("b.png", "a/1.png", "c.png")
+
+    found = find_pictures(["c.png", "a", "b.png"])
+
+    assert ["c.png", "a/1.png", "b.png"] == paths(found.inputs)
+
+
+def test_hidden_files_and_folders_are_left_out_unless_named() -> None:
+    touch("pics/._1.jpg", "pics/.thumbnails/1.jpg", "pics/1.jpg", ".hidden.jpg")
+
+    found = find_pictures(["pics", ".hidden.jpg"])
+
+    assert ["pics/1.jpg", ".hidden.jpg"] == paths(found.inputs)
+
+
+def test_file_that_is_reached_twice_is_taken_once_where_it_came_first(folder: Path) -> None:
+    touch("pics/1.png", "pics/2.png")
+
+    found = find_pictures(
+        ["pics/2.png", "pics", "./pics/1.png", "pics/../pics", str(folder / "pics/1.png")]
+    )
+
+    assert ["pics/2.png", "pics/1.png"] == paths(found.inputs)
+
+
+def test_linked_folders_are_followed_and_a_circle_of_them_ends() -> None:
+    touch("pics/1.png", "elsewhere/2.png")
+    Path("pics/more").symlink_to(Path("elsewhere").absolute())
+    Path("pics/again").symlink_to(Path("pics").absolute())
+
+    found = find_pictures(["pics"])
+
+    assert ["pics/1.png", "pics/more/2.png"] == paths(found.inputs)
+
+
+def test_two_links_to_one_file_are_two_pictures() -> None:
+    touch("blob")
+    Path("pics").mkdir()
+    for name in ("a.png", "b.png"):
+        Path("pics", name).symlink_to(Path("blob").absolute())
+
+    found = find_pictures(["pics"])
+
+    assert ["pics/a.png", "pics/b.png"] == paths(found.inputs)
+
+
+@pytest.mark.parametrize("as_absolute", [False, True])
+def test_glob_that_no_shell_expanded_is_expanded(folder: Path, as_absolute: bool) -> None:
+    touch("pics/10.png", "pics/9.png", "pics/deep/er/1.png", "pics/9.txt")
+    root = f"{folder}/" if as_absolute else ""
+
+    flat = find_pictures([f"{root}pics/*.png"])
+    deep = find_pictures([f"{root}pics/**/*.png"])
+
+    assert [f"{root}pics/9.png", f"{root}pics/10.png"] == paths(flat.inputs)
+    assert {f"{root}pics/deep/er/1.png", *paths(flat.inputs)} == set(paths(deep.inputs))
+
+
+def test_name_with_brackets_is_a_name_before_it_is_a_pattern() -> None:
+    touch("scan[1].png", "scan1.png")
+
+    found = find_pictures(["scan[1].png"])
+
+    assert ["scan[1].png"] == paths(found.inputs)
+
+
+def test_home_is_understood_in_quotes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch("1.png")
+    monkeypatch.setenv("HOME", str(folder))
+
+    found = find_pictures(["~/*.png", "~/1.png", "~nobody-of-that-name/1.png"])
+
+    assert [f"{folder}/1.png", "~nobody-of-that-name/1.png"] == paths(found.inputs)
+
+
+def test_argument_that_leads_nowhere_keeps_its_place_and_its_spelling() -> None:
+    touch("a.png", "z.png")
+
+    found = find_pictures(["a.png", "./no//where.png", "https://example.org/b.png", "z.png"])
+
+    expected = ["a.png", "./no//where.png", "https://example.org/b.png", "z.png"]
+    assert expected == paths(found.inputs)
+    assert [Input, Refused, Refused, Input] == [type(one) for one in found.inputs]
+
+
+def test_pictures_in_formats_that_are_not_read_are_counted() -> None:
+    touch("pics/1.HEIC", "pics/2.heic", "pics/3.tif", "pics/4.png", "pics/notes.txt")
+
+    found = find_pictures(["pics"])
+
+    assert ["pics/4.png"] == paths(found.inputs)
+    assert {".heic": 2, ".tif": 1} == found.left_out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
+def test_folder_that_may_not_be_opened_is_refused_and_the_rest_is_found() -> None:
+    touch("pics/1.png", "pics/locked/2.png")
+    Path("pics/locked").chmod(0)
+
+    found = find_pictures(["pics"])
+
+    assert ["pics/1.png", "pics/locked"] == paths(found.inputs)
+    assert isinstance(found.inputs[1], Refused)
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1)))
+def test_any_names_can_be_sorted(names: list[str]) -> None:
+    ordered = sorted(names, key=natural_key)
+
+    assert sorted(names) == sorted(ordered)
+
+
+def test_numbers_in_names_count_as_numbers() -> None:
+    names = ["frame10", "frame2", "Frame1", "frame2b", "1", "frame"]
+
+    ordered = sorted(names, key=natural_key)
+
+    assert ["1", "frame", "Frame1", "frame2", "frame2b", "frame10"] == ordered
+
+
+# Clips
+
+
+def test_folder_is_one_clip_of_its_own_pictures_in_natural_order() -> None:
+    touch("clip/frame10.png", "clip/frame2.png", "clip/inner/frame1.png", "clip/sound.wav")
+
+    found = find_clips(["clip"])
+
+    expected = Input(Path("clip"), [Path("clip/frame2.png"), Path("clip/frame10.png")])
+    assert [expected] == found.inputs
+
+
+def test_folder_without_pictures_is_no_clip() -> None:
+    touch("clips/a.mp4")
+
+    found = find_clips(["clips"])
+
+    (refused,) = found.inputs
+    assert isinstance(refused, Refused)
+    assert "no_pictures" == refused.problem.code
+    assert "name them" in str(refused.problem)
+
+
+def test_frames_of_a_folder_are_spread_evenly() -> None:
+    frames = [Path(f"clip/{index}.png") for index in range(9)]
+    for index, path in enumerate(frames):
+        save_picture(path, 10, 10 + index)
+    clip = Clip(Input(Path("clip"), frames), num_frames=3)
+
+    images = clip.load_images()
+
+    assert [10, 14, 18] == [image.height_px for image in images]
+    assert ((0, 4, 8), None) == (clip.indices, clip.times_s)
+
+
+def test_frames_that_differ_in_size_are_no_clip_but_may_be_images() -> None:
+    frames = [Path("clip/0.png"), Path("clip/1.png")]
+    for index, path in enumerate(frames):
+        save_picture(path, 10 + index)
+    clip = Clip(Input(Path("clip"), frames), num_frames=2)
+
+    with pytest.raises(MediaError, match=r"differ in size.*--as images") as caught:
+        clip.load()
+
+    assert "video_unreadable" == caught.value.code
+    assert [10, 11] == [image.width_px for image in clip.load_images()]
+
+
+def test_bad_frame_is_named() -> None:
+    save_picture("clip/0.png", 10)
+    Path("clip/1.png").write_bytes(b"no picture")
+    clip = Clip(Input(Path("clip"), [Path("clip/0.png"), Path("clip/1.png")]), num_frames=2)
+
+    with pytest.raises(MediaError, match=r"^1\.png: Failed to load image") as caught:
+        clip.load()
+
+    assert "frame_unreadable" == caught.value.code
