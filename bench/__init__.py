@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can run; dated figures lie in results/."""
