@@ -310,8 +310,8 @@ class SamplingParams:
 
         Args:
             config: `generation_config.json`, or `GenerationConfig.to_diff_dict()`. A key that is
-                absent or None keeps our default. `do_sample` is not read, as in vLLM: greedy is
-                asked for with temperature 0.
+                absent or None keeps our default. A `do_sample` of false that somebody wrote down
+                means greedy; where it is absent nothing follows, as in vLLM.
         """
         names = {
             "temperature": "temperature",
@@ -326,6 +326,8 @@ class SamplingParams:
         chosen = {
             ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None
         }
+        if config.get("do_sample") is False:
+            chosen["temperature"] = 0.0
         return cls(**chosen)
 
     @property

@@ -144,7 +144,6 @@ def configs(tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
             "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
             "pad_token_id": ids["<|endoftext|>"],
             "do_sample": False,
-            "temperature": 0.0,
             "max_new_tokens": 256,
         },
         "preprocessor_config.json": {

@@ -285,6 +285,11 @@ def test_model_defaults_are_read_and_gaps_keep_ours() -> None:
     assert not SamplingParams.from_generation_config({}).max_tokens_given
 
 
+def test_a_model_that_says_not_to_sample_is_greedy_by_default() -> None:
+    assert SamplingParams.from_generation_config({"do_sample": False}).greedy
+    assert not SamplingParams.from_generation_config({}).greedy
+
+
 @pytest.mark.parametrize(
     "params",
     [
