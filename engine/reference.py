@@ -20,13 +20,13 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.utils import cached_file
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils.hub import cached_file
 
 from media.decoded import Frames, RGBImage
 
 EDGES = ("shortest_edge", "longest_edge")
-PixelLimits = Mapping[str, int]
+PixelLimits = dict[str, int]
 """Area after resampling, in pixels, both inclusive: `shortest_edge` the least, `longest_edge` the most."""
 
 
@@ -43,17 +43,18 @@ class Reference:
         self, model: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> None:
         # Not AutoProcessor nor AutoImageProcessor: both ask for torchvision, in one version or other.
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        # Any: transformers annotates its models and tokenizers for itself, not for callers.
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(model)
         self.image_size = {edge: self.image_processor.size[edge] for edge in EDGES}
         self.video_size = _load_video_size(model, default=self.image_size)
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(
+        self.model: Any = Qwen2VLForConditionalGeneration.from_pretrained(
             model, dtype=dtype, attn_implementation="sdpa"
         )
-        self.model.to(device).eval()
+        self.model.to(device).eval()  # type: ignore[arg-type]
         self.eos_ids = self.model.generation_config.eos_token_id
         # The checkpoint's may sample or punish repetition, and `generate` fills gaps from it.
-        self.model.generation_config = GenerationConfig()
+        self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the text of a conversation, one placeholder a picture or clip, ready to answer."""
@@ -129,6 +130,7 @@ class Reference:
             output_logits=True,
             prefix_allowed_tokens_fn=lambda _, ids: [output_ids[len(ids) - num_prompt_tokens]],
         )
+        assert made.logits is not None
         return torch.cat(made.logits).float().log_softmax(-1).cpu()
 
     def encode(
@@ -199,7 +201,8 @@ class Reference:
         num_missing = -clip.num_frames % frames_a_patch
         frames = torch.cat([frames, *[frames[-1:]] * num_missing])
         # (time, frame, patch, channel, pixel) -> (time, patch, channel, frame, pixel)
-        patches = frames.unflatten(0, (-1, frames_a_patch)).permute(0, 2, 3, 1, 4)
+        pairs = frames.reshape(-1, frames_a_patch, *frames.shape[1:])
+        patches = pairs.permute(0, 2, 3, 1, 4)
         return patches.flatten(0, 1).flatten(1), [len(patches), rows, columns]
 
     def _expand(self, ids: list[int], placeholder: int, grids: Tensor) -> list[int]:
