@@ -179,7 +179,7 @@ def token_positions(grid: Grid, start: int) -> npt.NDArray[np.int64]:
 
 
 def next_position(grid: Grid, start: int) -> int:
-    """The position of the token that follows the placeholders; time does not count (as published)."""
+    """The position of the token behind the placeholders; time does not count (transformers 5)."""
     return start + max(grid.rows, grid.columns) // MERGE
 
 
@@ -249,6 +249,19 @@ class Qwen2VL:
         self.mean = tuple(processor.get("image_mean", CLIP_MEAN))
         self.std = tuple(processor.get("image_std", CLIP_STD))
 
+    def plan_grid(
+        self, width_px: int, height_px: int, area: AreaLimits, num_frames: int = 1
+    ) -> Grid:
+        """
+        The patches that a picture or clip of this size is cut into; no pixel is needed to know.
+
+        Raises:
+            ImageTooNarrowError: one side is over MAX_ASPECT times the other.
+        """
+        height_px, width_px = target_size(height_px, width_px, area)
+        times = -(-num_frames // TEMPORAL)
+        return Grid(times, height_px // PATCH_PX, width_px // PATCH_PX)
+
     def cut_picture(self, image: Image.Image, area: AreaLimits) -> Visual:
         """
         Resample an RGB picture and cut it.
@@ -293,18 +306,20 @@ class Qwen2VL:
             at = next_position(grid, at)
             row = start + grid.num_tokens
         pieces.append(np.tile(np.arange(at, at + num_tokens - row), (3, 1)))
-        positions = np.concatenate(pieces, axis=1).astype(np.int64)
-        return positions, int(positions.max()) + 1 - num_tokens
+        # Text goes on behind a clip from its longer side, however long the clip lasted, and what is
+        # generated goes on from the last text: not from the largest position, which transformers'
+        # own rope_deltas would say, and which its `generate` does not use.
+        return np.concatenate(pieces, axis=1).astype(np.int64), at - row
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Any) -> None:
         """
         Take a loaded model's encoder: the patch embedding becomes one Linear on uint8 pixels.
 
         The convolution's kernel is its stride, so it is a Linear; mean, deviation and 1/255 are
         folded into it, and for a still picture, whose two frames are equal, its halves are summed.
         """
-        self._visual = model.model.visual  # type: ignore[union-attr]
-        weight = self._visual.patch_embed.proj.weight.detach()  # type: ignore[union-attr]
+        self._visual = model.model.visual
+        weight: Tensor = self._visual.patch_embed.proj.weight.detach()
         exact = weight.double().flatten(3)  # (embed, 3, TEMPORAL, PATCH_PX**2)
         mean, std = (
             torch.tensor(x, dtype=torch.float64, device=weight.device).view(1, 3, 1, 1)
@@ -314,7 +329,7 @@ class Qwen2VL:
         self._clip_weight = scaled.flatten(1).to(weight.dtype)
         self._still_weight = scaled.sum(2).flatten(1).to(weight.dtype)
         self._patch_bias = -(exact * mean / std).flatten(1).sum(1).to(weight.dtype)
-        self._visual.patch_embed = nn.Identity()  # type: ignore[union-attr]
+        self._visual.patch_embed = nn.Identity()
 
     @torch.inference_mode()
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:

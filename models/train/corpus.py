@@ -345,11 +345,16 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.image_pad = tokenizer.token_to_id("<|image_pad|>")
-        self.video_pad = tokenizer.token_to_id("<|video_pad|>")
-        self.vision_start = tokenizer.token_to_id("<|vision_start|>")
-        self.vision_end = tokenizer.token_to_id("<|vision_end|>")
-        self.end = tokenizer.token_to_id("<|im_end|>")
+        self.image_pad = self._id_of("<|image_pad|>")
+        self.video_pad = self._id_of("<|video_pad|>")
+        self.vision_start = self._id_of("<|vision_start|>")
+        self.vision_end = self._id_of("<|vision_end|>")
+        self.end = self._id_of("<|im_end|>")
+
+    def _id_of(self, token: str) -> int:
+        found = self.tokenizer.token_to_id(token)
+        assert found is not None, f"the tokenizer has no {token}"
+        return found
 
     def __call__(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -491,9 +496,9 @@ def _assemble(
         labels[index, : len(s.ids)] = s.labels
         branch[index, : len(s.ids)] = s.branch
         positions[:, index, : len(s.ids)] = np.concatenate(s.positions, axis=1)
-    rows = [np.concatenate(rows_of[key]) for key in groups]
-    flat = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-    sample, token = np.nonzero(labels[:, 1:] != IGNORED)
+    all_rows = [np.concatenate(rows_of[key]) for key in groups]
+    flat = np.concatenate(all_rows) if all_rows else np.zeros(0, dtype=np.int64)
+    owner, token = np.nonzero(labels[:, 1:] != IGNORED)
     return MicroBatch(
         kind,
         [(torch.from_numpy(np.stack(g)), key[:2]) for key, g in groups.items()],
@@ -501,9 +506,9 @@ def _assemble(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         torch.from_numpy(branch),
-        torch.from_numpy(sample * length + token),
-        torch.from_numpy(labels[sample, token + 1]),
-        torch.from_numpy(sample * 100 + branch[sample, token + 1]),
+        torch.from_numpy(owner * length + token),
+        torch.from_numpy(labels[owner, token + 1]),
+        torch.from_numpy(owner * 100 + branch[owner, token + 1]),
         *_place_marks(marks_of),
     )
 

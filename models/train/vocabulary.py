@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from models.train import corpus, photos
+from models.train.scenes import NUMBERS, sentence
 from models.train.settings import SPECIAL_TOKENS, SYSTEM_PROMPT
 
 SPACE = "Ġ"  # how byte-level BPE writes a space
@@ -27,7 +28,7 @@ def sentences(num: int) -> list[str]:
         samples = [
             corpus.scene_sample(rng, (96, 96)),
             corpus.photo_sample(rng, (64, 64)),
-            corpus.images_sample(rng, [(84, 84)] * 4),
+            corpus.images_sample(rng, [(84, 84)] * 8),
             corpus.motion_sample(rng, (84, 84), 2, is_video=True),
         ]
         for sample in samples:
@@ -35,6 +36,7 @@ def sentences(num: int) -> list[str]:
                 texts += [re.sub(r'"[^"]*"', "", answer), question]
                 texts += [question.replace("colour", "color").replace("centre", "center")]
     texts += [*corpus.DESCRIBE, *corpus.DESCRIBE_EACH, *corpus.DESCRIBE_CLIP, *corpus.READ]
+    texts += [sentence(number) for number in NUMBERS]
     return texts
 
 

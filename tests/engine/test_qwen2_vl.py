@@ -280,7 +280,7 @@ def test_positions_of_a_prompt_are_those_of_its_parts(family: Qwen2VL, prompt: l
     "times",
     [
         2,
-        pytest.param(30, marks=pytest.mark.xfail(reason="starts behind the clip's last moment")),
+        30,
     ],
 )
 def test_answer_goes_on_after_the_last_word(family: Qwen2VL, times: int) -> None:
