@@ -84,6 +84,7 @@ def main() -> None:
     report = {
         kind: teacher_forced(model, tokenizer, kind, options.eval_batches, device, options.patches)
         for kind in dict.fromkeys(options.kinds)
+        if options.eval_batches
     }
     print(json.dumps({"teacher_forced_exact": report, **state}), flush=True)
 
