@@ -97,7 +97,8 @@ def attend_text(
         (1, T, heads, dim), and no weights.
     """
     context = _current.text
-    assert context is not None and attention_mask is None
+    assert context is not None
+    assert attention_mask is None
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = context.keys[layer], context.values[layer]
     keys.index_copy_(0, context.write_rows, key[0].transpose(0, 1))
@@ -116,7 +117,9 @@ def _attend_prefill(
     sizes = list(context.num_queries)
     attended = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        for q, k, v in zip(
+            *(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True
+        )
     ]
     return torch.cat(attended, dim=2).transpose(1, 2)
 
@@ -203,12 +206,13 @@ def attend_vision(
         (1, patches, heads, dim), and no weights.
     """
     context = _current.vision
-    assert context is not None and attention_mask is None
+    assert context is not None
+    assert attention_mask is None
     attended, start = [], 0
     for num_pictures, num_patches in context.runs:
         end = start + num_pictures * num_patches
         q, k, v = (
-            x[0, :, start:end].unflatten(1, (num_pictures, num_patches)).transpose(0, 1)
+            x[0, :, start:end].reshape(-1, num_pictures, num_patches, x.shape[-1]).transpose(0, 1)
             for x in (query, key, value)
         )
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)

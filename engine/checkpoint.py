@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
 from engine.config import EngineConfig
@@ -94,7 +93,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     )
 
 
-def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> nn.Module:
+def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
     """
     Load the weights, ready to run: on the device, attention through our functions.
 
@@ -116,15 +115,15 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> nn.Module:
         ),
     )
     prepare_model(model, checkpoint)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
-def prepare_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+def prepare_model(model: Any, checkpoint: Checkpoint) -> None:
     """Move a built model to the device and route its attention through our functions."""
     model.eval().requires_grad_(False).to(checkpoint.device)
     # Set after construction: from_pretrained would look for an installed flash-attn by this name.
-    model.config.text_config._attn_implementation = TEXT_ATTENTION  # type: ignore[union-attr]
-    model.config.vision_config._attn_implementation = VISION_ATTENTION  # type: ignore[union-attr]
+    model.config.text_config._attn_implementation = TEXT_ATTENTION
+    model.config.vision_config._attn_implementation = VISION_ATTENTION
     checkpoint.family.attach(model)
 
 
@@ -173,7 +172,7 @@ def _dtype(engine: EngineConfig, config: Any, device: torch.device) -> torch.dty
         if device.type == "cpu":
             return torch.float32
         found = config.dtype if config.dtype is not None else torch.bfloat16
-        return found if isinstance(found, torch.dtype) else getattr(torch, str(found))  # type: ignore[no-any-return]
+        return found if isinstance(found, torch.dtype) else getattr(torch, str(found))
     names = {"float": "float32", "half": "float16"}
     return getattr(torch, names.get(engine.dtype, engine.dtype))  # type: ignore[no-any-return]
 
