@@ -114,19 +114,21 @@ class Engine:
         has_more = True
         try:
             while True:
+                while has_more and self._has_room():
+                    # Without the lock: a source may be slow, or wait for another thread's stream.
+                    request = next(source, None)
+                    if request is None:
+                        has_more = False
+                    else:
+                        mine.add(self.add(request, sink))
                 with self._lock:
-                    while has_more and self._has_room():
-                        request = next(source, None)
-                        if request is None:
-                            has_more = False
-                        else:
-                            mine.add(self.add(request, sink))
                     if not sink:
                         self.step()
+                    mine &= self._tickets.keys()
+                    is_done = not has_more and not mine
                 while sink:
                     yield sink.popleft()
-                mine &= self._tickets.keys()
-                if not has_more and not mine and not sink:
+                if is_done:
                     return
         finally:
             for number in mine:
@@ -234,6 +236,9 @@ class Engine:
 
         Every call may be repeated: it writes the same rows with the same values.
         """
+        sequences = [s for s in sequences if not s.is_finished]  # one may end with its request
+        if not sequences:
+            return
         try:
             yield sequences, run(sequences)
         except Exception:

@@ -6,10 +6,11 @@ hidden); engine/attention.py knows whose they are.
 """
 
 from collections.abc import Sequence as Many
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.attention import TextContext, can_use_flash, using
 from engine.checkpoint import Checkpoint
@@ -28,12 +29,12 @@ class Runner:
         num_rows: KV rows to hold, scratch included.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, num_rows: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: Any, num_rows: int) -> None:
         text = checkpoint.config.text_config
         self.device, self.dtype = checkpoint.device, checkpoint.dtype
         self._family = checkpoint.family
-        self._text = model.model.language_model  # type: ignore[union-attr]
-        self._embed = self._text.embed_tokens  # type: ignore[union-attr]
+        self._text = model.model.language_model
+        self._embed = self._text.embed_tokens
         self._head = model.lm_head
         self._rows = KVRows(
             num_layers=text.num_hidden_layers,
@@ -49,24 +50,20 @@ class Runner:
 
     def encode(self, sequences: Many[Sequence]) -> None:
         """Give every sequence the features of its pictures; those that came as features stay."""
-        jobs = []
-        for sequence in sequences:
-            if sequence.features:
-                continue
+        waiting = [sequence for sequence in sequences if not sequence.features]
+        contents = [content for sequence in waiting for _, content in sequence.prepared.media]
+        visuals = [content for content in contents if isinstance(content, Visual)]
+        encoded: list[Tensor] = []
+        for call in _calls([visual.grid.num_patches for visual in visuals]):
+            encoded += self._family.encode([visuals[i] for i in call])
+        features = iter(encoded)
+        for sequence in waiting:  # NOTE: only now, so that a call that fails can be repeated
             sequence.features = [
-                content.to(self.device, self.dtype) if isinstance(content, Tensor) else content
+                content.to(self.device, self.dtype)
+                if isinstance(content, Tensor)
+                else next(features)
                 for _, content in sequence.prepared.media
-            ]  # type: ignore[misc]
-            jobs += [
-                (sequence, index, content)
-                for index, content in enumerate(sequence.features)
-                if isinstance(content, Visual)
             ]
-        for call in _calls([visual.grid.num_patches for _, _, visual in jobs]):
-            features = self._family.encode([jobs[i][2] for i in call])
-            for i, feature in zip(call, features, strict=True):
-                sequence, index, _ = jobs[i]
-                sequence.features[index] = feature
 
     @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence]) -> Tensor:
@@ -96,7 +93,7 @@ class Runner:
         for sequence in sequences:
             sequence.features = []
         last = torch.from_numpy(first_rows[1:] - 1).to(self.device)
-        return self._head(hidden[last])  # type: ignore[no-any-return, operator]
+        return self._head(hidden[last])  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def decode(self, sequences: Many[Sequence]) -> Tensor:
@@ -112,7 +109,7 @@ class Runner:
         at = np.array([n - 1 + s.prepared.rope_delta for s, n in zip(sequences, lens, strict=True)])
         ones = [1] * len(sequences)
         hidden = self._run(self._embed(ids), np.tile(at, (3, 1)), rows, sequences, lens, ones)
-        return self._head(hidden)  # type: ignore[no-any-return, operator]
+        return self._head(hidden)  # type: ignore[no-any-return]
 
     def _run(
         self,

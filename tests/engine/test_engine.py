@@ -1,0 +1,468 @@
+"""The loop: results the moment they are ready, each exactly once, and no request costs another."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import LLM, Request, Result, SamplingParams
+from engine.engine import NUM_PREPARED_AHEAD, Engine
+from engine.families.qwen2_vl import Visual
+from engine.sequence import Sequence as Running
+from tests.engine.pictures import GREEDY, PICTURE, draw, error_of, features_of, texts, token_ids
+
+WAIT_S = 20.0
+
+
+def num_free_rows(engine: Engine) -> int:
+    return engine._scheduler._slabs.num_free_rows
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing is under way, and every row has been given back."""
+    assert {} == engine._tickets
+    assert {} == engine._preparing
+    assert not engine._scheduler.has_work
+    assert engine._scheduler._slabs.largest_slab == num_free_rows(engine)
+
+
+@pytest.fixture(autouse=True)
+def _left_idle(llm: LLM) -> Iterator[None]:
+    yield
+    assert_idle(llm.engine)
+
+
+def picture_request(seed: int, name: str = "", **options: Any) -> Request:
+    data = {"image": draw(seed, 60 + 10 * (seed % 5), 84)}
+    return Request(
+        prompt=f"{PICTURE}{seed}", multi_modal_data=data, params=GREEDY, request_id=name, **options
+    )
+
+
+def by_name(results: Sequence[Result]) -> dict[str, Result]:
+    found = {result.request_id: result for result in results}
+    assert len(found) == len(results), "a request has more than one result"
+    return found
+
+
+# --- streaming ---------------------------------------------------------------------------------------
+
+
+def test_endless_source_is_pulled_a_little_ahead_and_no_further(llm: LLM) -> None:
+    num_pulled = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal num_pulled
+        for number in itertools.count():
+            num_pulled += 1
+            yield f"Prompt {number}"
+
+    stream = llm.stream(endless(), GREEDY)
+    first = [next(stream) for _ in range(50)]
+    stream.close()  # type: ignore[attr-defined]
+
+    assert 50 == len(texts(first))
+    assert num_pulled < 50 + 256 + 2 * NUM_PREPARED_AHEAD
+    assert_idle(llm.engine)
+
+
+def test_first_result_comes_before_the_last_prompt_is_prepared(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), max_num_seqs=4)
+    has_first = threading.Event()
+
+    def fetch_late() -> Any:
+        assert has_first.wait(WAIT_S)
+        return draw(1)
+
+    late = Request(prompt=PICTURE, multi_modal_data={"image": fetch_late}, request_id="late")
+    results = []
+    for result in llm.stream([late, *(f"Prompt {number}" for number in range(9))], GREEDY):
+        results.append(result)
+        has_first.set()
+
+    assert 10 == len(texts(results))
+    assert "late" == results[-1].request_id
+
+
+def test_every_request_has_exactly_one_result(llm: LLM) -> None:
+    requests = [
+        picture_request(n, str(n)) if n % 3 else Request(prompt=f"{n}", request_id=str(n))
+        for n in range(60)
+    ]
+    requests[7] = Request(prompt=3.5, request_id="7")
+    results = by_name(list(llm.stream(requests, GREEDY)))
+
+    assert {str(n) for n in range(60)} == set(results)
+    assert ["7"] == [name for name, result in results.items() if result.error]
+
+
+def test_closing_the_stream_frees_everything(llm: LLM) -> None:
+    long = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+    for num_read in (0, 1, 5):
+        short = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        requests = [
+            Request(prompt=f"{n}", params=short if n < num_read else long) for n in range(20)
+        ]
+        stream = llm.stream(requests)
+        for _ in range(num_read):
+            next(stream)
+        if num_read:
+            assert num_free_rows(llm.engine) < llm.engine._scheduler._slabs.largest_slab
+        stream.close()  # type: ignore[attr-defined]
+
+        assert_idle(llm.engine)
+
+
+def test_closing_aborts_what_is_still_being_prepared(llm: LLM) -> None:
+    may_go_on = threading.Event()
+
+    def fetch() -> Any:
+        may_go_on.wait(WAIT_S)
+        return draw(1)
+
+    waiting = Request(prompt=PICTURE, multi_modal_data={"image": fetch})
+    stream = llm.stream(["quick", *[waiting] * 6], GREEDY)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert_idle(llm.engine)
+    may_go_on.set()
+
+    assert texts(llm.generate("after", GREEDY, use_tqdm=False))
+
+
+def test_stream_inside_the_loop_of_a_stream(llm: LLM) -> None:
+    outer_names = [f"outer {number}" for number in range(40)]
+    outer, inner = [], []
+    for result in llm.stream([Request(prompt=n, request_id=n) for n in outer_names], GREEDY):
+        outer.append(result)
+        if len(outer) % 10 == 1:
+            name = f"inner {len(outer)}"
+            inner += list(llm.stream([Request(prompt=name, request_id=name)], GREEDY))
+    alone = llm.generate(outer_names, GREEDY, use_tqdm=False)
+
+    assert set(outer_names) == set(by_name(outer))
+    assert ["inner 1", "inner 11", "inner 21", "inner 31"] == [r.request_id for r in inner]
+    named = by_name(outer)
+    assert token_ids(alone) == token_ids([named[name] for name in outer_names])
+
+
+def test_source_may_ask_the_model_itself(llm: LLM) -> None:
+    def chained() -> Iterator[str]:
+        for number in range(3):
+            (result,) = llm.generate(f"first {number}", GREEDY, use_tqdm=False)
+            yield f"second {number} {len(result.outputs[0].token_ids)}"
+
+    assert 3 == len(texts(list(llm.stream(chained(), GREEDY))))
+
+
+def test_source_that_raises_ends_the_stream_and_frees_everything(llm: LLM) -> None:
+    def broken() -> Iterator[str]:
+        yield from (f"Prompt {number}" for number in range(5))
+        raise LookupError("no more lines")
+
+    with pytest.raises(LookupError, match="no more lines"):
+        list(llm.stream(broken(), GREEDY))
+    assert_idle(llm.engine)
+
+    assert texts(llm.generate("after", GREEDY, use_tqdm=False))
+
+
+def test_one_prompt_may_be_streamed_without_a_list(llm: LLM) -> None:
+    forms: list[Any] = ["Hello", {"prompt": "Hello"}, Request(prompt="Hello")]
+
+    assert [1, 1, 1] == [len(list(llm.stream(form, GREEDY))) for form in forms]
+
+
+def test_threads_share_an_engine_and_each_has_its_own_results(llm: LLM) -> None:
+    num_threads, num_prompts = 4, 40
+    found: dict[int, list[Result]] = {}
+
+    def work(thread: int) -> None:
+        names = [f"{thread}/{number}" for number in range(num_prompts)]
+        requests = [Request(prompt=name, request_id=name) for name in names]
+        found[thread] = list(llm.stream(requests, GREEDY))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+
+    for number in range(num_threads):
+        names = {f"{number}/{prompt}" for prompt in range(num_prompts)}
+        assert names == set(by_name(found[number]))
+        assert texts(found[number])
+
+
+def test_thread_that_comes_later_is_not_starved(llm: LLM) -> None:
+    long = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
+    has_first, is_done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        for _ in llm.stream(["quick", Request(prompt="long", params=long)], GREEDY):
+            has_first.set()
+        is_done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert has_first.wait(WAIT_S)
+    results = list(llm.stream(["late"], GREEDY))
+    was_first = not is_done.is_set()
+    thread.join(WAIT_S)
+
+    assert texts(results)
+    assert was_first
+
+
+# --- requests that break something ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), OSError("/secret/path"), KeyError("x")])
+def test_callable_that_raises_fails_alone(llm: LLM, error: Exception) -> None:
+    def fetch() -> Any:
+        raise error
+
+    bad = Request(prompt=PICTURE, multi_modal_data={"image": fetch}, request_id="bad")
+    requests = [picture_request(1, "1"), bad, picture_request(2, "2")]
+    results = by_name(list(llm.stream(requests, GREEDY)))
+    alone = list(llm.stream([picture_request(1), picture_request(2)]))
+
+    assert "secret" not in error_of([results["bad"]])
+    assert sorted(token_ids(alone)) == sorted(token_ids([results["1"], results["2"]]))
+
+
+class PoisonError(RuntimeError):
+    """What a kernel might raise."""
+
+
+def poison_runner(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, method: str, is_poisoned: Callable[[Running], bool]
+) -> list[int]:
+    """Make the runner fail whenever a poisoned sequence is in the batch; record batch sizes."""
+    run = getattr(llm.engine._runner, method)
+    sizes = []
+
+    def run_poisoned(sequences: Sequence[Running]) -> Any:
+        sizes.append(len(sequences))
+        if any(is_poisoned(sequence) for sequence in sequences):
+            raise PoisonError
+        return run(sequences)
+
+    monkeypatch.setattr(llm.engine._runner, method, run_poisoned)
+    return sizes
+
+
+@pytest.mark.parametrize("method", ["prefill", "encode", "decode"])
+def test_sequence_that_breaks_the_runner_fails_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    requests = [picture_request(n, str(n)) for n in range(12)]
+    expected = by_name(list(llm.stream(requests)))
+    poison_runner(llm, monkeypatch, method, lambda s: s.prepared.prompt == f"{PICTURE}5")
+    results = by_name(list(llm.stream(requests)))
+
+    error = results.pop("5").error
+    assert error is not None
+    assert ("engine_failure", True) == (error.code, error.retryable)
+    assert {n: token_ids([expected[n]]) for n in results} == {
+        n: token_ids([result]) for n, result in results.items()
+    }
+
+
+def test_picture_that_breaks_the_encoder_fails_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [picture_request(n, str(n)) for n in range(12)]
+    expected = by_name(list(llm.stream(requests)))
+    family = llm.engine.checkpoint.family
+    encode = family.encode
+
+    def encode_poisoned(visuals: Sequence[Visual]) -> list[Tensor]:
+        if any(visual.grid.columns == 8 for visual in visuals):
+            raise PoisonError
+        return encode(visuals)
+
+    monkeypatch.setattr(type(family), "encode", staticmethod(encode_poisoned))
+    results = by_name(list(llm.stream(requests)))
+    failed = {name for name, result in results.items() if result.error}
+
+    assert {"4", "9"} == failed
+    for name in set(results) - failed:
+        assert token_ids([expected[name]]) == token_ids([results[name]])
+
+
+def test_batch_too_large_for_the_device_is_halved_and_nobody_fails(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [picture_request(n, str(n)) for n in range(12)]
+    expected = by_name(list(llm.stream(requests)))
+    prefill, sizes = llm.engine._runner.prefill, []
+
+    def prefill_few(sequences: Sequence[Running]) -> Tensor:
+        if len(sequences) > 2:
+            raise torch.OutOfMemoryError
+        sizes.append(len(sequences))
+        return prefill(sequences)
+
+    monkeypatch.setattr(llm.engine._runner, "prefill", prefill_few)
+    results = by_name(list(llm.stream(requests)))
+
+    assert {n: token_ids([r]) for n, r in expected.items()} == {
+        n: token_ids([r]) for n, r in results.items()
+    }
+    assert 12 == sum(sizes)
+
+
+def test_one_broken_output_of_many_fails_its_request_once(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = SamplingParams(n=5, temperature=1.5, seed=1, max_tokens=8, ignore_eos=True)
+    others = [picture_request(n, str(n)) for n in range(4)]
+    expected = by_name(list(llm.stream(others)))
+    sizes = poison_runner(
+        llm,
+        monkeypatch,
+        "decode",
+        lambda s: s.prepared.prompt == "many" and s.index == 2 and len(s.output_ids) == 3,
+    )
+    requests = [Request(prompt="many", params=many, request_id="many"), *others]
+    results = by_name(list(llm.stream(requests)))
+
+    assert results.pop("many").error is not None
+    assert {n: token_ids([r]) for n, r in expected.items()} == {
+        n: token_ids([r]) for n, r in results.items()
+    }
+    assert 1 == sizes.count(1)  # only the broken one had to be tried by itself
+
+
+def test_logits_that_are_no_numbers_fail_their_sequence_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = llm.engine._runner.decode
+
+    def decode_badly(sequences: Sequence[Running]) -> Tensor:
+        logits = decode(sequences)
+        for row, sequence in enumerate(sequences):
+            if sequence.prepared.prompt == "bad" and len(sequence.output_ids) == 4:
+                logits[row] = torch.nan
+        return logits
+
+    (alone,) = llm.generate("good", GREEDY, use_tqdm=False)
+    monkeypatch.setattr(llm.engine._runner, "decode", decode_badly)
+    bad, good = llm.generate(["bad", "good"], GREEDY, use_tqdm=False)
+
+    assert bad.error is not None
+    assert token_ids([alone]) == token_ids([good])
+
+
+def test_embeddings_out_of_all_measure_do_not_touch_their_neighbours(llm: LLM) -> None:
+    (features,), _ = features_of(llm, draw(1))
+    huge = torch.full_like(features, 3e38)
+    data = [{"image": image[None]} for image in (features, huge, features)]
+    prompts = [{"prompt": PICTURE, "multi_modal_data": each} for each in data]
+    results = llm.generate(prompts, GREEDY, use_tqdm=False)
+    (alone,) = llm.generate(prompts[0], GREEDY, use_tqdm=False)
+
+    assert token_ids([alone]) == token_ids(results[:1]) == token_ids(results[2:])
+
+
+# --- little memory, long prompts ----------------------------------------------------------------------
+
+
+def test_where_rows_are_few_requests_wait_and_all_finish(
+    llm: LLM, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_row = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, dim, float32
+    small = LLM(str(tiny_folder), max_model_len=128, kv_cache_memory_bytes=(16 + 160) * one_row)
+    sizes = poison_runner(small, monkeypatch, "decode", lambda _: False)
+    prompts = [f"{n} " + "x" * (n % 50) for n in range(40)]
+    answers = token_ids(small.generate(prompts, GREEDY, use_tqdm=False))
+
+    assert 160 == small.engine._scheduler._slabs.largest_slab
+    assert 1 < max(sizes) <= 160 // 16
+    assert token_ids(llm.generate(prompts, GREEDY, use_tqdm=False)) == answers
+    assert_idle(small.engine)
+
+
+def test_prompt_longer_than_a_prefill_runs_alone(
+    tiny_folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = LLM(str(tiny_folder), max_num_batched_tokens=64)
+    sizes = []
+    prefill = small.engine._runner.prefill
+
+    def record(sequences: Sequence[Running]) -> Tensor:
+        sizes.append([sequence.num_prompt_tokens for sequence in sequences])
+        return prefill(sequences)
+
+    monkeypatch.setattr(small.engine._runner, "prefill", record)
+    prompts = ["x" * length for length in (20, 30, 200, 40, 10, 10, 300)]
+    answers = token_ids(small.generate(prompts, GREEDY, use_tqdm=False))
+
+    assert token_ids(llm.generate(prompts, GREEDY, use_tqdm=False)) == answers
+    assert [[200], [300]] == [lengths for lengths in sizes if max(lengths) > 64]
+    assert all(sum(lengths) <= 64 for lengths in sizes if max(lengths) <= 64)
+
+
+def test_sequences_that_decode_together_stay_within_the_limit(
+    tiny_folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = LLM(str(tiny_folder), max_num_seqs=3)
+    sizes = poison_runner(small, monkeypatch, "decode", lambda _: False)
+    prompts = [f"Prompt {number}" for number in range(10)]
+    answers = token_ids(small.generate(prompts, GREEDY, use_tqdm=False))
+
+    assert 3 == max(sizes)
+    assert token_ids(llm.generate(prompts, GREEDY, use_tqdm=False)) == answers
+
+
+# --- the end ------------------------------------------------------------------------------------------
+
+
+def media_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("media")]
+
+
+def test_close_stops_the_threads(tiny_folder: Path) -> None:
+    before = set(media_threads())
+    llm = LLM(str(tiny_folder))
+    llm.generate("a", GREEDY, use_tqdm=False)
+    started = set(media_threads()) - before
+    llm.close()
+    for thread in started:
+        thread.join(WAIT_S)
+
+    assert started
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_close_drops_what_is_in_flight(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder))
+    lengths = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 200, 300)]
+    stream = llm.stream([Request(prompt="x", params=params) for params in lengths])
+    next(stream)
+    llm.close()
+
+    assert_idle(llm.engine)
+    assert [] == list(stream)
+
+
+def test_media_threads_prepare_several_at_once(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), num_media_threads=3)
+    together = threading.Barrier(3)
+
+    def fetch() -> Any:
+        together.wait(WAIT_S)
+        return draw(1)
+
+    request = Request(prompt=PICTURE, multi_modal_data={"image": fetch}, params=GREEDY)
+    started = time.perf_counter()
+
+    assert texts(list(llm.stream([request] * 3)))
+    assert time.perf_counter() - started < WAIT_S
