@@ -6,7 +6,7 @@ The environment is never read here; whoever starts the process passes values in.
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,30 @@ MODALITIES = ("image", "video")
 LIMIT_OPTIONS = ("count", "width", "height", "num_frames")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float", "half")
 DEFAULT_LIMITS = {"image": 1, "video": 1}
+EDGES: Mapping[Any, str] = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
 # Words of vLLM's constructor that have no use here: accepted, and said once in the log.
 UNUSED_WORDS = (
-    "tokenizer_mode",
-    "quantization",
-    "swap_space",
-    "enforce_eager",
-    "enable_prefix_caching",
+    "allowed_local_media_path",
+    "allowed_media_domains",
+    "block_size",
+    "disable_custom_all_reduce",
     "disable_log_stats",
-    "task",
+    "disable_mm_preprocessor_cache",
+    "enable_chunked_prefill",
+    "enable_mm_embeds",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "hf_overrides",
+    "max_seq_len_to_capture",
+    "media_io_kwargs",
+    "mm_processor_cache_gb",
+    "quantization",
     "runner",
+    "skip_mm_profiling",
+    "swap_space",
+    "task",
+    "tokenizer_mode",
 )
 
 
@@ -87,6 +100,11 @@ class EngineConfig:
                 f"gpu_memory_utilization must be over 0 and at most 1, got "
                 f"{self.gpu_memory_utilization}."
             )
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise BadConfig(
+                f"min_pixels={self.min_pixels} is over max_pixels={self.max_pixels}. Give a "
+                "min_pixels of at most max_pixels."
+            )
 
     @property
     def folder_or_id(self) -> str:
@@ -115,7 +133,7 @@ def parse_limits(given: Mapping[str, Any] | None) -> dict[str, int]:
         BadConfig: an unknown modality or option, or a count that is no whole number of 0 or more.
     """
     limits = dict(DEFAULT_LIMITS)
-    for modality, limit in (given or {}).items():
+    for modality, limit in _items("limit_mm_per_prompt", given):
         if modality not in MODALITIES:
             raise BadConfig(
                 f"limit_mm_per_prompt has an unknown modality {modality!r}: "
@@ -123,6 +141,12 @@ def parse_limits(given: Mapping[str, Any] | None) -> dict[str, int]:
             )
         limits[modality] = _count_of(modality, limit)
     return limits
+
+
+def _items(name: str, given: Mapping[str, Any] | None) -> Iterable[tuple[str, Any]]:
+    if not isinstance(given, Mapping | None):
+        raise BadConfig(f"{name} must be a dict, got a {type(given).__name__}.")
+    return (given or {}).items()
 
 
 def _count_of(modality: str, limit: object) -> int:
@@ -151,12 +175,11 @@ def parse_area(given: Mapping[str, Any] | None) -> dict[str, int]:
         BadConfig: another key, which would otherwise be dropped in silence.
     """
     area: dict[str, int] = {}
-    for key, value in (given or {}).items():
+    for key, value in _items("mm_processor_kwargs", given):
         if key in ("images_kwargs", "videos_kwargs") and isinstance(value, Mapping):
             area |= parse_area(value)
         elif key == "size" and isinstance(value, Mapping):
-            names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-            area |= parse_area({names.get(edge, edge): pixels for edge, pixels in value.items()})
+            area |= parse_area({EDGES.get(edge, edge): pixels for edge, pixels in value.items()})
         elif key in ("min_pixels", "max_pixels"):
             _check_positive(f"mm_processor_kwargs[{key!r}]", value, may_be_none=False)
             area[key] = value

@@ -5,6 +5,7 @@ Shapes and keys are checked here, pixels are not: a picture may still be a file'
 that fetches it, and is only decoded in `read_picture` and `read_clip`, in a media thread.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,10 +23,12 @@ from engine.errors import (
     UnsupportedModality,
     UnsupportedPart,
 )
+from engine.families.qwen2_vl import MERGE, Grid
 from engine.request import SamplingParams
 from media import data_url, images, video
 from media.decoded import Frames, RGBImage
 from media.errors import MediaError
+from media.frames import FrameSampling
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS
 
 PROMPT_KEYS = (
@@ -49,6 +52,8 @@ PART_TYPES = (
     "video",
 )
 AREA_KEYS = ("min_pixels", "max_pixels")
+SAMPLING_KEYS = ("num_frames", "fps")
+IGNORED_PART_KEYS = ("uuid", "detail")  # vLLM takes them too; neither changes what the model sees
 EMBEDS_FIELDS = ("image_embeds", "image_grid_thw")
 
 
@@ -68,10 +73,20 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Frames, a list of pictures, a 4-D array, or a callable that returns one of them."""
+    """
+    One clip on its way in.
+
+    Attributes:
+        source: Frames, a list of pictures, a 4-D array, an encoded file's bytes, or a callable that
+            returns one of them.
+        area: `min_pixels` and `max_pixels` of its frames.
+        sampling: which frames of an encoded file; None for the default. Frames that are frames
+            already are used as they are.
+    """
 
     source: Any
     area: Mapping[str, int] = field(default_factory=dict)
+    sampling: FrameSampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +166,10 @@ def unfold(request: Request) -> Request:
             f"has an unknown key {str(unknown[0])[:40]!r}",
             remedy=f"Use {', '.join(PROMPT_KEYS[:4])}",
         )
+    ids = form.get("prompt_token_ids")
     return replace(
         request,
-        prompt=form.get("prompt_token_ids", form.get("prompt")),
+        prompt=form.get("prompt") if ids is None else ids,
         multi_modal_data=form.get("multi_modal_data", request.multi_modal_data),
         mm_processor_kwargs=form.get("mm_processor_kwargs") or request.mm_processor_kwargs,
     )
@@ -208,7 +224,7 @@ def _parse_pictures(given: Any) -> list[Picture | Embeddings]:
     if isinstance(given, Mapping):
         return _parse_picture_dict(given)
     if isinstance(given, Tensor) and given.ndim == 3:
-        return [Embeddings(features) for features in given]
+        return [Embeddings(given[index]) for index in range(len(given))]
     if isinstance(given, np.ndarray | Tensor) and given.ndim == 4:
         return [Picture(item) for item in given]
     if isinstance(given, list | tuple):
@@ -257,14 +273,21 @@ def _parse_picture_dict(given: Mapping[str, Any]) -> list[Picture | Embeddings]:
 def _split_embeddings(features: Any, grids: Any) -> list[Picture | Embeddings]:
     """(total tokens, hidden) and (pictures, 3) -> one piece for each picture."""
     features, grids = torch.as_tensor(features), torch.as_tensor(grids)
+    if features.ndim == 3:  # (pictures of equal size, tokens, hidden)
+        features = features.flatten(0, 1)
     if features.ndim != 2 or grids.ndim != 2 or grids.shape[1] != 3:
         raise BadEmbeddings(
             "image_embeds must be (total tokens, hidden) and image_grid_thw (pictures, 3), got "
             f"{tuple(features.shape)} and {tuple(grids.shape)}."
         )
     shapes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
-    sizes = [times * rows * columns // 4 for times, rows, columns in shapes]
-    if sum(sizes) != len(features) or any(size < 1 for size in sizes):
+    if any(min(shape) < 1 or shape[1] % MERGE or shape[2] % MERGE for shape in shapes):
+        raise BadEmbeddings(
+            "image_grid_thw must hold times, rows and columns of 1 or more, rows and columns even: "
+            "they count patches, of which 2 x 2 make a token."
+        )
+    sizes = [Grid(*shape).num_tokens for shape in shapes]
+    if sum(sizes) != len(features):
         raise BadEmbeddings(
             f"image_grid_thw stands for {sum(sizes)} tokens, but image_embeds has {len(features)}."
         )
@@ -294,7 +317,7 @@ def _is_clip(item: Any) -> bool:
         return True  # (frames, metadata)
     if isinstance(item, list) and item:
         return all(_is_picture(frame) for frame in item) and not callable(item[0])
-    return isinstance(item, Frames) or (callable(item) and not isinstance(item, RGBImage))
+    return isinstance(item, Frames | bytes | bytearray) or callable(item)
 
 
 def parse_part_area(part: Mapping[str, Any]) -> dict[str, int]:
@@ -331,8 +354,11 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 def _parse_message(message: Mapping[str, Any], where: str) -> Message:
     role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
+    # The role stands in the template's own text: no special token must come in that way.
+    if not isinstance(role, str) or not re.fullmatch(r"[\w-]+", role):
         raise BadPrompt("has no role", where=where, remedy="Give system, user or assistant")
+    if content is None:
+        content = ""
     if isinstance(content, str):
         return Message(role, (UserText(content),), is_plain_text=True)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
@@ -362,21 +388,53 @@ def _parse_part(part: Any, where: str) -> UserText | Picture | Clip | Embeddings
         if not isinstance(text, str):
             raise BadPrompt("has no text", where=where, remedy='Give {"type": "text", "text": …}')
         return UserText(text)
-    area = parse_part_area(part)
     field_name = "image_url" if kind == "input_image" else kind
+    is_clip = kind in ("video_url", "video")
+    options = (*AREA_KEYS, *(SAMPLING_KEYS if is_clip else ()))
+    unknown = [k for k in part if k not in ("type", field_name, *IGNORED_PART_KEYS, *options)]
+    if unknown:
+        raise BadPrompt(
+            f"has an unknown key {str(unknown[0])[:40]!r}",
+            where=where,
+            remedy=f"Use {', '.join((field_name, *options))}",
+        )
+    area = parse_part_area(part)
+    sampling = _parse_part_sampling(part) if is_clip else None
     if part.get(field_name) is None:
         raise BadPrompt(f"has no {field_name}", where=where, remedy=f"Give it under {field_name!r}")
     given = part[field_name]
     if kind in ("image_url", "input_image"):
-        return Picture(_data_url_picture(_url_of(given, where), where), area)
+        return Picture(_data_url_picture(_url_of(given, where)), area)
     if kind == "video_url":
-        return Clip(_data_url_clip(_url_of(given, where), where), area)
+        return Clip(_data_url_clip(_url_of(given, where), sampling), area)
     if kind == "video":
-        return Clip(_parse_clips(given)[0].source, area)
+        return Clip(_one_clip(given, where), area, sampling)
     if kind == "image_embeds":
         return _one_embedding(given, where)
     found = _parse_item(given)[0]
     return Picture(found.source, area) if isinstance(found, Picture) else found
+
+
+def _parse_part_sampling(part: Mapping[str, Any]) -> FrameSampling | None:
+    """`num_frames` and `fps` of one clip; one of them alone takes the place of the default."""
+    given = {key: part[key] for key in SAMPLING_KEYS if part.get(key) is not None}
+    for key, value in given.items():
+        kinds = int if key == "num_frames" else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise BadPrompt("is no number", where=key, remedy="Give a number above 0")
+    try:
+        return FrameSampling(**{"num_frames": None, **given}) if given else None
+    except MediaError as error:
+        raise refused(error) from error
+
+
+def _one_clip(given: Any, where: str) -> Any:
+    clips = _parse_clips(given)
+    if len(clips) != 1:
+        raise BadPrompt(
+            f"holds {len(clips)} clips", where=where, remedy="Give each a part of its own"
+        )
+    return clips[0].source
 
 
 def _one_embedding(given: Any, where: str) -> Embeddings:
@@ -408,9 +466,7 @@ def _url_of(given: Any, where: str) -> str:
     return url
 
 
-def _data_url_picture(url: str, where: str) -> Callable[[], RGBImage]:
-    del where
-
+def _data_url_picture(url: str) -> Callable[[], RGBImage]:
     def decode() -> RGBImage:
         encoded, _ = data_url.decode_data_url(url, IMAGE_LIMITS)
         return images.decode_image(encoded)
@@ -418,14 +474,14 @@ def _data_url_picture(url: str, where: str) -> Callable[[], RGBImage]:
     return decode
 
 
-def _data_url_clip(url: str, where: str) -> Callable[[], Frames]:
-    del where
+def _data_url_clip(url: str, sampling: FrameSampling | None) -> Callable[[], Frames]:
+    sampling = sampling or video.DEFAULT_SAMPLING
 
     def decode() -> Frames:
         if data_url.media_type_of(url) == data_url.FRAMES_MEDIA_TYPE:
-            return video.decode_jpeg_frames(data_url.decode_frames_url(url, VIDEO_LIMITS))
+            return video.decode_jpeg_frames(data_url.decode_frames_url(url, VIDEO_LIMITS), sampling)
         encoded, _ = data_url.decode_data_url(url, VIDEO_LIMITS)
-        return video.decode_video(encoded)
+        return video.decode_video(encoded, sampling)
 
     return decode
 
@@ -479,6 +535,14 @@ def read_clip(clip: Clip) -> Frames:
     try:
         if callable(source):
             source = source()
+        if isinstance(source, bytes | bytearray):
+            return video.decode_video(bytes(source), clip.sampling or video.DEFAULT_SAMPLING)
+        if clip.sampling is not None:
+            raise BadPrompt(
+                "came as frames, which are used as they are",
+                where="video",
+                remedy="Leave out num_frames and fps, or give the encoded clip",
+            )
         if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], Mapping):
             source = source[0]
         if isinstance(source, Frames):

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
@@ -117,11 +117,12 @@ class LLM:
 
         Args:
             requests: `Request`s, or prompts in any form that `generate` takes; pulled a little ahead
-                of the work and no further.
+                of the work and no further, in the thread that asks for results.
             params: for requests that bring none.
         """
 
-        return self.engine.stream(_as_request(form, params) for form in requests)
+        forms = [requests] if _is_one_prompt(requests) else requests
+        return self.engine.stream(_as_request(form, params) for form in forms)
 
     def generate(
         self,
@@ -220,7 +221,9 @@ class LLM:
         use_tqdm: bool | Callable[..., Any],
         on_error: OnError,
     ) -> list[Result]:
-        """Run requests and put their results in order."""
+        """Run requests under their numbers, put the results in order, and give them their names."""
+        if on_error not in get_args(OnError):
+            raise BadPrompt(f"is {on_error!r}", where="on_error", remedy="Give return or raise")
         params = _one_each(sampling_params, len(requests), "params")
         priorities = _one_each(priority, len(requests), "priorities")
         numbered = (
@@ -237,7 +240,9 @@ class LLM:
         bar = make_bar(total=len(requests), desc=PROMPTS_BAR) if callable(make_bar) else None
         try:
             for result in self.engine.stream(numbered):
-                results[int(result.request_id)] = result
+                index = int(result.request_id)
+                name = requests[index].request_id or result.request_id
+                results[index] = replace(result, request_id=name)
                 if bar is not None:
                     bar.update(1)
         finally:

@@ -9,7 +9,8 @@ text stays thirteen characters and binds no picture.
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,15 @@ from engine.errors import (
     TooManyImages,
     TooManyVideos,
 )
-from engine.families.qwen2_vl import AreaLimits, Grid, ImageTooNarrowError, Visual, square_grid
+from engine.families.qwen2_vl import (
+    PATCH_PX,
+    TOKEN_PX,
+    AreaLimits,
+    Grid,
+    ImageTooNarrowError,
+    Visual,
+    square_grid,
+)
 from engine.inputs import (
     Clip,
     Embeddings,
@@ -50,6 +59,8 @@ from engine.inputs import (
     unfold,
 )
 from engine.request import ImageUsed, MediaKind, SamplingParams
+
+MARK_START, MARK_END = "\ue000", "\ue001"  # private use: around the name of a text somebody typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +90,21 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """One picture or clip, cut or given as features, and what to report of it."""
+    """
+    One picture or clip, cut or given as features, and what to report of it.
 
-    content: Visual | Tensor
+    Attributes:
+        content: None where it alone is longer than the context: its prompt will be refused, so
+            nothing was cut, however large `min_pixels` made it.
+        area: the limits it was planned with; None for features, which have none.
+    """
+
+    content: Visual | Tensor | None
     grid: Grid
-    width_px: int
-    height_px: int
     kind: MediaKind
+    area: AreaLimits | None = None
+    width_px: int = 0
+    height_px: int = 0
     num_frames: int | None = None
 
 
@@ -110,9 +129,11 @@ class Processor:
         self._tokenizer = checkpoint.tokenizer
         self._vocab_size: int = checkpoint.config.text_config.vocab_size
         self._template = engine.chat_template
+        area = {"min_pixels": engine.min_pixels, "max_pixels": engine.max_pixels}
+        given = {name: pixels for name, pixels in area.items() if pixels is not None}
         self._area = {
-            "image": _narrowed(self._family.image_area, engine.min_pixels, engine.max_pixels),
-            "video": _narrowed(self._family.video_area, engine.min_pixels, engine.max_pixels),
+            "image": _area(self._family.image_area, given),
+            "video": _area(self._family.video_area, given),
         }
         # Copies of the tokenizer's core: transformers' own calls change its state, threads share it.
         core = checkpoint.tokenizer.backend_tokenizer.to_str()
@@ -122,12 +143,13 @@ class Processor:
         for encoder in (self._encoder, self._plain_encoder):
             encoder.no_truncation()
             encoder.no_padding()
-        specials = sorted(
-            (token.content for token in checkpoint.tokenizer.added_tokens_decoder.values()),
-            key=len,
-            reverse=True,
-        )
-        self._special = re.compile("|".join(re.escape(token) for token in specials) or r"(?!)")
+        self._special_ids: dict[str, int] = {
+            token.content: token_id
+            for token_id, token in checkpoint.tokenizer.added_tokens_decoder.items()
+        }
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._templates_taking_parts: dict[str, bool] = {}
 
     def prepare(self, request: Request) -> Prepared:
         """
@@ -138,18 +160,19 @@ class Processor:
         """
         started = time.perf_counter()
         request = unfold(request)
-        params = request.params or self.defaults
-        params.check_vocab(self._vocab_size)
+        params = self._params(request)
         prompt, ids, pictures, clips = self._read(request)
         if not ids:
             raise EmptyPrompt
         self._check_counts(ids, len(pictures), len(clips))
+        num_text_tokens = len(ids) - len(pictures) - len(clips)
+        if num_text_tokens > self.max_model_len:  # whatever the pictures are
+            raise PromptTooLong(max_model_len=self.max_model_len, num_text_tokens=num_text_tokens)
         area = self._request_area(request)
         ready = [self._ready_picture(i, picture, area) for i, picture in enumerate(pictures)]
         ready_clips = [self._ready_clip(clip, area) for clip in clips]
+        max_tokens = self._room(num_text_tokens, [*ready, *ready_clips], params)
         token_ids, media = self._expand(ids, ready, ready_clips)
-        num_media_tokens = sum(item.grid.num_tokens for _, item in media)
-        max_tokens = self._room(len(token_ids), num_media_tokens, params)
         positions, delta = self._family.positions(
             len(token_ids), [(start, item.grid) for start, item in media]
         )
@@ -158,12 +181,23 @@ class Processor:
             token_ids,
             positions,
             delta,
-            tuple((start, item.content) for start, item in media),
-            _report(media),
+            tuple((start, item.content) for start, item in media if item.content is not None),
+            _report([item for _, item in media]),
             params,
             max_tokens,
             (time.perf_counter() - started) * 1000,
         )
+
+    def _params(self, request: Request) -> SamplingParams:
+        params = request.params or self.defaults
+        if not isinstance(params, SamplingParams):
+            raise BadPrompt(
+                f"is a {type(params).__name__}",
+                where="sampling_params",
+                remedy="Give SamplingParams(...)",
+            )
+        params.check_vocab(self._vocab_size)
+        return params
 
     # --- text --------------------------------------------------------------------------------------
 
@@ -220,39 +254,93 @@ class Processor:
         User texts pass through the template as marks that no text holds, so that afterwards it is
         known which part of the result somebody typed.
         """
+        try:
+            template = self._tokenizer.get_chat_template(request.chat_template or self._template)
+        except ValueError as error:
+            raise NoChatTemplate from error
         marks: dict[str, str] = {}
         nonce = secrets.token_hex(8)
 
         def mark(text: str) -> str:
-            name = f"\ue000{nonce}:{len(marks)}\ue001"
-            marks[name] = _checked_text(text)
-            return name
+            # The space around a text is left to the template: some trim it.
+            core = _checked_text(text).strip()
+            if not core:
+                return text
+            name = f"{MARK_START}{nonce}:{len(marks)}{MARK_END}"
+            marks[name] = core
+            before, _, after = text.partition(core)
+            return before + name + after
 
+        takes_parts = self._takes_parts(template)
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [_for_template(message, mark) for message in messages],
+                [self._for_template(message, mark, takes_parts) for message in messages],
                 tokenize=False,
-                chat_template=request.chat_template or self._template,
+                chat_template=template,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
                 **(request.chat_template_kwargs or {}),
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise BadPrompt(
-                "does not fit the chat template",
+                "do not fit the chat template",
                 where="messages",
                 remedy="Look at the order of roles: most models want user and assistant in turn",
             ) from error
         except ValueError as error:
-            raise NoChatTemplate from error
-        pieces = re.split(f"(\ue000{nonce}:\\d+\ue001)", rendered)
+            raise BadPrompt(
+                "is not possible here",
+                where="continue_final_message",
+                remedy="End with a text of the assistant, and set add_generation_prompt=False",
+            ) from error
+        pieces = re.split(f"({MARK_START}{nonce}:\\d+{MARK_END})", rendered)
         typed = [marks.get(piece) for piece in pieces]
-        text = "".join(
-            piece if user is None else user for piece, user in zip(pieces, typed, strict=True)
-        )
-        if not any(user is not None and self._special.search(user) for user in typed):
+        text, own_specials = "", []
+        for piece, user in zip(pieces, typed, strict=True):
+            if user is None:
+                own_specials += [
+                    (len(text) + m.start(), m[0]) for m in self._special.finditer(piece)
+                ]
+            text += piece if user is None else user
+        if own_specials == [(m.start(), m[0]) for m in self._special.finditer(text)]:
             return text, self._encoder.encode(text, add_special_tokens=False).ids
         return text, self._encode_segments(pieces, typed)
+
+    def _takes_parts(self, template: str) -> bool:
+        """Whether a template reads a list of parts; others take only a string as content."""
+        if template not in self._templates_taking_parts:
+            probe = f"{MARK_START}{MARK_END}"  # in a list shown as text it would be escaped
+            messages = [{"role": "user", "content": [{"type": "text", "text": probe}]}]
+            try:
+                rendered = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, chat_template=template
+                )
+            except (TemplateError, TypeError):
+                rendered = ""
+            self._templates_taking_parts[template] = probe in rendered
+        return self._templates_taking_parts[template]
+
+    def _for_template(
+        self, message: Message, mark: Callable[[str], str], takes_parts: bool
+    ) -> dict[str, Any]:
+        """A message as templates read it, its texts behind marks."""
+        texts = [mark(part.text) for part in message.parts if isinstance(part, UserText)]
+        if message.is_plain_text:
+            return {"role": message.role, "content": texts[0]}
+        if not takes_parts:  # as vLLM does: what was seen first, then what was said of it
+            slots = [self._slot(part) for part in message.parts if not isinstance(part, UserText)]
+            return {"role": message.role, "content": "\n".join(slots + texts)}
+        following = iter(texts)
+        content = [
+            {"type": "text", "text": next(following)}
+            if isinstance(part, UserText)
+            else {"type": "video" if isinstance(part, Clip) else "image"}
+            for part in message.parts
+        ]
+        return {"role": message.role, "content": content}
+
+    def _slot(self, part: Picture | Embeddings | Clip) -> str:
+        return self._family.video_slot if isinstance(part, Clip) else self._family.image_slot
 
     def _encode_segments(self, pieces: Sequence[str], typed: Sequence[str | None]) -> list[int]:
         """
@@ -270,7 +358,7 @@ class Processor:
             end = 0
             for match in self._special.finditer(piece):
                 ids += self._encode_plain(plain + piece[end : match.start()])
-                ids.append(self._encoder.token_to_id(match.group()))
+                ids.append(self._special_ids[match[0]])
                 plain, end = "", match.end()
             plain += piece[end:]
         return ids + self._encode_plain(plain)
@@ -318,31 +406,29 @@ class Processor:
     ) -> _Ready:
         if isinstance(picture, Embeddings):
             return self._ready_embeddings(picture)
-        image = read_picture(picture)
         limits = _area(self._area["image"], {**area, **picture.area})
+        image = read_picture(picture)
+        size = image.width_px, image.height_px
         try:
-            visual = self._family.cut_picture(image.image, limits)
+            grid = self._family.plan_grid(*size, limits)
         except ImageTooNarrowError as error:
-            raise ImageTooNarrow(
-                width=image.width_px, height=image.height_px, index=index
-            ) from error
-        return _Ready(visual, visual.grid, image.width_px, image.height_px, MediaKind.IMAGE)
+            raise ImageTooNarrow(width=size[0], height=size[1], index=index) from error
+        fits = grid.num_tokens < self.max_model_len
+        visual = self._family.cut_picture(image.image, limits) if fits else None
+        return _Ready(visual, grid, MediaKind.IMAGE, limits, *size)
 
     def _ready_clip(self, clip: Clip, area: Mapping[str, int]) -> _Ready:
-        frames = read_clip(clip)
         limits = _area(self._area["video"], {**area, **clip.area})
+        frames = read_clip(clip)
+        size = frames.width_px, frames.height_px
         try:
-            visual = self._family.cut_clip([image.image for image in frames.images], limits)
+            grid = self._family.plan_grid(*size, limits, frames.num_frames)
         except ImageTooNarrowError as error:
-            raise ImageTooNarrow(width=frames.width_px, height=frames.height_px) from error
-        return _Ready(
-            visual,
-            visual.grid,
-            frames.width_px,
-            frames.height_px,
-            MediaKind.VIDEO,
-            frames.num_frames,
-        )
+            raise ImageTooNarrow(width=size[0], height=size[1]) from error
+        fits = grid.num_tokens < self.max_model_len
+        images = [image.image for image in frames.images]
+        visual = self._family.cut_clip(images, limits) if fits else None
+        return _Ready(visual, grid, MediaKind.VIDEO, limits, *size, frames.num_frames)
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:
         features = given.features
@@ -357,7 +443,7 @@ class Processor:
         if not features.is_floating_point() or not bool(features.isfinite().all()):
             raise BadEmbeddings("Image embeddings must be finite floating-point numbers.")
         grid = square_grid(len(features)) if given.grid is None else Grid(*given.grid)
-        return _Ready(features, grid, 0, 0, MediaKind.EMBEDS)
+        return _Ready(features, grid, MediaKind.EMBEDS)
 
     def _expand(
         self, ids: Sequence[int], pictures: Sequence[_Ready], clips: Sequence[_Ready]
@@ -378,14 +464,17 @@ class Processor:
             expanded += [token_id] * item.grid.num_tokens
         return expanded, media
 
-    def _room(self, num_tokens: int, num_media_tokens: int, params: SamplingParams) -> int:
-        if num_tokens >= self.max_model_len:
+    def _room(self, num_text_tokens: int, media: Sequence[_Ready], params: SamplingParams) -> int:
+        num_media_tokens = sum(item.grid.num_tokens for item in media)
+        num_tokens = num_text_tokens + num_media_tokens
+        left = self.max_model_len - num_tokens
+        if left < 1:
             raise PromptTooLong(
                 max_model_len=self.max_model_len,
-                num_text_tokens=num_tokens - num_media_tokens,
+                num_text_tokens=num_text_tokens,
                 num_image_tokens=num_media_tokens,
+                max_pixels=self._find_max_pixels(media, self.max_model_len - 1 - num_text_tokens),
             )
-        left = self.max_model_len - num_tokens
         if params.max_tokens is None:
             return left
         if params.max_tokens > self.max_model_len:
@@ -396,6 +485,27 @@ class Processor:
             )
         return min(params.max_tokens, left)
 
+    def _find_max_pixels(self, media: Sequence[_Ready], max_tokens: int) -> int | None:
+        """The largest `max_pixels` with which all media would fit; None where none would do."""
+
+        def num_tokens(tokens_each: int) -> int:
+            most = tokens_each * TOKEN_PX**2
+            grids = [
+                item.grid
+                if item.area is None
+                else self._family.plan_grid(
+                    item.width_px,
+                    item.height_px,
+                    AreaLimits(min(item.area.min_pixels, most), most),
+                    item.num_frames or 1,
+                )
+                for item in media
+            ]
+            return sum(grid.num_tokens for grid in grids)
+
+        tokens_each = bisect_right(range(1, max_tokens + 1), max_tokens, key=num_tokens)
+        return tokens_each * TOKEN_PX**2 or None
+
 
 def _checked_text(text: str) -> str:
     try:
@@ -405,24 +515,6 @@ def _checked_text(text: str) -> str:
             "holds half of a surrogate pair", remedy="Give text that can be written as UTF-8"
         ) from error
     return text
-
-
-def _for_template(message: Message, mark: Any) -> dict[str, Any]:
-    if message.is_plain_text:
-        (text,) = message.parts
-        assert isinstance(text, UserText)
-        return {"role": message.role, "content": mark(text.text)}
-    content: list[dict[str, str]] = []
-    for part in message.parts:
-        if isinstance(part, UserText):
-            content.append({"type": "text", "text": mark(part.text)})
-        else:
-            content.append({"type": "video" if isinstance(part, Clip) else "image"})
-    return {"role": message.role, "content": content}
-
-
-def _narrowed(area: AreaLimits, min_pixels: int | None, max_pixels: int | None) -> AreaLimits:
-    return AreaLimits(min_pixels or area.min_pixels, max_pixels or area.max_pixels)
 
 
 def _area(default: AreaLimits, given: Mapping[str, int]) -> AreaLimits:
@@ -440,25 +532,23 @@ def _area(default: AreaLimits, given: Mapping[str, int]) -> AreaLimits:
     return AreaLimits(smallest, largest)
 
 
-def _report(media: Sequence[tuple[int, _Ready]]) -> tuple[ImageUsed, ...]:
+def _report(media: Sequence[_Ready]) -> tuple[ImageUsed, ...]:
     counts = {MediaKind.IMAGE: 0, MediaKind.VIDEO: 0}
     report = []
-    for _, item in media:
-        kind = MediaKind.VIDEO if item.kind == MediaKind.VIDEO else MediaKind.IMAGE
-        used = (0, 0)
-        if isinstance(item.content, Visual):
-            used = (item.grid.columns * 14, item.grid.rows * 14)
+    for item in media:
+        counted_as = MediaKind.VIDEO if item.kind == MediaKind.VIDEO else MediaKind.IMAGE
+        has_pixels = item.area is not None
         report.append(
             ImageUsed(
-                index=counts[kind],
+                index=counts[counted_as],
                 width=item.width_px,
                 height=item.height_px,
-                used_width=used[0],
-                used_height=used[1],
+                used_width=item.grid.columns * PATCH_PX if has_pixels else 0,
+                used_height=item.grid.rows * PATCH_PX if has_pixels else 0,
                 num_tokens=item.grid.num_tokens,
                 kind=item.kind,
                 num_frames=item.num_frames,
             )
         )
-        counts[kind] += 1
+        counts[counted_as] += 1
     return tuple(report)

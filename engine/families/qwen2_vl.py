@@ -224,6 +224,8 @@ class Qwen2VL:
 
     image_placeholder = "<|image_pad|>"
     video_placeholder = "<|video_pad|>"
+    image_slot = f"<|vision_start|>{image_placeholder}<|vision_end|>"  # as its template writes one
+    video_slot = f"<|vision_start|>{video_placeholder}<|vision_end|>"
 
     def __init__(
         self,
