@@ -272,9 +272,10 @@ class Processor:
             return before + name + after
 
         takes_parts = self._takes_parts(template)
+        marked = [self._for_template(message, mark, takes_parts) for message in messages]
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [self._for_template(message, mark, takes_parts) for message in messages],
+                marked,
                 tokenize=False,
                 chat_template=template,
                 add_generation_prompt=request.add_generation_prompt,
