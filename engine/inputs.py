@@ -549,8 +549,13 @@ def read_clip(clip: Clip) -> Frames:
             return source
         if isinstance(source, Tensor):
             source = source.detach().cpu().numpy()
-        frames = tuple(_as_rgb_image(frame) for frame in source)
-        return Frames(frames)
+        if not isinstance(source, list | tuple | np.ndarray):
+            raise BadPrompt(
+                f"came as a {type(source).__name__}",
+                where="video",
+                remedy="Give a list of frames, a 4-D array (frames, height, width, 3), or Frames",
+            )
+        return Frames(tuple(_as_rgb_image(frame) for frame in source))
     except MediaError as error:
         raise refused(error) from error
     except EngineError:
