@@ -2,14 +2,16 @@
 Why media could not become pixels: one small tree, each class with a stable word as its code.
 
 Every class answers two questions. Whose fault is it? Nearly always the sender's: the same bytes
-fail again tomorrow, so the item fails at once. Does trying again help? Never: decoding is a pure
-function of the bytes. What can pass (a network, a full disk) belongs to other rooms.
+fail again tomorrow, so the item fails at once. Does trying again help? Not with decoding, a pure
+function of the bytes. With fetching it may: there each error says so itself. What can pass
+otherwise (a full disk, a lost device) belongs to other rooms.
 
 The texts go to clients as they are. They say what is wrong, where, and what to do, and hold no
 path, no address and no word of a decoder's own message.
 """
 
 import inspect
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import ClassVar
 
@@ -26,7 +28,7 @@ class MediaError(ValueError):
 
     code: ClassVar[str] = "media_unreadable"
     fault: ClassVar[Fault] = Fault.CLIENT
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or inspect.cleandoc(self.__doc__ or self.code))
@@ -121,3 +123,40 @@ class BadDataUrlError(MediaError):
     """The data URL cannot be read. Its form is data:image/jpeg;base64,<data> with standard base64."""
 
     code: ClassVar[str] = "bad_data_url"
+
+
+class FetchFailedError(MediaError):
+    """Failed to fetch media from URL. Check that it opens without a login and send the item again."""
+
+    code: ClassVar[str] = "image_fetch_failed"
+
+    facts: Mapping[str, object] | None = None
+    """The report of the fetch up to here, for the item's; the fetcher sets it."""
+
+    def __init__(self, message: str | None = None, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class BadUrlError(FetchFailedError):
+    """The URL is not one that is fetched. Its form is https://host/path, without login or spaces."""
+
+    code: ClassVar[str] = "bad_url"
+
+
+class HostNotAllowedError(FetchFailedError):
+    """The host of the URL may not be reached from here. Use a public host, or upload the file."""
+
+    code: ClassVar[str] = "host_not_allowed"
+
+
+class FetchTimeoutError(FetchFailedError):
+    """The media behind the URL did not arrive in time. Send the item again, or upload the file."""
+
+    code: ClassVar[str] = "fetch_timeout"
+
+
+class FetchTooLargeError(FetchFailedError):
+    """The media behind the URL is too large. Scale it down, or cut it, before sending it."""
+
+    code: ClassVar[str] = "fetch_too_large"
