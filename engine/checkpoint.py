@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.utils.hub import cached_file
 
 from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
 from engine.config import EngineConfig
-from engine.errors import BadConfig
+from engine.errors import BadConfig, BadSamplingParams
 from engine.families.qwen2_vl import Qwen2VL
+from engine.request import SamplingParams
 
 # The family and the class of the weights for each `model_type` of a config.json.
 FAMILIES: dict[str, tuple[type[Qwen2VL], type[Any]]] = {
@@ -33,8 +35,9 @@ class Checkpoint:
         config: transformers' config object.
         tokenizer: a fast tokenizer.
         family: bound to the config; `load_weights` attaches the encoder.
-        generation: the author's sampling defaults, as in generation_config.json.
+        defaults: how to answer where a request does not say, as its author chose.
         eos_token_ids: ids that end an output.
+        max_model_len: prompt and output together, in tokens.
         dtype, device: as computed from the engine's config.
         revision: the commit, where the hub's cache knows it.
     """
@@ -43,8 +46,9 @@ class Checkpoint:
     config: Any
     tokenizer: Any
     family: Qwen2VL
-    generation: dict[str, Any]
+    defaults: SamplingParams
     eos_token_ids: tuple[int, ...]
+    max_model_len: int
     dtype: torch.dtype
     device: torch.device
     revision: str | None
@@ -59,25 +63,34 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     """
     source = engine.folder_or_id
     options = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
-    config = _read("a config.json", engine, lambda: AutoConfig.from_pretrained(source, **options))
+    config = _read("config.json", engine, lambda: AutoConfig.from_pretrained(source, **options))
     if config.model_type not in FAMILIES:
         raise BadConfig(
             f"The model type {config.model_type!r} is not supported yet: "
             f"use {', '.join(sorted(FAMILIES))}."
         )
     tokenizer = _read(
-        "a tokenizer",
+        "tokenizer",
         engine,
         lambda: AutoTokenizer.from_pretrained(engine.tokenizer or source, **options),
     )
     if not tokenizer.is_fast:
         raise BadConfig("The model's tokenizer has no fast form (tokenizer.json), which is needed.")
-    processor = _read_json(engine, "preprocessor_config.json")
-    if processor is None:
+    together = _read_json(engine, "processor_config.json") or {}  # as transformers 5 saves them
+    pictures = _read_json(engine, "preprocessor_config.json") or together.get("image_processor")
+    clips = _read_json(engine, "video_preprocessor_config.json") or together.get("video_processor")
+    if pictures is None:
         raise BadConfig("The model has no preprocessor_config.json, so its pictures have no size.")
-    family = FAMILIES[config.model_type][0](
-        config, processor, _read_json(engine, "video_preprocessor_config.json")
-    )
+    family = FAMILIES[config.model_type][0](config, pictures, clips)
+    for token, token_id in (
+        (family.image_placeholder, family.image_token_id),
+        (family.video_placeholder, family.video_token_id),
+    ):
+        if tokenizer.convert_tokens_to_ids(token) != token_id:
+            raise BadConfig(
+                f"The tokenizer does not fit the model: {token} is not its token {token_id}. Give "
+                "the model's own tokenizer.json."
+            )
     generation = _read_json(engine, "generation_config.json") or {}
     device = _device(engine)
     return Checkpoint(
@@ -85,8 +98,9 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         config,
         tokenizer,
         family,
-        generation,
+        _defaults(generation),
         _eos_token_ids(config, generation, tokenizer),
+        _max_model_len(engine, config),
         _dtype(engine, config, device),
         device,
         getattr(config, "_commit_hash", None),
@@ -103,8 +117,8 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
     model_class = FAMILIES[checkpoint.config.model_type][1]
     # A config that names our attention could not build a second model, so the model gets a copy.
     config = copy.deepcopy(checkpoint.config)
-    model = _read(
-        "weights in safetensors",
+    model, report = _read(
+        "weights in safetensors that fit its config and",
         engine,
         lambda: model_class.from_pretrained(
             checkpoint.source,
@@ -112,8 +126,14 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
             revision=engine.revision,
             dtype=checkpoint.dtype,
             use_safetensors=True,
+            output_loading_info=True,
         ),
     )
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise BadConfig(
+            f"The model {engine.model!r} lacks {len(report['missing_keys'])} of its weights, "
+            f"{min(report['missing_keys'])} among them. Get a complete copy."
+        )
     prepare_model(model, checkpoint)
     return model
 
@@ -131,10 +151,10 @@ def _read(what: str, engine: EngineConfig, load: Callable[[], Any]) -> Any:
     """Vendor errors stop here: their texts name paths and hosts, ours name what is missing."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise BadConfig(
-            f"The model {engine.model!r} cannot be loaded: {what} was not found there or cannot "
-            "be read. Give a checkpoint folder, a hub id that is in the cache, or darkroom-tiny."
+            f"The model {engine.model!r} cannot be loaded: it has no {what} that can be read. "
+            "Give a checkpoint folder, a hub id that is in the cache, or darkroom-tiny."
         ) from error
 
 
@@ -150,8 +170,25 @@ def _read_json(engine: EngineConfig, name: str) -> dict[str, Any] | None:
     )
     if path is None:
         return None
-    content = _read(f"its {name}", engine, lambda: json.loads(Path(path).read_text("utf-8")))
+    content = _read(name, engine, lambda: json.loads(Path(path).read_text("utf-8")))
     return content if isinstance(content, dict) else None
+
+
+def _defaults(generation: dict[str, Any]) -> SamplingParams:
+    try:
+        return SamplingParams.from_generation_config(generation)
+    except BadSamplingParams as error:
+        raise BadConfig(f"The model's generation_config.json cannot be used: {error}") from error
+
+
+def _max_model_len(engine: EngineConfig, config: Any) -> int:
+    most: int = config.text_config.max_position_embeddings
+    if engine.max_model_len is not None and engine.max_model_len > most:
+        raise BadConfig(
+            f"max_model_len={engine.max_model_len} is more than the model's maximum of {most} "
+            "positions. Give at most that."
+        )
+    return engine.max_model_len or most
 
 
 def _device(engine: EngineConfig) -> torch.device:
@@ -160,8 +197,10 @@ def _device(engine: EngineConfig) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise BadConfig(f"device must be auto, cpu or cuda, got {name!r}.") from error
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise BadConfig(f"device must be auto, cpu or cuda, got {name!r}.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadConfig("device is cuda, but torch sees no GPU. Use device='cpu'.")
     return device

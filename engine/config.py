@@ -60,8 +60,8 @@ class EngineConfig:
         limits: pictures and videos that one prompt may hold.
         max_model_len: prompt and output together, in tokens; None for the model's own maximum.
         max_num_seqs: sequences that decode together.
-        max_prefill_tokens: prompt tokens of one prefill call; a longer prompt gets a call alone.
-        kv_bytes: memory for KV rows; None for a share of what the device has free.
+        max_num_batched_tokens: prompt tokens of one prefill call; a longer prompt gets a call alone.
+        kv_cache_memory_bytes: memory for KV rows; None for a share of what the device has free.
         gpu_memory_utilization: that share, of the whole device, 0 to 1.
         min_pixels, max_pixels: area of a picture after resampling; None for the checkpoint's.
         chat_template: Jinja text instead of the tokenizer's own.
@@ -78,8 +78,8 @@ class EngineConfig:
     limits: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_prefill_tokens: int = 8192
-    kv_bytes: int | None = None
+    max_num_batched_tokens: int = 8192
+    kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -91,15 +91,21 @@ class EngineConfig:
             raise BadConfig("model must name a checkpoint folder, a hub id, or darkroom-tiny.")
         if self.dtype not in DTYPES:
             raise BadConfig(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        for name in ("max_model_len", "kv_bytes", "min_pixels", "max_pixels", "num_media_threads"):
+        for name in (
+            "max_model_len",
+            "kv_cache_memory_bytes",
+            "min_pixels",
+            "max_pixels",
+            "num_media_threads",
+        ):
             _check_positive(name, getattr(self, name), may_be_none=True)
-        for name in ("max_num_seqs", "max_prefill_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
             _check_positive(name, getattr(self, name), may_be_none=False)
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise BadConfig(
-                f"gpu_memory_utilization must be over 0 and at most 1, got "
-                f"{self.gpu_memory_utilization}."
-            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise BadConfig(f"seed must be a whole number, got {self.seed!r}.")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise BadConfig(f"gpu_memory_utilization must be over 0 and at most 1, got {share!r}.")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise BadConfig(
                 f"min_pixels={self.min_pixels} is over max_pixels={self.max_pixels}. Give a "

@@ -71,13 +71,11 @@ class Engine:
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint, model: nn.Module) -> None:
         self.checkpoint = checkpoint
-        self.defaults = SamplingParams.from_generation_config(checkpoint.generation)
-        self.max_model_len = _max_model_len(config, checkpoint)
-        rows = _plan_rows(config, checkpoint, self.max_model_len)
+        rows = _plan_rows(config, checkpoint)
         self._config = config
-        self._processor = Processor(config, checkpoint, self.max_model_len, self.defaults)
+        self._processor = Processor(config, checkpoint)
         self._scheduler = Scheduler(
-            SlabAllocator(rows), config.max_num_seqs, config.max_prefill_tokens
+            SlabAllocator(rows), config.max_num_seqs, config.max_num_batched_tokens
         )
         self._runner = Runner(checkpoint, model, rows)
         vocab_size = checkpoint.config.text_config.vocab_size
@@ -95,7 +93,7 @@ class Engine:
             config.model,
             checkpoint.device,
             checkpoint.dtype,
-            self.max_model_len,
+            checkpoint.max_model_len,
             rows,
         )
 
@@ -373,29 +371,19 @@ class Engine:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _max_model_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
-    most: int = checkpoint.config.text_config.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > most:
-        raise BadConfig(
-            f"max_model_len={config.max_model_len} is more than the model's maximum of {most} "
-            "positions. Give at most that."
-        )
-    return config.max_model_len or most
-
-
-def _plan_rows(config: EngineConfig, checkpoint: Checkpoint, max_model_len: int) -> int:
+def _plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:
     """KV rows to allocate; at least one sequence of the greatest length must fit."""
-    longest = -(-max_model_len // ROW_STEP) * ROW_STEP
+    longest = -(-checkpoint.max_model_len // ROW_STEP) * ROW_STEP
     rows = num_kv_rows(
         checkpoint,
         wanted=longest * config.max_num_seqs + NUM_SCRATCH_ROWS,
-        kv_bytes=config.kv_bytes,
+        kv_bytes=config.kv_cache_memory_bytes,
         utilization=config.gpu_memory_utilization,
     )
     if rows < longest + NUM_SCRATCH_ROWS:
         raise BadConfig(
             f"The memory for KV rows holds {max(0, rows - NUM_SCRATCH_ROWS)} tokens, but one "
-            f"sequence may have max_model_len={max_model_len}. Lower max_model_len, or raise "
+            f"sequence may have max_model_len={checkpoint.max_model_len}. Lower max_model_len, or raise "
             "gpu_memory_utilization or kv_cache_memory_bytes."
         )
     return rows

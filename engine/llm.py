@@ -97,8 +97,8 @@ class LLM:
             limits=parse_limits(limit_mm_per_prompt),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            max_prefill_tokens=max_num_batched_tokens,
-            kv_bytes=kv_cache_memory_bytes,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             chat_template=_template_text(chat_template),
             num_media_threads=num_media_threads,
@@ -203,7 +203,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a prompt without parameters is answered with: the model's generation config."""
-        return self.engine.defaults
+        return self.engine.checkpoint.defaults
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer, transformers' own object."""

@@ -111,19 +111,13 @@ class _Ready:
 class Processor:
     """
     Args:
-        max_model_len: prompt and output together, in tokens.
-        defaults: sampling parameters of a request that names none.
+        engine: for the limits, areas and template that its caller chose.
+        checkpoint: for everything else.
     """
 
-    def __init__(
-        self,
-        engine: EngineConfig,
-        checkpoint: Checkpoint,
-        max_model_len: int,
-        defaults: SamplingParams,
-    ) -> None:
-        self.max_model_len = max_model_len
-        self.defaults = defaults
+    def __init__(self, engine: EngineConfig, checkpoint: Checkpoint) -> None:
+        self._max_model_len = checkpoint.max_model_len
+        self._defaults = checkpoint.defaults
         self._limits = engine.limits
         self._family = checkpoint.family
         self._tokenizer = checkpoint.tokenizer
@@ -166,8 +160,8 @@ class Processor:
             raise EmptyPrompt
         self._check_counts(ids, len(pictures), len(clips))
         num_text_tokens = len(ids) - len(pictures) - len(clips)
-        if num_text_tokens > self.max_model_len:  # whatever the pictures are
-            raise PromptTooLong(max_model_len=self.max_model_len, num_text_tokens=num_text_tokens)
+        if num_text_tokens > self._max_model_len:  # whatever the pictures are
+            raise PromptTooLong(max_model_len=self._max_model_len, num_text_tokens=num_text_tokens)
         area = self._request_area(request)
         ready = [self._ready_picture(i, picture, area) for i, picture in enumerate(pictures)]
         ready_clips = [self._ready_clip(clip, area) for clip in clips]
@@ -189,7 +183,7 @@ class Processor:
         )
 
     def _params(self, request: Request) -> SamplingParams:
-        params = request.params or self.defaults
+        params = request.params or self._defaults
         if not isinstance(params, SamplingParams):
             raise BadPrompt(
                 f"is a {type(params).__name__}",
@@ -414,7 +408,7 @@ class Processor:
             grid = self._family.plan_grid(*size, limits)
         except ImageTooNarrowError as error:
             raise ImageTooNarrow(width=size[0], height=size[1], index=index) from error
-        fits = grid.num_tokens < self.max_model_len
+        fits = grid.num_tokens < self._max_model_len
         visual = self._family.cut_picture(image.image, limits) if fits else None
         return _Ready(visual, grid, MediaKind.IMAGE, limits, *size)
 
@@ -426,7 +420,7 @@ class Processor:
             grid = self._family.plan_grid(*size, limits, frames.num_frames)
         except ImageTooNarrowError as error:
             raise ImageTooNarrow(width=size[0], height=size[1]) from error
-        fits = grid.num_tokens < self.max_model_len
+        fits = grid.num_tokens < self._max_model_len
         images = [image.image for image in frames.images]
         visual = self._family.cut_clip(images, limits) if fits else None
         return _Ready(visual, grid, MediaKind.VIDEO, limits, *size, frames.num_frames)
@@ -468,20 +462,20 @@ class Processor:
     def _room(self, num_text_tokens: int, media: Sequence[_Ready], params: SamplingParams) -> int:
         num_media_tokens = sum(item.grid.num_tokens for item in media)
         num_tokens = num_text_tokens + num_media_tokens
-        left = self.max_model_len - num_tokens
+        left = self._max_model_len - num_tokens
         if left < 1:
             raise PromptTooLong(
-                max_model_len=self.max_model_len,
+                max_model_len=self._max_model_len,
                 num_text_tokens=num_text_tokens,
                 num_image_tokens=num_media_tokens,
-                max_pixels=self._find_max_pixels(media, self.max_model_len - 1 - num_text_tokens),
+                max_pixels=self._find_max_pixels(media, self._max_model_len - 1 - num_text_tokens),
             )
         if params.max_tokens is None:
             return left
-        if params.max_tokens > self.max_model_len:
+        if params.max_tokens > self._max_model_len:
             raise MaxTokensTooLarge(
                 max_tokens=params.max_tokens,
-                max_model_len=self.max_model_len,
+                max_model_len=self._max_model_len,
                 num_prompt_tokens=num_tokens,
             )
         return min(params.max_tokens, left)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from engine import LLM, Request, SamplingParams
+from engine import LLM, Request
 from engine.checkpoint import read_checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadPrompt, NoChatTemplate
@@ -46,7 +46,7 @@ def processor() -> Processor:
     """Of the bundled model, whose tokenizer has merges; no weights are needed."""
     limits = {"image": 4, "video": 2}
     config = EngineConfig("darkroom-tiny", limits=limits)
-    return Processor(config, read_checkpoint(config), 4096, SamplingParams(temperature=0))
+    return Processor(config, read_checkpoint(config))
 
 
 @pytest.fixture(scope="module")

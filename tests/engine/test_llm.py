@@ -659,7 +659,7 @@ def test_all_of_vllms_usual_words_are_taken(tiny_folder: Path) -> None:
     )
     by_dtype = LLM(str(tiny_folder), dtype=torch.bfloat16)  # type: ignore[arg-type]
 
-    assert 512 == llm.engine.max_model_len
+    assert 512 == llm.engine.checkpoint.max_model_len
     assert torch.bfloat16 == by_dtype.engine.checkpoint.dtype
     assert texts(by_dtype.generate("a", GREEDY, use_tqdm=False))
 
