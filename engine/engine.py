@@ -282,14 +282,14 @@ class Engine:
     def _hand_out(self, sequences: list[Sequence]) -> None:
         now = time.perf_counter()
         for sequence in sequences:
+            if sequence.is_finished and sequence.start is not None:
+                self._scheduler.finish(sequence)
             ticket = self._tickets.get(sequence.ticket)
             if ticket is None:
-                continue  # another of its outputs failed, and the request with it
+                continue  # its request ended with another of its outputs
             ticket.first_token_ts = ticket.first_token_ts or now
-            if sequence.is_finished:
-                self._scheduler.finish(sequence)
-                if ticket.is_finished:
-                    self._finish(ticket)
+            if sequence.is_finished and ticket.is_finished:
+                self._finish(ticket)
 
     def _finish(self, ticket: _Ticket) -> None:
         prepared = ticket.prepared

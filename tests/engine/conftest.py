@@ -7,6 +7,7 @@ import pytest
 
 from engine import LLM
 from engine.config import BUNDLED_FOLDER
+from tests.engine.idle import assert_idle
 from tests.engine.tiny import write_tiny_qwen2_vl
 
 LIMITS = {"image": 4, "video": 2}
@@ -39,3 +40,10 @@ def model(request: pytest.FixtureRequest) -> str:
     if request.param == "bundled":
         return str(request.getfixturevalue("bundled"))
     return str(request.getfixturevalue("tiny_folder"))
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_shared_model_idle(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "llm" in request.fixturenames:
+        assert_idle(request.getfixturevalue("llm").engine)

@@ -12,30 +12,13 @@ import torch
 from torch import Tensor
 
 from engine import LLM, Request, Result, SamplingParams
-from engine.engine import NUM_PREPARED_AHEAD, Engine
+from engine.engine import NUM_PREPARED_AHEAD
 from engine.families.qwen2_vl import Visual
 from engine.sequence import Sequence as Running
+from tests.engine.idle import assert_idle, num_free_rows
 from tests.engine.pictures import GREEDY, PICTURE, draw, error_of, features_of, texts, token_ids
 
 WAIT_S = 20.0
-
-
-def num_free_rows(engine: Engine) -> int:
-    return engine._scheduler._slabs.num_free_rows
-
-
-def assert_idle(engine: Engine) -> None:
-    """Nothing is under way, and every row has been given back."""
-    assert {} == engine._tickets
-    assert {} == engine._preparing
-    assert not engine._scheduler.has_work
-    assert engine._scheduler._slabs.largest_slab == num_free_rows(engine)
-
-
-@pytest.fixture(autouse=True)
-def _left_idle(llm: LLM) -> Iterator[None]:
-    yield
-    assert_idle(llm.engine)
 
 
 def picture_request(seed: int, name: str = "", **options: Any) -> Request:
@@ -100,6 +83,15 @@ def test_every_request_has_exactly_one_result(llm: LLM) -> None:
 
     assert {str(n) for n in range(60)} == set(results)
     assert ["7"] == [name for name, result in results.items() if result.error]
+
+
+def test_outputs_of_one_request_that_end_together_all_free_their_rows(llm: LLM) -> None:
+    params = SamplingParams(n=6, temperature=1.0, seed=4, max_tokens=5, ignore_eos=True)
+    for _ in range(3):
+        (result,) = llm.generate("many", params, use_tqdm=False)
+
+        assert [5] * 6 == [len(output.token_ids) for output in result.outputs]
+        assert_idle(llm.engine)
 
 
 def test_closing_the_stream_frees_everything(llm: LLM) -> None:
