@@ -4,12 +4,17 @@ Who runs next: waiting sequences are admitted when a slab and a place are free; 
 Loads no torch. Prefill goes first, since a full decode batch is worth more than an early token.
 """
 
+from __future__ import annotations
+
 import heapq
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from engine.sequence import Sequence
 from engine.slabs import SlabAllocator
+
+if TYPE_CHECKING:
+    from engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,241 @@
+"""Attention over packed sequences: each token sees its own rows, whatever lies around them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from engine import LLM, Request
+from engine.attention import TextContext, VisionContext, attend_text, attend_vision, using
+from engine.families.qwen2_vl import Qwen2VL, Visual
+from engine.sequence import Sequence as Running
+from tests.engine.pictures import CLIP, GREEDY, PICTURE, draw, draw_clip, token_ids
+
+DIM = 8
+SCALE = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Queries, keys and values of sequences, each (heads, tokens, DIM)."""
+
+    queries: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def draw_layer(lens: Sequence[int], heads: int, kv_heads: int, seed: int = 0) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensors(num_heads: int) -> list[Tensor]:
+        return [torch.randn(num_heads, length, DIM, generator=generator) for length in lens]
+
+    return Layer(tensors(heads), tensors(kv_heads), tensors(kv_heads))
+
+
+def attend_densely(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(heads, tokens, DIM) -> (tokens, heads, DIM), by the definition; the queries are the last ones."""
+    group = len(query) // len(key)
+    key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
+    scores = query @ key.transpose(1, 2) * SCALE
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + key.shape[1] - query.shape[1])
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1)
+
+
+class SecondLayer(nn.Module):
+    layer_idx = 1
+
+
+def module() -> nn.Module:
+    return SecondLayer()
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """KV rows of two layers, full of NaN until somebody writes."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def build(cls, num_rows: int, kv_heads: int) -> "Rows":
+        def tensors() -> list[Tensor]:
+            return [torch.full((num_rows, kv_heads, DIM), torch.nan) for _ in range(2)]
+
+        return cls(tensors(), tensors())
+
+    def attend(
+        self, layer: Layer, starts: Sequence[int], lens: Sequence[int], num_new: Sequence[int]
+    ) -> list[Tensor]:
+        """Run the last `num_new` tokens of each sequence, packed; one output for each."""
+        query, key, value = (
+            torch.cat([t[:, n - k : n] for t, n, k in zip(each, lens, num_new, strict=True)], dim=1)
+            for each in (layer.queries, layer.keys, layer.values)
+        )
+        write_rows = [
+            start + row
+            for start, length, count in zip(starts, lens, num_new, strict=True)
+            for row in range(length - count, length)
+        ]
+        context = TextContext(
+            self.keys, self.values, torch.tensor(write_rows), starts, lens, num_new
+        )
+        with using(context):
+            attended, _ = attend_text(module(), query[None], key[None], value[None], None, SCALE)
+        return list(torch.split(attended[0], list(num_new)))
+
+
+shapes = st.tuples(st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 1000))
+
+
+def place(lens: Sequence[int], seed: int) -> list[int]:
+    """Slabs of room for 4 more tokens, in another order than the sequences', with gaps between."""
+    order = torch.randperm(len(lens), generator=torch.Generator().manual_seed(seed)).tolist()
+    starts, at = [0] * len(lens), 16
+    for index in order:
+        starts[index] = at
+        at += lens[index] + 4 + index % 3 * 16
+    return starts
+
+
+@given(lens=st.lists(st.integers(1, 20), min_size=1, max_size=5), shape=shapes)
+def test_packed_prefill_is_prefill_one_by_one(
+    lens: list[int], shape: tuple[tuple[int, int], int]
+) -> None:
+    (heads, kv_heads), seed = shape
+    layer = draw_layer(lens, heads, kv_heads, seed)
+    starts = place(lens, seed)
+    rows = Rows.build(1000, kv_heads)
+    attended = rows.attend(layer, starts, lens, lens)
+
+    for index, (start, length) in enumerate(zip(starts, lens, strict=True)):
+        query, key, value = (t[index] for t in (layer.queries, layer.keys, layer.values))
+        torch.testing.assert_close(attend_densely(query, key, value), attended[index])
+        assert torch.equal(key.transpose(0, 1), rows.keys[1][start : start + length])
+        assert torch.equal(value.transpose(0, 1), rows.values[1][start : start + length])
+    assert rows.keys[0].isnan().all()  # the other layer's
+    assert sum(lens) == (~rows.keys[1].isnan().any(-1).any(-1)).sum()
+
+
+@given(
+    lens=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    shape=shapes,
+    num_steps=st.integers(1, 4),
+)
+def test_decode_over_slabs_in_any_order_is_dense_attention(
+    lens: list[int], shape: tuple[tuple[int, int], int], num_steps: int
+) -> None:
+    (heads, kv_heads), seed = shape
+    layer = draw_layer([length + num_steps for length in lens], heads, kv_heads, seed)
+    starts = place(lens, seed)
+    rows = Rows.build(1000, kv_heads)
+    rows.attend(layer, starts, lens, lens)
+    for step in range(1, num_steps + 1):
+        grown = [length + step for length in lens]
+        attended = rows.attend(layer, starts, grown, [1] * len(lens))
+
+        for index, length in enumerate(grown):
+            expected = attend_densely(
+                layer.queries[index][:, length - 1 : length],
+                layer.keys[index][:, :length],
+                layer.values[index][:, :length],
+            )
+            torch.testing.assert_close(expected, attended[index])
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 12)), min_size=1, max_size=5),
+    seed=st.integers(0, 1000),
+)
+def test_vision_runs_of_mixed_sizes_are_pictures_one_by_one(
+    runs: list[tuple[int, int]], seed: int
+) -> None:
+    sizes = [size for count, size in runs for _ in range(count)]
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(1, 3, sum(sizes), DIM, generator=generator) for _ in range(3))
+    with using(VisionContext(runs)):
+        attended, _ = attend_vision(module(), query, key, value, None, SCALE)
+
+    start = 0
+    for size in sizes:
+        one = slice(start, start + size)
+        expected = F.scaled_dot_product_attention(
+            query[:, :, one], key[:, :, one], value[:, :, one], scale=SCALE
+        )
+        torch.testing.assert_close(expected.transpose(1, 2), attended[:, one])
+        start += size
+
+
+def test_context_is_gone_when_its_block_ends() -> None:
+    with pytest.raises(LookupError), using(VisionContext([(1, 4)])):
+        raise LookupError
+
+    nothing = torch.zeros(1, 1, 4, DIM)
+    for attend in (attend_vision, attend_text):
+        with pytest.raises(AssertionError):
+            attend(module(), nothing, nothing, nothing, None, SCALE)
+
+
+# --- the same through the whole engine ---------------------------------------------------------------
+
+
+def test_encoder_reads_pictures_and_clips_together_as_one_by_one(llm: LLM) -> None:
+    family: Qwen2VL = llm.engine.checkpoint.family
+    sizes = [(84, 84), (200, 60), (84, 84), (28, 224), (60, 200)]
+    visuals: list[Visual] = [
+        family.cut_picture(draw(seed, *size), family.image_area) for seed, size in enumerate(sizes)
+    ]
+    visuals.insert(2, family.cut_clip(draw_clip(1, 5), family.video_area))
+    visuals.append(family.cut_clip(draw_clip(2, 2, 60, 200), family.video_area))
+    together = family.encode(visuals)
+
+    for visual, features in zip(visuals, together, strict=True):
+        (alone,) = family.encode([visual])
+        assert (visual.grid.num_tokens, family.hidden_size) == features.shape
+        torch.testing.assert_close(alone, features, atol=1e-4, rtol=1e-4)
+
+
+def test_freed_rows_never_show(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_row = 2 * 2 * 2 * 16 * 4
+    options: dict[str, Any] = {"max_model_len": 128, "kv_cache_memory_bytes": 416 * one_row}
+    clean, poisoned = LLM(str(tiny_folder), **options), LLM(str(tiny_folder), **options)
+    rows = poisoned.engine._runner._rows
+    finish = poisoned.engine._scheduler.finish
+    num_poisoned = 0
+
+    def poison(first: int, end: int) -> None:
+        nonlocal num_poisoned
+        num_poisoned += 1
+        for tensor in (*rows.keys, *rows.values):
+            tensor[first:end] = torch.nan
+
+    def finish_and_poison(sequence: Running) -> None:
+        start = sequence.start
+        finish(sequence)
+        if start is not None:
+            poison(start, start + sequence.num_rows_at_most)
+
+    monkeypatch.setattr(poisoned.engine._scheduler, "finish", finish_and_poison)
+    poison(0, len(rows.keys[0]))
+    requests = [
+        Request(prompt="x" * (number % 40 + 1), request_id=str(number)) for number in range(24)
+    ]
+    requests += [
+        Request(
+            prompt=PICTURE + CLIP,
+            multi_modal_data={"image": draw(number), "video": draw_clip(number, 3)},
+            request_id=f"seen {number}",
+        )
+        for number in range(8)
+    ]
+    expected = clean.generate(requests, GREEDY, use_tqdm=False)
+
+    assert token_ids(expected) == token_ids(poisoned.generate(requests, GREEDY, use_tqdm=False))
+    assert 1 + len(requests) == num_poisoned
