@@ -70,7 +70,7 @@ clean: ## remove caches and built packages; .venv stays
 
 .venv/ready: .venv/ready-to-run
 	@echo "Installing the tools for tests and checks ..."
-	@$(PIP_INSTALL) -e ".[engine,video,dev]"
+	@$(PIP_INSTALL) -e ".[engine,service,video,dev]"
 	@touch $@
 
 .venv/bin/pip:

@@ -1,0 +1,118 @@
+"""
+Files: what clients handed in, and what we made for them. The bytes are a blob; this is their row.
+
+The blob is written first and its row afterwards, so that SQL never points to bytes that are not
+there. A crash between the two leaves a blob that nobody names, which the sweeper removes.
+"""
+
+from typing import Final
+
+from sqlalchemy import or_, select, update
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import ColumnElement
+
+from storage.db import clock
+from storage.errors import NotFoundError
+from storage.ids import FileId, TenantId
+from storage.states import FileState
+from storage.tables import File
+
+PAGE: Final = 100
+
+
+def create(
+    session: Session,
+    *,
+    file: FileId,
+    tenant: TenantId,
+    purpose: str,
+    filename: str,
+    num_bytes: int,
+    sha256: bytes,
+    blob_key: str,
+    lifetime_s: float | None = None,
+) -> File:
+    """
+    Name a blob that has been written.
+
+    Args:
+        filename: the client's; kept as it is, and never part of a path or key.
+        lifetime_s: after which the file is gone; None: it stays.
+    """
+    now = session.scalars(select(clock())).one()
+    row = File(
+        id=file,
+        tenant_id=tenant,
+        purpose=purpose,
+        filename=filename,
+        state=FileState.PROCESSED,
+        num_bytes=num_bytes,
+        sha256=sha256,
+        blob_key=blob_key,
+        created_at=now,
+        expires_at=None if lifetime_s is None else now + lifetime_s,
+        deleted_at=None,
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def get(session: Session, tenant: TenantId, file: FileId) -> File:
+    """Raises `NotFoundError` for a file that is deleted, expired, another tenant's or none."""
+    found = session.scalars(
+        select(File).where(File.id == file, File.tenant_id == tenant, _is_there())
+    ).one_or_none()
+    if found is None:
+        raise NotFoundError
+    return found
+
+
+def list_page(
+    session: Session,
+    tenant: TenantId,
+    *,
+    after: FileId | None = None,
+    purpose: str | None = None,
+    is_newest_first: bool = True,
+    limit: int = PAGE,
+) -> tuple[list[File], bool]:
+    """
+    A tenant's files, and whether there are more.
+
+    Raises:
+        NotFoundError: `after` is no file of this tenant. A deleted one will do.
+    """
+    query = select(File).where(File.tenant_id == tenant, _is_there()).limit(limit + 1)
+    query = query.order_by(File.id.desc() if is_newest_first else File.id)
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    if after is not None:
+        known = select(File.id).where(File.id == after, File.tenant_id == tenant)
+        if session.scalars(known).one_or_none() is None:
+            raise NotFoundError
+        query = query.where(File.id < after if is_newest_first else File.id > after)
+    page = list(session.scalars(query))
+    return page[:limit], len(page) > limit
+
+
+def delete(session: Session, tenant: TenantId, file: FileId) -> None:
+    """
+    Hide a file. Its blob stays as long as a job reads it.
+
+    Raises:
+        NotFoundError: as `get` does.
+    """
+    deleted = session.scalars(
+        update(File)
+        .where(File.id == file, File.tenant_id == tenant, _is_there())
+        .values(deleted_at=clock())
+        .returning(File.id)
+        .execution_options(synchronize_session=False)
+    ).one_or_none()
+    if deleted is None:
+        raise NotFoundError
+
+
+def _is_there() -> ColumnElement[bool]:
+    return File.deleted_at.is_(None) & or_(File.expires_at.is_(None), File.expires_at > clock())

@@ -1,0 +1,128 @@
+"""The migrations lead from an empty database to what the models say, on both databases."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+
+from migrations.upgrade import build_config, upgrade
+from storage.db import Database
+from storage.tables import Base
+from tests.services import PostgreSQL
+
+ROOT = Path(__file__).parents[2]
+
+SQLITE_SCHEMA = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE '%alembic%'"
+POSTGRESQL_SCHEMA = (
+    """
+    SELECT table_name, column_name, data_type, character_maximum_length, is_nullable, column_default
+    FROM information_schema.columns WHERE table_schema = 'public'
+    """,
+    """
+    SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid)
+    FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+    """,
+    "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_databases(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Two empty databases of a kind."""
+    if request.param == "sqlite":
+        databases = [Database(f"sqlite:///{tmp_path / name}") for name in ("a", "b")]
+        yield databases
+    else:
+        server: PostgreSQL = request.getfixturevalue("postgresql_server")
+        with server.clone() as first, server.clone() as second:
+            databases = [Database(first), Database(second)]
+            yield databases
+            for database in databases:
+                database.close()
+        return
+    for database in databases:
+        database.close()
+
+
+def test_migrated_schema_is_what_the_models_say(empty_databases: list[Database]) -> None:
+    migrated, modelled = empty_databases
+    upgrade(migrated)
+    Base.metadata.create_all(modelled.engine)
+
+    assert read_schema(modelled) == read_schema(migrated)
+
+
+def test_autogenerate_finds_nothing_to_do(empty_databases: list[Database]) -> None:
+    database = empty_databases[0]
+    upgrade(database)
+
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        difference = compare_metadata(context, Base.metadata)
+
+    assert [] == difference
+
+
+def test_upgrading_twice_changes_nothing(empty_databases: list[Database]) -> None:
+    database = empty_databases[0]
+    upgrade(database)
+    before = read_schema(database)
+
+    upgrade(database)
+
+    assert before == read_schema(database)
+
+
+def test_two_processes_may_upgrade_at_once(empty_databases: list[Database]) -> None:
+    database = empty_databases[0]
+    url = database.engine.url.render_as_string(hide_password=False)
+    program = (
+        "import sys; from migrations.upgrade import upgrade; from storage.db import Database; "
+        "upgrade(Database(sys.argv[1]))"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", program, url], cwd=ROOT)
+        for _ in range(3)
+    ]
+
+    assert [0, 0, 0] == [process.wait(timeout=60) for process in processes]
+    assert "items" in str(read_schema(database))
+
+
+def test_downgrade_leaves_nothing_behind(empty_databases: list[Database]) -> None:
+    database, untouched = empty_databases
+    upgrade(database)
+
+    config = build_config()
+    with database.engine.execution_options(is_write=True).connect() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+
+    assert read_schema(untouched) == read_schema(database)
+
+
+def read_schema(database: Database) -> list[Any]:
+    with database.engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            # The order of constraints, unlike that of columns, means nothing.
+            return sorted(
+                [kind, name, *sorted(split_at_constraints(sql or ""))]
+                for kind, name, sql in connection.execute(text(SQLITE_SCHEMA))
+            )
+        return sorted(
+            [str(value) for value in row]
+            for query in POSTGRESQL_SCHEMA
+            for row in connection.execute(text(query))
+            if "alembic" not in str(row)
+        )
+
+
+def split_at_constraints(sql: str) -> list[str]:
+    return [part.strip(" ,)") for part in re.split("(?=CONSTRAINT )", " ".join(sql.split()))]
