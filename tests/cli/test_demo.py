@@ -46,17 +46,22 @@ def test_true_sentences_are_marked_right(
     assert "" == result.stderr
 
 
-def test_wrong_sentence_is_shown_with_the_true_one_and_fails(
-    darkroom: Invoke, llm: FakeLLM, expected: dict[str, str]
+@pytest.mark.parametrize(("options", "exit_code"), [((), 0), (("--check",), 1)])
+def test_wrong_sentence_is_shown_with_the_true_one_and_fails_a_check(
+    darkroom: Invoke,
+    llm: FakeLLM,
+    expected: dict[str, str],
+    options: tuple[str, ...],
+    exit_code: int,
 ) -> None:
     pytest.importorskip("av")
     first, *_ = expected
     llm.texts = (answers(expected) | {first: "A cat."}).values()
 
-    result = darkroom("demo")
+    result = darkroom("demo", *options)
 
     wrong, truth, *_ = result.stdout.splitlines()
-    assert 1 == result.exit_code
+    assert exit_code == result.exit_code
     assert ["WRONG", first, "A", "cat."] == wrong.split()
     assert "expected" == truth.split()[0]
     assert expected[first][:20] in truth
