@@ -133,6 +133,9 @@ class FetchFailedError(MediaError):
     facts: Mapping[str, object] | None = None
     """The report of the fetch up to here, for the item's; the fetcher sets it."""
 
+    retry_after_s: float | None = None
+    """How long the server asks to wait before the next try, if it does; as it says, uncapped."""
+
     def __init__(self, message: str | None = None, *, retryable: bool = False) -> None:
         super().__init__(message)
         self.retryable = retryable
@@ -145,7 +148,7 @@ class BadUrlError(FetchFailedError):
 
 
 class HostNotAllowedError(FetchFailedError):
-    """The host of the URL may not be reached from here. Use a public host, or upload the file."""
+    """The host of the URL, or one it redirects to, may not be reached. Use a public host or upload it."""
 
     code: ClassVar[str] = "host_not_allowed"
 

@@ -79,3 +79,42 @@ class VideoLimits:
 
 
 VIDEO_LIMITS = VideoLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """
+    How long, how often and how wide the fetcher may reach out.
+
+    Attributes:
+        connect_timeout_s: look-up and connection; and once more for the TLS handshake.
+        whole_timeout_s: one fetch with all its tries, redirects and waits.
+        min_bytes_per_s: of a body, on average over each `min_rate_window_s`.
+        max_header_bytes: of one answer, with the 1xx answers before it.
+        max_tries: in one fetch. An item has more of them later.
+        retry_wait_s: before the second try, doubled for each further one; as much again by chance.
+        max_retry_after_s: a server that asks for more patience is left alone in this fetch.
+        max_connections_per_host: at once, from this process.
+        max_connections: at once, to all hosts.
+        keep_alive_s: how long a connection waits for more work.
+        remember_failures_s: so long the same URL fails again without being asked for.
+        max_remembered_failures: the oldest is forgotten first.
+    """
+
+    connect_timeout_s: float = 5.0
+    whole_timeout_s: float = 30.0
+    min_bytes_per_s: int = 1024
+    min_rate_window_s: float = 10.0
+    max_header_bytes: int = 64 * 1024
+    max_redirects: int = 3
+    max_tries: int = 3
+    retry_wait_s: float = 0.5
+    max_retry_after_s: float = 10.0
+    max_connections_per_host: int = 8
+    max_connections: int = 64
+    keep_alive_s: float = 15.0
+    remember_failures_s: float = 60.0
+    max_remembered_failures: int = 10_000
+
+
+FETCH_LIMITS = FetchLimits()

@@ -1,0 +1,1068 @@
+"""
+The fetcher against real servers on loopback: what it brings, and what it never lets through.
+
+127.0.0.1 alone is on the allow-list. A canary listens on ::1, which is not: whatever way leads
+there, nobody may knock.
+"""
+
+import asyncio
+import email.utils
+import hashlib
+import pickle
+import socket
+import ssl
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from media.addresses import AddressRules
+from media.errors import (
+    BadUrlError,
+    FetchFailedError,
+    FetchTimeoutError,
+    FetchTooLargeError,
+    HostNotAllowedError,
+)
+from media.fetch import (
+    UNKNOWN_MEDIA_TYPE,
+    FetchConfig,
+    Fetched,
+    Fetcher,
+    FetcherThread,
+    Resolve,
+    SystemResolver,
+    fetch_timeout_from,
+    video_fetch_timeout_from,
+)
+from media.limits import FetchLimits, ImageLimits, VideoLimits
+from tests.media.servers import (
+    Answer,
+    Names,
+    Server,
+    answering,
+    endless,
+    in_turn,
+    make_tls,
+    raw,
+    redirecting,
+    serve,
+)
+
+LIMITS = ImageLimits(max_bytes=100_000)
+QUICK = FetchLimits(
+    connect_timeout_s=0.5,
+    whole_timeout_s=3.0,
+    retry_wait_s=0.01,
+    max_retry_after_s=1.0,
+    min_rate_window_s=0.3,
+)
+RULES = AddressRules(allowed_networks=(ip_network("127.0.0.1/32"),))
+PATH = "/private/a.jpg?signature=hush"
+JPEG = b"\xff\xd8\xff" + bytes(2000) + b"\xff\xd9"
+
+Outcome = Fetched | FetchFailedError
+T = TypeVar("T")
+
+
+def config_for(
+    *servers: Server, limits: FetchLimits = QUICK, timeout_s: float = 1.0
+) -> FetchConfig:
+    ports = frozenset({80, 443, *(server.port for server in servers)})
+    return FetchConfig(image_fetch_timeout_s=timeout_s, rules=RULES, ports=ports, limits=limits)
+
+
+async def outcome_of(
+    fetcher: Fetcher, url: str, limits: ImageLimits | VideoLimits = LIMITS
+) -> Outcome:
+    try:
+        return await fetcher.fetch(url, limits)
+    except FetchFailedError as error:
+        return error
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(coroutine)
+
+
+def fetch_from(
+    answer: Answer | Mapping[str, Answer],
+    path: str = PATH,
+    names: Names | None = None,
+    limits: FetchLimits = QUICK,
+    timeout_s: float = 1.0,
+) -> tuple[Outcome, Server]:
+    """Serve these answers, fetch one path over http, and return how it ended."""
+
+    async def scenario() -> tuple[Outcome, Server]:
+        async with serve(answer) as server:
+            config = config_for(server, limits=limits, timeout_s=timeout_s)
+            async with Fetcher(config, names or Names()) as fetcher:
+                url = f"http://pictures.test:{server.port}{path}"
+                return await outcome_of(fetcher, url), server
+
+    return run(scenario())
+
+
+def assert_failed(
+    outcome: Outcome, error_type: type[FetchFailedError], retryable: bool = False
+) -> FetchFailedError:
+    """Fail unless it is this very error, with a text and facts that give nothing away."""
+    assert type(outcome) is error_type, outcome
+    assert isinstance(outcome, FetchFailedError)
+    assert retryable == outcome.retryable
+    text = str(outcome)
+    for secret in (
+        "127.0.0.1",
+        "::1",
+        "169.254",
+        "pictures",
+        "inside",
+        "private",
+        "hush",
+        "passwd",
+    ):
+        assert secret not in text
+    assert "httpcore" not in text
+    assert "Errno" not in text
+    assert text.endswith(".")
+    assert len(text.split(". ")) >= 2, "the text says what to do"
+    assert outcome.facts is not None
+    assert outcome.code == outcome.facts["error_code"]
+    assert not {"hush", PATH} & {str(fact) for fact in outcome.facts.values()}
+    return outcome
+
+
+def assert_fetched(outcome: Outcome, content: bytes = JPEG) -> Fetched:
+    assert isinstance(outcome, Fetched), outcome
+    assert content == outcome.content
+    return outcome
+
+
+# What it brings
+
+
+def test_bytes_come_back_with_their_type_and_report() -> None:
+    answer = answering(JPEG, headers=["Content-Type: Image/JPEG; q=1"])
+    outcome, server = fetch_from(answer)
+    fetched = assert_fetched(outcome)
+
+    assert "image/jpeg" == fetched.media_type
+    assert ("http", "pictures.test") == (fetched.report.scheme, fetched.report.host)
+    assert len(JPEG) == fetched.report.num_bytes
+    assert hashlib.sha256(JPEG).hexdigest() == fetched.report.sha256
+    assert (1, 0, None) == (
+        fetched.report.num_tries,
+        fetched.report.num_redirects,
+        fetched.report.error_code,
+    )
+    assert 0 < fetched.report.fetch_ms < 3000
+    assert [PATH] == server.paths
+
+
+@pytest.mark.parametrize("claim", ["", "Content-Type: ", "Content-Type: nonsense", "X: y"])
+def test_unknown_media_type_is_called_so(claim: str) -> None:
+    outcome, _ = fetch_from(answering(JPEG, headers=[claim] if claim else []))
+
+    assert UNKNOWN_MEDIA_TYPE == assert_fetched(outcome).media_type
+
+
+def test_request_says_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("NETRC", "nowhere")
+    outcome, server = fetch_from(answering(JPEG))
+    names = {line.split(":")[0].lower() for line in server.heads[0].splitlines()[1:] if line}
+
+    assert_fetched(outcome)
+    assert {"host", "user-agent", "accept", "accept-encoding"} == names
+    assert f"Host: pictures.test:{server.port}\r\n" in server.heads[0]
+    assert "Accept-Encoding: identity\r\n" in server.heads[0]
+
+
+def test_cookies_are_not_kept() -> None:
+    async def scenario() -> Server:
+        answer = answering(JPEG, headers=["Set-Cookie: session=1; Path=/"])
+        async with serve(answer) as server, Fetcher(config_for(server), Names()) as fetcher:
+            for path in ("/1", "/2"):
+                url = f"http://pictures.test:{server.port}{path}"
+                assert_fetched(await outcome_of(fetcher, url))
+            return server
+
+    server = run(scenario())
+
+    assert 1 == server.num_connections  # kept open between the two
+    assert not any("cookie" in head.lower() for head in server.heads)
+
+
+def test_chunked_body_and_1xx_answers_before_it_are_read() -> None:
+    outcome, _ = fetch_from(
+        raw(
+            b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+            b"2;ext=1\r\nde\r\n0\r\n\r\n",
+        )
+    )
+
+    assert_fetched(outcome, b"abcde")
+
+
+def test_body_until_the_connection_ends_is_read() -> None:
+    outcome, _ = fetch_from(raw(b"HTTP/1.0 200 OK\r\n\r\nabc", b"de"))
+
+    assert_fetched(outcome, b"abcde")
+
+
+def test_thread_of_its_own_serves_other_threads() -> None:
+    async def scenario() -> Fetched:
+        async with serve(answering(JPEG)) as server:
+            with FetcherThread(config_for(server), Names()) as fetcher:
+                url = f"http://pictures.test:{server.port}/"
+                return await asyncio.to_thread(fetcher.fetch, url, LIMITS)
+
+    assert JPEG == run(scenario()).content
+
+
+# What it never lets through
+
+
+def let_through(
+    urls: list[str], names: Names | None = None, rules: AddressRules = RULES
+) -> tuple[list[Outcome], Server]:
+    """Fetch each URL, with {port} as the canary's, and return the ends and the canary."""
+
+    async def scenario() -> tuple[list[Outcome], Server]:
+        async with serve(answering(JPEG), "::1") as canary:
+            config = replace(config_for(canary), rules=rules)
+            async with Fetcher(config, names or Names()) as fetcher:
+                ends = [await outcome_of(fetcher, url.format(port=canary.port)) for url in urls]
+            return ends, canary
+
+    return run(scenario())
+
+
+INSIDE = [
+    "http://169.254.169.254/latest/meta-data/",
+    "http://127.0.0.2:{port}/",
+    "http://10.0.0.1/",
+    "http://[::]:{port}/",
+    "http://[::1]:{port}/",
+    "http://[0:0::1]:{port}/",
+    "http://[::ffff:169.254.169.254]/",
+    "http://[::ffff:127.0.0.1]:{port}/",
+    "http://[64:ff9b::a9fe:a9fe]/",
+    "http://[64:ff9b:1::7f00:1]/",
+    "http://[2002:a9fe:a9fe::1]/",
+    "http://[2002:7f00:1::]:{port}/",
+    "http://[::169.254.169.254]/",
+    "http://[::127.0.0.1]:{port}/",
+    "http://[fd00:ec2::254]/",
+    "http://[fe80::1]:{port}/",
+    "http://[fec0::1]/",
+    "http://[ff02::1]/",
+    "http://[2001:0:7f00:1::1]/",
+    "http://[2a00:1450::5efe:a00:1]/",
+    "http://0.0.0.0:{port}/",
+    "http://100.64.0.1/",
+    "http://192.0.0.192/",
+    "http://168.63.129.16/",
+    "http://198.18.0.1/",
+    "http://240.0.0.1/",
+    "http://255.255.255.255/",
+    "http://224.0.0.1/",
+]
+MISWRITTEN = [
+    "http://2852039166/",
+    "http://0xA9FEA9FE/",
+    "http://0251.0376.0251.0376/",
+    "http://169.254.43518/",
+    "http://127.1:{port}/",
+    "http://0:{port}/",
+    "http://[fe80::1%25lo]:{port}/",
+    "http://\u2460\u2461\u2466.0.0.1:{port}/",
+    "http://127\u30020\u30020\u30021:{port}/",
+    "http://good@[::1]:{port}/",
+    "http://[::1]:{port}\\@good.test/",
+    "http://good.test\r\nHost: x/",
+    "http://good.test/\x00",
+    "http://good.test:22/",
+    "http://good.test:6379/",
+    "http://good.test:0/",
+    "http://good.test:65536/",
+    "file:///etc/passwd",
+    "/etc/passwd",
+    "\\\\unc\\share",
+    "data:image/png;base64,AAAA",
+    "ftp://good.test/a",
+]
+
+
+def test_addresses_inside_are_refused_however_they_are_written() -> None:
+    ends, canary = let_through(INSIDE)
+
+    assert len(INSIDE) == len(ends)
+    for end in ends:
+        error = assert_failed(end, HostNotAllowedError)
+        assert error.facts is not None
+        assert (None, None) == (error.facts["scheme"], error.facts["host"])
+    assert 0 == canary.num_connections
+
+
+def test_urls_that_are_no_plain_urls_are_refused() -> None:
+    names = Names()
+    ends, canary = let_through(MISWRITTEN, names)
+
+    assert len(MISWRITTEN) == len(ends)
+    for end in ends:
+        assert_failed(end, BadUrlError)
+    assert [] == names.asked
+    assert 0 == canary.num_connections
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["::1"],
+        ["10.0.0.1"],
+        ["127.0.0.1", "::1"],
+        ["::1", "127.0.0.1"],
+        ["8.8.8.8", "10.0.0.1"],
+        ["10.0.0.1", "8.8.8.8"],
+        ["8.8.8.8", "2606:4700:4700::1111", "::ffff:10.0.0.1"],
+        ["8.8.8.8"] * 50 + ["169.254.169.254"],
+        ["fe80::1%lo"],
+        ["100.64.0.1"],
+        ["no address at all"],
+    ],
+)
+def test_a_name_with_any_denied_answer_is_refused(answers: list[str]) -> None:
+    ends, canary = let_through(
+        ["http://inside.test:{port}/", "https://inside.test:{port}/"],
+        Names({"inside.test": answers}),
+    )
+
+    for end in ends:
+        assert_failed(end, HostNotAllowedError)
+    assert 0 == canary.num_connections
+
+
+def test_numbers_that_a_resolver_takes_for_addresses_are_judged_as_addresses() -> None:
+    class Misled(Names):
+        """A name whose answer comes from the system reading a number as an address."""
+
+        async def __call__(self, host: str) -> list[str]:
+            return await SystemResolver(1)(host.removesuffix(".inside.test"))
+
+    numbers = ["2852039166", "0xA9FEA9FE", "0251.0376.0251.0376", "127.1", "0", "localhost"]
+    ends, canary = let_through(
+        [f"http://{number}.inside.test:{{port}}/" for number in numbers],
+        Misled(),
+        AddressRules(),
+    )
+
+    for end in ends:
+        assert_failed(end, HostNotAllowedError)
+    assert 0 == canary.num_connections
+
+
+def test_rebinding_gains_nothing_because_one_look_up_serves_check_and_connection() -> None:
+    async def scenario() -> tuple[list[Outcome], Server, Server, Names]:
+        names = Names()
+        names.change("inside.test", ["127.0.0.1"], ["::1"])
+        close = answering(JPEG, headers=["Connection: close"])
+        async with (
+            serve(close) as server,
+            serve(close, "::1") as canary,
+            Fetcher(config_for(server, canary), names) as fetcher,
+        ):
+            urls = [f"http://inside.test:{server.port}/{n}" for n in range(3)]
+            return [await outcome_of(fetcher, url) for url in urls], server, canary, names
+
+    ends, server, canary, names = run(scenario())
+
+    assert_fetched(ends[0])
+    assert_failed(ends[1], HostNotAllowedError)
+    assert_failed(ends[2], HostNotAllowedError)
+    assert (1, 0) == (server.num_connections, canary.num_connections)
+    assert 3 == len(names.asked)
+
+
+@pytest.mark.parametrize("status", ["301 A", "302 A", "303 A", "307 A", "308 A"])
+def test_redirect_into_denied_space_is_refused(status: str) -> None:
+    async def scenario() -> tuple[list[Outcome], Server]:
+        names = Names({"inside.test": ["::1"], "mixed.test": ["127.0.0.1", "::1"]})
+        async with serve(answering(JPEG), "::1") as canary:
+            locations = {
+                "/literal": f"http://[::1]:{canary.port}/",
+                "/name": f"http://inside.test:{canary.port}/",
+                "/mixed": f"//mixed.test:{canary.port}/",
+                "/metadata": "http://169.254.169.254/latest/",
+                "/mapped": f"http://[::ffff:127.0.0.1]:{canary.port}/",
+            }
+            answers = {path: redirecting(where, status) for path, where in locations.items()}
+            answers["/twice"] = redirecting("/literal", status)
+            async with (
+                serve(answers) as server,
+                Fetcher(config_for(server, canary), names) as fetcher,
+            ):
+                base = f"http://pictures.test:{server.port}"
+                ends = [await outcome_of(fetcher, base + path) for path in answers]
+            return ends, canary
+
+    ends, canary = run(scenario())
+
+    assert 6 == len(ends)
+    for end in ends:
+        assert_failed(end, HostNotAllowedError)
+    assert 0 == canary.num_connections
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "file:///etc/passwd",
+        "gopher://127.0.0.1:6379/_INFO",
+        "ftp://127.0.0.1/a",
+        "data:image/png;base64,AAAA",
+        "http://good@127.0.0.1/",
+        "http://127.1/",
+        "http://127.0.0.1:22/",
+        "http://127.0.0.1\\@good.test/",
+        "//[::1/",
+        "\xff\xfe",
+    ],
+)
+def test_redirect_to_what_is_no_plain_url_is_refused(location: str) -> None:
+    outcome, server = fetch_from(redirecting(location))
+
+    assert_failed(outcome, BadUrlError)
+    assert 1 == len(server.heads)
+
+
+def test_peer_that_is_not_the_vetted_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpcore2
+
+    class Elsewhere(httpcore2.AnyIOBackend):
+        """Connects to another address than it was told to."""
+
+        async def connect_tcp(self, host: str, *args: Any, **options: Any) -> Any:
+            return await super().connect_tcp("127.0.0.1", *args, **options)
+
+    monkeypatch.setattr(httpcore2, "AnyIOBackend", Elsewhere)
+    outcome, server = fetch_from(answering(JPEG), names=Names({"pictures.test": ["8.8.8.8"]}))
+
+    assert_failed(outcome, HostNotAllowedError)
+    assert [] == server.heads
+
+
+# Redirects
+
+
+def test_redirects_are_followed_and_counted() -> None:
+    outcome, server = fetch_from(
+        {
+            "/1": redirecting("/2"),
+            "/2": redirecting("3"),
+            "/3": redirecting("?x=1"),
+            "/4": answering(b"never"),
+        },
+        path="/1",
+    )
+
+    assert_failed(outcome, FetchFailedError)
+    assert ["/1", "/2", "/3", "/3?x=1"] == server.paths
+
+
+def test_three_redirects_are_followed() -> None:
+    outcome, server = fetch_from(
+        {f"/{n}": redirecting(f"/{n + 1}") for n in (1, 2, 3)} | {"/4": answering(JPEG)},
+        path="/1",
+    )
+    fetched = assert_fetched(outcome)
+
+    assert 3 == fetched.report.num_redirects
+    assert 4 == len(server.heads)
+
+
+def test_redirect_loop_ends() -> None:
+    outcome, server = fetch_from(redirecting("/again"), path="/again")
+
+    assert "3 times" in str(assert_failed(outcome, FetchFailedError))
+    assert 4 == len(server.heads)
+
+
+def test_redirect_without_location_is_an_error() -> None:
+    outcome, _ = fetch_from(answering(status="302 Found"))
+
+    assert "HTTP 302 error." in str(assert_failed(outcome, FetchFailedError))
+
+
+# Clocks
+
+
+def test_stall_before_the_head_ends_in_time() -> None:
+    started = time.monotonic()
+    outcome, server = fetch_from(raw(b"", ends=False), timeout_s=0.2)
+    error = assert_failed(outcome, FetchTimeoutError, retryable=True)
+
+    assert time.monotonic() - started < 2
+    assert 3 == len(server.heads)
+    assert "0.2 s" in str(error)
+    assert "DARKROOM_IMAGE_FETCH_TIMEOUT" in str(error)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n" + bytes(9), ends=False),
+        raw(b"HTTP/1.1 200 OK\r\n", ends=False),
+        raw(*[b"H", b"T", b"T", b"P"] * 20, pause_s=0.05),
+        endless(b"HTTP/1.1 200 OK\r\n\r\n", b"x", pause_s=0.02),
+        endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n", 0.02),
+    ],
+    ids=["stall in body", "stall in head", "dripping head", "dripping body", "dripping chunks"],
+)
+def test_stalls_and_drips_end_with_the_try(answer: Answer) -> None:
+    started = time.monotonic()
+    outcome, _ = fetch_from(answer, timeout_s=0.2)
+
+    assert_failed(outcome, FetchTimeoutError, retryable=True)
+    assert time.monotonic() - started < 2
+
+
+def test_body_below_the_least_rate_is_given_up_before_the_try_ends() -> None:
+    answer = endless(b"HTTP/1.1 200 OK\r\n\r\n", b"x", pause_s=0.02)
+    started = time.monotonic()
+    outcome, _ = fetch_from(answer, limits=replace(QUICK, max_tries=1), timeout_s=30.0)
+    error = assert_failed(outcome, FetchTimeoutError, retryable=True)
+
+    assert "1024 a second" in str(error)
+    assert time.monotonic() - started < 1
+
+
+def test_body_above_the_least_rate_may_take_longer_than_the_window() -> None:
+    pieces = [bytes(500)] * 12
+    answer = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 6000\r\n\r\n", *pieces, pause_s=0.08)
+    outcome, _ = fetch_from(answer, timeout_s=5.0)
+
+    assert_fetched(outcome, bytes(6000))
+
+
+def test_all_tries_together_end_in_time() -> None:
+    started = time.monotonic()
+    limits = replace(QUICK, whole_timeout_s=0.5, max_tries=100)
+    outcome, _ = fetch_from(raw(b"", ends=False), limits=limits, timeout_s=0.2)
+
+    assert_failed(outcome, FetchTimeoutError, retryable=True)
+    assert 0.4 < time.monotonic() - started < 1.5
+
+
+def test_slow_look_up_ends_in_time() -> None:
+    class Slow(Names):
+        async def __call__(self, host: str) -> list[str]:
+            await asyncio.sleep(60)
+            return []
+
+    limits = replace(QUICK, connect_timeout_s=0.1)
+    outcome, server = fetch_from(answering(JPEG), names=Slow(), limits=limits)
+
+    assert_failed(outcome, FetchTimeoutError, retryable=True)
+    assert 0 == server.num_connections
+
+
+def test_video_has_a_timeout_of_its_own() -> None:
+    async def scenario() -> list[Outcome]:
+        answer = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n", b"abc", pause_s=0.15)
+        async with serve(answer) as server:
+            config = config_for(server, limits=replace(QUICK, max_tries=1), timeout_s=0.05)
+            async with Fetcher(config, Names()) as fetcher:
+                url = f"http://pictures.test:{server.port}/"
+                return [await outcome_of(fetcher, url, one) for one in (LIMITS, VideoLimits())]
+
+    image, video = run(scenario())
+
+    assert_failed(image, FetchTimeoutError, retryable=True)
+    assert_fetched(video, b"abc")
+
+
+# Sizes and encodings
+
+
+@pytest.mark.parametrize("num_bytes", [99_999, 100_000])
+def test_largest_body_is_exact(num_bytes: int) -> None:
+    outcome, _ = fetch_from(answering(bytes(num_bytes)))
+
+    assert_fetched(outcome, bytes(num_bytes))
+
+
+def test_one_byte_more_is_refused_by_its_length_alone() -> None:
+    outcome, server = fetch_from(answering(b"", content_length=100_001))
+
+    assert "100000 bytes" in str(assert_failed(outcome, FetchTooLargeError))
+    assert 1 == len(server.heads)
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", bytes(65_536)),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"4000\r\n%b\r\n" % bytes(0x4000),
+        ),
+    ],
+    ids=["until the end", "endless chunks"],
+)
+def test_endless_bodies_are_counted(head: bytes, piece: bytes) -> None:
+    outcome, server = fetch_from(endless(head, piece))
+    error = assert_failed(outcome, FetchTooLargeError)
+
+    assert error.facts is not None
+    assert 100_000 < int(str(error.facts["num_bytes"])) < 300_000
+    assert 1 == len(server.heads)
+
+
+def test_body_shorter_than_its_length_is_no_file() -> None:
+    outcome, server = fetch_from(answering(JPEG, content_length=5000))
+
+    assert_failed(outcome, FetchFailedError, retryable=True)
+    assert 3 == len(server.heads)
+
+
+def test_body_longer_than_its_length_is_cut_there_and_spoils_nothing_else() -> None:
+    outcome, _ = fetch_from(answering(JPEG, content_length=100))
+
+    assert_fetched(outcome, JPEG[:100])
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "deflate", "GZIP", "identity, gzip"])
+def test_encoded_bodies_are_refused(encoding: str) -> None:
+    outcome, server = fetch_from(answering(JPEG, headers=[f"Content-Encoding: {encoding}"]))
+
+    assert_failed(outcome, FetchFailedError)
+    assert 1 == len(server.heads)
+
+
+def test_identity_may_be_said() -> None:
+    outcome, _ = fetch_from(answering(JPEG, headers=["Content-Encoding: Identity"]))
+
+    assert_fetched(outcome)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answering(JPEG, headers=[f"X-{n}: y" for n in range(10_000)]),
+        answering(JPEG, headers=["X: " + "y" * 1_000_000]),
+        endless(b"HTTP/1.1 200 OK\r\n", b"X: " + b"y" * 500 + b"\r\n"),
+        endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 50),
+        endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 50),
+    ],
+    ids=["many", "long", "endless", "100 flood", "103 flood"],
+)
+def test_too_much_of_a_head_is_refused(answer: Answer) -> None:
+    outcome, server = fetch_from(answer)
+
+    assert "65536 bytes of headers" in str(assert_failed(outcome, FetchFailedError))
+    assert 1 == len(server.heads)
+
+
+def test_a_head_within_the_limit_is_read() -> None:
+    outcome, _ = fetch_from(answering(JPEG, headers=["X: " + "y" * 60_000]))
+
+    assert_fetched(outcome)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        raw(b"\x00\x01\x02 nonsense\r\n\r\n"),
+        raw(b"SSH-2.0-OpenSSH_9.6\r\n", ends=True),
+        raw(b"+PONG\r\n\r\n"),
+        raw(b""),
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: -3\r\n\r\nabcd"),
+        raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+        raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n"),
+        raw(b"HTTP/1.1 200 OK\r\nA: b\r\n c: d\x00\r\n\r\n"),
+        raw(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n"),
+    ],
+    ids=[
+        "noise",
+        "SSH",
+        "Redis",
+        "nothing",
+        "two lengths",
+        "negative length",
+        "gzip coding",
+        "bad chunk",
+        "NUL in a header",
+        "upgrade",
+    ],
+)
+def test_what_is_no_http_ends_in_our_error(answer: Answer) -> None:
+    outcome, _ = fetch_from(answer)
+
+    assert isinstance(outcome, FetchFailedError)
+    assert_failed(outcome, FetchFailedError, retryable=outcome.retryable)
+
+
+# Statuses and tries
+
+
+@pytest.mark.parametrize("status", [201, 204, 205, 206, 300, 304, 400, 401, 403, 404, 410, 451])
+def test_other_statuses_are_final(status: int) -> None:
+    outcome, server = fetch_from(answering(status=f"{status} Some Reason"))
+    error = assert_failed(outcome, FetchFailedError)
+
+    assert str(error).startswith(f"Failed to fetch media from URL: HTTP {status} error.")
+    assert "Reason" not in str(error)
+    assert 1 == len(server.heads)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_statuses_that_may_pass_are_tried_three_times(status: int) -> None:
+    outcome, server = fetch_from(answering(status=f"{status} X"))
+    error = assert_failed(outcome, FetchFailedError, retryable=True)
+
+    assert 3 == len(server.heads)
+    assert error.facts is not None
+    assert 3 == error.facts["num_tries"]
+
+
+def test_second_try_may_work() -> None:
+    outcome, _ = fetch_from(in_turn(answering(status="503 X"), raw(b""), answering(JPEG)))
+    fetched = assert_fetched(outcome)
+
+    assert 3 == fetched.report.num_tries
+    assert len(JPEG) == fetched.report.num_bytes
+
+
+def test_retry_after_is_honoured() -> None:
+    started = time.monotonic()
+    busy = answering(status="429 X", headers=["Retry-After: 1"])
+    limits = replace(QUICK, max_retry_after_s=2.0)
+    outcome, _ = fetch_from(in_turn(busy, answering(JPEG)), limits=limits)
+
+    assert_fetched(outcome)
+    assert time.monotonic() - started >= 1
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [
+        ("1000000000", 1e9),
+        ("30", 30),
+        (email.utils.format_datetime(datetime.now(UTC) + timedelta(hours=1)), 3600),
+    ],
+)
+def test_retry_after_beyond_the_cap_ends_the_fetch_at_once(
+    retry_after: str, seconds: float
+) -> None:
+    started = time.monotonic()
+    busy = answering(status="429 X", headers=[f"Retry-After: {retry_after}"])
+    outcome, server = fetch_from(busy)
+    error = assert_failed(outcome, FetchFailedError, retryable=True)
+
+    assert 1 == len(server.heads)
+    assert time.monotonic() - started < 1
+    assert seconds == pytest.approx(error.retry_after_s, rel=0.05)
+
+
+@pytest.mark.parametrize("retry_after", ["", "-1", "soon", "1e9", "99999999999999", "\xff"])
+def test_retry_after_that_makes_no_sense_is_ignored(retry_after: str) -> None:
+    outcome, server = fetch_from(answering(status="503 X", headers=[f"Retry-After: {retry_after}"]))
+
+    assert assert_failed(outcome, FetchFailedError, retryable=True).retry_after_s is None
+    assert 3 == len(server.heads)
+
+
+def test_nobody_listening_is_tried_again() -> None:
+    async def scenario() -> Outcome:
+        async with serve(answering()) as server:
+            port = server.port
+        config = replace(config_for(), ports=frozenset({port}))
+        async with Fetcher(config, Names()) as fetcher:
+            return await outcome_of(fetcher, f"http://pictures.test:{port}/")
+
+    error = assert_failed(run(scenario()), FetchFailedError, retryable=True)
+
+    assert error.facts is not None
+    assert 3 == error.facts["num_tries"]
+
+
+def test_second_address_is_tried_where_the_first_does_not_answer() -> None:
+    async def scenario() -> Outcome:
+        async with serve(answering(JPEG)) as server:
+            rules = AddressRules(allowed_hosts=frozenset({"pictures.test"}))
+            config = replace(config_for(server), rules=rules)
+            names = Names({"pictures.test": ["::1", "127.0.0.1"]})  # nothing listens on the first
+            async with Fetcher(config, names) as fetcher:
+                return await outcome_of(fetcher, f"http://pictures.test:{server.port}/")
+
+    assert_fetched(run(scenario()))
+
+
+@pytest.mark.parametrize(
+    ("errno", "retryable"), [(socket.EAI_NONAME, False), (socket.EAI_AGAIN, True)]
+)
+def test_unknown_name_is_final_and_a_silent_name_server_is_not(errno: int, retryable: bool) -> None:
+    class Failing(Names):
+        async def __call__(self, host: str) -> list[str]:
+            raise socket.gaierror(errno, "words of the system")
+
+    outcome, _ = fetch_from(answering(JPEG), names=Failing())
+
+    assert_failed(outcome, FetchFailedError, retryable)
+
+
+def test_name_without_addresses_is_final() -> None:
+    outcome, _ = fetch_from(answering(JPEG), names=Names({"pictures.test": []}))
+
+    assert_failed(outcome, FetchFailedError)
+
+
+# Several at once
+
+
+def test_failure_is_remembered_for_a_while() -> None:
+    async def scenario() -> tuple[list[Outcome], Server]:
+        answer = answering(status="404 X")
+        limits = replace(QUICK, remember_failures_s=0.2)
+        async with (
+            serve(answer) as server,
+            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
+        ):
+            url = f"http://pictures.test:{server.port}/"
+            ends = [await outcome_of(fetcher, url) for _ in range(3)]
+            num_asked = len(server.heads)
+            await asyncio.sleep(0.3)
+            ends.append(await outcome_of(fetcher, url))
+        assert (1, 2) == (num_asked, len(server.heads))
+        return ends, server
+
+    ends, _ = run(scenario())
+
+    tries = []
+    for end in ends:
+        error = assert_failed(end, FetchFailedError)
+        assert error.facts is not None
+        tries.append(error.facts["num_tries"])
+    assert [1, 0, 0, 1] == tries
+    assert 4 == len({id(end) for end in ends})
+
+
+def test_failures_that_are_remembered_stay_within_their_number() -> None:
+    async def scenario() -> Server:
+        limits = replace(QUICK, max_remembered_failures=2)
+        async with (
+            serve(answering(status="404 X")) as server,
+            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
+        ):
+            for path in ("1", "2", "3", "3", "2", "1"):
+                await outcome_of(fetcher, f"http://pictures.test:{server.port}/{path}")
+        return server
+
+    assert ["/1", "/2", "/3", "/1"] == run(scenario()).paths
+
+
+def test_one_host_gets_only_so_many_connections_at_once() -> None:
+    async def scenario() -> Server:
+        slow = raw(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\na", b"b", pause_s=0.02)
+        limits = replace(QUICK, max_connections_per_host=3)
+        async with (
+            serve(slow) as server,
+            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
+        ):
+            base = f"http://pictures.test:{server.port}/"
+            ends = await asyncio.gather(*(outcome_of(fetcher, f"{base}{n}") for n in range(20)))
+        for end in ends:
+            assert_fetched(end, b"ab")
+        return server
+
+    assert run(scenario()).most_at_once <= 3
+
+
+def test_dripping_hosts_do_not_hold_up_the_others() -> None:
+    async def scenario() -> float:
+        drip = endless(b"HTTP/1.1 200 OK\r\n\r\n", b"x", pause_s=0.05)
+        async with (
+            serve(drip) as bad,
+            serve(answering(JPEG)) as good,
+            Fetcher(config_for(bad, good), Names()) as fetcher,
+        ):
+            bad_urls = [f"http://slow{n % 2}.test:{bad.port}/{n}" for n in range(20)]
+            dripping = [asyncio.create_task(outcome_of(fetcher, url)) for url in bad_urls]
+            await asyncio.sleep(0.05)
+            started = time.monotonic()
+            ends = await asyncio.gather(
+                *(outcome_of(fetcher, f"http://pictures.test:{good.port}/{n}") for n in range(40))
+            )
+            seconds = time.monotonic() - started
+            for task in dripping:
+                task.cancel()
+            await asyncio.gather(*dripping, return_exceptions=True)
+        for end in ends:
+            assert_fetched(end)
+        return seconds
+
+    assert run(scenario()) < 2
+
+
+def test_fetch_that_is_cancelled_leaves_its_slots_and_connection() -> None:
+    async def scenario() -> Outcome:
+        answers = {"/slow": raw(b"", ends=False), "/quick": answering(JPEG)}
+        limits = replace(QUICK, max_connections=1, max_connections_per_host=1)
+        async with (
+            serve(answers) as server,
+            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
+        ):
+            base = f"http://pictures.test:{server.port}"
+            slow = asyncio.create_task(outcome_of(fetcher, f"{base}/slow"))
+            await asyncio.sleep(0.1)
+            slow.cancel()
+            return await outcome_of(fetcher, f"{base}/quick")
+
+    assert_fetched(run(scenario()))
+
+
+# TLS
+
+
+async def fetch_over_tls(
+    server_tls: ssl.SSLContext, client_tls: ssl.SSLContext | None, host: str, answer: Answer
+) -> tuple[Outcome, Server]:
+    async with (
+        serve(answer, tls=server_tls) as server,
+        Fetcher(config_for(server), Names(), client_tls) as fetcher,
+    ):
+        return await outcome_of(fetcher, f"https://{host}:{server.port}{PATH}"), server
+
+
+def test_name_of_the_url_is_checked_against_the_certificate(tmp_path: Path) -> None:
+    server_tls, client_tls = make_tls(tmp_path, "pictures.test")
+    outcome, server = run(fetch_over_tls(server_tls, client_tls, "pictures.test", answering(JPEG)))
+    fetched = assert_fetched(outcome)
+
+    assert "https" == fetched.report.scheme
+    assert f"Host: pictures.test:{server.port}" in server.heads[0]
+
+
+@pytest.mark.parametrize("case", ["expired", "for another name", "self-signed", "unknown to us"])
+def test_bad_certificates_are_final(case: str, tmp_path: Path) -> None:
+    name = "other.test" if case == "for another name" else "pictures.test"
+    days_left = -1 if case == "expired" else 1
+    server_tls, trusting = make_tls(tmp_path, name, days_left)
+    if case == "unknown to us":
+        (tmp_path / "elsewhere").mkdir()
+        trusting = make_tls(tmp_path / "elsewhere", "pictures.test")[1]
+    client_tls = None if case == "self-signed" else trusting
+    outcome, server = run(fetch_over_tls(server_tls, client_tls, "pictures.test", answering(JPEG)))
+
+    assert "certificate" in str(assert_failed(outcome, FetchFailedError))
+    assert [] == server.heads
+    assert 1 >= server.num_connections
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")  # the old versions are the point
+def test_old_tls_is_refused(tmp_path: Path) -> None:
+    server_tls, client_tls = make_tls(tmp_path, "pictures.test")
+    server_tls.minimum_version = ssl.TLSVersion.TLSv1
+    server_tls.maximum_version = ssl.TLSVersion.TLSv1_1
+    outcome, server = run(fetch_over_tls(server_tls, client_tls, "pictures.test", answering(JPEG)))
+
+    assert isinstance(outcome, FetchFailedError)
+    assert_failed(outcome, FetchFailedError, retryable=outcome.retryable)
+    assert [] == server.heads
+
+
+def test_plain_server_under_https_is_refused() -> None:
+    async def scenario() -> Outcome:
+        async with (
+            serve(raw(b"HTTP/1.1 400 No\r\n\r\n")) as server,
+            Fetcher(config_for(server), Names()) as fetcher,
+        ):
+            return await outcome_of(fetcher, f"https://pictures.test:{server.port}/")
+
+    outcome = run(scenario())
+
+    assert isinstance(outcome, FetchFailedError)
+    assert_failed(outcome, type(outcome), retryable=outcome.retryable)
+
+
+def test_redirect_from_https_to_http_is_refused(tmp_path: Path) -> None:
+    server_tls, client_tls = make_tls(tmp_path, "pictures.test")
+    outcome, server = run(
+        fetch_over_tls(
+            server_tls, client_tls, "pictures.test", redirecting("http://pictures.test/a")
+        )
+    )
+
+    assert "from https to http" in str(assert_failed(outcome, FetchFailedError))
+    assert 1 == len(server.heads)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("env", "seconds"),
+    [
+        ({}, 5.0),
+        ({"DARKROOM_IMAGE_FETCH_TIMEOUT": "2.5"}, 2.5),
+        ({"DARKROOM_IMAGE_FETCH_TIMEOUT": " 7 "}, 7.0),
+        ({"VLLM_IMAGE_FETCH_TIMEOUT": "9"}, 9.0),
+        ({"VLLM_IMAGE_FETCH_TIMEOUT": "9", "DARKROOM_IMAGE_FETCH_TIMEOUT": "3"}, 3.0),
+        ({"VLLM_IMAGE_FETCH_TIMEOUT": "bad", "DARKROOM_IMAGE_FETCH_TIMEOUT": "3"}, 3.0),
+        ({"VLLM_IMAGE_FETCH_TIMEOUT": "9", "DARKROOM_IMAGE_FETCH_TIMEOUT": ""}, 9.0),
+        ({"DARKROOM_VIDEO_FETCH_TIMEOUT": "3"}, 5.0),
+    ],
+)
+def test_timeout_comes_from_the_environment(env: dict[str, str], seconds: float) -> None:
+    assert seconds == fetch_timeout_from(env)
+
+
+@pytest.mark.parametrize("variable", ["DARKROOM_IMAGE_FETCH_TIMEOUT", "VLLM_IMAGE_FETCH_TIMEOUT"])
+@pytest.mark.parametrize(
+    "text", ["0", "0.0", "-1", "5s", "1e3", "nan", "inf", "2,5", "\u0665", "x"]
+)
+def test_bad_timeout_names_its_variable(variable: str, text: str) -> None:
+    with pytest.raises(ValueError, match=variable):
+        fetch_timeout_from({variable: text})
+
+
+def test_video_timeout_has_variables_of_its_own() -> None:
+    assert 30.0 == video_fetch_timeout_from({"DARKROOM_IMAGE_FETCH_TIMEOUT": "3"})
+    assert 4.0 == video_fetch_timeout_from({"VLLM_VIDEO_FETCH_TIMEOUT": "4"})
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_config_takes_no_timeout_that_is_none(seconds: float) -> None:
+    with pytest.raises(ValueError, match="timeouts"):
+        FetchConfig(image_fetch_timeout_s=seconds)
+
+
+def test_fetch_errors_survive_the_way_between_processes() -> None:
+    error = FetchTimeoutError("Too late. Send it again.", retryable=True)
+    error.retry_after_s = 5.0
+    error.facts = {"num_tries": 3}
+
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own object
+
+    assert (FetchTimeoutError, str(error)) == (type(copy), str(copy))
+    assert (True, 5.0, {"num_tries": 3}) == (copy.retryable, copy.retry_after_s, copy.facts)
+
+
+def test_system_resolver_reads_numbers_as_addresses() -> None:
+    resolve: Resolve = SystemResolver(1)
+
+    assert ["127.0.0.1"] == list(run(_resolved(resolve, "127.0.0.1")))
+
+
+async def _resolved(resolve: Resolve, host: str) -> list[str]:
+    return list(await resolve(host))
