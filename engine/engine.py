@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, EngineError, EngineFailure
-from engine.inputs import Request
+from engine.inputs import Request, text_of
 from engine.processor import Prepared, Processor
-from engine.request import FinishReason, Metrics, Result, SamplingParams, Stamp, find_flags
+from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
 from engine.sampler import NO_TOKEN, Sampled, Sampler
 from engine.scheduler import Batch, Scheduler
@@ -50,11 +51,18 @@ class _Ticket:
     prepared: Prepared | None = None
     sequences: list[Sequence] = field(default_factory=list)
     seed: int | None = None
+    wait_ms: float = 0.0  # how long the device had nothing to do but wait for it
     queued_ts: float | None = None
     scheduled_ts: float | None = None
     first_token_ts: float | None = None
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
+
+    @property
+    def prompt(self) -> str | None:
+        """Its text: as it was read or, before that and for token ids, as it was given."""
+        read = self.prepared.prompt if self.prepared else None
+        return text_of(self.request.prompt) if read is None else read
 
     @property
     def is_finished(self) -> bool:
@@ -86,8 +94,10 @@ class Engine:
         self._preparing: dict[Future[Prepared], _Ticket] = {}
         self._tickets: dict[int, _Ticket] = {}
         self._numbers = itertools.count()
+        self._has_told_cut_off = False
         # One thread at a time steps; a result goes to the stream that asked, whoever stepped.
         self._lock = threading.RLock()
+        self._door = threading.Lock()  # held only by the thread that has the next turn
         logger.info(
             "engine_ready model=%s device=%s dtype=%s max_model_len=%d kv_rows=%d",
             config.model,
@@ -112,14 +122,12 @@ class Engine:
         has_more = True
         try:
             while True:
-                while has_more and self._has_room():
-                    # Without the lock: a source may be slow, or wait for another thread's stream.
-                    request = next(source, None)
-                    if request is None:
-                        has_more = False
-                    else:
-                        mine.add(self.add(request, sink))
-                with self._lock:
+                # Outside the turn: a source may be slow, or wait for another thread's stream.
+                num_wanted = self._num_wanted() if has_more else 0
+                pulled = list(itertools.islice(source, num_wanted))
+                has_more = has_more and len(pulled) == num_wanted
+                with self._turn():
+                    mine |= {self.add(request, sink) for request in pulled}
                     if not sink:
                         self.step()
                     mine &= self._tickets.keys()
@@ -132,9 +140,19 @@ class Engine:
             for number in mine:
                 self.abort(number)
 
-    def _has_room(self) -> bool:
+    def _num_wanted(self) -> int:
         waiting = len(self._preparing) + self._scheduler.num_waiting
-        return waiting < NUM_PREPARED_AHEAD
+        return max(0, NUM_PREPARED_AHEAD - waiting)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the engine. Who waits for it goes before who has just had it."""
+        with self._door:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def add(self, request: Request, sink: deque[Result]) -> int:
         """Take one request; its result will be appended to `sink`. Returns its ticket."""
@@ -175,9 +193,12 @@ class Engine:
         if not self._preparing:
             return
         timeout = 0 if self._scheduler.has_work else None
+        started = time.perf_counter()
         done, _ = wait(self._preparing, timeout, FIRST_COMPLETED)
+        waited_ms = (time.perf_counter() - started) * 1000 if timeout is None else 0.0
         for future in [future for future in self._preparing if future in done]:
             ticket = self._preparing.pop(future)
+            ticket.wait_ms = waited_ms
             try:
                 self._queue(ticket, future.result())
             except EngineError as error:
@@ -295,17 +316,24 @@ class Engine:
         prepared = ticket.prepared
         assert prepared is not None
         outputs = tuple(sequence.output() for sequence in ticket.sequences)
+        flags = find_flags(prepared.params, outputs)
+        if Flag.CUT_OFF in flags and not self._has_told_cut_off:
+            self._has_told_cut_off = True
+            logger.warning(
+                "text_cut_off max_tokens=%d: it was not given, and the text went on; give max_tokens",
+                prepared.params.max_tokens,
+            )
         del self._tickets[ticket.number]
         ticket.sink.append(
             Result(
                 request_id=ticket.request.request_id,
-                prompt=prepared.prompt,
+                prompt=ticket.prompt,
                 prompt_token_ids=tuple(prepared.token_ids),
                 outputs=outputs,
                 metrics=self._metrics(ticket, sum(len(o.token_ids) for o in outputs)),
                 images=prepared.images,
                 stamp=self._stamp(prepared.params, ticket.seed),
-                flags=find_flags(prepared.params, outputs),
+                flags=flags,
                 num_cached_tokens=0,
             )
         )
@@ -323,13 +351,12 @@ class Engine:
             sequence.finish_reason = sequence.finish_reason or FinishReason.ABORT
             if sequence.start is not None or sequence.finish_reason == FinishReason.ABORT:
                 self._scheduler.finish(sequence)
-        prepared, request = ticket.prepared, ticket.request
-        prompt = request.prompt if isinstance(request.prompt, str) else None
+        prepared = ticket.prepared
         ticket.sink.append(
             Result.failed(
-                request.request_id,
+                ticket.request.request_id,
                 error,
-                prompt=prepared.prompt if prepared else prompt,
+                prompt=ticket.prompt,
                 prompt_token_ids=tuple(prepared.token_ids) if prepared else None,
                 metrics=self._metrics(ticket, 0),
                 images=prepared.images if prepared else (),
@@ -348,6 +375,7 @@ class Engine:
             first_token_latency=first - ticket.arrived if first else None,
             num_generation_tokens=num_tokens,
             preprocess_ms=ticket.prepared.preprocess_ms if ticket.prepared else None,
+            preprocess_wait_ms=ticket.wait_ms if ticket.prepared else None,
             prefill_ms=ticket.prefill_ms if first else None,
             decode_ms=ticket.decode_ms if first else None,
         )

@@ -175,6 +175,12 @@ def unfold(request: Request) -> Request:
     )
 
 
+def text_of(form: object) -> str | None:
+    """The text that stands in a prompt, also beside its token ids; None where there is none."""
+    text = form.get("prompt") if isinstance(form, Mapping) else form
+    return text if isinstance(text, str) else None
+
+
 def is_token_ids(form: object) -> bool:
     """A bare list of whole numbers is one prompt, not many."""
     if not isinstance(form, Sequence) or isinstance(form, str | bytes) or not form:

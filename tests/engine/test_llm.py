@@ -170,10 +170,13 @@ def test_one_prompt_may_come_in_any_form(llm: LLM) -> None:
 
 def test_result_tells_the_prompt_and_its_ids(llm: LLM) -> None:
     ids: list[int] = llm.get_tokenizer()("One")["input_ids"]
-    results = llm.generate(["One", ids], GREEDY, use_tqdm=False)
+    forms = ["One", ids, {"prompt_token_ids": ids, "prompt": "One"}]
+    results = llm.generate(forms, GREEDY, use_tqdm=False)
+    failed = llm.generate([{"prompt": "Two", "promt": 1}, 3.5], GREEDY, use_tqdm=False)
 
-    assert ["One", None] == [result.prompt for result in results]
-    assert [ids] * 2 == [list(result.prompt_token_ids or ()) for result in results]
+    assert ["One", None, "One"] == [result.prompt for result in results]
+    assert ["Two", None] == [result.prompt for result in failed]
+    assert [ids] * 3 == [list(result.prompt_token_ids or ()) for result in results]
 
 
 def test_prompts_with_and_without_pictures_are_mixed_and_come_back_in_order(llm: LLM) -> None:
@@ -838,6 +841,20 @@ def test_cut_and_empty_texts_are_flagged(llm: LLM, ends_early: Callable[..., Res
     assert "repetition" == looping.outputs[0].finish_reason
 
 
+def test_cut_text_is_told_once_in_the_log(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = LLM(str(tiny_folder))
+    for _ in range(3):
+        ask(llm, "x", temperature=0, ignore_eos=True)
+        ask(llm, "x", temperature=0, ignore_eos=True, max_tokens=3)
+    told = [r.getMessage() for r in caplog.records if "text_cut_off" in r.getMessage()]
+
+    assert [
+        "text_cut_off max_tokens=16: it was not given, and the text went on; give max_tokens"
+    ] == (told)
+
+
 def test_penalties_change_what_is_said(llm: LLM) -> None:
     plain = ask(llm, "aaaa", temperature=0, max_tokens=40, ignore_eos=True)
     for penalty in ({"repetition_penalty": 5.0}, {"frequency_penalty": 2.0}):
@@ -895,6 +912,9 @@ def test_metrics_tell_the_way_of_a_request(llm: LLM) -> None:
     ]
 
     assert None not in times
+    assert metrics.preprocess_ms is not None
+    assert metrics.preprocess_wait_ms is not None  # nothing else was there to do
+    assert metrics.preprocess_wait_ms > 0
     assert times == sorted(times, key=lambda time: time or 0.0)
     assert 5 == metrics.num_generation_tokens
     assert metrics.arrival_time is not None
