@@ -6,6 +6,7 @@ that fetches it, and is only decoded in `read_picture` and `read_clip`, in a med
 """
 
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -512,11 +513,17 @@ def read_picture(picture: Picture) -> RGBImage:
         raise refused(error) from error
 
 
+# Pillow decodes a file when its image is first looked at, and two threads that look at once both get
+# damaged pixels: one image may stand in many prompts. Few enough locks, and seldom shared by chance.
+_PIL_LOCKS = [threading.Lock() for _ in range(64)]
+
+
 def _as_rgb_image(source: Any) -> RGBImage:
     if isinstance(source, RGBImage):
         return source
     if isinstance(source, Image.Image):
-        return images.from_pil(source)
+        with _PIL_LOCKS[id(source) // 64 % len(_PIL_LOCKS)]:
+            return images.from_pil(source)
     if isinstance(source, bytes | bytearray):
         return images.decode_image(bytes(source))
     if isinstance(source, Tensor):

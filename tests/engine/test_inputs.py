@@ -4,12 +4,13 @@ import base64
 import re
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from engine import LLM, Request, Result
 from engine.inputs import is_conversation, is_token_ids
@@ -32,6 +33,7 @@ from tests.engine.pictures import (
 )
 
 Ask = Callable[..., Result]
+ORIENTATION = ExifTags.Base.Orientation
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_pictures_of_other_modes_are_seen_as_a_person_sees_them(see: Ask) -> Non
 def test_rotation_that_a_camera_noted_is_applied(see: Ask) -> None:
     image = draw(4, 84, 112)
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its left side
+    exif[ORIENTATION] = 6  # lies on its left side
     noted = Image.open(as_file(image, exif))
 
     assert token_ids([see(image.transpose(Image.Transpose.ROTATE_270))]) == token_ids([see(noted)])
@@ -138,6 +140,21 @@ def test_many_pictures_keep_their_order(see: Ask) -> None:
     assert expected == token_ids([see(torch.from_numpy(stacked), 3)])
     assert expected == token_ids([see([images[0], stacked[1], encode(images[2])], 3)])
     assert expected != token_ids([see(images[::-1], 3)])
+
+
+def test_one_file_may_be_the_picture_of_many_prompts(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), num_media_threads=8)
+    image = draw(5, 1600, 1200)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for _ in range(3):
+        opened = Image.open(as_file(image, exif))  # not decoded yet, and all threads want it
+        prompts = [{"prompt": PICTURE, "multi_modal_data": {"image": opened}}] * 16
+        answers = token_ids(llm.generate(prompts, GREEDY, use_tqdm=False))
+        turned = {"image": image.transpose(Image.Transpose.ROTATE_270)}
+        expected = llm.generate({"prompt": PICTURE, "multi_modal_data": turned}, GREEDY)
+
+        assert token_ids(expected) * 16 == answers
 
 
 def test_callable_is_called_once_and_its_refusal_keeps_its_word(see: Ask) -> None:
@@ -226,7 +243,7 @@ def test_features_count_as_pictures(llm: LLM, see: Ask) -> None:
 # --- sizes -------------------------------------------------------------------------------------------
 
 
-def test_area_is_set_for_the_engine_a_request_or_one_picture(tiny_folder: Any) -> None:
+def test_area_is_set_for_the_engine_a_request_or_one_picture(tiny_folder: Path) -> None:
     llm = LLM(
         str(tiny_folder),
         limit_mm_per_prompt={"image": 2},
@@ -272,7 +289,7 @@ def test_area_of_one_part_changes_that_picture_only(llm: LLM) -> None:
     assert [64, 9, 64] == [used.num_tokens for used in result.images]
 
 
-def test_smaller_bound_gives_way_to_the_one_that_is_given(tiny_folder: Any, see: Ask) -> None:
+def test_smaller_bound_gives_way_to_the_one_that_is_given(tiny_folder: Path, see: Ask) -> None:
     tiny = see(draw(1, 224, 224), mm_processor_kwargs={"max_pixels": 28 * 28})
     huge = see(draw(1, 20, 20), mm_processor_kwargs={"min_pixels": 280 * 280})
     both = see(draw(1), mm_processor_kwargs={"min_pixels": 200, "max_pixels": 100})
@@ -434,7 +451,7 @@ def test_bad_clip_is_told_what_is_wrong(watch: Ask, video: Any, start: str) -> N
     assert error_of([watch(video)]).startswith(start)
 
 
-def test_clip_too_long_is_told_a_size_that_fits(tiny_folder: Any) -> None:
+def test_clip_too_long_is_told_a_size_that_fits(tiny_folder: Path) -> None:
     llm = LLM(str(tiny_folder), max_model_len=64)
     prompt = {"prompt": CLIP, "multi_modal_data": {"video": draw_clip(1, 23)}}
     error = error_of(llm.generate(prompt, GREEDY, use_tqdm=False))
