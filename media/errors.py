@@ -148,7 +148,7 @@ class BadUrlError(FetchFailedError):
 
 
 class HostNotAllowedError(FetchFailedError):
-    """The host of the URL, or one it redirects to, may not be reached. Use a public host or upload it."""
+    """The host of the URL, or one it redirects to, may not be reached. Use a public host, or upload the file."""
 
     code: ClassVar[str] = "host_not_allowed"
 

@@ -81,6 +81,8 @@ class FetchConfig:
         for timeout_s in (self.image_fetch_timeout_s, self.video_fetch_timeout_s):
             if not 0 < timeout_s < math.inf:
                 raise ValueError("FetchConfig takes timeouts of more than 0 seconds.")
+        if not (self.user_agent.isascii() and self.user_agent.isprintable()):
+            raise ValueError("FetchConfig.user_agent goes into a header: printable ASCII only.")
 
 
 def fetch_timeout_from(env: Mapping[str, str]) -> float:
@@ -167,7 +169,8 @@ class Fetcher:
         """
         Args:
             resolve: in the place of the system's resolver.
-            tls: which authorities are trusted; by default those of the system.
+            tls: which authorities are trusted; by default those of the system, or of SSL_CERT_FILE,
+                which the TLS library reads by itself.
         """
         self._config = config or FetchConfig()
         self._limits = self._config.limits
@@ -224,6 +227,7 @@ class Fetcher:
                 parsed.host, asyncio.Semaphore(self._limits.max_connections_per_host)
             )
             async with host_slots, self._slots:
+                self._failures.raise_if_remembered(key)  # it may have failed while this one waited
                 progress.started_at = time.monotonic()
                 try:
                     return await self._fetch_in_time(parsed, limits, progress)

@@ -185,6 +185,21 @@ def test_request_says_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> N
     assert "Accept-Encoding: identity\r\n" in server.heads[0]
 
 
+@pytest.mark.parametrize("spelled", ["pictures.test", "PICTURES.Test", "pictures.test."])
+def test_one_spelling_is_looked_up_connected_to_and_asked_for(spelled: str) -> None:
+    async def scenario() -> tuple[Outcome, Server, Names]:
+        names = Names()
+        async with serve(answering(JPEG)) as server, Fetcher(config_for(server), names) as fetcher:
+            url = f"HTTP://{spelled}:{server.port}/a#b"
+            return await outcome_of(fetcher, url), server, names
+
+    outcome, server, names = run(scenario())
+
+    assert "pictures.test" == assert_fetched(outcome).report.host
+    assert ["pictures.test"] == names.asked
+    assert server.heads[0].startswith(f"GET /a HTTP/1.1\r\nHost: pictures.test:{server.port}\r\n")
+
+
 def test_cookies_are_not_kept() -> None:
     async def scenario() -> Server:
         answer = answering(JPEG, headers=["Set-Cookie: session=1; Path=/"])
@@ -570,8 +585,9 @@ def test_slow_look_up_ends_in_time() -> None:
 
     limits = replace(QUICK, connect_timeout_s=0.1)
     outcome, server = fetch_from(answering(JPEG), names=Slow(), limits=limits)
+    error = assert_failed(outcome, FetchTimeoutError, retryable=True)
 
-    assert_failed(outcome, FetchTimeoutError, retryable=True)
+    assert "0.1 s that connecting may take" in str(error)
     assert 0 == server.num_connections
 
 
@@ -857,6 +873,23 @@ def test_failure_is_remembered_for_a_while() -> None:
     assert 4 == len({id(end) for end in ends})
 
 
+def test_a_crowd_with_one_dead_url_asks_for_it_no_more_often_than_there_are_slots() -> None:
+    async def scenario() -> tuple[list[Outcome], Server]:
+        limits = replace(QUICK, max_connections_per_host=2)
+        async with (
+            serve(answering(status="404 X")) as server,
+            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
+        ):
+            url = f"http://pictures.test:{server.port}/"
+            return await asyncio.gather(*(outcome_of(fetcher, url) for _ in range(20))), server
+
+    ends, server = run(scenario())
+
+    for end in ends:
+        assert_failed(end, FetchFailedError)
+    assert len(server.heads) <= 2
+
+
 def test_failures_that_are_remembered_stay_within_their_number() -> None:
     async def scenario() -> Server:
         limits = replace(QUICK, max_remembered_failures=2)
@@ -1039,6 +1072,12 @@ def test_bad_timeout_names_its_variable(variable: str, text: str) -> None:
 def test_video_timeout_has_variables_of_its_own() -> None:
     assert 30.0 == video_fetch_timeout_from({"DARKROOM_IMAGE_FETCH_TIMEOUT": "3"})
     assert 4.0 == video_fetch_timeout_from({"VLLM_VIDEO_FETCH_TIMEOUT": "4"})
+
+
+@pytest.mark.parametrize("user_agent", ["a\r\nHost: b", "a\x00", "caf\u00e9"])
+def test_config_takes_no_user_agent_that_would_break_a_header(user_agent: str) -> None:
+    with pytest.raises(ValueError, match="user_agent"):
+        FetchConfig(user_agent=user_agent)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])

@@ -135,6 +135,10 @@ def test_hosts_that_another_parser_may_read_otherwise_are_refused(host: str) -> 
     catch(BadUrlError, parse_url, f"http://{host}/")
 
 
+def test_a_login_is_called_by_its_name() -> None:
+    assert "login" in str(catch(BadUrlError, parse_url, "https://good:secret@example.com/"))
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -230,6 +234,8 @@ def test_redirect_is_joined_to_where_it_came_from(location: str, joined: str) ->
         "\\\\bad.test\\a",
         "/\\bad.test/a",
         "ht\ntp://bad.test/",
+        "ht\ntps://bad.test/",
+        "/a\tb",
         "\thttp://bad.test/",
         "/a b",
         "/" + "a" * MAX_URL_CHARS,
