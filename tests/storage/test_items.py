@@ -159,6 +159,20 @@ def test_items_waiting_for_their_next_try_are_left_alone(database: Database) -> 
     assert (2, 1) == (late.items[0].fence.attempt, late.items[0].charged)
 
 
+def test_item_that_waits_is_passed_over_and_its_neighbours_are_not(database: Database) -> None:
+    make_job(database, 3)
+    chunk = lease(database, 1)
+    with database.write() as session:
+        failure = Failure(
+            chunk.items[0].fence, "timeout", "Timed out.", is_transient=True, retry_after_s=30
+        )
+        items.fail(session, [failure])
+
+    rest = lease(database, 10)
+
+    assert [2, 3] == [item.line for item in rest.items]
+
+
 def test_threads_never_lease_an_item_twice(database: Database) -> None:
     make_job(database, 400)
     taken: list[ItemId] = []

@@ -1,14 +1,17 @@
 """Jobs from their submission to their end, and who may see them."""
 
 import threading
+import time
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from storage import events, files, items, jobs, tenants
 from storage.db import Database
 from storage.errors import (
     BadDatabaseUrlError,
+    CommitUnknownError,
     DatabaseUnavailableError,
     IdempotencyConflictError,
     NotFoundError,
@@ -153,8 +156,8 @@ def test_api_key_finds_its_tenant_until_it_is_revoked(database: Database) -> Non
     with database.read() as session:
         found = tenants.find_by_key(session, key, pepper=PEPPER)
         wrong = [
-            tenants.find_by_key(session, text, pepper=pepper)
-            for text, pepper in [
+            tenants.find_by_key(session, typed, pepper=pepper)
+            for typed, pepper in [
                 (key[:-1] + ("0" if key[-1] != "0" else "1"), PEPPER),
                 (key, b"another pepper"),
                 ("dk_" + "0" * 16 + "_" + "0" * 64, PEPPER),
@@ -434,6 +437,36 @@ def test_database_that_does_not_answer_is_said_to_be_unavailable(tmp_path: Any) 
 
     with pytest.raises(DatabaseUnavailableError):
         database.ping()
+
+
+def test_connection_lost_at_the_commit_leaves_the_outcome_open_and_the_pool_usable(
+    database: Database,
+) -> None:
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has no connection to lose")
+    with pytest.raises(CommitUnknownError), database.write() as session:  # noqa: PT012 - the block is the subject
+        tenants.get_or_create(session, "tenant")
+        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
+        with database.write() as other:
+            other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        time.sleep(0.1)
+
+    database.ping()
+
+
+def test_connection_lost_before_the_commit_changes_nothing(database: Database) -> None:
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has no connection to lose")
+    job = make_job(database, 0, is_started=False)
+
+    with pytest.raises(DatabaseUnavailableError), database.write() as session:  # noqa: PT012 - the block is the subject
+        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
+        with database.write() as other:
+            other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        time.sleep(0.1)
+        items.insert_page(session, job, new_items(2), after_line=0, expanded_bytes=200)
+
+    assert 0 == find(database, job).num_expanded
 
 
 def test_block_that_raises_changes_nothing(database: Database) -> None:
