@@ -113,7 +113,7 @@ def start_postgresql(binaries: Path) -> Iterator[PostgreSQL]:
         run("initdb", "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--no-sync")
         settings = (
             f"-c listen_addresses='' -k {folder} -c max_connections=60 -c fsync=off "
-            "-c full_page_writes=off -c autovacuum_naptime=1s -c timezone=UTC"
+            "-c full_page_writes=off -c wal_level=minimal -c max_wal_senders=0 -c timezone=UTC"
         )
         run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", settings, "start")
         try:

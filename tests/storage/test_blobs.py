@@ -152,11 +152,20 @@ def test_of_writers_that_race_one_wins_and_no_bytes_mix(blobs: Blobs) -> None:
     "key",
     ["", "/etc/passwd", "a//b", "../x", "a/../b", "a/.hidden", "a b", "a\\b", "ä", "a/", "x" * 513],
 )
-def test_keys_that_are_not_ours_are_refused(blobs: Blobs, key: str) -> None:
+def test_keys_that_are_not_ours_are_refused(tmp_path: Path, key: str) -> None:
+    folder = FolderBlobs(tmp_path)
+
     with pytest.raises(BadBlobKeyError):
-        blobs.put(key, b"")
+        folder.put(key, b"")
     with pytest.raises(BadBlobKeyError):
-        blobs.read(key)
+        folder.read(key)
+
+
+def test_bucket_refuses_such_keys_too(bucket: S3Blobs) -> None:
+    with pytest.raises(BadBlobKeyError):
+        bucket.put("../x", b"")
+    with pytest.raises(BadBlobKeyError):
+        bucket.read("../x")
 
 
 def test_ping_answers(blobs: Blobs) -> None:
