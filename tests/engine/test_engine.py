@@ -1,6 +1,7 @@
 """The loop: results the moment they are ready, each exactly once, and no request costs another."""
 
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,20 @@ from engine.engine import NUM_PREPARED_AHEAD
 from engine.families.qwen2_vl import Visual
 from engine.sequence import Sequence as Running
 from tests.engine.idle import assert_idle, num_free_rows
-from tests.engine.pictures import GREEDY, PICTURE, draw, error_of, features_of, texts, token_ids
+from tests.engine.pictures import (
+    CLIP,
+    GREEDY,
+    PICTURE,
+    draw,
+    draw_clip,
+    error_of,
+    features_of,
+    texts,
+    token_ids,
+)
 
 WAIT_S = 20.0
+ROW_BYTES = 2 * 2 * 2 * 16 * 4  # of the tiny model: keys and values, layers, heads, dim, float32
 
 
 def picture_request(seed: int, name: str = "", **options: Any) -> Request:
@@ -364,14 +376,69 @@ def test_embeddings_out_of_all_measure_do_not_touch_their_neighbours(llm: LLM) -
     assert token_ids([alone]) == token_ids(results[:1]) == token_ids(results[2:])
 
 
+def random_request(rng: random.Random, name: str) -> Request:
+    num_pictures, num_clips = rng.choice([(0, 0), (1, 0), (2, 0), (1, 1)])
+    params = SamplingParams(
+        temperature=1.0,
+        n=rng.choice([1, 1, 3]),
+        seed=rng.randrange(100),
+        max_tokens=rng.choice([1, 5, 20]),
+        stop=rng.choice([None, ["a", "bc"]]),
+        logprobs=rng.choice([None, 1]),
+    )
+    data = {
+        "image": [draw(rng.randrange(99), rng.randrange(20, 150)) for _ in range(num_pictures)],
+        "video": [draw_clip(rng.randrange(99), rng.randrange(1, 5)) for _ in range(num_clips)],
+    }
+    prompt = PICTURE * num_pictures + CLIP * num_clips + "x" * rng.randrange(1, 40)
+    return Request(
+        prompt=prompt,
+        multi_modal_data={modality: items for modality, items in data.items() if items},
+        params=params,
+        request_id=name,
+        priority=rng.randrange(3),
+    )
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_fails_and_whoever_leaves_each_has_one_result(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = random.Random(seed)
+    llm = LLM(
+        str(tiny_folder),
+        limit_mm_per_prompt={"image": 2},
+        max_model_len=256,
+        max_num_seqs=10,
+        kv_cache_memory_bytes=(16 + 900) * ROW_BYTES,
+    )
+    for method in ("encode", "prefill", "decode"):
+        poison_runner(llm, monkeypatch, method, lambda _: rng.random() < 0.02)
+    num_failed = 0
+    for _ in range(4):
+        requests = [random_request(rng, str(name)) for name in range(15)]
+        results = by_name(list(llm.stream(requests)))
+        num_failed += sum(result.error is not None for result in results.values())
+        assert {str(name) for name in range(15)} == set(results)
+        assert_idle(llm.engine)
+
+        leaving = llm.stream(requests)
+        for _ in range(rng.randrange(15)):
+            next(leaving)
+        leaving.close()  # type: ignore[attr-defined]
+        assert_idle(llm.engine)
+
+    assert 0 < num_failed < 30
+
+
 # --- little memory, long prompts ----------------------------------------------------------------------
 
 
 def test_where_rows_are_few_requests_wait_and_all_finish(
     llm: LLM, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_row = 2 * 2 * 2 * 16 * 4  # bytes: keys and values, layers, heads, dim, float32
-    small = LLM(str(tiny_folder), max_model_len=128, kv_cache_memory_bytes=(16 + 160) * one_row)
+    num_bytes = (16 + 160) * ROW_BYTES
+    small = LLM(str(tiny_folder), max_model_len=128, kv_cache_memory_bytes=num_bytes)
     sizes = poison_runner(small, monkeypatch, "decode", lambda _: False)
     prompts = [f"{n} " + "x" * (n % 50) for n in range(40)]
     answers = token_ids(small.generate(prompts, GREEDY, use_tqdm=False))
