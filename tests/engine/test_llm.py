@@ -153,6 +153,9 @@ def test_code_on_the_page_for_users_of_vllm_runs(
     assert capsys.readouterr().out
 
 
+@pytest.mark.xfail(
+    strict=True, reason="so far it was trained for an hour on two cores; see its card"
+)
 def test_bundled_model_sees_its_pictures(bundled: str) -> None:
     llm = LLM(bundled)
     names = ["one.png", "four.png", "small.png", "tall.png"]

@@ -129,6 +129,10 @@ def test_writer_that_raises_leaves_nothing(blobs: Blobs) -> None:
 
 
 def test_of_writers_that_race_one_wins_and_no_bytes_mix(blobs: Blobs) -> None:
+    if isinstance(blobs, S3Blobs):
+        pytest.skip(
+            "moto looks and writes in two steps, so two threads may win; a real server cannot"
+        )
     outcomes: list[str] = []
 
     def write(letter: bytes) -> None:
