@@ -211,6 +211,10 @@ class Engine:
 
     def _queue(self, ticket: _Ticket, prepared: Prepared) -> None:
         ticket.prepared = prepared
+        # Pictures as they came may be a hundred times their patches: they go now, not with the result.
+        ticket.request = replace(
+            ticket.request, prompt=ticket.prompt, messages=None, multi_modal_data=None
+        )
         ticket.queued_ts = time.perf_counter()
         params = prepared.params
         if not params.greedy:

@@ -4,6 +4,7 @@ import itertools
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine import LLM, Request, Result, SamplingParams
@@ -223,6 +225,25 @@ def test_thread_that_comes_later_is_not_starved(llm: LLM) -> None:
 
     assert texts(results)
     assert was_first
+
+
+def test_pictures_are_let_go_once_they_are_cut(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures: list[weakref.ref[Image.Image]] = []
+    num_alive: list[int] = []
+
+    def build(number: int) -> Request:
+        picture = draw(number, 200, 200)
+        pictures.append(weakref.ref(picture))
+        return Request(prompt=PICTURE, multi_modal_data={"image": picture}, params=GREEDY)
+
+    def count(_: Running) -> bool:
+        num_alive.append(sum(picture() is not None for picture in pictures))
+        return False
+
+    poison_runner(llm, monkeypatch, "decode", count)
+
+    assert 6 == len(texts(list(llm.stream(build(number) for number in range(6)))))
+    assert 0 == num_alive[-1]
 
 
 # --- requests that break something ------------------------------------------------------------------
