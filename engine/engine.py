@@ -28,7 +28,7 @@ from engine.inputs import Request, text_of
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
-from engine.sampler import NO_TOKEN, Sampled, Sampler
+from engine.sampler import NO_TOKEN, Sampler
 from engine.scheduler import Batch, Scheduler
 from engine.sequence import Sequence
 from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
@@ -281,23 +281,15 @@ class Engine:
     def _take(self, sequences: list[Sequence], logits: Tensor) -> None:
         """Choose each sequence's next token, and push it."""
         sampled = self._sampler.sample(logits, [s.sampling_row() for s in sequences])
-        self._note_logprobs(sequences, sampled)
-        for sequence, token_id in zip(sequences, sampled.tolist(), strict=True):
+        rows = zip(sequences, sampled.tolist(), sampled.logprobs(), strict=True)
+        for sequence, token_id, logprobs in rows:
             if token_id == NO_TOKEN:
                 self._fail_sequence(sequence)
                 continue
+            if logprobs is not None:
+                sequence.logprobs.append(logprobs.by_id(token_id, self._decode_token))
+                sequence.cumulative_logprob += logprobs.logprob
             sequence.push(token_id)
-
-    def _note_logprobs(self, sequences: list[Sequence], sampled: Sampled) -> None:
-        wanted = [s.prepared.params for s in sequences]
-        if all(p.logprobs is None and p.logprob_token_ids is None for p in wanted):
-            return
-        rows = zip(sequences, sampled.tolist(), sampled.logprobs(), strict=True)
-        for sequence, token_id, found in rows:
-            if found is None or token_id == NO_TOKEN:
-                continue
-            sequence.logprobs.append(found.by_id(token_id, self._decode_token))
-            sequence.cumulative_logprob += found.logprob
 
     def _decode_token(self, token_id: int) -> str:
         return decode_token(self.checkpoint.tokenizer, token_id)

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.attention import TextContext, can_use_flash, using
 from engine.checkpoint import Checkpoint
 from engine.families.qwen2_vl import Visual
-from engine.kv import KVRows, row_bytes
+from engine.kv import KVRows, KVShape
 from engine.sequence import Sequence
 
 MAX_ENCODER_PATCHES = 32_768  # of one encoder call; a larger picture gets a call alone
@@ -30,23 +30,14 @@ class Runner:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Any, num_rows: int) -> None:
-        text = checkpoint.config.text_config
         self.device, self.dtype = checkpoint.device, checkpoint.dtype
         self._family = checkpoint.family
         self._text = model.model.language_model
         self._embed = self._text.embed_tokens
         self._head = model.lm_head
-        self._rows = KVRows(
-            num_layers=text.num_hidden_layers,
-            num_rows=num_rows,
-            kv_heads=text.num_key_value_heads,
-            dim=text.hidden_size // text.num_attention_heads,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self._uses_flash = can_use_flash(
-            self.device, self.dtype, text.hidden_size // text.num_attention_heads
-        )
+        shape = KVShape.of(checkpoint.config.text_config, self.dtype)
+        self._rows = KVRows(shape, num_rows, self.device)
+        self._uses_flash = can_use_flash(self.device, self.dtype, shape.dim)
 
     def encode(self, sequences: Many[Sequence]) -> None:
         """Give every sequence the features of its pictures; those that came as features stay."""
@@ -159,20 +150,14 @@ def num_kv_rows(
         kv_bytes: an explicit budget; None for a share of the device.
         utilization: that share, of the whole device, what is in use already included.
     """
-    text = checkpoint.config.text_config
-    one_row = row_bytes(
-        num_layers=text.num_hidden_layers,
-        kv_heads=text.num_key_value_heads,
-        dim=text.hidden_size // text.num_attention_heads,
-        dtype=checkpoint.dtype,
-    )
+    shape = KVShape.of(checkpoint.config.text_config, checkpoint.dtype)
     if kv_bytes is None:
         kv_bytes = CPU_KV_BYTES
         if checkpoint.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(checkpoint.device)
             # A tenth of the device stays free for the activations of encoder and prefill.
             kv_bytes = int(free - total * (1 - utilization) - total * 0.1)
-    return max(0, min(wanted, kv_bytes // one_row))
+    return max(0, min(wanted, kv_bytes // shape.row_bytes))
 
 
 def _start(sequence: Sequence) -> int:
