@@ -1,7 +1,7 @@
 """
 Write darkroom-tiny as a checkpoint: bfloat16 weights under the published names, and the configs.
 
-`python -m models.train.export DIR/state.pt` after training; without a state it writes configs only.
+`python -m models.train.export` writes the configs; a training run writes the weights.
 """
 
 import argparse
@@ -57,14 +57,9 @@ SYSTEM_PROMPT<|im_end|>
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("state", type=Path, nargs="?", help="state.pt of a training run")
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the checkpoint's folder")
     options = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    write_configs(options.out, tokenizer)
-    if options.state:
-        saved = torch.load(options.state, map_location="cpu", weights_only=True)
-        write_weights(options.out, saved["model"])
+    write_configs(options.out, Tokenizer.from_file(str(FOLDER / "tokenizer.json")))
 
 
 def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -2,12 +2,13 @@
 What stands where in a picture: a second lesson for the vision encoder, while it trains.
 
 Sentences alone say too little about pixels: a run learnt to write them long before it saw, and never
-learnt to read. So each visual token is also asked which shapes and letters have their centre in it.
-The head that answers is thrown away with the training.
+learnt to read. So each visual token is also asked which shapes and letters have their centre in each
+quarter of it: letters are narrower than a token. The head that answers goes with the training.
 """
 
 from dataclasses import dataclass
 
+from engine.families.qwen2_vl import MERGE, Grid
 from models.train.scenes import COLOURS, SHAPES, Scene
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -17,6 +18,7 @@ LABELS: tuple[str, ...] = (
     "large",
     *CHARACTERS,
 )
+NUM_MARKS = MERGE**2 * len(LABELS)  # a label in a quarter of a token
 _NUMBER = {label: number for number, label in enumerate(LABELS)}
 
 
@@ -46,3 +48,17 @@ def scene_marks(scene: Scene) -> list[Mark]:
 
 def character_mark(character: str, across: float, down: float) -> Mark:
     return Mark(across, down, (_NUMBER[character],))
+
+
+def mark_number(mark: Mark, grid: Grid) -> tuple[int, list[int]]:
+    """
+    Where a mark falls in a picture of this grid.
+
+    Returns:
+        The visual token, counted within the picture, and for each label its number below NUM_MARKS.
+    """
+    row = min(grid.rows - 1, int(mark.down * grid.rows))
+    column = min(grid.columns - 1, int(mark.across * grid.columns))
+    token = row // MERGE * (grid.columns // MERGE) + column // MERGE
+    quarter = row % MERGE * MERGE + column % MERGE
+    return token, [quarter * len(LABELS) + label for label in mark.labels]

@@ -13,10 +13,10 @@ from torch import Tensor
 from engine.reference import Reference
 from media.decoded import Frames, RGBImage
 from models.train import corpus, export
-from models.train.corpus import Encoder, MicroBatch, Sample
+from models.train.corpus import Sample
 from models.train.network import TinyQwen2VL
+from models.train.packing import SMALL_ROOM, Encoder, Packed, Rows, pack, rows_of
 
-# Samples of one micro-batch: the sizes are the same in all of them, in order.
 DRAWERS: dict[str, Callable[[random.Random], list[Sample]]] = {
     "scene": lambda rng: [corpus.scene_sample(rng, (150, 110)) for _ in range(3)],
     "photo": lambda rng: [corpus.photo_sample(rng, (90, 260)) for _ in range(3)],
@@ -72,39 +72,33 @@ def published(
     return Reference(folder)
 
 
-@pytest.mark.parametrize("question_first", [False, True])
+@pytest.mark.parametrize("seed", ["a", "b"])
 @pytest.mark.parametrize("kind", DRAWERS)
 def test_logits_equal_transformers_on_the_exported_checkpoint(
-    kind: str,
-    question_first: bool,
-    tokenizer: Tokenizer,
-    network: TinyQwen2VL,
-    published: Reference,
+    kind: str, seed: str, tokenizer: Tokenizer, network: TinyQwen2VL, published: Reference
 ) -> None:
-    rng = random.Random(f"{kind} {question_first}")
-    samples = DRAWERS[kind](rng)
-    batch = corpus._assemble(rng, Encoder(tokenizer), kind, samples, question_first)
-    logits = compute_logits(network, batch)
+    rng = random.Random(f"{kind} {seed}")
+    samples = [*DRAWERS["word"](rng)[:1], *DRAWERS[kind](rng)]  # a neighbour of another size first
+    all_rows = [rows_of(rng, Encoder(tokenizer), sample) for sample in samples]
+    logits = compute_logits(network, pack(iter(all_rows), SMALL_ROOM))
 
-    for index, sample in enumerate(samples):
-        branch = batch.branch[index]
-        chosen = (branch == 0) | (branch == branch.max())  # the shared tokens and the last turn
-        expected = expected_logits(published, batch.ids[index, chosen].tolist(), sample)
-        difference = (logits[index, chosen] - expected).abs().max().item()
-        assert difference <= TOLERANCE, f"sample {index}: {difference:.1e}"
+    shared, turn = 0, SMALL_ROOM.shared
+    for sample, rows in zip(samples, all_rows, strict=True):
+        num_shared = len(rows.shared.ids)
+        turn += sum(len(turn.ids) for turn in rows.turns[:-1])
+        last = rows.turns[-1].ids
+        found = torch.cat((logits[shared : shared + num_shared], logits[turn : turn + len(last)]))
+        expected = expected_logits(published, [*rows.shared.ids, *last], sample)
+        difference = (found - expected).abs().max().item()
+        assert difference <= TOLERANCE, f"{sample.kind}: {difference:.1e}"
         assert expected.std() > 0.1, "logits so close to each other prove little"
+        shared, turn = shared + num_shared, turn + len(last)
 
 
 @torch.inference_mode()
-def compute_logits(network: TinyQwen2VL, batch: MicroBatch) -> Tensor:
-    hidden = network.hidden(
-        batch.ids,
-        batch.positions,
-        batch.branch,
-        network.features(batch.groups),
-        batch.placeholder_rows,
-    )
-    return network.logits(hidden)
+def compute_logits(network: TinyQwen2VL, batch: Packed) -> Tensor:
+    features = network.features(batch, SMALL_ROOM)
+    return network.logits(network.hidden(batch, features, SMALL_ROOM))
 
 
 @torch.inference_mode()
@@ -133,18 +127,23 @@ def test_turns_that_share_pictures_do_not_see_each_other(
     tokenizer: Tokenizer, network: TinyQwen2VL
 ) -> None:
     rng = random.Random("turns")
-    batch = corpus._assemble(
-        rng, Encoder(tokenizer), "scene", DRAWERS["scene"](rng), question_first=False
-    )
-    first, others = batch.branch == 1, batch.branch > 1
-    assert others.any()
+    rows = next(r for r in _scenes(rng, Encoder(tokenizer)) if len(r.turns) > 2)
+    batch = pack(iter([rows]), SMALL_ROOM)
+    start = SMALL_ROOM.shared + len(rows.turns[0].ids)
+    first = slice(SMALL_ROOM.shared, start)
+    others = slice(start, start + sum(len(turn.ids) for turn in rows.turns[1:]))
 
     before = compute_logits(network, batch)
-    batch.ids[others] = batch.ids.flatten()[0]
+    batch.ids[others] = batch.ids[0]
     after = compute_logits(network, batch)
 
     torch.testing.assert_close(before[first], after[first])
     assert not torch.allclose(before[others], after[others])
+
+
+def _scenes(rng: random.Random, encoder: Encoder) -> Iterator[Rows]:
+    while True:
+        yield rows_of(rng, encoder, corpus.scene_sample(rng, (150, 110)))
 
 
 def test_checkpoint_goes_back_into_the_network(network: TinyQwen2VL, tmp_path: Path) -> None:
