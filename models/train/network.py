@@ -7,6 +7,8 @@ one row of tokens, the patch embedding is the Linear that its Conv3d is, and a s
 is read once for its two equal frames. A test compares the logits of the two.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,7 +131,7 @@ class Visual(nn.Module):
         """(patches / 4, text width): the features of all pictures, in order."""
         x = self.embed(batch)
         rope = rope_of((batch.at[..., None].float() * self.inv_freq).flatten(1), x.dtype)
-        for block in self.blocks:
+        for block in cast("list[VisionBlock]", self.blocks):
             q, k, v = block.before(x, rope)
             x = block.after(x, attend_runs(q, k, v, batch.run_starts, longest_run))
         return self.merger(x)
@@ -192,7 +194,7 @@ class LanguageModel(nn.Module):
         angles = axes[..., None].float() * self.inv_freq
         parts = angles.split(size.MROPE_SECTION, dim=-1)
         rope = rope_of(torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1), x.dtype)
-        for layer in self.layers:
+        for layer in cast("list[TextLayer]", self.layers):
             q, k, v = layer.before(x, rope)
             x = layer.after(x, attend_turns(q, k, v, turns))
         return self.norm(x)

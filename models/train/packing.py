@@ -181,7 +181,9 @@ class _Row:
         self.ids += [pad] * grid.num_tokens
         self.axes.append(token_positions(grid, self.at))
         self.at = next_position(grid, self.at)
-        self.feature_rows += [range(start + i * each, start + (i + 1) * each) for i in range(grid.times)]
+        self.feature_rows += [
+            range(start + i * each, start + (i + 1) * each) for i in range(grid.times)
+        ]
 
 
 @dataclass(slots=True)
@@ -373,7 +375,9 @@ def _assemble(taken: list[Rows], room: Room) -> Packed:
         shared_sizes.append(_nth_share(spare, num_fillers, index))
         mine = _nth_share(spare_turns, num_fillers, index)
         sample_turn_sizes.append(mine)
-        turn_sizes += [room.turn] * (mine // room.turn) + [mine % room.turn] * (mine % room.turn > 0)
+        turn_sizes += [room.turn] * (mine // room.turn) + [mine % room.turn] * (
+            mine % room.turn > 0
+        )
     _fill(shared_sizes, 0, room.sample, room.samples)
     _fill(sample_turn_sizes, 0, longest_of_turns, room.samples)
     _fill(turn_sizes, 0, room.turn, room.asked)
@@ -381,15 +385,26 @@ def _assemble(taken: list[Rows], room: Room) -> Packed:
     mark_numbers = np.zeros(room.marks, dtype=np.int64)
     mark_rows[: len(marks)] = [row for row, _ in marks]
     mark_numbers[: len(marks)] = [number for _, number in marks]
+    tensor = torch.from_numpy
     return Packed(
-        *map(torch.from_numpy, (patches, seconds, second_rows, at)),
-        _starts(run_sizes),
-        *map(torch.from_numpy, (ids, axes, feature_rows)),
-        _starts([*shared_sizes, *turn_sizes]),
-        _starts(shared_sizes),
-        _starts(sample_turn_sizes),
-        *map(torch.from_numpy, (learnt_rows, learnt_ids, kind, answer)),
-        *map(torch.from_numpy, (marked, mark_rows, mark_numbers)),
+        patches=tensor(patches),
+        seconds=tensor(seconds),
+        second_rows=tensor(second_rows),
+        at=tensor(at),
+        run_starts=_starts(run_sizes),
+        ids=tensor(ids),
+        axes=tensor(axes),
+        feature_rows=tensor(feature_rows),
+        part_starts=_starts([*shared_sizes, *turn_sizes]),
+        sample_starts=_starts(shared_sizes),
+        sample_turn_starts=_starts(sample_turn_sizes),
+        learnt_rows=tensor(learnt_rows),
+        learnt_ids=tensor(learnt_ids),
+        kind=tensor(kind),
+        answer=tensor(answer),
+        marked=tensor(marked),
+        mark_rows=tensor(mark_rows),
+        mark_numbers=tensor(mark_numbers),
     )
 
 
@@ -437,9 +452,7 @@ def packed_batch(encoder: Encoder, seed: str, plan: Plan, share_easy: float = 0.
     return pack(_samples(random.Random(seed), encoder, plan, share_easy), plan.room)
 
 
-def _samples(
-    rng: random.Random, encoder: Encoder, plan: Plan, share_easy: float
-) -> Iterator[Rows]:
+def _samples(rng: random.Random, encoder: Encoder, plan: Plan, share_easy: float) -> Iterator[Rows]:
     while True:
         is_easy = rng.random() < share_easy
         if plan.kinds:
@@ -466,5 +479,3 @@ class PackedBatches(IterableDataset[Packed]):
                 encoder, f"{self.seed}/{index}", self.plan, self.plan.share_easy(index)
             )
             index += step
-
-

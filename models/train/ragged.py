@@ -62,9 +62,7 @@ def visible(turns: Turns, num_rows: int) -> Tensor:
         (_run_of(turns.samples, shared), _run_of(turns.sample_turns, num_rows - shared))
     )
     is_turn = row >= shared
-    return own | (
-        is_turn[:, None] & ~is_turn[None, :] & (sample[:, None] == sample[None, :])
-    )
+    return own | (is_turn[:, None] & ~is_turn[None, :] & (sample[:, None] == sample[None, :]))
 
 
 def _run_of(starts: Tensor, num_rows: int) -> Tensor:
@@ -73,9 +71,8 @@ def _run_of(starts: Tensor, num_rows: int) -> Tensor:
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    y = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask, enable_gqa=True
-    )
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return y[0].transpose(0, 1)
 
 
@@ -100,7 +97,16 @@ class _Call:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The attended rows, log-sum-exp as (heads, T), and two states for the way back."""
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, self.q_starts, self.k_starts, self.max_q, self.max_k, 0.0, self.is_causal, False
+            q,
+            k,
+            v,
+            self.q_starts,
+            self.k_starts,
+            self.max_q,
+            self.max_k,
+            0.0,
+            self.is_causal,
+            False,
         )
         return out, lse, state, unused
 
@@ -129,7 +135,7 @@ class _FlashRuns(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, state, unused = ctx.saved_tensors
         grads = ctx.call.backward(grad.contiguous(), (q, k, v), out, lse, state, unused)
         return (*grads, None, None)
@@ -168,7 +174,7 @@ class _FlashTurns(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, state, unused, seen_state, seen_unused = ctx.saved_tensors
         cut, grad = ctx.cut, grad.contiguous()
         dq, dk, dv = ctx.own.backward(grad, (q, k, v), out, lse, state, unused)

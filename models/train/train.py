@@ -75,7 +75,9 @@ def main() -> None:
     if options.compile:
         _compile_blocks()
     plan = Plan(options.easy, tuple(options.kinds), SMALL_ROOM if options.small else Room())
-    replay = Replay(_stream(tokenizer_json, plan, options, int(progress["drawn"])), device, options.uses)
+    replay = Replay(
+        _stream(tokenizer_json, plan, options, int(progress["drawn"])), device, options.uses
+    )
     held_out = [
         packed_batch(Encoder(tokenizer), f"held-out/{index}", plan).each(lambda t: t.to(device))
         for index in range(options.eval_batches)

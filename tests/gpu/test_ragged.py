@@ -27,12 +27,30 @@ def turns() -> Turns:
     )
 
 
-def random_qkv(num: int, heads: int, kv_heads: int, dim: int) -> list[Tensor]:
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def random_qkv(num: int, heads: int, kv_heads: int, dim: int) -> QKV:
     torch.manual_seed(0)
-    return [
-        torch.randn(num, h, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for h in (heads, kv_heads, kv_heads)
-    ]
+    shapes = [(num, h, dim) for h in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def in_double(qkv: QKV) -> QKV:
+    q, k, v = (x.detach().double().requires_grad_() for x in qkv)
+    return q, k, v
+
+
+def check(qkv: QKV, out: Tensor, exact: QKV, wanted: Tensor) -> None:
+    """Outputs are close, and so are the gradients of a random weighting of them."""
+    weight = torch.randn_like(wanted).bfloat16()
+    torch.autograd.backward([(out * weight).sum(), (wanted * weight.double()).sum()])
+    close(out, wanted)
+    for got, right in zip(qkv, exact, strict=True):
+        assert got.grad is not None
+        assert right.grad is not None
+        close(got.grad, right.grad)
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
@@ -43,33 +61,17 @@ def close(got: Tensor, wanted: Tensor) -> None:
 def test_turns_and_their_gradients_equal_the_mask() -> None:
     spans = turns()
     qkv = random_qkv(sum(SHARED) + sum(map(sum, TURNS)), 4, 2, 64)
-    exact = [x.detach().double().requires_grad_() for x in qkv]
-    out = ragged.attend_turns(*qkv, spans)
-    wanted = ragged._masked(*exact, ragged.visible(spans, len(qkv[0])))
-    weight = torch.randn_like(wanted)
-    (out * weight.bfloat16()).sum().backward()
-    (wanted * weight.bfloat16().double()).sum().backward()
+    exact = in_double(qkv)
+    mask = ragged.visible(spans, len(qkv[0]))
 
-    close(out, wanted)
-    for got, right in zip(qkv, exact, strict=True):
-        assert got.grad is not None
-        assert right.grad is not None
-        close(got.grad, right.grad)
+    check(qkv, ragged.attend_turns(*qkv, spans), exact, ragged._masked(*exact, mask))
 
 
 def test_runs_and_their_gradients_equal_the_mask() -> None:
     run_starts = starts([64, 200, 4, 0, 256, 16])
     qkv = random_qkv(540, 6, 6, 32)
-    exact = [x.detach().double().requires_grad_() for x in qkv]
+    exact = in_double(qkv)
     run = ragged._run_of(run_starts, 540)
-    out = ragged.attend_runs(*qkv, run_starts, 256)
-    wanted = ragged._masked(*exact, run[:, None] == run[None, :])
-    weight = torch.randn_like(wanted)
-    (out * weight.bfloat16()).sum().backward()
-    (wanted * weight.bfloat16().double()).sum().backward()
+    mask = run[:, None] == run[None, :]
 
-    close(out, wanted)
-    for got, right in zip(qkv, exact, strict=True):
-        assert got.grad is not None
-        assert right.grad is not None
-        close(got.grad, right.grad)
+    check(qkv, ragged.attend_runs(*qkv, run_starts, 256), exact, ragged._masked(*exact, mask))

@@ -13,7 +13,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from models.train import corpus, export, motion, photos, scenes, vocabulary, words
-from models.train.corpus import Encoder, Sample
+from models.train.corpus import Sample
+from models.train.packing import KINDS, SMALL_ROOM, Encoder, Plan, packed_batch
 from models.train.scenes import Scene, Thing
 
 SIZES = ((96, 96), (160, 120), (300, 100), (60, 180))
@@ -53,16 +54,41 @@ def test_same_seed_gives_the_same_pictures_and_sentences(kind: str) -> None:
         assert [p.tobytes() for p in one.pictures] != [p.tobytes() for p in other.pictures]
 
 
-def test_same_seed_gives_the_same_micro_batch(tokenizer: Tokenizer) -> None:
+def test_same_seed_gives_the_same_batch(tokenizer: Tokenizer) -> None:
     one, again, other = (
-        corpus.micro_batch(Encoder(tokenizer), seed, "video") for seed in ("a", "a", "b")
+        packed_batch(Encoder(tokenizer), seed, Plan(room=SMALL_ROOM)) for seed in ("a", "a", "b")
     )
 
-    assert torch.equal(one.ids, again.ids)
-    for (patches, grid), (same_patches, same_grid) in zip(one.groups, again.groups, strict=True):
-        assert grid == same_grid
-        assert torch.equal(patches, same_patches)
+    for tensor, same in zip(one.tensors(), again.tensors(), strict=True):
+        assert torch.equal(tensor, same)
     assert not torch.equal(one.ids, other.ids)
+
+
+def test_batches_have_one_shape_whatever_they_hold(tokenizer: Tokenizer) -> None:
+    shapes = {
+        tuple(tuple(t.shape) for t in packed_batch(Encoder(tokenizer), seed, plan, easy).tensors())
+        for plan in (Plan(room=SMALL_ROOM), Plan(kinds=("text",), room=SMALL_ROOM))
+        for seed, easy in (("a", 0.0), ("b", 1.0))
+    }
+
+    assert 1 == len(shapes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_of_a_batch_stands_in_one_run(tokenizer: Tokenizer, kind: str) -> None:
+    batch = packed_batch(Encoder(tokenizer), "runs", Plan(kinds=(kind,), room=SMALL_ROOM))
+
+    for starts, end, longest in (
+        (batch.run_starts, SMALL_ROOM.patches, SMALL_ROOM.run),
+        (batch.part_starts, len(batch.ids), SMALL_ROOM.sample),
+        (batch.sample_starts, SMALL_ROOM.shared, SMALL_ROOM.sample),
+        (batch.sample_turn_starts, SMALL_ROOM.turns, SMALL_ROOM.turn * SMALL_ROOM.asked_of_one),
+    ):
+        sizes = starts.diff()
+        assert 0 == starts[0]
+        assert end == starts[-1]
+        assert sizes.min() >= 0
+        assert sizes.max() <= longest
 
 
 def test_held_out_drawings_are_never_trained_on() -> None:

@@ -15,7 +15,7 @@ from media.decoded import Frames, RGBImage
 from models.train import corpus, export
 from models.train.corpus import Sample
 from models.train.network import TinyQwen2VL
-from models.train.packing import SMALL_ROOM, Encoder, Packed, Rows, pack, rows_of
+from models.train.packing import Encoder, Packed, Room, Rows, pack, rows_of
 
 DRAWERS: dict[str, Callable[[random.Random], list[Sample]]] = {
     "scene": lambda rng: [corpus.scene_sample(rng, (150, 110)) for _ in range(3)],
@@ -34,6 +34,17 @@ DRAWERS: dict[str, Callable[[random.Random], list[Sample]]] = {
     "text": lambda rng: [corpus.text_sample(rng) for _ in range(4)],
 }
 TOLERANCE = 1e-4
+ROOM = Room(
+    patches=1792,
+    pairs=1024,
+    runs=40,
+    shared=1024,
+    turns=1024,
+    samples=16,
+    asked=64,
+    learnt=640,
+    marks=256,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,9 +91,9 @@ def test_logits_equal_transformers_on_the_exported_checkpoint(
     rng = random.Random(f"{kind} {seed}")
     samples = [*DRAWERS["word"](rng)[:1], *DRAWERS[kind](rng)]  # a neighbour of another size first
     all_rows = [rows_of(rng, Encoder(tokenizer), sample) for sample in samples]
-    logits = compute_logits(network, pack(iter(all_rows), SMALL_ROOM))
+    logits = compute_logits(network, pack(iter(all_rows), ROOM))
 
-    shared, turn = 0, SMALL_ROOM.shared
+    shared, turn = 0, ROOM.shared
     for sample, rows in zip(samples, all_rows, strict=True):
         num_shared = len(rows.shared.ids)
         turn += sum(len(turn.ids) for turn in rows.turns[:-1])
@@ -97,8 +108,8 @@ def test_logits_equal_transformers_on_the_exported_checkpoint(
 
 @torch.inference_mode()
 def compute_logits(network: TinyQwen2VL, batch: Packed) -> Tensor:
-    features = network.features(batch, SMALL_ROOM)
-    return network.logits(network.hidden(batch, features, SMALL_ROOM))
+    features = network.features(batch, ROOM)
+    return network.logits(network.hidden(batch, features, ROOM))
 
 
 @torch.inference_mode()
@@ -128,9 +139,9 @@ def test_turns_that_share_pictures_do_not_see_each_other(
 ) -> None:
     rng = random.Random("turns")
     rows = next(r for r in _scenes(rng, Encoder(tokenizer)) if len(r.turns) > 2)
-    batch = pack(iter([rows]), SMALL_ROOM)
-    start = SMALL_ROOM.shared + len(rows.turns[0].ids)
-    first = slice(SMALL_ROOM.shared, start)
+    batch = pack(iter([rows]), ROOM)
+    start = ROOM.shared + len(rows.turns[0].ids)
+    first = slice(ROOM.shared, start)
     others = slice(start, start + sum(len(turn.ids) for turn in rows.turns[1:]))
 
     before = compute_logits(network, batch)

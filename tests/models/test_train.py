@@ -1,6 +1,7 @@
 """Training goes on where it stopped, leaves a checkpoint that transformers reads, and learns."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,51 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Qwen2VLForConditionalGeneration
 
-from models.train import corpus, export, train
-from models.train.marks import LABELS
+from models.train import export, train
+from models.train.marks import NUM_MARKS
 from models.train.network import TinyQwen2VL
+from models.train.optimiser import Weights, orthogonal
+from models.train.packing import Encoder, Packed, Plan, Room, packed_batch
+
+ROOM = Room(
+    patches=600,
+    pairs=64,
+    runs=24,
+    shared=512,
+    turns=512,
+    samples=16,
+    asked=64,
+    learnt=256,
+    marks=128,
+)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(train.FOLDER / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer: Tokenizer) -> Packed:
+    return packed_batch(Encoder(tokenizer), "a few steps", Plan(0, ("scene",), ROOM), 1.0)
 
 
 def run_slice(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, float]:
-    """Two seconds of training on small micro-batches, drawn in this process."""
+    """Two seconds of training on small batches, drawn in this process."""
     words = ["train", "--out", str(out), "--minutes", "0.03", "--minutes-in-all", "1"]
-    words += ["--workers", "0", "--uses", "1", "--accumulate", "1", "--patches", "600"]
-    words += ["--eval-batches", "0", "--kinds", "scene", "--easy", "1000", *options]
+    words += ["--workers", "0", "--uses", "1", "--small", "--log-every", "1"]
+    words += ["--eval-batches", "1", "--kinds", "scene", "--easy", "1000", *options]
     monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(train, "SMALL_ROOM", ROOM)
     train.main()
     saved = torch.load(out / "state.pt", weights_only=True)
     progress: dict[str, float] = saved["progress"]
@@ -38,7 +68,7 @@ def test_second_slice_goes_on_where_the_first_stopped(
     second = run_slice(tmp_path, monkeypatch)
 
     assert 1 <= first["step"] < second["step"]
-    assert first["consumed"] < second["consumed"]
+    assert first["drawn"] < second["drawn"]
     assert first["spent_s"] < second["spent_s"]
 
 
@@ -68,49 +98,81 @@ def test_a_run_can_start_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_checkpoint_stays_under_sixteen_megabytes(tmp_path: Path) -> None:
-    model = TinyQwen2VL(848, len(LABELS))
+    model = TinyQwen2VL(848, NUM_MARKS)
     export.write_weights(tmp_path, dict(model.named_parameters()))
 
     assert (tmp_path / "model.safetensors").stat().st_size < 16_000_000
 
 
-def test_a_few_steps_on_one_micro_batch_lower_both_losses() -> None:
+@pytest.mark.parametrize("use_muon", [True, False])
+def test_a_few_steps_on_one_batch_lower_both_losses(batch: Packed, use_muon: bool) -> None:
     torch.manual_seed(0)
-    tokenizer_json = (train.FOLDER / "tokenizer.json").read_text()
-    encoder = corpus.Encoder(Tokenizer.from_str(tokenizer_json))
-    batch = corpus.micro_batch(encoder, "a few steps", "scene", is_easy=True, num_patches=600)
-    model = TinyQwen2VL(848, len(LABELS))
-    weights = train.Weights(model, torch.device("cpu"))
-    before = [loss.item() for loss in train.losses_of(model, batch)]
-
+    model = TinyQwen2VL(848, NUM_MARKS)
+    step = train.Step(model, Weights(model, CPU, use_muon), batch, ROOM)
+    seen = []
     for _ in range(6):
-        answers, marks = train.losses_of(model, batch)
-        torch.autograd.backward([answers + marks])
-        weights.step(1e-3)
+        step(batch, 2e-3)
+        seen.append(step.read())
 
-    after = [loss.item() for loss in train.losses_of(model, batch)]
-    assert after[0] < before[0] - 0.5
-    assert after[1] < before[1]
+    assert seen[-1]["scene"] < seen[0]["scene"] - 0.5
+    assert seen[-1]["marks"] < seen[0]["marks"]
+
+
+def test_losses_do_not_depend_on_what_fills_a_batch_up(batch: Packed) -> None:
+    torch.manual_seed(0)
+    model = TinyQwen2VL(848, NUM_MARKS)
+    filled = batch.each(torch.Tensor.clone)
+    num_used = int((batch.feature_rows < len(batch.ids)).sum()) * 4
+    assert num_used < len(batch.patches), "this batch has no filler"
+    filled.patches[num_used:] = 255
+
+    for one, other in zip(
+        train.losses_of(model, batch, ROOM), train.losses_of(model, filled, ROOM), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_gradient_that_is_no_number_moves_nothing() -> None:
     model = TinyQwen2VL(64, 4)
-    weights = train.Weights(model, torch.device("cpu"))
-    before = [exact.clone() for exact in weights.exact]
-    for rounded in weights.rounded:
-        rounded.grad = torch.full_like(rounded, float("nan"))
+    weights = Weights(model, CPU)
+    before = {name: tensor.clone() for name, tensor in weights.state().items()}
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.fill_(float("nan"))
 
-    weights.step(1e-3)
+    weights.rate.fill_(1e-3)
+    weights.step()
 
-    assert weights.num_skipped == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, weights.exact, strict=True))
+    after = weights.state()
+    assert 1 == after.pop("num_skipped").item()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def test_replay_hands_out_each_micro_batch_as_often_as_asked() -> None:
-    tokenizer_json = (train.FOLDER / "tokenizer.json").read_text()
-    encoder = corpus.Encoder(Tokenizer.from_str(tokenizer_json))
-    batch = corpus.micro_batch(encoder, "replay", "text")
-    replay = train.Replay(iter(lambda: batch, None), torch.device("cpu"), uses=3)
+def test_every_parameter_of_the_model_is_moved(batch: Packed) -> None:
+    model = TinyQwen2VL(848, NUM_MARKS)
+    weights = Weights(model, CPU)
+    before = {name: tensor.clone() for name, tensor in weights.named().items()}
+    step = train.Step(model, weights, batch, ROOM)
+    step(batch, 1e-2)
+
+    assert before.keys() == dict(model.named_parameters()).keys()
+    still = [n for n, tensor in weights.named().items() if torch.equal(before[n], tensor)]
+    assert [] == still
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights.named()[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 128), (2, 128, 32)])
+def test_orthogonal_matrices_have_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(shape) * 1e-3).float())
+
+    assert 0.5 < values.min()
+    assert values.max() < 1.3
+
+
+def test_replay_hands_out_each_batch_as_often_as_asked(batch: Packed) -> None:
+    replay = train.Replay(iter(lambda: batch, None), CPU, uses=3)
 
     for _ in range(900):
         replay.next()
