@@ -28,13 +28,15 @@ from engine.inputs import Request, text_of
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
-from engine.sampler import NO_TOKEN, Sampler
+from engine.sampler import NO_TOKEN, Sampler, TokenLogprobs
 from engine.scheduler import Batch, Scheduler
 from engine.sequence import Sequence
 from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
 from engine.text import Detokenizer, decode_token
 
 logger = logging.getLogger(__name__)
+
+Chosen = tuple[Sequence, int, TokenLogprobs | None]  # whose, the token, its log-probabilities
 
 NUM_PREPARED_AHEAD = 32  # requests in media threads or waiting with their patches, beside running
 
@@ -237,8 +239,9 @@ class Engine:
     def _run(self, batch: Batch) -> None:
         started = time.perf_counter()
         run = self._runner.prefill if batch.is_prefill else self._runner.decode
-        for sequences, logits in self._guarded(run, batch.sequences):
-            self._take(sequences, logits)
+        for sequence, token_id, logprobs in self._guarded(run, batch.sequences):
+            with self._contained(sequence):
+                self._take(sequence, token_id, logprobs)
         took_ms = (time.perf_counter() - started) * 1000 / max(1, len(batch.sequences))
         for sequence in batch.sequences:
             ticket = self._tickets.get(sequence.ticket)
@@ -253,43 +256,54 @@ class Engine:
 
     def _guarded(
         self, run: Callable[[list[Sequence]], Tensor], sequences: list[Sequence]
-    ) -> Iterator[tuple[list[Sequence], Tensor]]:
+    ) -> list[Chosen]:
         """
-        Run a batch; where it fails, its halves, and so on down to the one that cannot run.
+        Run a batch and choose its tokens; where that fails, its halves, down to the one that cannot.
 
-        Every call may be repeated: it writes the same rows with the same values.
+        Every call may be repeated: it writes the same rows with the same values, and no sequence has
+        taken its token yet.
         """
         sequences = [s for s in sequences if not s.is_finished]  # one may end with its request
         if not sequences:
-            return
+            return []
         try:
-            yield sequences, run(sequences)
+            sampled = self._sampler.sample(run(sequences), [s.sampling_row() for s in sequences])
+            return list(zip(sequences, sampled.tolist(), sampled.logprobs(), strict=True))
         except Exception:
             # The edge of the device: out of memory, or a request that breaks a kernel. Torch and
             # drivers raise too many types to name; the log has the trace.
             if len(sequences) == 1:
                 logger.exception("sequence_failed ticket=%d", sequences[0].ticket)
                 self._fail_sequence(sequences[0])
-                return
+                return []
             logger.warning("batch_halved num_sequences=%d", len(sequences), exc_info=True)
             if self.checkpoint.device.type == "cuda":
                 torch.cuda.empty_cache()
-            middle = len(sequences) // 2
-            yield from self._guarded(run, sequences[:middle])
-            yield from self._guarded(run, sequences[middle:])
+        middle = len(sequences) // 2
+        return [
+            *self._guarded(run, sequences[:middle]),
+            *self._guarded(run, sequences[middle:]),
+        ]
 
-    def _take(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Choose each sequence's next token, and push it."""
-        sampled = self._sampler.sample(logits, [s.sampling_row() for s in sequences])
-        rows = zip(sequences, sampled.tolist(), sampled.logprobs(), strict=True)
-        for sequence, token_id, logprobs in rows:
-            if token_id == NO_TOKEN:
-                self._fail_sequence(sequence)
-                continue
-            if logprobs is not None:
-                sequence.logprobs.append(logprobs.by_id(token_id, self._decode_token))
-                sequence.cumulative_logprob += logprobs.logprob
-            sequence.push(token_id)
+    @contextmanager
+    def _contained(self, sequence: Sequence) -> Iterator[None]:
+        """Whatever a library does with one sequence's tokens and text stays its own failure."""
+        try:
+            yield
+        except Exception:
+            logger.exception("sequence_failed ticket=%d", sequence.ticket)
+            self._fail_sequence(sequence)
+
+    def _take(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        if sequence.is_finished:
+            return  # its request has just failed with another of its outputs
+        if token_id == NO_TOKEN:
+            self._fail_sequence(sequence)
+            return
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs.by_id(token_id, self._decode_token))
+            sequence.cumulative_logprob += logprobs.logprob
+        sequence.push(token_id)
 
     def _decode_token(self, token_id: int) -> str:
         return decode_token(self.checkpoint.tokenizer, token_id)
@@ -306,7 +320,8 @@ class Engine:
                 continue  # its request ended with another of its outputs
             ticket.first_token_ts = ticket.first_token_ts or now
             if sequence.is_finished and ticket.is_finished:
-                self._finish(ticket)
+                with self._contained(sequence):
+                    self._finish(ticket)
 
     def _finish(self, ticket: _Ticket) -> None:
         prepared = ticket.prepared
@@ -319,20 +334,19 @@ class Engine:
                 "text_cut_off max_tokens=%d: it was not given, and the text went on; give max_tokens",
                 prepared.params.max_tokens,
             )
-        del self._tickets[ticket.number]
-        ticket.sink.append(
-            Result(
-                request_id=ticket.request.request_id,
-                prompt=ticket.prompt,
-                prompt_token_ids=tuple(prepared.token_ids),
-                outputs=outputs,
-                metrics=self._metrics(ticket, sum(len(o.token_ids) for o in outputs)),
-                images=prepared.images,
-                stamp=self._stamp(prepared.params, ticket.seed),
-                flags=flags,
-                num_cached_tokens=0,
-            )
+        result = Result(
+            request_id=ticket.request.request_id,
+            prompt=ticket.prompt,
+            prompt_token_ids=tuple(prepared.token_ids),
+            outputs=outputs,
+            metrics=self._metrics(ticket, sum(len(o.token_ids) for o in outputs)),
+            images=prepared.images,
+            stamp=self._stamp(prepared.params, ticket.seed),
+            flags=flags,
+            num_cached_tokens=0,
         )
+        del self._tickets[ticket.number]
+        ticket.sink.append(result)
 
     def _fail_sequence(self, sequence: Sequence) -> None:
         sequence.finish_reason = FinishReason.ERROR

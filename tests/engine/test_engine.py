@@ -18,6 +18,7 @@ from torch import Tensor
 from engine import LLM, Request, Result, SamplingParams
 from engine.engine import NUM_PREPARED_AHEAD
 from engine.families.qwen2_vl import Visual
+from engine.sampler import SamplingRow
 from engine.sequence import Sequence as Running
 from tests.engine.idle import assert_idle, num_free_rows
 from tests.engine.pictures import (
@@ -394,6 +395,89 @@ def test_logits_that_are_no_numbers_fail_their_sequence_alone(
 
     assert bad.error is not None
     assert token_ids([alone]) == token_ids([good])
+
+
+POISON = SamplingParams(temperature=1.0, seed=666, max_tokens=12, ignore_eos=True)
+
+
+def poison_sampler(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the sampler fail at the third token of every row with the seed of `POISON`."""
+    sample = llm.engine._sampler.sample
+
+    def sample_poisoned(logits: Tensor, rows: Sequence[SamplingRow]) -> Any:
+        if any(row.params.seed == POISON.seed and row.position == 3 for row in rows):
+            raise OverflowError("int too big to convert")
+        return sample(logits, rows)
+
+    monkeypatch.setattr(llm.engine._sampler, "sample", sample_poisoned)
+
+
+def test_row_that_breaks_the_sampler_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [picture_request(n, str(n)) for n in range(12)]
+    expected = by_name(list(llm.stream(others)))
+    poison_sampler(llm, monkeypatch)
+    bad = Request(prompt="bad", params=POISON, request_id="bad")
+    results = by_name(list(llm.stream([*others[:5], bad, *others[5:]])))
+
+    error = results.pop("bad").error
+    assert error is not None
+    assert "engine_failure" == error.code
+    assert {n: token_ids([r]) for n, r in expected.items()} == {
+        n: token_ids([r]) for n, r in results.items()
+    }
+
+
+def test_row_that_breaks_the_sampler_costs_no_other_thread(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [picture_request(n, str(n)) for n in range(12)]
+    expected = by_name(list(llm.stream(others)))
+    poison_sampler(llm, monkeypatch)
+    bad = [Request(prompt=f"{n}", params=POISON, request_id=f"{n}") for n in range(12)]
+    found: dict[str, dict[str, Result]] = {}
+
+    def work(name: str, requests: Sequence[Request]) -> None:
+        found[name] = by_name(list(llm.stream(requests)))
+
+    threads = [threading.Thread(target=work, args=each) for each in (("a", others), ("b", bad))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+
+    assert {n: token_ids([r]) for n, r in expected.items()} == {
+        n: token_ids([r]) for n, r in found["a"].items()
+    }
+    assert 12 == sum(result.error is not None for result in found["b"].values())
+
+
+@pytest.mark.parametrize("method", ["push", "output"])
+def test_text_that_cannot_be_made_fails_its_request_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    make = getattr(Running, method)
+
+    def make_poisoned(sequence: Running, *args: Any) -> Any:
+        if sequence.prepared.prompt == "bad" and sequence.index == 1:
+            raise PoisonError
+        return make(sequence, *args)
+
+    many = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=4, ignore_eos=True)
+    requests = [Request(prompt=name, params=many, request_id=name) for name in ("bad", "good")]
+    expected = by_name(list(llm.stream(requests)))["good"]
+    monkeypatch.setattr(Running, method, make_poisoned)
+    results = by_name(list(llm.stream(requests)))
+
+    assert results["bad"].error is not None
+    assert expected.outputs == results["good"].outputs
+
+
+def test_top_k_beyond_all_numbers_means_all(llm: LLM) -> None:
+    options = {"temperature": 1.0, "seed": 5, "max_tokens": 8, "ignore_eos": True}
+    params = [SamplingParams(top_k=top_k, **options) for top_k in (272, 10**20)]  # type: ignore[arg-type]
+    results = llm.generate(["a", "a"], params, use_tqdm=False)
+
+    assert token_ids(results[:1]) == token_ids(results[1:])
 
 
 def test_embeddings_out_of_all_measure_do_not_touch_their_neighbours(llm: LLM) -> None:
