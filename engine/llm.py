@@ -230,8 +230,8 @@ class LLM:
             replace(
                 request,
                 request_id=str(index),
-                params=request.params or params[index],
-                priority=priorities[index] or request.priority,
+                params=params[index] if request.params is None else request.params,
+                priority=request.priority if priorities[index] is None else priorities[index],
             )
             for index, request in enumerate(requests)
         )

@@ -6,6 +6,7 @@ segments: what a user typed is tokenised with special tokens switched off, so `<
 text stays thirteen characters and binds no picture.
 """
 
+import numbers
 import re
 import secrets
 import time
@@ -154,6 +155,7 @@ class Processor:
         """
         started = time.perf_counter()
         request = unfold(request)
+        _check_priority(request.priority)
         params = self._params(request)
         prompt, ids, pictures, clips = self._read(request)
         if not ids:
@@ -183,7 +185,7 @@ class Processor:
         )
 
     def _params(self, request: Request) -> SamplingParams:
-        params = request.params or self._defaults
+        params = self._defaults if request.params is None else request.params
         if not isinstance(params, SamplingParams):
             raise BadPrompt(
                 f"is a {type(params).__name__}",
@@ -500,6 +502,16 @@ class Processor:
 
         tokens_each = bisect_right(range(1, max_tokens + 1), max_tokens, key=num_tokens)
         return tokens_each * TOKEN_PX**2 or None
+
+
+def _check_priority(priority: object) -> None:
+    """Here, since requests of other callers are compared with it: it must not fail in their queue."""
+    if isinstance(priority, bool) or not isinstance(priority, numbers.Integral):
+        raise BadPrompt(
+            f"is a {type(priority).__name__}",
+            where="priority",
+            remedy="Give a whole number, lower runs first",
+        )
 
 
 def _checked_text(text: str) -> str:

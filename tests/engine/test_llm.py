@@ -279,6 +279,36 @@ def test_lower_priority_runs_first(tiny_folder: Path) -> None:
     assert sorted(in_line) == in_line
 
 
+@pytest.mark.parametrize("priority", ["high", 1.5, True])
+def test_priority_that_is_no_number_costs_its_prompt_alone(llm: LLM, priority: Any) -> None:
+    priorities = [0, priority, 1] * 5
+    results = llm.generate(["x"] * 15, GREEDY, priority=priorities, use_tqdm=False)
+    bad = results[1::3]
+    unset = Request(prompt="x", priority=None)  # type: ignore[arg-type]
+    streamed = list(llm.stream([unset, "y"], GREEDY))
+
+    for result in bad:
+        assert error_of([result]).startswith("priority is a ")
+    assert 10 == len(texts([result for result in results if result not in bad]))
+    assert [True, False] == sorted((r.error is None for r in streamed), reverse=True)
+
+
+def test_priority_of_the_call_goes_before_that_of_a_request(llm: LLM) -> None:
+    requests = [Request(prompt="x", priority=3)] * 2
+    seen = []
+
+    def record(numbered: Any) -> Any:
+        for request in numbered:
+            seen.append(request.priority)
+            yield Result.failed(request.request_id, BadPrompt("is", remedy=""))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.engine, "stream", record)
+        llm.generate(requests, priority=[0, None], use_tqdm=False)  # type: ignore[list-item]
+
+    assert [0, 3] == seen
+
+
 # --- one bad prompt ----------------------------------------------------------------------------------
 
 
