@@ -1,7 +1,7 @@
 """
 Requests in, results out, each the moment it is ready: the loop that owns the device.
 
-Media threads prepare requests ahead, bounded in number; `step` admits what is ready, runs one batch
+Media threads prepare requests ahead, bounded in number; a step admits what is ready, runs one batch
 and takes its tokens. Whatever goes wrong with one request becomes its own result: every request
 ends in exactly one, and none of them as an exception through the loop.
 """
@@ -13,9 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -71,6 +72,18 @@ class _Ticket:
         return all(sequence.is_finished for sequence in self.sequences)
 
 
+@dataclass(slots=True, eq=False)
+class _Feed:
+    """One stream: where its requests come from, and where its results go."""
+
+    source: Iterator[Request]
+    sink: deque[Result] = field(default_factory=deque)
+    open: set[int] = field(default_factory=set)  # tickets without a result
+    is_exhausted: bool = False  # by its source, which may have raised
+    is_closed: bool = False  # by its reader
+    error: BaseException | None = None
+
+
 class Engine:
     """
     Args:
@@ -98,8 +111,12 @@ class Engine:
         self._numbers = itertools.count()
         self._has_told_cut_off = False
         # One thread at a time steps; a result goes to the stream that asked, whoever stepped.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # held for one step, never while anybody waits
         self._door = threading.Lock()  # held only by the thread that has the next turn
+        # Guards what comes and what goes, and tells of it. Taken inside `_lock`, never around it.
+        self._news = threading.Condition()
+        self._aborted: deque[int] = deque()  # tickets to drop once the engine is free
+        self._idle_since = time.perf_counter()
         logger.info(
             "engine_ready model=%s device=%s dtype=%s max_model_len=%d kv_rows=%d",
             config.model,
@@ -115,36 +132,69 @@ class Engine:
         """
         Run requests as they come; yield results as they finish, in no order.
 
-        Requests are pulled a little ahead of the work and no further, so the iterable may be endless.
-        Closing the iterator aborts what it has in flight.
+        A thread of the stream's own pulls the requests, so a source may block for as long as it likes,
+        also until it has seen an earlier result. It pulls a little ahead of the work and no further,
+        so the source may be endless. Closing the iterator aborts what it has in flight.
         """
-        source = iter(requests)
-        sink: deque[Result] = deque()
-        mine: set[int] = set()
-        has_more = True
+        feed = _Feed(iter(requests))
+        # A daemon: a source that blocks for ever must not keep the process alive.
+        threading.Thread(target=self._pull, args=(feed,), name="feed", daemon=True).start()
         try:
             while True:
-                # Outside the turn: a source may be slow, or wait for another thread's stream.
-                num_wanted = self._num_wanted() if has_more else 0
-                pulled = list(itertools.islice(source, num_wanted))
-                has_more = has_more and len(pulled) == num_wanted
                 with self._turn():
-                    mine |= {self.add(request, sink) for request in pulled}
-                    if not sink:
-                        self.step()
-                    mine &= self._tickets.keys()
-                    is_done = not has_more and not mine
-                while sink:
-                    yield sink.popleft()
-                if is_done:
-                    return
+                    if not feed.sink:
+                        self._step()
+                while feed.sink:
+                    yield feed.sink.popleft()
+                    self._tell()  # there is room for one more
+                with self._news:
+                    feed.open &= self._tickets.keys()
+                    if feed.is_exhausted and not feed.open and not feed.sink:
+                        break
+                    # NOTE: nobody waits with the engine held: others must get in meanwhile.
+                    self._news.wait_for(partial(self._has_news, feed))
         finally:
-            for number in mine:
-                self.abort(number)
+            with self._news:
+                feed.is_closed = True
+                self._news.notify_all()
+            self.abort(feed.open)
+        if feed.error is not None:
+            raise feed.error
 
-    def _num_wanted(self) -> int:
-        waiting = len(self._preparing) + self._scheduler.num_waiting
-        return max(0, NUM_PREPARED_AHEAD - waiting)
+    def _pull(self, feed: _Feed) -> None:
+        """Take requests from a stream's source while there is room, until either of them ends."""
+        try:
+            while True:
+                with self._news:
+                    self._news.wait_for(lambda: feed.is_closed or self._has_room(feed))
+                    if feed.is_closed:
+                        return
+                request = next(feed.source, None)
+                with self._news:
+                    if request is None or feed.is_closed:
+                        return
+                    feed.open.add(self.add(request, feed.sink))
+                    del request  # its pictures may be let go before the next one comes
+        except BaseException as error:  # noqa: BLE001 - raised again, in the thread that reads results
+            feed.error = error
+        finally:
+            with self._news:
+                feed.is_exhausted = True
+                self._news.notify_all()
+
+    def _has_room(self, feed: _Feed) -> bool:
+        """Results that nobody takes count too: a reader that pauses stops its source."""
+        num_waiting = len(self._preparing) + self._scheduler.num_waiting
+        return num_waiting < NUM_PREPARED_AHEAD and len(feed.sink) < NUM_PREPARED_AHEAD
+
+    def _has_news(self, feed: _Feed) -> bool:
+        """Whether the thread of a stream has anything to do."""
+        return bool(
+            feed.sink
+            or self._scheduler.has_work
+            or any(future.done() for future in self._preparing)
+            or (feed.is_exhausted and not (feed.open & self._tickets.keys()))
+        )
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -155,52 +205,76 @@ class Engine:
             yield
         finally:
             self._lock.release()
+            self._drop_aborted()
 
     def add(self, request: Request, sink: deque[Result]) -> int:
         """Take one request; its result will be appended to `sink`. Returns its ticket."""
-        with self._lock:
+        with self._news:
             number = next(self._numbers)
             if not request.request_id:
                 request = replace(request, request_id=str(number))
             ticket = _Ticket(number, request, sink, time.time(), time.perf_counter())
+            future = self._pool.submit(self._processor.prepare, request)
             self._tickets[number] = ticket
-            self._preparing[self._pool.submit(self._processor.prepare, request)] = ticket
+            self._preparing[future] = ticket
+            future.add_done_callback(self._tell)
             return number
 
-    def abort(self, number: int) -> None:
-        """Drop a request, wherever it is, without a result. Unknown tickets are finished ones."""
-        with self._lock:
+    def _tell(self, _: object = None) -> None:
+        """Wake whoever waits for something to do, or for room."""
+        with self._news:
+            self._news.notify_all()
+
+    def abort(self, numbers: Iterable[int]) -> None:
+        """
+        Drop requests, wherever they are, without a result. Unknown tickets are finished ones.
+
+        Never waits: it may run wherever Python closes a forgotten stream, in the middle of a step
+        too. Whoever holds the engine then drops them when the step is over.
+        """
+        self._aborted.extend(numbers)
+        self._drop_aborted()
+
+    def _drop_aborted(self) -> None:
+        while self._aborted and self._lock.acquire(blocking=False):
+            try:
+                while self._aborted:
+                    self._drop(self._aborted.popleft())
+            finally:
+                self._lock.release()
+        self._tell()
+
+    def _drop(self, number: int) -> None:
+        with self._news:
             ticket = self._tickets.pop(number, None)
             if ticket is None:
                 return
             for future in [f for f, t in self._preparing.items() if t is ticket]:
                 future.cancel()
                 del self._preparing[future]
-            for sequence in ticket.sequences:
-                if not sequence.is_finished:
-                    self._scheduler.finish(sequence)
+        for sequence in ticket.sequences:
+            if not sequence.is_finished:
+                self._scheduler.finish(sequence)
 
     # --- one step ------------------------------------------------------------------------------------
 
-    def step(self) -> None:
+    def _step(self) -> None:
         """Admit what is ready, run one batch, take its tokens, and hand out what is finished."""
-        with self._lock:
-            self._collect()
-            if self._scheduler.has_work:
-                batch = self._scheduler.schedule()
-                self._run(batch)
+        self._collect()
+        if self._scheduler.has_work:
+            self._run(self._scheduler.schedule())
+            self._idle_since = time.perf_counter()
 
     def _collect(self) -> None:
-        """Queue what the media threads have prepared; wait only where there is nothing to run."""
-        if not self._preparing:
-            return
-        timeout = 0 if self._scheduler.has_work else None
-        started = time.perf_counter()
-        done, _ = wait(self._preparing, timeout, FIRST_COMPLETED)
-        waited_ms = (time.perf_counter() - started) * 1000 if timeout is None else 0.0
-        for future in [future for future in self._preparing if future in done]:
-            ticket = self._preparing.pop(future)
-            ticket.wait_ms = waited_ms
+        """Queue what the media threads have prepared."""
+        with self._news:
+            done = [future for future in self._preparing if future.done()]
+            ready = [(self._preparing.pop(future), future) for future in done]
+        was_idle = not self._scheduler.has_work
+        for ticket, future in ready:
+            if was_idle:
+                waited_s = time.perf_counter() - max(self._idle_since, ticket.arrived)
+                ticket.wait_ms = waited_s * 1000
             try:
                 self._queue(ticket, future.result())
             except EngineError as error:
@@ -345,8 +419,7 @@ class Engine:
             flags=flags,
             num_cached_tokens=0,
         )
-        del self._tickets[ticket.number]
-        ticket.sink.append(result)
+        self._hand_back(ticket, result)
 
     def _fail_sequence(self, sequence: Sequence) -> None:
         sequence.finish_reason = FinishReason.ERROR
@@ -356,23 +429,26 @@ class Engine:
 
     def _fail(self, ticket: _Ticket, error: EngineError) -> None:
         """End a request with an error, and take its other outputs out of the work."""
-        self._tickets.pop(ticket.number, None)
         for sequence in ticket.sequences:
             sequence.finish_reason = sequence.finish_reason or FinishReason.ABORT
             if sequence.start is not None or sequence.finish_reason == FinishReason.ABORT:
                 self._scheduler.finish(sequence)
         prepared = ticket.prepared
-        ticket.sink.append(
-            Result.failed(
-                ticket.request.request_id,
-                error,
-                prompt=ticket.prompt,
-                prompt_token_ids=tuple(prepared.token_ids) if prepared else None,
-                metrics=self._metrics(ticket, 0),
-                images=prepared.images if prepared else (),
-                stamp=self._stamp(prepared.params, ticket.seed) if prepared else None,
-            )
+        result = Result.failed(
+            ticket.request.request_id,
+            error,
+            prompt=ticket.prompt,
+            prompt_token_ids=tuple(prepared.token_ids) if prepared else None,
+            metrics=self._metrics(ticket, 0),
+            images=prepared.images if prepared else (),
+            stamp=self._stamp(prepared.params, ticket.seed) if prepared else None,
         )
+        self._hand_back(ticket, result)
+
+    def _hand_back(self, ticket: _Ticket, result: Result) -> None:
+        # In this order: a stream whose tickets are gone and that has no results left is over.
+        ticket.sink.append(result)
+        del self._tickets[ticket.number]
 
     def _metrics(self, ticket: _Ticket, num_tokens: int) -> Metrics:
         first = ticket.first_token_ts
@@ -404,8 +480,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the media threads. What is in flight is dropped."""
-        for number in list(self._tickets):
-            self.abort(number)
+        self.abort(list(self._tickets))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

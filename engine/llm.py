@@ -117,7 +117,8 @@ class LLM:
 
         Args:
             requests: `Request`s, or prompts in any form that `generate` takes; pulled a little ahead
-                of the work and no further, in the thread that asks for results.
+                of the work and no further, in a thread of their own: a source may be slow, or wait
+                for an earlier result, and holds nobody up.
             params: for requests that bring none.
         """
 

@@ -181,6 +181,103 @@ def test_source_that_raises_ends_the_stream_and_frees_everything(llm: LLM) -> No
     assert texts(llm.generate("after", GREEDY, use_tqdm=False))
 
 
+def test_source_may_wait_for_the_result_of_what_it_gave(llm: LLM) -> None:
+    has_result = threading.Semaphore(0)
+
+    def one_by_one() -> Iterator[str]:
+        for number in range(4):
+            yield f"Prompt {number}"
+            assert has_result.acquire(timeout=WAIT_S)
+
+    results = []
+    for result in llm.stream(one_by_one(), GREEDY):
+        results.append(result)
+        has_result.release()
+
+    assert [f"Prompt {number}" for number in range(4)] == [r.prompt for r in results]
+
+
+def test_results_come_while_a_slow_source_is_at_rest(llm: LLM) -> None:
+    may_go_on = threading.Event()
+
+    def slow() -> Iterator[str]:
+        yield from ("first", "second")
+        assert may_go_on.wait(WAIT_S)
+        yield "third"
+
+    stream = llm.stream(slow(), GREEDY)
+    early = [next(stream).prompt for _ in range(2)]
+    may_go_on.set()
+    late = [result.prompt for result in stream]
+
+    assert {"first", "second"} == set(early)
+    assert ["third"] == late
+
+
+def test_stream_is_closed_while_its_source_is_at_rest(llm: LLM) -> None:
+    may_go_on, has_ended = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[str]:
+        yield "first"
+        assert may_go_on.wait(WAIT_S)
+        has_ended.set()
+        yield "never read"
+
+    stream = llm.stream(slow(), GREEDY)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert_idle(llm.engine)
+    may_go_on.set()
+
+    assert has_ended.wait(WAIT_S)
+    assert_idle(llm.engine)
+
+
+def test_reader_that_pauses_stops_its_source(llm: LLM) -> None:
+    num_pulled = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal num_pulled
+        for number in itertools.count():
+            num_pulled += 1
+            yield f"Prompt {number}"
+
+    paused = llm.stream(endless(), GREEDY)
+    next(paused)
+    for _ in range(5):  # steps for both
+        llm.generate(["x"] * 100, GREEDY, use_tqdm=False)
+    paused.close()  # type: ignore[attr-defined]
+
+    assert num_pulled < 256 + 3 * NUM_PREPARED_AHEAD
+
+
+def test_nobody_waits_for_the_media_of_another_thread(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), num_media_threads=2)
+    may_go_on, is_fetching = threading.Event(), threading.Event()
+    found: list[Result] = []
+
+    def fetch() -> Any:
+        is_fetching.set()
+        assert may_go_on.wait(WAIT_S)
+        return draw(1)
+
+    def work() -> None:
+        slow = Request(prompt=PICTURE, multi_modal_data={"image": fetch})
+        found.extend(llm.stream([slow], GREEDY))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert is_fetching.wait(WAIT_S)
+    results = llm.generate("Text.", GREEDY, use_tqdm=False)
+    was_waiting = thread.is_alive()
+    may_go_on.set()
+    thread.join(WAIT_S)
+
+    assert texts(results)
+    assert was_waiting
+    assert texts(found)
+
+
 def test_one_prompt_may_be_streamed_without_a_list(llm: LLM) -> None:
     forms: list[Any] = ["Hello", {"prompt": "Hello"}, Request(prompt="Hello")]
 
