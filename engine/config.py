@@ -66,6 +66,7 @@ class EngineConfig:
         min_pixels, max_pixels: area of a picture after resampling; None for the checkpoint's.
         chat_template: Jinja text instead of the tokenizer's own.
         num_media_threads: threads that decode and resample; None for the cores that are there.
+            Callables that fetch pictures wait in threads of their own.
     """
 
     model: str

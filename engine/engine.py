@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, EngineError, EngineFailure
-from engine.inputs import Request, text_of
+from engine.inputs import Request, may_fetch, text_of
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
@@ -96,15 +96,19 @@ class Engine:
         self.checkpoint = checkpoint
         rows = _plan_rows(config, checkpoint)
         self._config = config
-        self._processor = Processor(config, checkpoint)
+        num_threads = config.num_media_threads or _num_cores()
+        self._processor = Processor(config, checkpoint, num_threads)
         self._scheduler = Scheduler(
             SlabAllocator(rows), config.max_num_seqs, config.max_num_batched_tokens
         )
         self._runner = Runner(checkpoint, model, rows)
         vocab_size = checkpoint.config.text_config.vocab_size
         self._sampler = Sampler(vocab_size, checkpoint.device)
-        self._pool = ThreadPoolExecutor(
-            config.num_media_threads or _num_cores(), thread_name_prefix="media"
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
+        # Callables may wait for a network: one thread for each request that is prepared ahead, so
+        # that no text waits behind them. Decoding takes turns on the cores, whoever does it.
+        self._fetching_pool = ThreadPoolExecutor(
+            NUM_PREPARED_AHEAD, thread_name_prefix="media-fetch"
         )
         self._preparing: dict[Future[Prepared], _Ticket] = {}
         self._tickets: dict[int, _Ticket] = {}
@@ -214,7 +218,8 @@ class Engine:
             if not request.request_id:
                 request = replace(request, request_id=str(number))
             ticket = _Ticket(number, request, sink, time.time(), time.perf_counter())
-            future = self._pool.submit(self._processor.prepare, request)
+            pool = self._fetching_pool if may_fetch(request) else self._pool
+            future = pool.submit(self._processor.prepare, request)
             self._tickets[number] = ticket
             self._preparing[future] = ticket
             future.add_done_callback(self._tell)
@@ -481,7 +486,8 @@ class Engine:
     def close(self) -> None:
         """Stop the media threads. What is in flight is dropped."""
         self.abort(list(self._tickets))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._fetching_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:

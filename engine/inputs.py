@@ -55,6 +55,7 @@ PART_TYPES = (
 AREA_KEYS = ("min_pixels", "max_pixels")
 SAMPLING_KEYS = ("num_frames", "fps")
 IGNORED_PART_KEYS = ("uuid", "detail")  # vLLM takes them too; neither changes what the model sees
+MAX_NESTING = 8  # messages, message, content, part, video, frames, frame
 EMBEDS_FIELDS = ("image_embeds", "image_grid_thw")
 
 
@@ -174,6 +175,23 @@ def unfold(request: Request) -> Request:
         multi_modal_data=form.get("multi_modal_data", request.multi_modal_data),
         mm_processor_kwargs=form.get("mm_processor_kwargs") or request.mm_processor_kwargs,
     )
+
+
+def may_fetch(request: Request) -> bool:
+    """Whether a callable stands for one of its pictures or clips: it may take as long as it likes."""
+    form = request.prompt
+    given = form.get("multi_modal_data") if isinstance(form, Mapping) else None
+    return any(map(_holds_callable, (given, request.multi_modal_data, request.messages)))
+
+
+def _holds_callable(given: object, depth: int = 0) -> bool:
+    if depth > MAX_NESTING:
+        return False
+    if isinstance(given, Mapping):
+        return any(_holds_callable(item, depth + 1) for item in given.values())
+    if isinstance(given, list | tuple):
+        return any(_holds_callable(item, depth + 1) for item in given)
+    return callable(given)
 
 
 def text_of(form: object) -> str | None:
@@ -496,18 +514,30 @@ def _data_url_clip(url: str, sampling: FrameSampling | None) -> Callable[[], Fra
 # --- pixels ----------------------------------------------------------------------------------------
 
 
-def read_picture(picture: Picture) -> RGBImage:
+def fetch(source: Any) -> Any:
     """
-    Decode one picture, whatever form it came in.
+    What a callable gives; anything else as it is.
+
+    Raises:
+        MediaRefused: the callable was media's, and said no in its own words.
+    """
+    if not callable(source):
+        return source
+    try:
+        return source()
+    except MediaError as error:
+        raise refused(error) from error
+
+
+def read_picture(source: Any) -> RGBImage:
+    """
+    Decode one picture, whatever form it came in; a callable has been called already.
 
     Raises:
         MediaRefused: media said no, in its own words.
         BadPrompt: a callable gave something that is no picture.
     """
-    source = picture.source
     try:
-        if callable(source) and not isinstance(source, RGBImage):
-            source = source()
         return _as_rgb_image(source)
     except MediaError as error:
         raise refused(error) from error
@@ -537,20 +567,20 @@ def _as_rgb_image(source: Any) -> RGBImage:
     )
 
 
-def read_clip(clip: Clip) -> Frames:
+def read_clip(source: Any, sampling: FrameSampling | None = None) -> Frames:
     """
-    Decode one clip, whatever form it came in.
+    Decode one clip, whatever form it came in; a callable has been called already.
+
+    Args:
+        sampling: as `Clip` has it.
 
     Raises:
         MediaRefused, BadPrompt: as `read_picture`; also frames that differ in size.
     """
-    source = clip.source
     try:
-        if callable(source):
-            source = source()
         if isinstance(source, bytes | bytearray):
-            return video.decode_video(bytes(source), clip.sampling or video.DEFAULT_SAMPLING)
-        if clip.sampling is not None:
+            return video.decode_video(bytes(source), sampling or video.DEFAULT_SAMPLING)
+        if sampling is not None:
             raise BadPrompt(
                 "came as frames, which are used as they are",
                 where="video",

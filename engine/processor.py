@@ -9,6 +9,7 @@ text stays thirteen characters and binds no picture.
 import numbers
 import re
 import secrets
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,7 @@ from engine.inputs import (
     Picture,
     Request,
     UserText,
+    fetch,
     is_token_ids,
     parse_media,
     parse_messages,
@@ -114,9 +116,11 @@ class Processor:
     Args:
         engine: for the limits, areas and template that its caller chose.
         checkpoint: for everything else.
+        num_cores: threads that decode and cut at once, however many prepare.
     """
 
-    def __init__(self, engine: EngineConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, engine: EngineConfig, checkpoint: Checkpoint, num_cores: int = 1) -> None:
+        self._cores = threading.BoundedSemaphore(num_cores)
         self._max_model_len = checkpoint.max_model_len
         self._defaults = checkpoint.defaults
         self._limits = engine.limits
@@ -404,27 +408,31 @@ class Processor:
         if isinstance(picture, Embeddings):
             return self._ready_embeddings(picture)
         limits = _area(self._area["image"], {**area, **picture.area})
-        image = read_picture(picture)
-        size = image.width_px, image.height_px
-        try:
-            grid = self._family.plan_grid(*size, limits)
-        except ImageTooNarrowError as error:
-            raise ImageTooNarrow(width=size[0], height=size[1], index=index) from error
-        fits = grid.num_tokens < self._max_model_len
-        visual = self._family.cut_picture(image.image, limits) if fits else None
+        source = fetch(picture.source)
+        with self._cores:
+            image = read_picture(source)
+            size = image.width_px, image.height_px
+            try:
+                grid = self._family.plan_grid(*size, limits)
+            except ImageTooNarrowError as error:
+                raise ImageTooNarrow(width=size[0], height=size[1], index=index) from error
+            fits = grid.num_tokens < self._max_model_len
+            visual = self._family.cut_picture(image.image, limits) if fits else None
         return _Ready(visual, grid, MediaKind.IMAGE, limits, *size)
 
     def _ready_clip(self, clip: Clip, area: Mapping[str, int]) -> _Ready:
         limits = _area(self._area["video"], {**area, **clip.area})
-        frames = read_clip(clip)
-        size = frames.width_px, frames.height_px
-        try:
-            grid = self._family.plan_grid(*size, limits, frames.num_frames)
-        except ImageTooNarrowError as error:
-            raise ImageTooNarrow(width=size[0], height=size[1]) from error
-        fits = grid.num_tokens < self._max_model_len
-        images = [image.image for image in frames.images]
-        visual = self._family.cut_clip(images, limits) if fits else None
+        source = fetch(clip.source)
+        with self._cores:
+            frames = read_clip(source, clip.sampling)
+            size = frames.width_px, frames.height_px
+            try:
+                grid = self._family.plan_grid(*size, limits, frames.num_frames)
+            except ImageTooNarrowError as error:
+                raise ImageTooNarrow(width=size[0], height=size[1]) from error
+            fits = grid.num_tokens < self._max_model_len
+            images = [image.image for image in frames.images]
+            visual = self._family.cut_clip(images, limits) if fits else None
         return _Ready(visual, grid, MediaKind.VIDEO, limits, *size, frames.num_frames)
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:

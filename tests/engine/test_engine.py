@@ -729,6 +729,30 @@ def test_close_drops_what_is_in_flight(tiny_folder: Path) -> None:
     assert [] == list(stream)
 
 
+def test_text_does_not_queue_behind_callables_that_fetch(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), num_media_threads=1)
+    may_go_on = threading.Event()
+
+    def fetch() -> Any:
+        assert may_go_on.wait(WAIT_S)
+        return draw(1)
+
+    part = {"type": "image", "image": fetch}
+    slow: list[Any] = [
+        Request(prompt=PICTURE, multi_modal_data={"image": [fetch]}),
+        {"prompt": PICTURE, "multi_modal_data": {"image": {"image": fetch}}},
+        Request(messages=[{"role": "user", "content": [part]}]),
+    ]
+    stream = llm.stream(
+        [*slow, "Text.", {"prompt": PICTURE, "multi_modal_data": {"image": draw(2)}}], GREEDY
+    )
+    first = [next(stream).prompt for _ in range(2)]
+    may_go_on.set()
+
+    assert {"Text.", PICTURE} == set(first)
+    assert 3 == len(texts(list(stream)))
+
+
 def test_media_threads_prepare_several_at_once(tiny_folder: Path) -> None:
     llm = LLM(str(tiny_folder), num_media_threads=3)
     together = threading.Barrier(3)
