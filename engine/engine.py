@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.errors import BadConfig, EngineError, EngineFailure
+from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
 from engine.inputs import Request, may_fetch, text_of
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
@@ -119,6 +119,7 @@ class Engine:
         self._door = threading.Lock()  # held only by the thread that has the next turn
         # Guards what comes and what goes, and tells of it. Taken inside `_lock`, never around it.
         self._news = threading.Condition()
+        self._is_closed = False
         self._aborted: deque[int] = deque()  # tickets to drop once the engine is free
         self._idle_since = time.perf_counter()
         logger.info(
@@ -139,6 +140,9 @@ class Engine:
         A thread of the stream's own pulls the requests, so a source may block for as long as it likes,
         also until it has seen an earlier result. It pulls a little ahead of the work and no further,
         so the source may be endless. Closing the iterator aborts what it has in flight.
+
+        Raises:
+            EngineClosed: the engine was closed and the source had more.
         """
         feed = _Feed(iter(requests))
         # A daemon: a source that blocks for ever must not keep the process alive.
@@ -170,7 +174,7 @@ class Engine:
         try:
             while True:
                 with self._news:
-                    self._news.wait_for(lambda: feed.is_closed or self._has_room(feed))
+                    self._news.wait_for(partial(self._can_pull, feed))
                     if feed.is_closed:
                         return
                 request = next(feed.source, None)
@@ -186,8 +190,12 @@ class Engine:
                 feed.is_exhausted = True
                 self._news.notify_all()
 
-    def _has_room(self, feed: _Feed) -> bool:
+    def _can_pull(self, feed: _Feed) -> bool:
         """Results that nobody takes count too: a reader that pauses stops its source."""
+        if feed.is_closed:
+            return True
+        if self._is_closed:
+            raise EngineClosed
         num_waiting = len(self._preparing) + self._scheduler.num_waiting
         return num_waiting < NUM_PREPARED_AHEAD and len(feed.sink) < NUM_PREPARED_AHEAD
 
@@ -209,11 +217,18 @@ class Engine:
             yield
         finally:
             self._lock.release()
-            self._drop_aborted()
+            self._sweep()
 
     def add(self, request: Request, sink: deque[Result]) -> int:
-        """Take one request; its result will be appended to `sink`. Returns its ticket."""
+        """
+        Take one request; its result will be appended to `sink`. Returns its ticket.
+
+        Raises:
+            EngineClosed: after `close`.
+        """
         with self._news:
+            if self._is_closed:
+                raise EngineClosed
             number = next(self._numbers)
             if not request.request_id:
                 request = replace(request, request_id=str(number))
@@ -238,13 +253,18 @@ class Engine:
         too. Whoever holds the engine then drops them when the step is over.
         """
         self._aborted.extend(numbers)
-        self._drop_aborted()
+        self._sweep()
 
-    def _drop_aborted(self) -> None:
-        while self._aborted and self._lock.acquire(blocking=False):
+    def _sweep(self) -> None:
+        """Drop what was aborted and, after `close`, all the rest; nothing where another holds the engine."""
+        while (self._aborted or (self._is_closed and self._tickets)) and self._lock.acquire(
+            blocking=False
+        ):
             try:
                 while self._aborted:
                     self._drop(self._aborted.popleft())
+                if self._is_closed:
+                    self._end_all()
             finally:
                 self._lock.release()
         self._tell()
@@ -260,6 +280,12 @@ class Engine:
         for sequence in ticket.sequences:
             if not sequence.is_finished:
                 self._scheduler.finish(sequence)
+
+    def _end_all(self) -> None:
+        with self._news:
+            self._preparing.clear()
+            for ticket in list(self._tickets.values()):
+                self._fail(ticket, EngineClosed())
 
     # --- one step ------------------------------------------------------------------------------------
 
@@ -484,8 +510,14 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the media threads. What is in flight is dropped."""
-        self.abort(list(self._tickets))
+        """
+        Take no more requests; those in flight end in a result with the code `engine_closed`.
+
+        Never waits: a step or a callable that is under way ends by itself.
+        """
+        with self._news:
+            self._is_closed = True
+        self._sweep()
         for pool in (self._pool, self._fetching_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 

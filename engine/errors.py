@@ -82,6 +82,14 @@ class EngineFailure(EngineError):
     retryable = True
 
 
+class EngineClosed(EngineError):
+    """The engine was closed before this prompt was answered. Start another one and ask again."""
+
+    code = "engine_closed"
+    fault = Fault.OPERATOR
+    retryable = True
+
+
 class BadConfig(EngineError, ValueError):
     """A setting of the engine makes no sense here. Correct it and start again."""
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from tqdm import tqdm
 
@@ -211,8 +211,18 @@ class LLM:
         return self.engine.checkpoint.tokenizer
 
     def close(self) -> None:
-        """Stop the engine's threads; the object is of no use afterwards."""
+        """
+        Stop; the object is of no use afterwards. `with LLM(...) as llm:` does it at the end.
+
+        Requests in flight end in a result with the code `engine_closed`; new ones raise `EngineClosed`.
+        """
         self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _collect(
         self,

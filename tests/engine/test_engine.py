@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine import LLM, Request, Result, SamplingParams
 from engine.engine import NUM_PREPARED_AHEAD
+from engine.errors import EngineClosed
 from engine.families.qwen2_vl import Visual
 from engine.sampler import SamplingRow
 from engine.sequence import Sequence as Running
@@ -718,15 +719,57 @@ def test_close_stops_the_threads(tiny_folder: Path) -> None:
     assert not any(thread.is_alive() for thread in started)
 
 
-def test_close_drops_what_is_in_flight(tiny_folder: Path) -> None:
+def test_close_ends_what_is_in_flight_with_a_result(tiny_folder: Path) -> None:
     llm = LLM(str(tiny_folder))
     lengths = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 200, 300)]
     stream = llm.stream([Request(prompt="x", params=params) for params in lengths])
     next(stream)
     llm.close()
+    errors = [result.error for result in stream]
 
+    assert [("engine_closed", True)] * 2 == [(e.code, e.retryable) for e in errors if e]
     assert_idle(llm.engine)
-    assert [] == list(stream)
+
+
+def test_close_waits_neither_for_a_fetch_nor_for_a_source(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder))
+    may_go_on, is_fetching = threading.Event(), threading.Event()
+    found: list[Result] = []
+
+    def fetch() -> Any:
+        is_fetching.set()
+        may_go_on.wait(WAIT_S)
+
+    def source() -> Iterator[Any]:
+        yield {"prompt": PICTURE, "multi_modal_data": {"image": fetch}}
+        may_go_on.wait(WAIT_S)
+        yield "late"
+
+    def work() -> None:
+        with pytest.raises(EngineClosed):
+            found.extend(iter(llm.stream(source(), GREEDY)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert is_fetching.wait(WAIT_S)
+    llm.close()
+    assert_idle(llm.engine)
+    may_go_on.set()
+    thread.join(WAIT_S)
+
+    assert not thread.is_alive()
+
+
+def test_closed_engine_takes_nothing_and_says_so(tiny_folder: Path) -> None:
+    with LLM(str(tiny_folder)) as llm:
+        llm.generate("a", GREEDY, use_tqdm=False)
+    llm.close()
+
+    with pytest.raises(EngineClosed, match=r"^The engine was closed"):
+        llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    with pytest.raises(EngineClosed):
+        list(llm.stream(["a"], GREEDY))
+    assert_idle(llm.engine)
 
 
 def test_text_does_not_queue_behind_callables_that_fetch(tiny_folder: Path) -> None:
