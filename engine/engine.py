@@ -306,14 +306,17 @@ class Engine:
             if was_idle:
                 waited_s = time.perf_counter() - max(self._idle_since, ticket.arrived)
                 ticket.wait_ms = waited_s * 1000
-            try:
+            error = future.exception()
+            if error is None:
                 self._queue(ticket, future.result())
-            except EngineError as error:
+            elif isinstance(error, EngineError):
                 self._fail(ticket, error)
-            except Exception:
+            else:
                 # The edge of a media thread: a fault of ours or of a library in one request must
-                # not end the others. The log has the trace, the client gets no part of it.
-                logger.exception("prepare_failed request=%s", ticket.request.request_id)
+                # not end the others, nor must a callable that wants to end the process. The log has
+                # the trace, the client gets no part of it.
+                name = ticket.request.request_id
+                logger.error("prepare_failed request=%s", name, exc_info=error)
                 self._fail(ticket, EngineFailure())
 
     def _queue(self, ticket: _Ticket, prepared: Prepared) -> None:

@@ -348,8 +348,17 @@ def test_pictures_are_let_go_once_they_are_cut(llm: LLM, monkeypatch: pytest.Mon
 # --- requests that break something ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no"), OSError("/secret/path"), KeyError("x")])
-def test_callable_that_raises_fails_alone(llm: LLM, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no"),
+        OSError("/secret/path"),
+        KeyError("x"),
+        SystemExit(3),
+        KeyboardInterrupt(),
+    ],
+)
+def test_callable_that_raises_fails_alone(llm: LLM, error: BaseException) -> None:
     def fetch() -> Any:
         raise error
 
