@@ -69,7 +69,8 @@ class _Ticket:
 
     @property
     def is_finished(self) -> bool:
-        return all(sequence.is_finished for sequence in self.sequences)
+        # The last is usually the last to finish: of thousands, most questions look at one.
+        return all(sequence.is_finished for sequence in reversed(self.sequences))
 
 
 @dataclass(slots=True, eq=False)
@@ -277,9 +278,7 @@ class Engine:
             for future in [f for f, t in self._preparing.items() if t is ticket]:
                 future.cancel()
                 del self._preparing[future]
-        for sequence in ticket.sequences:
-            if not sequence.is_finished:
-                self._scheduler.finish(sequence)
+        self._scheduler.finish(ticket.sequences)
 
     def _end_all(self) -> None:
         with self._news:
@@ -420,9 +419,8 @@ class Engine:
 
     def _hand_out(self, sequences: list[Sequence]) -> None:
         now = time.perf_counter()
+        self._scheduler.finish([s for s in sequences if s.is_finished and s.start is not None])
         for sequence in sequences:
-            if sequence.is_finished and sequence.start is not None:
-                self._scheduler.finish(sequence)
             ticket = self._tickets.get(sequence.ticket)
             if ticket is None:
                 continue  # its request ended with another of its outputs
@@ -465,8 +463,7 @@ class Engine:
         """End a request with an error, and take its other outputs out of the work."""
         for sequence in ticket.sequences:
             sequence.finish_reason = sequence.finish_reason or FinishReason.ABORT
-            if sequence.start is not None or sequence.finish_reason == FinishReason.ABORT:
-                self._scheduler.finish(sequence)
+        self._scheduler.finish(ticket.sequences)
         prepared = ticket.prepared
         result = Result.failed(
             ticket.request.request_id,
