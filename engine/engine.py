@@ -193,10 +193,8 @@ class Engine:
 
     def _can_pull(self, feed: _Feed) -> bool:
         """Results that nobody takes count too: a reader that pauses stops its source."""
-        if feed.is_closed:
+        if feed.is_closed or self._is_closed:  # then the source is asked whether that was all
             return True
-        if self._is_closed:
-            raise EngineClosed
         num_waiting = len(self._preparing) + self._scheduler.num_waiting
         return num_waiting < NUM_PREPARED_AHEAD and len(feed.sink) < NUM_PREPARED_AHEAD
 

@@ -761,12 +761,13 @@ def test_close_waits_neither_for_a_fetch_nor_for_a_source(tiny_folder: Path) -> 
     thread = threading.Thread(target=work)
     thread.start()
     assert is_fetching.wait(WAIT_S)
-    llm.close()
-    assert_idle(llm.engine)
+    llm.close()  # returns, though nothing else does yet
+    assert thread.is_alive()
     may_go_on.set()
     thread.join(WAIT_S)
 
     assert not thread.is_alive()
+    assert_idle(llm.engine)
 
 
 def test_closed_engine_takes_nothing_and_says_so(tiny_folder: Path) -> None:
