@@ -281,6 +281,32 @@ class BadPrompt(RequestError):
         self.param = where
         super().__init__(f"{where} {problem}. {remedy}.")
 
+    @classmethod
+    def worded(cls, message: str, *, where: str) -> Self:
+        """The same fault in a setting's own words, which say all of this."""
+        error = cls("", where=where, remedy="")
+        error.args = (message,)
+        return error
+
+
+class MediaNotGiven(RequestError):
+    """
+    A picture or clip is named by its UUID alone.
+
+    Args:
+        modality: "image" or "video".
+        index: which of the prompt's, from 0.
+    """
+
+    code = "media_not_given"
+    param = "multi_modal_data"
+
+    def __init__(self, *, modality: str, index: int) -> None:
+        super().__init__(
+            f"Cache miss for {modality} at index {index} but data is not provided. Nothing is kept "
+            "from one prompt to the next: give the data beside its UUID."
+        )
+
 
 class PlaceholderMismatch(RequestError):
     """

@@ -13,10 +13,17 @@ from typing import Any, Literal, Self, get_args
 from tqdm import tqdm
 
 from engine import checkpoint as checkpoints
-from engine.config import UNUSED_WORDS, EngineConfig, nearest_word, parse_area, parse_limits
+from engine.config import (
+    UNUSED_WORDS,
+    EngineConfig,
+    nearest_word,
+    parse_io_kwargs,
+    parse_limits,
+    parse_processor_kwargs,
+)
 from engine.engine import Engine
 from engine.errors import BadConfig, BadPrompt
-from engine.inputs import Request, is_conversation, is_token_ids
+from engine.inputs import Request, is_conversation, is_token_ids, layers
 from engine.request import Result, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -47,7 +54,10 @@ class LLM:
         model: a checkpoint folder, a hub id in the cache, or `darkroom-tiny`.
         limit_mm_per_prompt: pictures and videos one prompt may hold, e.g. `{"image": 4}`; one each
             by default.
-        mm_processor_kwargs: `min_pixels` and `max_pixels` of every picture; a request's own go first.
+        mm_processor_kwargs: `min_pixels` and `max_pixels` of every picture and frame, `num_frames`
+            and `fps` of encoded clips. What a call, a request, a prompt or a part says goes first,
+            key by key, the innermost before all.
+        media_io_kwargs: `{"video": {"num_frames": 32, "fps": 1}}`, the same in vLLM's other place.
         gpu_memory_utilization: share of the GPU to use. kv_cache_memory_bytes: KV memory, instead.
         chat_template: Jinja text, or the path of a file that holds it.
         device: "auto", "cpu" or "cuda".
@@ -78,6 +88,7 @@ class LLM:
         max_num_batched_tokens: int = 8192,
         limit_mm_per_prompt: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        media_io_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         tensor_parallel_size: int = 1,
         num_media_threads: int | None = None,
@@ -102,7 +113,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             chat_template=_template_text(chat_template),
             num_media_threads=num_media_threads,
-            **parse_area(mm_processor_kwargs),
+            media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
         )
         checkpoint = checkpoints.read_checkpoint(config)
         self.engine = Engine(config, checkpoint, checkpoints.load_weights(checkpoint, config))
@@ -154,10 +165,8 @@ class LLM:
         _refuse_lora(lora_request)
         forms = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [
-            form
-            if isinstance(form, Request)
-            else Request(prompt=form, mm_processor_kwargs=mm_processor_kwargs)
-            for form in forms
+            replace(request, mm_processor_kwargs=layers(mm_processor_kwargs, request))
+            for request in (f if isinstance(f, Request) else Request(prompt=f) for f in forms)
         ]
         return self._collect(requests, sampling_params, priority, use_tqdm, on_error)
 

@@ -23,9 +23,8 @@ from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig, parse_area
+from engine.config import EngineConfig, MediaOptions
 from engine.errors import (
-    BadConfig,
     BadEmbeddings,
     BadPrompt,
     EmptyPrompt,
@@ -55,6 +54,7 @@ from engine.inputs import (
     UserText,
     fetch,
     is_token_ids,
+    media_options,
     parse_media,
     parse_messages,
     read_clip,
@@ -128,12 +128,9 @@ class Processor:
         self._tokenizer = checkpoint.tokenizer
         self._vocab_size: int = checkpoint.config.text_config.vocab_size
         self._template = engine.chat_template
-        area = {"min_pixels": engine.min_pixels, "max_pixels": engine.max_pixels}
-        given = {name: pixels for name, pixels in area.items() if pixels is not None}
-        self._area = {
-            "image": _area(self._family.image_area, given),
-            "video": _area(self._family.video_area, given),
-        }
+        self._image_area = _area(self._family.image_area, engine.media.image)
+        self._video_area = _area(self._family.video_area, engine.media.video)
+        self._sampling = engine.media.sampling
         # Copies of the tokenizer's core: transformers' own calls change its state, threads share it.
         core = checkpoint.tokenizer.backend_tokenizer.to_str()
         self._encoder = BackendTokenizer.from_str(core)
@@ -168,9 +165,9 @@ class Processor:
         num_text_tokens = len(ids) - len(pictures) - len(clips)
         if num_text_tokens > self._max_model_len:  # whatever the pictures are
             raise PromptTooLong(max_model_len=self._max_model_len, num_text_tokens=num_text_tokens)
-        area = self._request_area(request)
-        ready = [self._ready_picture(i, picture, area) for i, picture in enumerate(pictures)]
-        ready_clips = [self._ready_clip(clip, area) for clip in clips]
+        options = media_options(request)
+        ready = [self._ready_picture(i, picture, options) for i, picture in enumerate(pictures)]
+        ready_clips = [self._ready_clip(clip, options) for clip in clips]
         max_tokens = self._room(num_text_tokens, [*ready, *ready_clips], params)
         token_ids, media = self._expand(ids, ready, ready_clips)
         positions, delta = self._family.positions(
@@ -392,22 +389,15 @@ class Processor:
                     modality=modality,
                 )
 
-    def _request_area(self, request: Request) -> dict[str, int]:
-        try:
-            return parse_area(request.mm_processor_kwargs)
-        except BadConfig as error:
-            raise BadPrompt(
-                "are not all known",
-                where="mm_processor_kwargs",
-                remedy="Give min_pixels and max_pixels, whole numbers of 1 or more",
-            ) from error
-
     def _ready_picture(
-        self, index: int, picture: Picture | Embeddings, area: Mapping[str, int]
+        self, index: int, picture: Picture | Embeddings, options: MediaOptions
     ) -> _Ready:
         if isinstance(picture, Embeddings):
             return self._ready_embeddings(picture)
-        limits = _area(self._area["image"], {**area, **picture.area})
+        limits = _area(self._image_area, options.image)
+        if picture.is_low:
+            limits = AreaLimits(limits.min_pixels, limits.min_pixels)
+        limits = _area(limits, picture.area)
         source = fetch(picture.source)
         with self._cores:
             image = read_picture(source)
@@ -420,11 +410,11 @@ class Processor:
             visual = self._family.cut_picture(image.image, limits) if fits else None
         return _Ready(visual, grid, MediaKind.IMAGE, limits, *size)
 
-    def _ready_clip(self, clip: Clip, area: Mapping[str, int]) -> _Ready:
-        limits = _area(self._area["video"], {**area, **clip.area})
+    def _ready_clip(self, clip: Clip, options: MediaOptions) -> _Ready:
+        limits = _area(_area(self._video_area, options.video), clip.area)
         source = fetch(clip.source)
         with self._cores:
-            frames = read_clip(source, clip.sampling)
+            frames = read_clip(source, clip.sampling, {**self._sampling, **options.sampling})
             size = frames.width_px, frames.height_px
             try:
                 grid = self._family.plan_grid(*size, limits, frames.num_frames)

@@ -267,20 +267,46 @@ def test_one_bad_conversation_costs_itself_alone(llm: LLM) -> None:
         (user([{"type": None}]), "Unsupported chat content part type: None."),
         (
             user([{"type": "image_url", "image_url": "data:,", "max_pixel": 3}]),
-            "messages[0].content[0] has an unknown key 'max_pixel'. Use image_url, min_pixels, "
-            "max_pixels.",
+            "messages[0].content[0] has an unknown key 'max_pixel'. Use type, image_url, min_pixels, "
+            "max_pixels, detail, uuid.",
         ),
         (
             user([{"type": "image_url", "image_url": "data:,", "max_pixels": "3"}]),
-            "max_pixels is no whole number of 1 or more.",
+            "messages[0].content[0]['max_pixels'] must be a whole number of 1 or more, got '3'.",
         ),
         (
             user([{"type": "video_url", "video_url": "data:,", "num_frames": 2.5}]),
-            "num_frames is no number.",
+            "messages[0].content[0]['num_frames'] must be a whole number of 1 or more, got 2.5.",
         ),
         (
             user([{"type": "video_url", "video_url": "data:,", "num_frames": 0}]),
-            "num_frames must be 1 or more.",
+            "messages[0].content[0]['num_frames'] must be a whole number of 1 or more, got 0.",
+        ),
+        (
+            user([{"type": "image", "image": [draw(1), draw(2)]}]),
+            "messages[0].content[0] holds 2 pictures.",
+        ),
+        (user([{"type": "image", "image": []}]), "messages[0].content[0] holds 0 pictures."),
+        (user([{"type": "image", "image": "a.png"}]), "messages[0].content[0] holds a str."),
+        (
+            user([{"type": "image_embeds", "image_embeds": [1], "max_pixels": 9}]),
+            "messages[0].content[0] has an unknown key 'max_pixels'.",
+        ),
+        (
+            user([{"type": "image_url", "image_url": {"url": "data:,", "detail": "tiny"}}]),
+            "messages[0].content[0] has a detail that is not known. Use auto, low, high.",
+        ),
+        (
+            user([{"type": "image_url", "image_url": {"url": "data:,", "max_pixels": 3}}]),
+            "messages[0].content[0] has an unknown key 'max_pixels'.",
+        ),
+        (
+            user([{"type": "text", "text": "a", "max_pixels": 3}]),
+            "messages[0].content[0] has an unknown key 'max_pixels'.",
+        ),
+        (
+            [{"role": "user", "content": "a", "tool_calls": [1]}],
+            "messages[0] has an unknown key 'tool_calls'. Use role, content.",
         ),
         (user("half \ud83d"), "prompt holds half of a surrogate pair."),
     ],

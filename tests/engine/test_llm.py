@@ -17,6 +17,7 @@ from engine.config import BUNDLED_FOLDER
 from engine.errors import BadConfig, BadPrompt
 from models.train.settings import SYSTEM_PROMPT
 from tests.engine.pictures import (
+    CLIP,
     GREEDY,
     PICTURE,
     draw,
@@ -580,6 +581,26 @@ def test_picture_does_not_take_the_place_of_a_clip(llm: LLM) -> None:
             "mm_processor_kwargs",
         ),
         ({"prompt": "x", "mm_processor_kwargs": 4}, "bad_prompt", "mm_processor_kwargs"),
+        (
+            {"prompt": "x", "media_io_kwargs": {"image": {"image_mode": "L"}}},
+            "bad_prompt",
+            "media_io_kwargs['image'] has the key \"image_mode\"",
+        ),
+        (
+            {"prompt": PICTURE, "multi_modal_uuids": {"image": ["sku-1"]}},
+            "media_not_given",
+            "Cache miss for image at index 0 but data is not provided.",
+        ),
+        (
+            {"prompt": PICTURE, "multi_modal_data": {"image": [draw(1), None]}},
+            "media_not_given",
+            "Cache miss for image at index 1 but data is not provided.",
+        ),
+        (
+            {"prompt": CLIP, "multi_modal_data": {"video": [None]}},
+            "media_not_given",
+            "Cache miss for video at index 0 but data is not provided.",
+        ),
     ],
 )
 def test_bad_prompt_is_told_what_is_wrong(llm: LLM, prompt: Any, code: str, start: str) -> None:
@@ -688,7 +709,6 @@ def test_words_of_vllm_that_have_no_use_are_said_once(
         "tokenizer_mode": "auto",
         "quantization": None,
         "enforce_eager": True,
-        "media_io_kwargs": {"video": {"num_frames": 8}},
         "allowed_local_media_path": "",
         "allowed_media_domains": None,
         "enable_mm_embeds": True,
