@@ -5,6 +5,7 @@ Shapes and keys are checked here, pixels are not: a picture may still be a file'
 that fetches it, and is only decoded in `read_picture` and `read_clip`, in a media thread.
 """
 
+import numbers
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -268,6 +269,10 @@ def is_token_ids(form: object) -> bool:
     if not isinstance(form, Sequence) or isinstance(form, str | bytes) or not form:
         return False
     return all(isinstance(item, int) and not isinstance(item, bool) for item in form)
+
+
+def is_priority(given: object) -> bool:
+    return isinstance(given, numbers.Integral) and not isinstance(given, bool)
 
 
 def is_conversation(form: object) -> bool:

@@ -23,7 +23,7 @@ from engine.config import (
 )
 from engine.engine import Engine
 from engine.errors import BadConfig, BadPrompt
-from engine.inputs import Request, is_conversation, is_token_ids, layers
+from engine.inputs import Request, is_conversation, is_priority, is_token_ids, layers
 from engine.request import Result, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,9 @@ class LLM:
                 of the work and no further, in a thread of their own: a source may be slow, or wait
                 for an earlier result, and holds nobody up.
             params: for requests that bring none.
+
+        A request's `priority` counts among the 32 or so that are pulled ahead, not among those that
+        the source still holds.
         """
 
         forms = [requests] if _is_one_prompt(requests) else requests
@@ -155,6 +158,7 @@ class LLM:
                 `multi_modal_data`, or a list of them.
             sampling_params: one for all, or one each; None for the model's own defaults.
             use_tqdm: a bar, none, or a callable that makes one.
+            priority: of each prompt, the lowest first; results stay in the order of the prompts.
             on_error: "return" puts a failed prompt's result, with its `error`, in its place;
                 "raise" raises the first one after all have run.
 
@@ -246,7 +250,7 @@ class LLM:
             raise BadPrompt(f"is {on_error!r}", where="on_error", remedy="Give return or raise")
         params = _one_each(sampling_params, len(requests), "params")
         priorities = _one_each(priority, len(requests), "priorities")
-        numbered = (
+        numbered = [
             replace(
                 request,
                 request_id=str(index),
@@ -254,7 +258,9 @@ class LLM:
                 priority=request.priority if priorities[index] is None else priorities[index],
             )
             for index, request in enumerate(requests)
-        )
+        ]
+        # The engine orders what it has pulled ahead; here all are known, so all are put in order.
+        numbered.sort(key=lambda request: request.priority if is_priority(request.priority) else 0)
         results: list[Result | None] = [None] * len(requests)
         make_bar = tqdm if use_tqdm is True else use_tqdm
         bar = make_bar(total=len(requests), desc=PROMPTS_BAR) if callable(make_bar) else None

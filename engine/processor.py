@@ -6,7 +6,6 @@ segments: what a user typed is tokenised with special tokens switched off, so `<
 text stays thirteen characters and binds no picture.
 """
 
-import numbers
 import re
 import secrets
 import threading
@@ -53,6 +52,7 @@ from engine.inputs import (
     Request,
     UserText,
     fetch,
+    is_priority,
     is_token_ids,
     media_options,
     parse_media,
@@ -504,7 +504,7 @@ class Processor:
 
 def _check_priority(priority: object) -> None:
     """Here, since requests of other callers are compared with it: it must not fail in their queue."""
-    if isinstance(priority, bool) or not isinstance(priority, numbers.Integral):
+    if not is_priority(priority):
         raise BadPrompt(
             f"is a {type(priority).__name__}",
             where="priority",

@@ -280,6 +280,17 @@ def test_lower_priority_runs_first(tiny_folder: Path) -> None:
     assert sorted(in_line) == in_line
 
 
+def test_priority_orders_all_prompts_and_results_stay_in_theirs(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), max_num_seqs=1)
+    once = SamplingParams(temperature=0, max_tokens=1)
+    priorities = [5] * 100 + [1] * 3
+    results = llm.generate([str(n) for n in range(103)], once, priority=priorities, use_tqdm=False)
+    starts = [result.metrics.scheduled_ts or 0 for result in results]
+
+    assert [str(n) for n in range(103)] == [result.prompt for result in results]
+    assert max(starts[100:]) < sorted(starts[:100])[4]  # a few may be ready a moment earlier
+
+
 @pytest.mark.parametrize("priority", ["high", 1.5, True])
 def test_priority_that_is_no_number_costs_its_prompt_alone(llm: LLM, priority: Any) -> None:
     priorities = [0, priority, 1] * 5
