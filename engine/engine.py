@@ -29,7 +29,7 @@ from engine.inputs import Request, may_fetch, text_of
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
-from engine.sampler import NO_TOKEN, Sampler, TokenLogprobs
+from engine.sampler import NO_TOKEN, Sampler, TokenLogprobs, mix_seed
 from engine.scheduler import Batch, Scheduler
 from engine.sequence import Sequence
 from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
@@ -325,9 +325,9 @@ class Engine:
         ticket.queued_ts = time.perf_counter()
         params = prepared.params
         if not params.greedy:
-            ticket.seed = self._config.seed if params.seed is None else params.seed
-            if params.seed is None:  # another draw for each request, the same for the same order
-                ticket.seed = (self._config.seed << 32) + ticket.number
+            ticket.seed = params.seed
+            if ticket.seed is None:  # another draw for each request, the same for the same order
+                ticket.seed = mix_seed(self._config.seed, ticket.number)
         for index in range(params.n):
             sequence = Sequence(
                 ticket.number,

@@ -5,6 +5,7 @@
 """
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,8 @@ class LLM:
             key by key, the innermost before all.
         media_io_kwargs: `{"video": {"num_frames": 32, "fps": 1}}`, the same in vLLM's other place.
         gpu_memory_utilization: share of the GPU to use. kv_cache_memory_bytes: KV memory, instead.
+        seed: of draws whose request names none; None for another one each time. The stamp of a
+            result names what its own were made with.
         chat_template: Jinja text, or the path of a file that holds it.
         device: "auto", "cpu" or "cuda".
         tensor_parallel_size: only 1.
@@ -104,7 +107,7 @@ class LLM:
             trust_remote_code=trust_remote_code,
             dtype=str(dtype).removeprefix("torch."),
             device=device,
-            seed=seed or 0,
+            seed=secrets.randbits(63) if seed is None else seed,
             limits=parse_limits(limit_mm_per_prompt),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

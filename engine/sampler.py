@@ -494,6 +494,16 @@ def _mix(x: Tensor, key: Tensor | None = None) -> Tensor:
     return x
 
 
+def mix_seed(engine_seed: int, number: int) -> int:
+    """
+    The seed of a request that names none: another for each number, and none that people write.
+
+    Returns:
+        63 bits, which `SamplingParams.seed` takes, so that a stamp can be asked again.
+    """
+    return _mix_64(_mix_64(engine_seed & _MASK_64) ^ (number & _MASK_64)) >> 1
+
+
 def _row_key(row: SamplingRow) -> tuple[int, int]:
     """64 bits, as two numbers below 2**32, from (seed, sample_index, position)."""
     key = 0

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -857,6 +858,29 @@ def test_requests_without_a_seed_differ_and_the_stamp_names_theirs(llm: LLM) -> 
 
     assert 3 == len({tuple(ids) for ids in token_ids(results)})
     assert token_ids(results[1:2]) == token_ids([again])
+
+
+@pytest.mark.parametrize("seed", [0, 2**40, 2**80, -7, None])
+def test_stamp_of_any_engine_seed_can_be_asked_again(tiny_folder: Path, seed: int | None) -> None:
+    params = SamplingParams(temperature=1.5, max_tokens=10, ignore_eos=True)
+    with LLM(str(tiny_folder), seed=seed) as llm:
+        results = llm.generate(["Draw."] * 4, params, use_tqdm=False)
+        stamps = [result.stamp.seed for result in results if result.stamp]
+        again = [replace(params, seed=stamp) for stamp in stamps]
+
+        assert token_ids(results) == token_ids(llm.generate(["Draw."] * 4, again, use_tqdm=False))
+    assert 4 == len(set(stamps))
+    assert all(stamp is not None and 2**20 < stamp < 2**63 for stamp in stamps)
+
+
+def test_engine_without_a_seed_draws_anew(tiny_folder: Path) -> None:
+    def draw_once(seed: int | None) -> list[list[int]]:
+        with LLM(str(tiny_folder), seed=seed) as llm:
+            params = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True)
+            return token_ids(llm.generate("Draw.", params, use_tqdm=False))
+
+    assert draw_once(0) == draw_once(0)
+    assert draw_once(None) != draw_once(None)
 
 
 def test_stop_string_is_found_across_the_borders_of_tokens(llm: LLM) -> None:
