@@ -219,7 +219,11 @@ class LLM:
         return self._collect(requests, sampling_params, priority, use_tqdm, on_error)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a prompt without parameters is answered with: the model's generation config."""
+        """
+        What a prompt without parameters is answered with: the model's generation config.
+
+        To change one of them: `dataclasses.replace(llm.get_default_sampling_params(), max_tokens=100)`.
+        """
         return self.engine.checkpoint.defaults
 
     def get_tokenizer(self) -> Any:

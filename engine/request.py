@@ -132,7 +132,8 @@ class SamplingParams:
         bad_words: not supported yet.
         repetition_detection: see `RepetitionDetectionParams`; a mapping will do.
 
-    Lists are kept as tuples: a value may serve many requests and never changes.
+    Lists are kept as tuples: a value may serve many requests and never changes. Another one like it is
+    `dataclasses.replace(params, max_tokens=100)`, which is checked as a new one is.
 
     Raises:
         BadSamplingParams: a value is of a wrong type, not allowed, or not supported.

@@ -259,6 +259,18 @@ def test_without_parameters_the_models_own_are_used(llm: LLM) -> None:
     assert (0.0, 256) == (result.stamp.sampling["temperature"], result.stamp.sampling["max_tokens"])
 
 
+def test_defaults_are_changed_by_replacing_them(llm: LLM) -> None:
+    defaults = llm.get_default_sampling_params()
+    params = replace(defaults, max_tokens=3, ignore_eos=True)
+    (result,) = llm.generate("Go on.", params, use_tqdm=False)
+
+    assert 3 == len(result.outputs[0].token_ids)
+    with pytest.raises(AttributeError):
+        defaults.max_tokens = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="max_tokens"):
+        replace(defaults, max_tokens=0)
+
+
 def test_names_of_requests_are_kept(llm: LLM) -> None:
     requests = [Request(prompt="a", request_id="first"), "b", Request(prompt=7, request_id="bad")]
     results = llm.generate(requests, GREEDY, use_tqdm=False)
