@@ -535,6 +535,24 @@ class BadSamplingParams(RequestError):
         super().__init__(message)
 
 
+class NothingAllowed(BadSamplingParams):
+    """
+    Every token that may be chosen would end the output, and `min_tokens` forbids to end it.
+
+    Args:
+        min_tokens: as given.
+    """
+
+    code = "nothing_allowed"
+
+    def __init__(self, *, min_tokens: int) -> None:
+        super().__init__(
+            f"allowed_token_ids holds only ids that end the output, and min_tokens={min_tokens} "
+            "forbids these. Allow one more, or leave min_tokens out.",
+            param="allowed_token_ids",
+        )
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_QUOTE_CHARS else text[: MAX_QUOTE_CHARS - 3] + "..."
 

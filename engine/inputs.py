@@ -194,6 +194,12 @@ def unfold(request: Request) -> Request:
         )
     _refuse_uuids_alone(form)
     ids = form.get("prompt_token_ids")
+    if ids is not None and find_token_ids(ids) is None:
+        raise BadPrompt(
+            f"is a {type(ids).__name__} that holds no token ids",
+            where="prompt_token_ids",
+            remedy="Give a list of whole numbers, or a text under `prompt`",
+        )
     return replace(
         request,
         prompt=form.get("prompt") if ids is None else ids,
@@ -264,11 +270,20 @@ def text_of(form: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def find_token_ids(form: object) -> list[int] | None:
+    """Whole numbers in a list, tuple, array or tensor as a list; None where it is anything else."""
+    if isinstance(form, np.ndarray | Tensor) and form.ndim == 1:
+        form = form.tolist()
+    if not isinstance(form, Sequence) or isinstance(form, str | bytes):
+        return None
+    if not all(isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in form):
+        return None
+    return [int(item) for item in form]
+
+
 def is_token_ids(form: object) -> bool:
     """A bare list of whole numbers is one prompt, not many."""
-    if not isinstance(form, Sequence) or isinstance(form, str | bytes) or not form:
-        return False
-    return all(isinstance(item, int) and not isinstance(item, bool) for item in form)
+    return bool(find_token_ids(form))
 
 
 def is_priority(given: object) -> bool:
@@ -388,7 +403,14 @@ def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) 
 
 def _split_embeddings(features: Any, grids: Any) -> list[Picture | Embeddings]:
     """(total tokens, hidden) and (pictures, 3) -> one piece for each picture."""
-    features, grids = torch.as_tensor(features), torch.as_tensor(grids)
+    try:
+        features, grids = torch.as_tensor(features), torch.as_tensor(grids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadEmbeddings(
+            "image_embeds and image_grid_thw must be tensors, or lists of numbers of equal length."
+        ) from error
+    if grids.is_floating_point() or grids.is_complex():
+        raise BadEmbeddings(f"image_grid_thw must hold whole numbers, got {grids.dtype}.")
     if features.ndim == 3:  # (pictures of equal size, tokens, hidden)
         features = features.flatten(0, 1)
     if features.ndim != 2 or grids.ndim != 2 or grids.shape[1] != 3:

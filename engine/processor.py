@@ -52,8 +52,8 @@ from engine.inputs import (
     Request,
     UserText,
     fetch,
+    find_token_ids,
     is_priority,
-    is_token_ids,
     media_options,
     parse_media,
     parse_messages,
@@ -64,6 +64,25 @@ from engine.inputs import (
 from engine.request import ImageUsed, MediaKind, SamplingParams
 
 MARK_START, MARK_END = "\ue000", "\ue001"  # private use: around the name of a text somebody typed
+
+
+# A template is a program of the model's author or of the caller: whatever it does wrong is its own.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+OUR_TEMPLATE_WORDS = (
+    "conversation",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +142,7 @@ class Processor:
         self._cores = threading.BoundedSemaphore(num_cores)
         self._max_model_len = checkpoint.max_model_len
         self._defaults = checkpoint.defaults
+        self._eos_token_ids = checkpoint.eos_token_ids
         self._limits = engine.limits
         self._family = checkpoint.family
         self._tokenizer = checkpoint.tokenizer
@@ -194,6 +214,7 @@ class Processor:
                 remedy="Give SamplingParams(...)",
             )
         params.check_vocab(self._vocab_size)
+        params.check_allowed(self._eos_token_ids)
         return params
 
     # --- text --------------------------------------------------------------------------------------
@@ -212,21 +233,20 @@ class Processor:
         if isinstance(prompt, str):
             ids: list[int] = self._encoder.encode(_checked_text(prompt)).ids
             return prompt, ids, pictures, clips
-        if not is_token_ids(prompt):
-            if prompt == [] or prompt == ():
-                raise EmptyPrompt
+        token_ids = find_token_ids(prompt)
+        if token_ids is None:
             raise BadPrompt(
                 f"is a {type(prompt).__name__}",
                 remedy="Give a text, a list of token ids, or a dict with `prompt`",
             )
-        unknown = [index for index in prompt if not 0 <= index < self._vocab_size]
+        unknown = [index for index in token_ids if not 0 <= index < self._vocab_size]
         if unknown:
             raise BadPrompt(
                 f"holds the token id {unknown[0]}",
                 where="prompt_token_ids",
                 remedy=f"Give ids from 0 to {self._vocab_size - 1}",
             )
-        return None, list(prompt), pictures, clips
+        return None, token_ids, pictures, clips
 
     def _read_chat(
         self, request: Request
@@ -268,6 +288,7 @@ class Processor:
             before, _, after = text.partition(core)
             return before + name + after
 
+        words = _checked_template_words(request.chat_template_kwargs)
         takes_parts = self._takes_parts(template)
         marked = [self._for_template(message, mark, takes_parts) for message in messages]
         try:
@@ -277,19 +298,19 @@ class Processor:
                 chat_template=template,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
-                **(request.chat_template_kwargs or {}),
+                **words,
             )
-        except (TemplateError, TypeError) as error:
+        except TEMPLATE_ERRORS as error:
+            if request.continue_final_message and isinstance(error, ValueError):
+                raise BadPrompt(
+                    "is not possible here",
+                    where="continue_final_message",
+                    remedy="End with a text of the assistant, and set add_generation_prompt=False",
+                ) from error
             raise BadPrompt(
                 "do not fit the chat template",
                 where="messages",
                 remedy="Look at the order of roles: most models want user and assistant in turn",
-            ) from error
-        except ValueError as error:
-            raise BadPrompt(
-                "is not possible here",
-                where="continue_final_message",
-                remedy="End with a text of the assistant, and set add_generation_prompt=False",
             ) from error
         pieces = re.split(f"({MARK_START}{nonce}:\\d+{MARK_END})", rendered)
         typed = [marks.get(piece) for piece in pieces]
@@ -313,7 +334,7 @@ class Processor:
                 rendered = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, chat_template=template
                 )
-            except (TemplateError, TypeError):
+            except TEMPLATE_ERRORS:
                 rendered = ""
             self._templates_taking_parts[template] = probe in rendered
         return self._templates_taking_parts[template]
@@ -510,6 +531,20 @@ def _check_priority(priority: object) -> None:
             where="priority",
             remedy="Give a whole number, lower runs first",
         )
+
+
+def _checked_template_words(given: object) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    where = "chat_template_kwargs"
+    if not isinstance(given, Mapping) or not all(isinstance(word, str) for word in given):
+        raise BadPrompt("is no dict of words", where=where, remedy="Give names and their values")
+    for word in OUR_TEMPLATE_WORDS:
+        if word in given:
+            raise BadPrompt(
+                f"has the word {word!r}", where=where, remedy="Give it as an argument, if it is one"
+            )
+    return given
 
 
 def _checked_text(text: str) -> str:

@@ -11,12 +11,18 @@ import logging
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
 
-from engine.errors import BadSamplingParams, EngineError, ResultError, to_result_error
+from engine.errors import (
+    BadSamplingParams,
+    EngineError,
+    NothingAllowed,
+    ResultError,
+    to_result_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +31,7 @@ MAX_NUM_OUTPUTS = 16384
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 100.0
+REPETITION_PENALTIES = (1e-3, 1e3)
 MAX_PATTERN_TOKENS = 1024
 ALL = -1  # logprobs: every token of the vocabulary
 MIN_TEMPERATURE = 0.01  # dividing logits by less overflows in half precision
@@ -106,7 +113,7 @@ class SamplingParams:
         n: outputs for one prompt, 1 to 16384; 1 where sampling is greedy.
         presence_penalty: -2 to 2, taken off the logit of every token already in the output.
         frequency_penalty: -2 to 2, the same once for each time it is there.
-        repetition_penalty: over 0; divides (or multiplies, where negative) the logit of every
+        repetition_penalty: over 0 (0.001 to 1000); divides (or multiplies, where negative) the logit of every
             token that is in the prompt or the output.
         temperature: 0 to 2; 0 is greedy, and what lies between 0 and 0.01 becomes 0.01.
         top_p: over 0, up to 1: draw from the likeliest tokens that together reach this.
@@ -215,6 +222,8 @@ class SamplingParams:
             if not 0 < value <= high:
                 raise BadSamplingParams(f"{name} must be {allowed}, got {value}.", param=name)
             _set(self, name, value)
+        # Within these a logit stays a number, whatever it is.
+        _number("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTIES)
         _set(self, "top_k", max(0, _integer("top_k", self.top_k, -1)))
         if 0 < self.temperature < MIN_TEMPERATURE:
             logger.warning("temperature_raised given=%s used=%s", self.temperature, MIN_TEMPERATURE)
@@ -361,6 +370,19 @@ class SamplingParams:
                     f"got {unknown[0]}.",
                     param=name,
                 )
+
+    def check_allowed(self, eos_token_ids: Collection[int]) -> None:
+        """
+        Check that something may be chosen at every step, the model's ends of text considered.
+
+        Raises:
+            NothingAllowed: `min_tokens` forbids all of `allowed_token_ids`.
+        """
+        if self.allowed_token_ids is None or not self.min_tokens:
+            return
+        forbidden = {*(self.stop_token_ids or ()), *(() if self.ignore_eos else eos_token_ids)}
+        if forbidden.issuperset(self.allowed_token_ids):
+            raise NothingAllowed(min_tokens=self.min_tokens)
 
     def clone(self) -> Self:
         return copy.deepcopy(self)

@@ -171,10 +171,21 @@ def test_template_that_fails_is_not_called_missing(prepare: Callable[..., Prepar
     for template in (
         "{{ raise_exception('roles must alternate') }}",
         "{{ messages + 1 }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ messages[0].content.nothing() }}",
         "{% for %}",
     ):
         with pytest.raises(BadPrompt, match=r"^messages do not fit the chat template\."):
             prepare(user("a"), chat_template=template)
+
+
+@pytest.mark.parametrize("words", [5, {1: 2}, {"tokenize": True}, {"chat_template": "x"}])
+def test_words_for_the_template_that_cannot_be_are_told(
+    prepare: Callable[..., Prepared], words: Any
+) -> None:
+    with pytest.raises(BadPrompt, match=r"^chat_template_kwargs "):
+        prepare(user("a"), chat_template_kwargs=words)
 
 
 def test_model_without_a_template_says_how_to_give_one(tiny_folder: Path, tmp_path: Path) -> None:

@@ -195,6 +195,11 @@ def test_one_prompt_may_come_in_any_form(llm: LLM) -> None:
         Request(prompt=text),
         [text],
         [ids],
+        np.array(ids),
+        torch.tensor(ids),
+        [np.int64(index) for index in ids],
+        {"prompt_token_ids": np.array(ids)},
+        [np.array(ids)],
     ]
     answers = [token_ids(llm.generate(form, GREEDY, use_tqdm=False)) for form in forms]
 
@@ -565,6 +570,9 @@ def test_picture_does_not_take_the_place_of_a_clip(llm: LLM) -> None:
         ({"prompt_token_ids": []}, "empty_prompt", "The decoder prompt cannot be empty."),
         ([[]], "empty_prompt", "The decoder prompt cannot be empty."),
         ({"promt": "x"}, "bad_prompt", "prompt has an unknown key 'promt'."),
+        ({"prompt_token_ids": "text"}, "bad_prompt", "prompt_token_ids is a str that holds no"),
+        ({"prompt_token_ids": np.zeros(3)}, "bad_prompt", "prompt_token_ids is a ndarray that"),
+        ({"prompt_token_ids": np.zeros(0)}, "empty_prompt", "The decoder prompt cannot be empty."),
         ({"prompt_token_ids": [5, -1]}, "bad_prompt", "prompt_token_ids holds the token id -1."),
         ([[5, 10**6]], "bad_prompt", "prompt_token_ids holds the token id 1000000."),
         ({"prompt": "half \ud83d"}, "bad_prompt", "prompt holds half of a surrogate pair."),
@@ -645,6 +653,20 @@ def test_parameters_of_another_type_are_told(llm: LLM) -> None:
     assert good.error is None
 
 
+def test_ids_that_may_all_not_be_chosen_are_told(llm: LLM) -> None:
+    (end,) = llm.engine.checkpoint.eos_token_ids[:1]
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 3, "min_tokens": 2}
+    allowed = SamplingParams(allowed_token_ids=[end, 65], **options)
+    nothing = SamplingParams(allowed_token_ids=[end], **options)
+    stops = SamplingParams(allowed_token_ids=[65], stop_token_ids=[65], ignore_eos=True, **options)
+    good, *bad = llm.generate(["a"] * 3, [allowed, nothing, stops], use_tqdm=False)
+
+    assert [("nothing_allowed", False)] * 2 == [
+        (result.error.code, result.error.retryable) for result in bad if result.error
+    ]
+    assert good.error is None
+
+
 def test_token_ids_outside_the_vocabulary_are_told(llm: LLM) -> None:
     params = SamplingParams(stop_token_ids=[10**6])
 
@@ -677,6 +699,18 @@ def test_token_ids_outside_the_vocabulary_are_told(llm: LLM) -> None:
         (
             {"image_embeds": torch.zeros(9, 64), "image_grid_thw": torch.tensor([1, 6, 6])},
             "image_embeds must be (total tokens, hidden) and image_grid_thw (pictures, 3)",
+        ),
+        (
+            {"image_embeds": "features", "image_grid_thw": [[1, 6, 6]]},
+            "image_embeds and image_grid_thw must be tensors",
+        ),
+        (
+            {"image_embeds": torch.zeros(9, 64), "image_grid_thw": [[1, 6], [2]]},
+            "image_embeds and image_grid_thw must be tensors",
+        ),
+        (
+            {"image_embeds": torch.zeros(9, 64), "image_grid_thw": [[1, torch.nan, 6]]},
+            "image_grid_thw must hold whole numbers, got torch.float32.",
         ),
         (torch.full((1, 9, 64), torch.nan), "Image embeddings must be finite"),
         (torch.zeros(1, 9, 64, dtype=torch.int64), "Image embeddings must be finite floating"),

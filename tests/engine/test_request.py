@@ -151,6 +151,8 @@ def test_numbers_of_numpy_become_plain_numbers() -> None:
         ("presence_penalty", 2.5, "presence_penalty must be in [-2, 2], got 2.5."),
         ("frequency_penalty", -3, "frequency_penalty must be in [-2, 2], got -3.0."),
         ("repetition_penalty", 0, "repetition_penalty must be over 0, got 0.0."),
+        ("repetition_penalty", 1e300, "repetition_penalty must be in [0.001, 1000], got 1e+300."),
+        ("repetition_penalty", 1e-9, "repetition_penalty must be in [0.001, 1000], got 1e-09."),
         ("max_tokens", 0, "max_tokens must be at least 1, got 0."),
         ("max_tokens", True, "max_tokens must be a whole number, got True."),
         ("min_tokens", -1, "min_tokens must be at least 0, got -1."),
