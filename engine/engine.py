@@ -95,7 +95,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint, model: nn.Module) -> None:
         self.checkpoint = checkpoint
-        rows = _plan_rows(config, checkpoint)
+        rows = plan_rows(config, checkpoint)
         self._config = config
         num_threads = config.num_media_threads or _num_cores()
         self._processor = Processor(config, checkpoint, num_threads)
@@ -520,22 +520,38 @@ class Engine:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:
-    """KV rows to allocate; at least one sequence of the greatest length must fit."""
+def plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    """
+    KV rows to allocate. On a GPU without a budget the weights must be loaded: they take their share.
+
+    Raises:
+        BadConfig: not even one sequence of the greatest length fits.
+    """
     longest = -(-checkpoint.max_model_len // ROW_STEP) * ROW_STEP
     rows = num_kv_rows(
         checkpoint,
-        wanted=longest * config.max_num_seqs + NUM_SCRATCH_ROWS,
+        least=longest + NUM_SCRATCH_ROWS,
+        most=longest * config.max_num_seqs + NUM_SCRATCH_ROWS,
         kv_bytes=config.kv_cache_memory_bytes,
         utilization=config.gpu_memory_utilization,
     )
     if rows < longest + NUM_SCRATCH_ROWS:
+        budget = (
+            "gpu_memory_utilization"
+            if config.kv_cache_memory_bytes is None
+            else f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
+        )
         raise BadConfig(
             f"The memory for KV rows holds {max(0, rows - NUM_SCRATCH_ROWS)} tokens, but one "
-            f"sequence may have max_model_len={checkpoint.max_model_len}. Lower max_model_len, or raise "
-            "gpu_memory_utilization or kv_cache_memory_bytes."
+            f"sequence may have max_model_len={checkpoint.max_model_len}. Lower max_model_len, or "
+            f"raise {budget}."
         )
     return rows
+
+
+def knows_budget(config: EngineConfig, checkpoint: Checkpoint) -> bool:
+    """Whether `plan_rows` can be asked before the weights are loaded."""
+    return config.kv_cache_memory_bytes is not None or checkpoint.device.type == "cpu"
 
 
 def _num_cores() -> int:

@@ -22,7 +22,7 @@ from engine.config import (
     parse_limits,
     parse_processor_kwargs,
 )
-from engine.engine import Engine
+from engine.engine import Engine, knows_budget, plan_rows
 from engine.errors import BadConfig, BadPrompt
 from engine.inputs import Request, is_conversation, is_priority, is_token_ids, layers
 from engine.request import Result, SamplingParams
@@ -70,7 +70,8 @@ class LLM:
     once in the log.
 
     Raises:
-        BadConfig: a value or a checkpoint that cannot work; nothing was loaded.
+        BadConfig: a value or a checkpoint that cannot work. Said before the weights are loaded, but
+            for the weights themselves and for too little memory left beside them on a GPU.
         TypeError: a word that nobody knows.
     """
 
@@ -119,6 +120,8 @@ class LLM:
             media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
         )
         checkpoint = checkpoints.read_checkpoint(config)
+        if knows_budget(config, checkpoint):
+            plan_rows(config, checkpoint)  # what cannot work is said before a long load
         self.engine = Engine(config, checkpoint, checkpoints.load_weights(checkpoint, config))
 
     def stream(

@@ -140,24 +140,26 @@ class Runner:
 
 
 def num_kv_rows(
-    checkpoint: Checkpoint, *, wanted: int, kv_bytes: int | None, utilization: float
+    checkpoint: Checkpoint, *, least: int, most: int, kv_bytes: int | None, utilization: float
 ) -> int:
     """
     How many KV rows to allocate: as many as can be used at once, within what memory allows.
 
     Args:
-        wanted: rows that the most and longest sequences could use.
+        least: rows that one sequence of the greatest length uses. On a CPU without a budget there
+            are always as many: its memory is not all ours to divide.
+        most: rows that the most and longest sequences could use.
         kv_bytes: an explicit budget; None for a share of the device.
         utilization: that share, of the whole device, what is in use already included.
     """
     shape = KVShape.of(checkpoint.config.text_config, checkpoint.dtype)
     if kv_bytes is None:
-        kv_bytes = CPU_KV_BYTES
+        kv_bytes = max(CPU_KV_BYTES, least * shape.row_bytes)
         if checkpoint.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(checkpoint.device)
             # A tenth of the device stays free for the activations of encoder and prefill.
             kv_bytes = int(free - total * (1 - utilization) - total * 0.1)
-    return max(0, min(wanted, kv_bytes // shape.row_bytes))
+    return max(0, min(most, kv_bytes // shape.row_bytes))
 
 
 def _start(sequence: Sequence) -> int:

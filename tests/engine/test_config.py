@@ -201,7 +201,7 @@ def test_tokenizer_of_another_model_is_told(tiny_folder: Path, tmp_path: Path) -
         (
             {"kv_cache_memory_bytes": 10**6},
             "The memory for KV rows holds 1937 tokens, but one sequence may have "
-            "max_model_len=4096. Lower max_model_len, or raise",
+            "max_model_len=4096. Lower max_model_len, or raise kv_cache_memory_bytes=1000000.",
         ),
         ({"limit_mm_per_prompt": "image=2"}, "limit_mm_per_prompt must be a dict, got a str."),
         ({"mm_processor_kwargs": ["a"]}, "mm_processor_kwargs must be a dict, got a list."),
@@ -233,6 +233,16 @@ def test_settings_are_checked_before_the_weights_are_read(
     (folder / "model.safetensors").unlink()
 
     assert refusal(str(folder), max_model_len=5000).startswith("max_model_len=5000")
+    budget = {"kv_cache_memory_bytes": 10**6}
+    assert refusal(str(folder), **budget).startswith("The memory for KV rows holds 1937 tokens")
+
+
+def test_cpu_has_room_for_one_whole_context(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.runner.CPU_KV_BYTES", 1000)
+    with LLM(str(tiny_folder), device="cpu") as llm:
+        assert 4096 == llm.engine._scheduler._slabs.largest_slab
 
 
 def test_dtype_is_exact_on_a_cpu_unless_it_is_given(tiny_folder: Path) -> None:
