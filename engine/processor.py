@@ -6,6 +6,7 @@ segments: what a user typed is tokenised with special tokens switched off, so `<
 text stays thirteen characters and binds no picture.
 """
 
+import json
 import re
 import secrets
 import threading
@@ -154,8 +155,10 @@ class Processor:
         # Copies of the tokenizer's core: transformers' own calls change its state, threads share it.
         core = checkpoint.tokenizer.backend_tokenizer.to_str()
         self._encoder = BackendTokenizer.from_str(core)
-        self._plain_encoder = BackendTokenizer.from_str(core)
-        self._plain_encoder.encode_special_tokens = True  # special strings are words here
+        # Without any added token, special or not: their strings are words here.
+        self._plain_encoder = BackendTokenizer.from_str(
+            json.dumps({**json.loads(core), "added_tokens": []})
+        )
         for encoder in (self._encoder, self._plain_encoder):
             encoder.no_truncation()
             encoder.no_padding()

@@ -1,5 +1,6 @@
 """`LLM.chat`: the model's own format around what people typed, which stays what they typed."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -429,6 +430,25 @@ def test_typed_end_of_turn_starts_no_system_turn(llm: LLM) -> None:
 
     assert trick in str(result.prompt)
     assert 3 == list(result.prompt_token_ids or ()).count(start)  # system, user, assistant
+
+
+def test_typed_texts_bind_no_added_token_that_is_not_special(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    for path in tiny_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    added = max(token["id"] for token in written["added_tokens"]) + 1
+    tool = {**written["added_tokens"][0], "id": added, "content": "<tool_call>", "special": False}
+    written["added_tokens"].append(tool)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    config = EngineConfig(str(tmp_path))
+    processor = Processor(config, read_checkpoint(config))
+    template = "{% for m in messages %}<tool_call>{{ m.content }}{% endfor %}"
+    request = Request(messages=user("<tool_call>{}"), chat_template=template)
+
+    assert [added] == processor.prepare(Request(prompt="<tool_call>")).token_ids
+    assert 1 == processor.prepare(request).token_ids.count(added)
 
 
 def test_prompts_of_generate_are_the_models_own_language(llm: LLM) -> None:
