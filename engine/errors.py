@@ -229,15 +229,10 @@ class PromptTooLong(RequestError):
         room = longest - self.num_text_tokens
         if not self.num_image_tokens or room <= 0:
             return f"{counts}; at most {longest} would fit: shorten the text."
-        smaller = (
-            f"max_pixels={self.max_pixels} or less"
-            if self.max_pixels is not None
-            else "a smaller max_pixels"
-        )
-        return (
-            f"{counts}; beside this text at most {room} image tokens would fit: "
-            f"use {smaller}, or fewer images."
-        )
+        would_fit = f"{counts}; beside this text at most {room} image tokens would fit"
+        if self.max_pixels is None:
+            return f"{would_fit}, and no size makes these images so few: send fewer, or less text."
+        return f"{would_fit}: use max_pixels={self.max_pixels} or less, or fewer images."
 
 
 class MaxTokensTooLarge(RequestError):
@@ -400,57 +395,6 @@ class NoChatTemplate(RequestError):
 # What an image is
 
 
-class ImageFault(StrEnum):
-    """What is wrong with bytes that should be an image, in our words instead of a decoder's."""
-
-    DAMAGED = "its data is damaged or ends too early"
-    EMPTY = "there is no picture in it"
-    UNKNOWN_FORMAT = "its format is not read here"
-
-
-class ImageUnreadable(RequestError):
-    """
-    An image could not be decoded.
-
-    Args:
-        index: which image of the prompt, from 0; None where it is the only one.
-        reason: never a decoder's own text: those have leaked paths and addresses elsewhere.
-    """
-
-    code = "image_unreadable"
-    param = "image"
-
-    def __init__(
-        self, *, index: int | None = None, reason: ImageFault = ImageFault.DAMAGED
-    ) -> None:
-        super().__init__(
-            f"Failed to load image: {_name(index)} cannot be read, because {reason.value}. "
-            "Check the file and send it again, as JPEG, PNG or WebP."
-        )
-
-
-class ImageTooLarge(RequestError):
-    """
-    An image has more pixels than we decode.
-
-    Args:
-        width, height: of the image, in pixels, from its header.
-        max_pixels: the limit, in pixels.
-        index: which image of the prompt, from 0.
-    """
-
-    code = "image_too_large"
-    param = "image"
-
-    def __init__(
-        self, *, width: int, height: int, max_pixels: int, index: int | None = None
-    ) -> None:
-        super().__init__(
-            f"Image dimensions {width}x{height} ({width * height} pixels) exceed the maximum of "
-            f"{max_pixels} pixels. Scale {_name(index)} down before sending it."
-        )
-
-
 class ImageTooNarrow(RequestError):
     """
     One side of an image is so much longer than the other that the model cannot take it.
@@ -480,11 +424,15 @@ class MediaRefused(RequestError):
     Args:
         message, code: of media's error.
         retryable: whether the same bytes may do later.
+        param: "image" or "video".
     """
 
-    def __init__(self, message: str, *, code: str, retryable: bool = False) -> None:
+    def __init__(
+        self, message: str, *, code: str, retryable: bool = False, param: str | None = None
+    ) -> None:
         self.code = code
         self.retryable = retryable
+        self.param = param
         super().__init__(message)
 
 

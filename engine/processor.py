@@ -12,7 +12,8 @@ import secrets
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from engine.errors import (
     EmptyPrompt,
     ImageTooNarrow,
     MaxTokensTooLarge,
+    MediaRefused,
     NoChatTemplate,
     PlaceholderMismatch,
     PromptTooLong,
@@ -189,8 +191,14 @@ class Processor:
         if num_text_tokens > self._max_model_len:  # whatever the pictures are
             raise PromptTooLong(max_model_len=self._max_model_len, num_text_tokens=num_text_tokens)
         options = media_options(request)
-        ready = [self._ready_picture(i, picture, options) for i, picture in enumerate(pictures)]
-        ready_clips = [self._ready_clip(clip, options) for clip in clips]
+        ready = []
+        for index, picture in enumerate(pictures):
+            with _naming("image", index, len(pictures)):
+                ready.append(self._ready_picture(index, picture, options))
+        ready_clips = []
+        for index, clip in enumerate(clips):
+            with _naming("video", index, len(clips)):
+                ready_clips.append(self._ready_clip(clip, options))
         max_tokens = self._room(num_text_tokens, [*ready, *ready_clips], params)
         token_ids, media = self._expand(ids, ready, ready_clips)
         positions, delta = self._family.positions(
@@ -524,6 +532,20 @@ class Processor:
 
         tokens_each = bisect_right(range(1, max_tokens + 1), max_tokens, key=num_tokens)
         return tokens_each * TOKEN_PX**2 or None
+
+
+@contextmanager
+def _naming(modality: str, index: int, count: int) -> Iterator[None]:
+    """Say in the error of one picture or clip which one it is, where there are several."""
+    place = f" It is {modality} {index} of this prompt (counted from 0)." if count > 1 else ""
+    try:
+        yield
+    except MediaRefused as error:
+        raise MediaRefused(
+            f"{error}{place}", code=error.code, retryable=error.retryable, param=modality
+        ) from error
+    except BadPrompt as error:
+        raise BadPrompt.worded(f"{error}{place}", where=error.param or modality) from error
 
 
 def _check_priority(priority: object) -> None:

@@ -178,6 +178,21 @@ def test_callable_is_called_once_and_its_refusal_keeps_its_word(see: Ask) -> Non
     )
 
 
+def test_bad_picture_among_several_is_named(llm: LLM, see: Ask) -> None:
+    bad = see([draw(1), b"no picture", draw(2)], 3)
+    foreign = see([draw(1), lambda: 7], 2)
+    alone = see(b"no picture")
+    prompt = {"prompt": CLIP * 2, "multi_modal_data": {"video": [draw_clip(1, 2), b"no clip"]}}
+    (clip,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+    errors = [result.error for result in (bad, alone, clip) if result.error]
+
+    assert ["image", "image", "video"] == [error.param for error in errors]
+    assert errors[0].message.endswith(" It is image 1 of this prompt (counted from 0).")
+    assert "counted from 0" not in errors[1].message
+    assert errors[2].message.endswith(" It is video 1 of this prompt (counted from 0).")
+    assert error_of([foreign]).endswith(" It is image 1 of this prompt (counted from 0).")
+
+
 # --- features ----------------------------------------------------------------------------------------
 
 

@@ -22,10 +22,7 @@ from engine.errors import (
     EngineError,
     EngineFailure,
     Fault,
-    ImageFault,
-    ImageTooLarge,
     ImageTooNarrow,
-    ImageUnreadable,
     MaxTokensTooLarge,
     MediaRefused,
     NoChatTemplate,
@@ -444,8 +441,6 @@ EXAMPLES: list[EngineError] = [
     PlaceholderMismatch(num_items=1, num_placeholders=0, placeholder="<image>"),
     UnsupportedModality("audio"),
     UnsupportedPart("audio_url", ["text", "image_url"]),
-    ImageUnreadable(index=2, reason=ImageFault.EMPTY),
-    ImageTooLarge(width=3, height=2, max_pixels=5),
     ImageTooNarrow(width=1000, height=1),
     MediaRefused("The video is too large.", code="video_too_large"),
     BadEmbeddings.wrong_width(shape=(1, 4, 8), expected=16),
@@ -563,6 +558,13 @@ def test_prompt_too_long_says_vllms_text_then_what_would_fit(
     )
 
     assert (start, end) == (str(error)[: len(start)], str(error)[-len(end) :])
+
+
+def test_prompt_that_no_size_would_fit_is_not_told_to_use_one() -> None:
+    error = PromptTooLong(max_model_len=64, num_text_tokens=60, num_image_tokens=80)
+
+    assert "max_pixels" not in str(error)
+    assert str(error).endswith("no size makes these images so few: send fewer, or less text.")
 
 
 def test_placeholder_mismatch_says_which_and_how_many() -> None:
