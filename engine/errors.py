@@ -14,7 +14,10 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from engine.request import Result
 
 MAX_QUOTE_CHARS = 80  # of a client's own words in an error text
 
@@ -95,6 +98,43 @@ class BadConfig(EngineError, ValueError):
 
     code = "bad_config"
     fault = Fault.OPERATOR
+
+
+class PromptFailedError(EngineError):
+    """
+    A prompt failed, and the caller asked to hear of it as an exception.
+
+    Code, retryable and param are those of the first prompt that failed.
+
+    Args:
+        results: of all prompts, in their order; one or more hold an error.
+
+    Attributes:
+        result: of the first prompt that failed.
+    """
+
+    code = "prompt_failed"
+
+    def __init__(self, results: "Sequence[Result]") -> None:
+        self.results = tuple(results)
+        self.result = next(result for result in self.results if result.error is not None)
+        error = self.result.error
+        assert error is not None
+        self.code, self.retryable, self.param = error.code, error.retryable, error.param
+        super().__init__(error.message)
+
+    @classmethod
+    def of(cls, results: "Sequence[Result]") -> "PromptFailedError":
+        """A ValueError where it is the client who has to change something."""
+        failed = cls(results)
+        return failed if failed.retryable else PromptRefusedError(results)
+
+
+class PromptRefusedError(PromptFailedError, ValueError):
+    """A prompt failed by its own fault. Arguments as for `PromptFailedError`."""
+
+    code = "prompt_refused"
+    fault = Fault.CLIENT
 
 
 class RequestError(EngineError, ValueError):

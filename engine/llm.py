@@ -23,7 +23,7 @@ from engine.config import (
     parse_processor_kwargs,
 )
 from engine.engine import Engine, knows_budget, plan_rows
-from engine.errors import BadConfig, BadPrompt
+from engine.errors import BadConfig, BadPrompt, PromptFailedError
 from engine.inputs import Request, is_conversation, is_priority, is_token_ids, layers
 from engine.request import Result, SamplingParams
 
@@ -31,20 +31,6 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["return", "raise"]
 PROMPTS_BAR = "Processed prompts"
-
-
-class PromptFailedError(RuntimeError):
-    """
-    A prompt failed, and the caller asked to hear of it as an exception.
-
-    Attributes:
-        result: of the first prompt that failed; its `error` says why.
-    """
-
-    def __init__(self, result: Result) -> None:
-        assert result.error is not None
-        super().__init__(result.error.message)
-        self.result = result
 
 
 class LLM:
@@ -166,11 +152,11 @@ class LLM:
             use_tqdm: a bar, none, or a callable that makes one.
             priority: of each prompt, the lowest first; results stay in the order of the prompts.
             on_error: "return" puts a failed prompt's result, with its `error`, in its place;
-                "raise" raises the first one after all have run.
+                "raise" raises the first one after all have run; the exception keeps all results.
 
         Raises:
             BadPrompt: the lengths of prompts and parameters differ.
-            PromptFailedError: with on_error="raise".
+            PromptFailedError: with on_error="raise"; a ValueError too where the prompt is at fault.
         """
         _refuse_lora(lora_request)
         forms = [prompts] if _is_one_prompt(prompts) else list(prompts)
@@ -286,10 +272,8 @@ class LLM:
                 bar.close()
         finished = [result for result in results if result is not None]
         assert len(finished) == len(requests), "every request ends in exactly one result"
-        if on_error == "raise":
-            for result in finished:
-                if result.error is not None:
-                    raise PromptFailedError(result)
+        if on_error == "raise" and any(result.error is not None for result in finished):
+            raise PromptFailedError.of(finished)
         return finished
 
 

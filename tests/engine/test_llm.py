@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -378,8 +379,25 @@ def test_on_error_raise_tells_the_first_error_after_all_have_run(llm: LLM) -> No
             on_error="raise",
         )
 
-    assert "37" == caught.value.result.request_id
+    error = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+
+    assert "37" == caught.value.result.request_id == error.result.request_id
+    assert ("too_many_images", "image", False) == (error.code, error.param, error.retryable)
+    assert 99 == sum(result.error is None for result in error.results)
     assert 101 == bars[0].num_done
+    assert isinstance(error, ValueError)
+
+
+def test_failure_of_the_engine_is_no_value_error(llm: LLM) -> None:
+    def fetch() -> Any:
+        raise OSError
+
+    prompt = {"prompt": PICTURE, "multi_modal_data": {"image": fetch}}
+    with pytest.raises(PromptFailedError) as caught:
+        llm.generate(prompt, GREEDY, use_tqdm=False, on_error="raise")
+
+    assert ("engine_failure", True) == (caught.value.code, caught.value.retryable)
+    assert not isinstance(caught.value, ValueError)
 
 
 def test_on_error_knows_two_words(llm: LLM) -> None:
