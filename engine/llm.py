@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from engine import checkpoint as checkpoints
 from engine.config import (
+    ABSENT_WORDS,
     UNUSED_WORDS,
     EngineConfig,
     nearest_word,
@@ -79,7 +80,7 @@ class LLM:
         limit_mm_per_prompt: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         media_io_kwargs: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Path | None = None,
         tensor_parallel_size: int = 1,
         num_media_threads: int | None = None,
         **words: Any,
@@ -139,6 +140,7 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         on_error: OnError = "return",
     ) -> list[Result]:
@@ -158,7 +160,8 @@ class LLM:
             BadPrompt: the lengths of prompts and parameters differ.
             PromptFailedError: with on_error="raise"; a ValueError too where the prompt is at fault.
         """
-        _refuse_lora(lora_request)
+        _refuse("lora_request", lora_request)
+        _refuse("tokenization_kwargs", tokenization_kwargs)
         forms = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [
             replace(request, mm_processor_kwargs=layers(mm_processor_kwargs, request))
@@ -173,26 +176,28 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
         priority: Sequence[int] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Path | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         on_error: OnError = "return",
     ) -> list[Result]:
         """
-        Answer one conversation (a list of messages) or many (a list of such lists), in order.
+        Answer one conversation (a list of messages, or one message) or many (a list of such lists),
+        in order.
 
         Pictures are parts of a message: `image_url` with a data URL, or `image` with the picture
         itself; the model's placeholders are put in their place. What users typed stays text.
         Other arguments as in `generate`.
         """
         del chat_template_content_format  # both forms of content are read alike
-        _refuse_lora(lora_request)
-        if tools is not None:
-            raise BadPrompt("are not supported", where="tools", remedy="Leave them out")
+        _refuse("lora_request", lora_request)
+        _refuse("tools", tools)
+        _refuse("tokenization_kwargs", tokenization_kwargs)
         template = _template_text(chat_template)
         requests = [
             Request(
@@ -203,7 +208,7 @@ class LLM:
                 continue_final_message=continue_final_message,
                 mm_processor_kwargs=mm_processor_kwargs,
             )
-            for conversation in ([messages] if is_conversation(messages) else messages)
+            for conversation in _conversations(messages)
         ]
         return self._collect(requests, sampling_params, priority, use_tqdm, on_error)
 
@@ -218,6 +223,9 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The model's tokenizer, transformers' own object."""
         return self.engine.checkpoint.tokenizer
+
+    def reset_mm_cache(self) -> None:
+        """Nothing to do: no picture is kept from one prompt to the next. For programs that call it."""
 
     def close(self) -> None:
         """
@@ -286,6 +294,18 @@ def _is_one_prompt(prompts: Any) -> bool:
     return isinstance(prompts, str | Mapping | Request) or is_token_ids(prompts)
 
 
+def _conversations(messages: Any) -> Sequence[Any]:
+    if isinstance(messages, Mapping):
+        return [[messages]]
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise BadPrompt(
+            f"is a {type(messages).__name__}",
+            where="messages",
+            remedy='Give [{"role": "user", "content": "..."}], or a list of such lists',
+        )
+    return [messages] if is_conversation(messages) else messages
+
+
 def _one_each(given: Any, count: int, what: str) -> Sequence[Any]:
     if isinstance(given, Sequence):
         if len(given) != count:
@@ -298,28 +318,32 @@ def _one_each(given: Any, count: int, what: str) -> Sequence[Any]:
     return [given] * count
 
 
-def _refuse_lora(lora_request: object) -> None:
-    if lora_request is not None:
-        raise BadPrompt("is not supported", where="lora_request", remedy="Leave it out")
+def _refuse(name: str, given: object) -> None:
+    if given:
+        raise BadPrompt("is not supported", where=name, remedy="Leave it out")
 
 
 def _check_words(words: Mapping[str, Any]) -> None:
-    known = [*LLM.__init__.__annotations__, *UNUSED_WORDS]
-    for word in words:
-        if word not in UNUSED_WORDS:
+    known = [*LLM.__init__.__annotations__, *UNUSED_WORDS, *ABSENT_WORDS]
+    for word, value in words.items():
+        if word not in known:
             raise TypeError(
                 f"LLM() got an unexpected keyword argument {word!r}.{nearest_word(word, known)}"
+            )
+        if word in ABSENT_WORDS and value:
+            raise BadConfig(
+                f"{word} is not supported: it would change what the model answers. Leave it out."
             )
         logger.warning("word_unused name=%s: vLLM's word has no use here and is ignored", word)
 
 
-def _template_text(given: str | None) -> str | None:
+def _template_text(given: str | Path | None) -> str | None:
     """A template, given as itself or as the path of a file."""
-    if given is None or "{" in given:
+    if given is None or (isinstance(given, str) and "{" in given):
         return given
     try:
         return Path(given).read_text("utf-8")
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:
         raise BadConfig(
             "chat_template is neither a template (it holds no '{') nor a file that can be read."
         ) from error

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine import LLM, Request
 from engine.checkpoint import read_checkpoint
 from engine.config import EngineConfig
-from engine.errors import BadPrompt, NoChatTemplate
+from engine.errors import BadConfig, BadPrompt, NoChatTemplate
 from engine.processor import Prepared, Processor
 from models.train.settings import SPECIAL_TOKENS, SYSTEM_PROMPT
 from tests.engine.pictures import (
@@ -220,6 +220,25 @@ def test_one_conversation_or_many_in_order(llm: LLM) -> None:
 
     assert token_ids(alone) == token_ids(together)
     assert ["One" in str(result.prompt) for result in together] == [True, False]
+
+
+def test_one_message_is_a_conversation(llm: LLM) -> None:
+    (message,) = user("One")
+    alone = llm.chat(message, GREEDY, use_tqdm=False)
+
+    assert token_ids(llm.chat([message], GREEDY, use_tqdm=False)) == token_ids(alone)
+
+
+@pytest.mark.parametrize("messages", ["Hi", 5, None, {1}])
+def test_what_is_no_conversation_at_all_is_told(llm: LLM, messages: Any) -> None:
+    with pytest.raises(BadPrompt, match=r"^messages is a "):
+        llm.chat(messages, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("template", [5, "/nowhere.jinja", "null\0"])
+def test_what_is_no_template_is_told(llm: LLM, template: Any) -> None:
+    with pytest.raises(BadConfig, match=r"^chat_template is neither a template"):
+        llm.chat(user("a"), GREEDY, use_tqdm=False, chat_template=template)
 
 
 def test_chat_is_generate_with_the_format_written_out(llm: LLM) -> None:

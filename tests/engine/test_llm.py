@@ -791,6 +791,13 @@ def test_words_of_vllm_that_have_no_use_are_said_once(
         "hf_overrides": None,
         "swap_space": 4,
         "disable_log_stats": True,
+        "load_format": "auto",
+        "tokenizer_revision": None,
+        "kv_cache_dtype": "auto",
+        "generation_config": "auto",
+        "max_logprobs": 20,
+        "download_dir": None,
+        "enable_lora": False,
     }
     with caplog.at_level(logging.WARNING, logger="engine"):
         llm = build(tiny_folder, words)
@@ -831,8 +838,25 @@ def test_what_is_not_supported_is_refused(llm: LLM, tiny_folder: Path) -> None:
         LLM(str(tiny_folder), tensor_parallel_size=2)
     with pytest.raises(BadPrompt, match=r"^lora_request is not supported"):
         llm.generate("a", lora_request=lora)
-    with pytest.raises(BadPrompt, match=r"^tools are not supported"):
+    with pytest.raises(BadPrompt, match=r"^tools is not supported"):
         llm.chat([{"role": "user", "content": "a"}], tools=lora)
+    with pytest.raises(BadPrompt, match=r"^tokenization_kwargs is not supported"):
+        llm.generate("a", tokenization_kwargs={"truncate_prompt_tokens": 3})
+    for word, value in (
+        ("quantization", "awq"),
+        ("hf_overrides", {"rope_theta": 1}),
+        ("enable_lora", True),
+    ):
+        with pytest.raises(BadConfig, match=rf"^{word} is not supported"):
+            build(tiny_folder, {word: value})
+
+
+def test_words_that_ask_for_nothing_are_taken(llm: LLM) -> None:
+    llm.reset_mm_cache()
+    message = [{"role": "user", "content": "a"}]
+
+    assert texts(llm.generate("a", GREEDY, use_tqdm=False, tokenization_kwargs={}))
+    assert texts(llm.chat(message, GREEDY, use_tqdm=False, tokenization_kwargs=None))
 
 
 # --- the bar ----------------------------------------------------------------------------------------
