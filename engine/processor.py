@@ -114,6 +114,15 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class _FramesTaken:
+    """Which frames of a clip were taken, as `Frames` tells it: the pictures themselves are let go."""
+
+    num_frames: int
+    times_s: tuple[float, ...] | None
+    indices: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Ready:
     """
     One picture or clip, cut or given as features, and what to report of it.
@@ -130,7 +139,11 @@ class _Ready:
     area: AreaLimits | None = None
     width_px: int = 0
     height_px: int = 0
-    num_frames: int | None = None
+    frames: _FramesTaken | None = None
+
+    @property
+    def num_frames(self) -> int | None:
+        return None if self.frames is None else self.frames.num_frames
 
 
 class Processor:
@@ -455,7 +468,8 @@ class Processor:
             fits = grid.num_tokens < self._max_model_len
             images = [image.image for image in frames.images]
             visual = self._family.cut_clip(images, limits) if fits else None
-        return _Ready(visual, grid, MediaKind.VIDEO, limits, *size, frames.num_frames)
+        taken = _FramesTaken(frames.num_frames, frames.times_s, frames.indices)
+        return _Ready(visual, grid, MediaKind.VIDEO, limits, *size, taken)
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:
         features = given.features
@@ -613,6 +627,8 @@ def _report(media: Sequence[_Ready]) -> tuple[ImageUsed, ...]:
                 num_tokens=item.grid.num_tokens,
                 kind=item.kind,
                 num_frames=item.num_frames,
+                times_s=item.frames.times_s if item.frames else None,
+                frame_indices=item.frames.indices if item.frames else None,
             )
         )
         counts[counted_as] += 1

@@ -524,7 +524,8 @@ class Metrics:
         num_generation_tokens: output tokens, of all outputs together.
         preprocess_ms: tokenising, resizing and cutting patches, on the host.
         preprocess_wait_ms: how much of it the device spent waiting.
-        encode_ms, prefill_ms, decode_ms: this request's share of the batches that it was in.
+        prefill_ms, decode_ms: this request's share of the batches that it was in; the encoder is part
+            of the first.
     """
 
     arrival_time: float | None = None
@@ -536,7 +537,6 @@ class Metrics:
     num_generation_tokens: int = 0
     preprocess_ms: float | None = None
     preprocess_wait_ms: float | None = None
-    encode_ms: float | None = None
     prefill_ms: float | None = None
     decode_ms: float | None = None
 
@@ -559,6 +559,8 @@ class ImageUsed:
         num_tokens: prompt tokens that it took.
         kind: what it was.
         num_frames: of a video, after sampling; None otherwise.
+        times_s: of a video, when each of these frames is shown; None where they have no times.
+        frame_indices: of a video, each frame's place in the source, from 0; None where unknown.
     """
 
     index: int
@@ -569,6 +571,8 @@ class ImageUsed:
     num_tokens: int
     kind: MediaKind = MediaKind.IMAGE
     num_frames: int | None = None
+    times_s: tuple[float, ...] | None = None
+    frame_indices: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

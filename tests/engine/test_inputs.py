@@ -491,6 +491,16 @@ def test_encoded_clip_is_sampled_as_its_part_says(llm: LLM, watch: Ask) -> None:
     )
 
 
+def test_result_tells_which_frames_were_seen_and_when(watch: Ask) -> None:
+    encoded = watch(encode_animation(draw_clip(1, 10)), mm_processor_kwargs={"num_frames": 4})
+    decoded = watch(draw_clip(1, 4))
+
+    assert (0.0, 1.5, 3.0, 4.5) == encoded.images[0].times_s
+    assert (0, 3, 6, 9) == encoded.images[0].frame_indices
+    assert decoded.images[0].times_s is None
+    assert decoded.images[0].frame_indices is None
+
+
 def test_encoded_clip_is_sampled_as_its_request_or_the_engine_says(
     tiny_folder: Path, watch: Ask
 ) -> None:
