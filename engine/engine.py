@@ -328,6 +328,7 @@ class Engine:
             ticket.seed = params.seed
             if ticket.seed is None:  # another draw for each request, the same for the same order
                 ticket.seed = mix_seed(self._config.seed, ticket.number)
+        features: list[Tensor] = []
         for index in range(params.n):
             sequence = Sequence(
                 ticket.number,
@@ -337,6 +338,7 @@ class Engine:
                 self.checkpoint.eos_token_ids,
                 Detokenizer(self.checkpoint.tokenizer, params, streaming=False),
                 ticket.request.priority,
+                features,
             )
             ticket.sequences.append(sequence)
             self._scheduler.add(sequence)
@@ -441,7 +443,7 @@ class Engine:
         result = Result(
             request_id=ticket.request.request_id,
             prompt=ticket.prompt,
-            prompt_token_ids=tuple(prepared.token_ids),
+            prompt_token_ids=list(prepared.token_ids),
             outputs=outputs,
             metrics=self._metrics(ticket, sum(len(o.token_ids) for o in outputs)),
             images=prepared.images,
@@ -467,7 +469,7 @@ class Engine:
             ticket.request.request_id,
             error,
             prompt=ticket.prompt,
-            prompt_token_ids=tuple(prepared.token_ids) if prepared else None,
+            prompt_token_ids=list(prepared.token_ids) if prepared else None,
             metrics=self._metrics(ticket, 0),
             images=prepared.images if prepared else (),
             stamp=self._stamp(prepared.params, ticket.seed) if prepared else None,

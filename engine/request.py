@@ -649,7 +649,7 @@ class Result:
         stamp: Stamp | None = None,
     ) -> Self:
         """A result that holds one output without text, and says why."""
-        nothing = CompletionOutput(index=0, text="", token_ids=(), finish_reason=FinishReason.ERROR)
+        nothing = CompletionOutput(index=0, text="", token_ids=[], finish_reason=FinishReason.ERROR)
         return cls(
             request_id=request_id,
             prompt=prompt,

@@ -41,7 +41,8 @@ class Runner:
 
     def encode(self, sequences: Many[Sequence]) -> None:
         """Give every sequence the features of its pictures; those that came as features stay."""
-        waiting = [sequence for sequence in sequences if not sequence.features]
+        # One of each request: its outputs share a list of features.
+        waiting = {id(s.features): s for s in sequences if not s.features}.values()
         contents = [content for sequence in waiting for _, content in sequence.prepared.media]
         visuals = [content for content in contents if isinstance(content, Visual)]
         encoded: list[Tensor] = []
@@ -49,12 +50,12 @@ class Runner:
             encoded += self._family.encode([visuals[i] for i in call])
         features = iter(encoded)
         for sequence in waiting:  # NOTE: only now, so that a call that fails can be repeated
-            sequence.features = [
+            sequence.features.extend(
                 content.to(self.device, self.dtype)
                 if isinstance(content, Tensor)
                 else next(features)
                 for _, content in sequence.prepared.media
-            ]
+            )
 
     @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence]) -> Tensor:
@@ -82,7 +83,7 @@ class Runner:
         )
         hidden = self._run(x, positions, write_rows, sequences, lens, lens)
         for sequence in sequences:
-            sequence.features = []
+            sequence.features = []  # another: outputs that have no rows yet still need the old one
         last = torch.from_numpy(first_rows[1:] - 1).to(self.device)
         return self._head(hidden[last])  # type: ignore[no-any-return]
 

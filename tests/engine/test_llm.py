@@ -925,6 +925,39 @@ def test_n_outputs_are_numbered_and_differ(llm: LLM) -> None:
     assert 32 == result.metrics.num_generation_tokens
 
 
+@pytest.mark.parametrize("max_num_seqs", [3, 256])
+def test_picture_of_many_outputs_is_encoded_once(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
+) -> None:
+    llm = LLM(str(tiny_folder), max_num_seqs=max_num_seqs)
+    family = llm.engine.checkpoint.family
+    encode, num_encoded = family.encode, 0
+
+    def count(visuals: Any) -> Any:
+        nonlocal num_encoded
+        num_encoded += len(visuals)
+        return encode(visuals)
+
+    prompt = {"prompt": PICTURE + "?", "multi_modal_data": {"image": draw(1)}}
+    params = {"n": 8, "temperature": 1.5, "seed": 3, "max_tokens": 8, "ignore_eos": True}
+    expected = ask(llm, prompt, **params)
+    monkeypatch.setattr(type(family), "encode", staticmethod(count))
+    result = ask(llm, prompt, **params)
+
+    assert 1 == num_encoded
+    assert expected.outputs == result.outputs
+    assert expected.outputs[0].token_ids != expected.outputs[7].token_ids
+
+
+def test_ids_are_lists_as_vllm_has_them(llm: LLM) -> None:
+    (bad,) = llm.generate([3.5], GREEDY, use_tqdm=False)
+    result = ask(llm, "x", temperature=0, max_tokens=3, logprobs=1)
+
+    assert list is type(result.prompt_token_ids) is type(result.outputs[0].token_ids)
+    assert list is type(result.outputs[0].logprobs)
+    assert [] == bad.outputs[0].token_ids
+
+
 def test_seed_repeats_whatever_the_neighbours_and_the_order(llm: LLM) -> None:
     seeded = SamplingParams(temperature=1.2, seed=11, max_tokens=10, ignore_eos=True)
     free = SamplingParams(temperature=1.2, max_tokens=7, ignore_eos=True)

@@ -392,7 +392,7 @@ def test_failed_result_has_one_empty_output_and_says_why() -> None:
         "7", EngineFailure(), prompt="hi", metrics=Metrics(1.0), images=[image], stamp=stamp
     )
 
-    assert ["error", "", ()] == [
+    assert ["error", "", []] == [
         result.outputs[0].finish_reason,
         result.outputs[0].text,
         result.outputs[0].token_ids,
