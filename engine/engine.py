@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 Chosen = tuple[Sequence, int, TokenLogprobs | None]  # whose, the token, its log-probabilities
 
-NUM_PREPARED_AHEAD = 32  # requests in media threads or waiting with their patches, beside running
+NUM_PREPARED_AHEAD = 32  # requests of a stream in media threads or waiting, beside those that run
 
 
 @dataclass(slots=True, eq=False)
@@ -195,8 +195,9 @@ class Engine:
         """Results that nobody takes count too: a reader that pauses stops its source."""
         if feed.is_closed or self._is_closed:  # then the source is asked whether that was all
             return True
-        num_waiting = len(self._preparing) + self._scheduler.num_waiting
-        return num_waiting < NUM_PREPARED_AHEAD and len(feed.sink) < NUM_PREPARED_AHEAD
+        tickets = [self._tickets.get(number) for number in feed.open]
+        num_waiting = sum(t is not None and t.scheduled_ts is None for t in tickets)
+        return num_waiting + len(feed.sink) < NUM_PREPARED_AHEAD
 
     def _has_news(self, feed: _Feed) -> bool:
         """Whether the thread of a stream has anything to do."""
@@ -303,18 +304,8 @@ class Engine:
             if was_idle:
                 waited_s = time.perf_counter() - max(self._idle_since, ticket.arrived)
                 ticket.wait_ms = waited_s * 1000
-            error = future.exception()
-            if error is None:
-                self._queue(ticket, future.result())
-            elif isinstance(error, EngineError):
-                self._fail(ticket, error)
-            else:
-                # The edge of a media thread: a fault of ours or of a library in one request must
-                # not end the others, nor must a callable that wants to end the process. The log has
-                # the trace, the client gets no part of it.
-                name = ticket.request.request_id
-                logger.error("prepare_failed request=%s", name, exc_info=error)
-                self._fail(ticket, EngineFailure())
+            with self._contained(ticket):
+                self._queue(ticket, _outcome(future))
 
     def _queue(self, ticket: _Ticket, prepared: Prepared) -> None:
         ticket.prepared = prepared
@@ -347,7 +338,10 @@ class Engine:
         started = time.perf_counter()
         run = self._runner.prefill if batch.is_prefill else self._runner.decode
         for sequence, token_id, logprobs in self._guarded(run, batch.sequences):
-            with self._contained(sequence):
+            ticket = self._tickets.get(sequence.ticket)
+            if ticket is None:
+                continue  # its request has just failed with another of its outputs
+            with self._contained(ticket):
                 self._take(sequence, token_id, logprobs)
         took_ms = (time.perf_counter() - started) * 1000 / max(1, len(batch.sequences))
         for sequence in batch.sequences:
@@ -381,7 +375,9 @@ class Engine:
             # drivers raise too many types to name; the log has the trace.
             if len(sequences) == 1:
                 logger.exception("sequence_failed ticket=%d", sequences[0].ticket)
-                self._fail_sequence(sequences[0])
+                ticket = self._tickets.get(sequences[0].ticket)
+                if ticket is not None:
+                    self._fail(ticket, EngineFailure())
                 return []
             logger.warning("batch_halved num_sequences=%d", len(sequences), exc_info=True)
             if self.checkpoint.device.type == "cuda":
@@ -393,20 +389,21 @@ class Engine:
         ]
 
     @contextmanager
-    def _contained(self, sequence: Sequence) -> Iterator[None]:
-        """Whatever a library does with one sequence's tokens and text stays its own failure."""
+    def _contained(self, ticket: _Ticket) -> Iterator[None]:
+        """What goes wrong with one request ends that request, and none of the others."""
         try:
             yield
+        except EngineError as error:
+            self._fail(ticket, error)
         except Exception:
-            logger.exception("sequence_failed ticket=%d", sequence.ticket)
-            self._fail_sequence(sequence)
+            # The edge of one request: a fault of ours, of a library or of a callable. The log has the
+            # trace, the client gets no part of it.
+            logger.exception("request_failed request=%s", ticket.request.request_id)
+            self._fail(ticket, EngineFailure())
 
     def _take(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        if sequence.is_finished:
-            return  # its request has just failed with another of its outputs
         if token_id == NO_TOKEN:
-            self._fail_sequence(sequence)
-            return
+            raise EngineFailure
         if logprobs is not None:
             sequence.logprobs.append(logprobs.by_id(token_id, self._decode_token))
             sequence.cumulative_logprob += logprobs.logprob
@@ -426,7 +423,7 @@ class Engine:
                 continue  # its request ended with another of its outputs
             ticket.first_token_ts = ticket.first_token_ts or now
             if sequence.is_finished and ticket.is_finished:
-                with self._contained(sequence):
+                with self._contained(ticket):
                     self._finish(ticket)
 
     def _finish(self, ticket: _Ticket) -> None:
@@ -452,12 +449,6 @@ class Engine:
             num_cached_tokens=0,
         )
         self._hand_back(ticket, result)
-
-    def _fail_sequence(self, sequence: Sequence) -> None:
-        sequence.finish_reason = FinishReason.ERROR
-        ticket = self._tickets.get(sequence.ticket)
-        if ticket is not None:
-            self._fail(ticket, EngineFailure())
 
     def _fail(self, ticket: _Ticket, error: EngineError) -> None:
         """End a request with an error, and take its other outputs out of the work."""
@@ -520,6 +511,16 @@ class Engine:
         self._sweep()
         for pool in (self._pool, self._fetching_pool):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _outcome(future: Future[Prepared]) -> Prepared:
+    """What a media thread made of a request, or the error that ends that request."""
+    if future.cancelled():
+        raise EngineClosed
+    error = future.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise RuntimeError("a callable wanted to end the process") from error
+    return future.result()
 
 
 def plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:

@@ -264,7 +264,7 @@ def test_nobody_waits_for_the_media_of_another_thread(tiny_folder: Path) -> None
 
     def work() -> None:
         slow = Request(prompt=PICTURE, multi_modal_data={"image": fetch})
-        found.extend(llm.stream([slow], GREEDY))
+        found.extend(llm.stream([slow] * (NUM_PREPARED_AHEAD + 5), GREEDY))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -577,6 +577,22 @@ def test_text_that_cannot_be_made_fails_its_request_alone(
 
     assert results["bad"].error is not None
     assert expected.outputs == results["good"].outputs
+
+
+def test_request_that_cannot_be_queued_fails_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def queue_badly(ticket: Any, prepared: Any) -> None:
+        if prepared.prompt == "bad":
+            raise PoisonError
+        queue(ticket, prepared)
+
+    queue = llm.engine._queue
+    monkeypatch.setattr(llm.engine, "_queue", queue_badly)
+    bad, good = llm.generate(["bad", "good"], GREEDY, use_tqdm=False)
+
+    assert bad.error is not None
+    assert good.error is None
 
 
 def test_top_k_beyond_all_numbers_means_all(llm: LLM) -> None:
