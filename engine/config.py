@@ -295,7 +295,7 @@ def _read_options(name: str, given: Any, known: Collection[str]) -> dict[str, An
             )
         elif key == "fps":
             options[key] = _positive_number(where, value)
-        elif key == "num_frames" and value == KEEP_ALL:
+        elif key == "num_frames" and isinstance(value, int) and value == KEEP_ALL:
             options[key] = None
         else:
             _check_positive(where, value, may_be_none=False)

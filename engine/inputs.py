@@ -66,7 +66,7 @@ PART_TYPES = (
 PICTURE_TYPES = ("image_url", "input_image", "image", "image_pil")
 DETAILS = ("auto", "low", "high")
 MAX_NESTING = 8  # messages, message, content, part, video, frames, frame
-IMAGES = "multi_modal_data['image']"
+IMAGES, CLIPS = "multi_modal_data['image']", "multi_modal_data['video']"
 EMBEDS_FIELDS = ("image_embeds", "image_grid_thw")
 
 
@@ -433,7 +433,7 @@ def _split_embeddings(features: Any, grids: Any) -> list[Picture | Embeddings]:
     return [Embeddings(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def _parse_clips(given: Any) -> list[Clip]:
+def _parse_clips(given: Any, where: str = CLIPS) -> list[Clip]:
     if _is_clip(given):
         return [Clip(given)]
     if isinstance(given, list | tuple) and given:
@@ -446,7 +446,7 @@ def _parse_clips(given: Any) -> list[Clip]:
             return [Clip(list(given))]
     raise BadPrompt(
         f"is a {type(given).__name__} that is no clip",
-        where="multi_modal_data['video']",
+        where=where,
         remedy="Give a list of frames, a 4-D array (frames, height, width, 3), or a list of clips",
     )
 
@@ -553,7 +553,7 @@ def _parse_part(part: Any, where: str) -> UserText | Picture | Clip | Embeddings
     if kind in ("image_url", "input_image"):
         is_low = is_low or (isinstance(given, Mapping) and _is_low(given, where))
         return Picture(DataURL(_url_of(given, ("url", "detail"), where)), sizes.image, is_low)
-    found = _with_area(_parse_pictures(given, where), sizes.image, where)
+    found = _with_area(_parse_item(given, where), sizes.image, where)
     if len(found) != 1:
         raise BadPrompt(
             f"holds {len(found)} pictures", where=where, remedy="Give each a part of its own"
@@ -571,7 +571,7 @@ def _is_low(given: Mapping[str, Any], where: str) -> bool:
 
 
 def _one_clip(given: Any, where: str) -> Any:
-    clips = _parse_clips(given)
+    clips = _parse_clips(given, where)
     if len(clips) != 1:
         raise BadPrompt(
             f"holds {len(clips)} clips", where=where, remedy="Give each a part of its own"
@@ -580,7 +580,7 @@ def _one_clip(given: Any, where: str) -> Any:
 
 
 def _one_embedding(given: Any, where: str) -> Embeddings:
-    found = _parse_pictures(given if not _is_flat(given) else [given])
+    found = _parse_pictures(given if not _is_flat(given) else [given], where)
     if len(found) != 1 or not isinstance(found[0], Embeddings):
         raise BadPrompt(
             "is not the embeddings of one picture",

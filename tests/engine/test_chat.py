@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -32,6 +33,12 @@ END = "<|im_end|>\n"
 ANSWER = "<|im_start|>assistant\n"
 
 Messages = list[dict[str, Any]]
+
+
+TWO_PICTURES_FEATURES = {
+    "image_embeds": torch.zeros(8, 64),
+    "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+}
 
 
 def user(*content: Any) -> Messages:
@@ -314,10 +321,17 @@ def test_one_bad_conversation_costs_itself_alone(llm: LLM) -> None:
             "messages[0].content[0]['num_frames'] must be a whole number of 1 or more, got 0.",
         ),
         (
-            user([{"type": "image", "image": [draw(1), draw(2)]}]),
+            user([{"type": "image", "image": TWO_PICTURES_FEATURES}]),
             "messages[0].content[0] holds 2 pictures.",
         ),
-        (user([{"type": "image", "image": []}]), "messages[0].content[0] holds 0 pictures."),
+        (
+            user([{"type": "image", "image": [draw(1), draw(2)]}]),
+            "messages[0].content[0] holds a list.",
+        ),
+        (
+            user([{"type": "video", "video": "clip.mp4"}]),
+            "messages[0].content[0] is a str that is no clip.",
+        ),
         (user([{"type": "image", "image": "a.png"}]), "messages[0].content[0] holds a str."),
         (
             user([{"type": "image_embeds", "image_embeds": [1], "max_pixels": 9}]),
