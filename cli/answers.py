@@ -117,7 +117,7 @@ def _count(tokens: Any) -> int | None:
 
 def _cost_ms(result: Result) -> float | None:
     metrics = result.metrics
-    steps = (metrics.preprocess_ms, metrics.encode_ms, metrics.prefill_ms, metrics.decode_ms)
+    steps = (metrics.preprocess_ms, metrics.prefill_ms, metrics.decode_ms)
     known = [step for step in steps if step is not None]
     return round(sum(known), 1) if known else None
 

@@ -8,9 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.errors import BadConfig, EngineError, RequestError, ResultError
+    from engine.errors import (
+        BadConfig,
+        EngineError,
+        PromptFailedError,
+        RequestError,
+        ResultError,
+    )
     from engine.inputs import Request
-    from engine.llm import LLM, PromptFailedError
+    from engine.llm import LLM
     from engine.request import CompletionOutput, Logprob, RequestOutput, Result, SamplingParams
 
 _HOMES = {
@@ -19,7 +25,7 @@ _HOMES = {
     "EngineError": "engine.errors",
     "LLM": "engine.llm",
     "Logprob": "engine.request",
-    "PromptFailedError": "engine.llm",
+    "PromptFailedError": "engine.errors",
     "Request": "engine.inputs",
     "RequestError": "engine.errors",
     "RequestOutput": "engine.request",

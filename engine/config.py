@@ -6,7 +6,9 @@ The environment is never read here; whoever starts the process passes values in.
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import numbers
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,31 +21,94 @@ MODALITIES = ("image", "video")
 LIMIT_OPTIONS = ("count", "width", "height", "num_frames")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float", "half")
 DEFAULT_LIMITS = {"image": 1, "video": 1}
+ABSENT_MODALITIES = ("audio", "vision_chunk")  # vLLM's; a limit of 0 for them asks for nothing
+AREA_KEYS = ("min_pixels", "max_pixels")
+KEEP_ALL = -1  # vLLM's num_frames for every frame of a clip
+SAMPLING_KEYS = ("num_frames", "fps")
 EDGES: Mapping[Any, str] = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
 # Words of vLLM's constructor that have no use here: accepted, and said once in the log.
 UNUSED_WORDS = (
     "allowed_local_media_path",
     "allowed_media_domains",
+    "async_scheduling",
+    "attention_backend",
     "block_size",
+    "code_revision",
+    "compilation_config",
+    "config_format",
+    "cpu_offload_gb",
+    "data_parallel_size",
     "disable_custom_all_reduce",
     "disable_log_stats",
     "disable_mm_preprocessor_cache",
+    "distributed_executor_backend",
+    "download_dir",
     "enable_chunked_prefill",
     "enable_mm_embeds",
     "enable_prefix_caching",
+    "enable_sleep_mode",
     "enforce_eager",
-    "hf_overrides",
+    "generation_config",
+    "hf_token",
+    "interleave_mm_strings",
+    "kv_cache_dtype",
+    "load_format",
+    "logprobs_mode",
+    "max_logprobs",
+    "max_lora_rank",
+    "max_loras",
     "max_seq_len_to_capture",
-    "media_io_kwargs",
+    "mm_encoder_tp_mode",
     "mm_processor_cache_gb",
-    "quantization",
+    "model_impl",
+    "num_gpu_blocks_override",
+    "pipeline_parallel_size",
     "runner",
+    "scheduling_policy",
+    "served_model_name",
     "skip_mm_profiling",
     "swap_space",
     "task",
     "tokenizer_mode",
+    "tokenizer_revision",
+    "worker_cls",
 )
+
+# Words that would change what is computed, so that ignoring them would be a lie: refused unless empty.
+ABSENT_WORDS = (
+    "enable_lora",
+    "enable_prompt_embeds",
+    "hf_overrides",
+    "logits_processors",
+    "override_generation_config",
+    "quantization",
+    "speculative_config",
+    "video_pruning_rate",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MediaOptions:
+    """
+    How media are sized and sampled, as one level says: the engine, a call, a request.
+
+    Attributes:
+        image, video: `min_pixels` and `max_pixels` of pictures, and of the frames of clips.
+        sampling: `num_frames` and `fps` of encoded clips; `num_frames` of None keeps all.
+    """
+
+    image: Mapping[str, int] = field(default_factory=dict)
+    video: Mapping[str, int] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def __or__(self, inner: "MediaOptions") -> "MediaOptions":
+        """Key by key, what the inner level says goes first."""
+        return MediaOptions(
+            {**self.image, **inner.image},
+            {**self.video, **inner.video},
+            {**self.sampling, **inner.sampling},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +128,11 @@ class EngineConfig:
         max_num_batched_tokens: prompt tokens of one prefill call; a longer prompt gets a call alone.
         kv_cache_memory_bytes: memory for KV rows; None for a share of what the device has free.
         gpu_memory_utilization: that share, of the whole device, 0 to 1.
-        min_pixels, max_pixels: area of a picture after resampling; None for the checkpoint's.
+        media: area of pictures and frames after resampling, where it is not the checkpoint's, and
+            which frames of encoded clips are taken.
         chat_template: Jinja text instead of the tokenizer's own.
         num_media_threads: threads that decode and resample; None for the cores that are there.
+            Callables that fetch pictures wait in threads of their own.
     """
 
     model: str
@@ -81,8 +148,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    media: MediaOptions = field(default_factory=MediaOptions)
     chat_template: str | None = None
     num_media_threads: int | None = None
 
@@ -94,8 +160,6 @@ class EngineConfig:
         for name in (
             "max_model_len",
             "kv_cache_memory_bytes",
-            "min_pixels",
-            "max_pixels",
             "num_media_threads",
         ):
             _check_positive(name, getattr(self, name), may_be_none=True)
@@ -106,11 +170,13 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise BadConfig(f"gpu_memory_utilization must be over 0 and at most 1, got {share!r}.")
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise BadConfig(
-                f"min_pixels={self.min_pixels} is over max_pixels={self.max_pixels}. Give a "
-                "min_pixels of at most max_pixels."
-            )
+        for area in (self.media.image, self.media.video):
+            smallest, largest = area.get("min_pixels", 0), area.get("max_pixels", math.inf)
+            if smallest > largest:
+                raise BadConfig(
+                    f"min_pixels={smallest} is over max_pixels={largest}. Give a min_pixels of at "
+                    "most max_pixels."
+                )
 
     @property
     def folder_or_id(self) -> str:
@@ -123,7 +189,7 @@ class EngineConfig:
 def _check_positive(name: str, value: object, *, may_be_none: bool) -> None:
     if value is None and may_be_none:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise BadConfig(f"{name} must be a whole number of 1 or more, got {value!r}.")
 
 
@@ -140,6 +206,8 @@ def parse_limits(given: Mapping[str, Any] | None) -> dict[str, int]:
     """
     limits = dict(DEFAULT_LIMITS)
     for modality, limit in _items("limit_mm_per_prompt", given):
+        if modality in ABSENT_MODALITIES and _count_of(modality, limit) == 0:
+            continue
         if modality not in MODALITIES:
             raise BadConfig(
                 f"limit_mm_per_prompt has an unknown modality {modality!r}: "
@@ -166,35 +234,80 @@ def _count_of(modality: str, limit: object) -> int:
             )
         for option, value in limit.items():
             if option != "count":
-                _check_positive(f"{where}[{option!r}]", value, may_be_none=False)
-        count = limit.get("count", DEFAULT_LIMITS[modality])
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                _check_positive(f"{where}[{option!r}]", value, may_be_none=True)
+        count = limit.get("count", DEFAULT_LIMITS.get(modality, 1))
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
         raise BadConfig(f"{where} must be a whole number of 0 or more, got {count!r}.")
-    return count
+    return int(count)
 
 
-def parse_area(given: Mapping[str, Any] | None) -> dict[str, int]:
+def parse_processor_kwargs(given: Mapping[str, Any] | None) -> MediaOptions:
     """
-    Read `min_pixels` and `max_pixels` out of `mm_processor_kwargs`, in any of its usual scopes.
+    Read `mm_processor_kwargs`: what stands in no scope is for pictures and clips alike.
 
     Raises:
         BadConfig: another key, which would otherwise be dropped in silence.
     """
-    area: dict[str, int] = {}
-    for key, value in _items("mm_processor_kwargs", given):
-        if key in ("images_kwargs", "videos_kwargs") and isinstance(value, Mapping):
-            area |= parse_area(value)
-        elif key == "size" and isinstance(value, Mapping):
-            area |= parse_area({EDGES.get(edge, edge): pixels for edge, pixels in value.items()})
-        elif key in ("min_pixels", "max_pixels"):
-            _check_positive(f"mm_processor_kwargs[{key!r}]", value, may_be_none=False)
-            area[key] = value
+    name = "mm_processor_kwargs"
+    known = {"images_kwargs": AREA_KEYS, "videos_kwargs": (*AREA_KEYS, *SAMPLING_KEYS)}
+    scopes: dict[str, dict[str, Any]] = {scope: {} for scope in known}
+    unscoped: dict[str, Any] = {}
+    for key, value in _items(name, given):
+        if key in known:
+            scopes[key] = _read_options(f"{name}[{key!r}]", value, known[key])
         else:
+            unscoped |= _read_options(name, {key: value}, (*AREA_KEYS, *SAMPLING_KEYS))
+    image = {**unscoped, **scopes["images_kwargs"]}
+    video = {**unscoped, **scopes["videos_kwargs"]}
+    return MediaOptions(
+        image={key: image[key] for key in AREA_KEYS if key in image},
+        video={key: video[key] for key in AREA_KEYS if key in video},
+        sampling={key: video[key] for key in SAMPLING_KEYS if key in video},
+    )
+
+
+def parse_io_kwargs(given: Mapping[str, Any] | None) -> MediaOptions:
+    """
+    Read `media_io_kwargs`: `num_frames` and `fps` of encoded clips.
+
+    Raises:
+        BadConfig: another option: pictures are always RGB, transparency laid on white.
+    """
+    name = "media_io_kwargs"
+    sampling: dict[str, Any] = {}
+    for modality, options in _items(name, given):
+        known = SAMPLING_KEYS if modality == "video" else ()
+        sampling |= _read_options(f"{name}[{modality!r}]", options, known)
+    return MediaOptions(sampling=sampling)
+
+
+def _read_options(name: str, given: Any, known: Collection[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for key, value in _items(name, given):
+        where = f"{name}[{key!r}]"
+        if key == "size" and "max_pixels" in known:
+            edges = {EDGES.get(edge, edge): pixels for edge, pixels in _items(where, value)}
+            options |= _read_options(where, edges, AREA_KEYS)
+        elif key not in known:
             raise BadConfig(
-                f"mm_processor_kwargs has the key {json.dumps(str(key)[:40])}, which this model "
-                "does not take: use min_pixels and max_pixels."
+                f"{name} has the key {json.dumps(str(key)[:40])}, which this model does not take: "
+                f"use {' and '.join(known) or 'no options at all'}."
             )
-    return area
+        elif key == "fps":
+            options[key] = _positive_number(where, value)
+        elif key == "num_frames" and isinstance(value, int) and value == KEEP_ALL:
+            options[key] = None
+        else:
+            _check_positive(where, value, may_be_none=False)
+            options[key] = int(value)
+    return options
+
+
+def _positive_number(name: str, value: object) -> float:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
+        raise BadConfig(f"{name} must be a finite number over 0, got {value!r}.")
+    return float(value)  # type: ignore[arg-type]
 
 
 def nearest_word(word: str, known: list[str]) -> str:

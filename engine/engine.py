@@ -1,7 +1,7 @@
 """
 Requests in, results out, each the moment it is ready: the loop that owns the device.
 
-Media threads prepare requests ahead, bounded in number; `step` admits what is ready, runs one batch
+Media threads prepare requests ahead, bounded in number; a step admits what is ready, runs one batch
 and takes its tokens. Whatever goes wrong with one request becomes its own result: every request
 ends in exactly one, and none of them as an exception through the loop.
 """
@@ -13,9 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.errors import BadConfig, EngineError, EngineFailure
-from engine.inputs import Request, text_of
+from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
+from engine.inputs import Request, may_fetch, text_of
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
-from engine.sampler import NO_TOKEN, Sampler
+from engine.sampler import NO_TOKEN, Sampler, TokenLogprobs, mix_seed
 from engine.scheduler import Batch, Scheduler
 from engine.sequence import Sequence
 from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
@@ -36,7 +37,9 @@ from engine.text import Detokenizer, decode_token
 
 logger = logging.getLogger(__name__)
 
-NUM_PREPARED_AHEAD = 32  # requests in media threads or waiting with their patches, beside running
+Chosen = tuple[Sequence, int, TokenLogprobs | None]  # whose, the token, its log-probabilities
+
+NUM_PREPARED_AHEAD = 32  # requests of a stream in media threads or waiting, beside those that run
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +69,20 @@ class _Ticket:
 
     @property
     def is_finished(self) -> bool:
-        return all(sequence.is_finished for sequence in self.sequences)
+        # The last is usually the last to finish: of thousands, most questions look at one.
+        return all(sequence.is_finished for sequence in reversed(self.sequences))
+
+
+@dataclass(slots=True, eq=False)
+class _Feed:
+    """One stream: where its requests come from, and where its results go."""
+
+    source: Iterator[Request]
+    sink: deque[Result] = field(default_factory=deque)
+    open: set[int] = field(default_factory=set)  # tickets without a result
+    is_exhausted: bool = False  # by its source, which may have raised
+    is_closed: bool = False  # by its reader
+    error: BaseException | None = None
 
 
 class Engine:
@@ -79,25 +95,34 @@ class Engine:
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint, model: nn.Module) -> None:
         self.checkpoint = checkpoint
-        rows = _plan_rows(config, checkpoint)
+        rows = plan_rows(config, checkpoint)
         self._config = config
-        self._processor = Processor(config, checkpoint)
+        num_threads = config.num_media_threads or _num_cores()
+        self._processor = Processor(config, checkpoint, num_threads)
         self._scheduler = Scheduler(
             SlabAllocator(rows), config.max_num_seqs, config.max_num_batched_tokens
         )
         self._runner = Runner(checkpoint, model, rows)
         vocab_size = checkpoint.config.text_config.vocab_size
         self._sampler = Sampler(vocab_size, checkpoint.device)
-        self._pool = ThreadPoolExecutor(
-            config.num_media_threads or _num_cores(), thread_name_prefix="media"
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
+        # Callables may wait for a network: one thread for each request that is prepared ahead, so
+        # that no text waits behind them. Decoding takes turns on the cores, whoever does it.
+        self._fetching_pool = ThreadPoolExecutor(
+            NUM_PREPARED_AHEAD, thread_name_prefix="media-fetch"
         )
         self._preparing: dict[Future[Prepared], _Ticket] = {}
         self._tickets: dict[int, _Ticket] = {}
         self._numbers = itertools.count()
         self._has_told_cut_off = False
         # One thread at a time steps; a result goes to the stream that asked, whoever stepped.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # held for one step, never while anybody waits
         self._door = threading.Lock()  # held only by the thread that has the next turn
+        # Guards what comes and what goes, and tells of it. Taken inside `_lock`, never around it.
+        self._news = threading.Condition()
+        self._is_closed = False
+        self._aborted: deque[int] = deque()  # tickets to drop once the engine is free
+        self._idle_since = time.perf_counter()
         logger.info(
             "engine_ready model=%s device=%s dtype=%s max_model_len=%d kv_rows=%d",
             config.model,
@@ -113,36 +138,75 @@ class Engine:
         """
         Run requests as they come; yield results as they finish, in no order.
 
-        Requests are pulled a little ahead of the work and no further, so the iterable may be endless.
-        Closing the iterator aborts what it has in flight.
+        A thread of the stream's own pulls the requests, so a source may block for as long as it likes,
+        also until it has seen an earlier result. It pulls a little ahead of the work and no further,
+        so the source may be endless. Closing the iterator aborts what it has in flight.
+
+        Raises:
+            EngineClosed: the engine was closed and the source had more.
         """
-        source = iter(requests)
-        sink: deque[Result] = deque()
-        mine: set[int] = set()
-        has_more = True
+        feed = _Feed(iter(requests))
+        # A daemon: a source that blocks for ever must not keep the process alive.
+        threading.Thread(target=self._pull, args=(feed,), name="feed", daemon=True).start()
         try:
             while True:
-                # Outside the turn: a source may be slow, or wait for another thread's stream.
-                num_wanted = self._num_wanted() if has_more else 0
-                pulled = list(itertools.islice(source, num_wanted))
-                has_more = has_more and len(pulled) == num_wanted
                 with self._turn():
-                    mine |= {self.add(request, sink) for request in pulled}
-                    if not sink:
-                        self.step()
-                    mine &= self._tickets.keys()
-                    is_done = not has_more and not mine
-                while sink:
-                    yield sink.popleft()
-                if is_done:
-                    return
+                    if not feed.sink:
+                        self._step()
+                while feed.sink:
+                    yield feed.sink.popleft()
+                    self._tell()  # there is room for one more
+                with self._news:
+                    feed.open &= self._tickets.keys()
+                    if feed.is_exhausted and not feed.open and not feed.sink:
+                        break
+                    # NOTE: nobody waits with the engine held: others must get in meanwhile.
+                    self._news.wait_for(partial(self._has_news, feed))
         finally:
-            for number in mine:
-                self.abort(number)
+            with self._news:
+                feed.is_closed = True
+                self._news.notify_all()
+            self.abort(feed.open)
+        if feed.error is not None:
+            raise feed.error
 
-    def _num_wanted(self) -> int:
-        waiting = len(self._preparing) + self._scheduler.num_waiting
-        return max(0, NUM_PREPARED_AHEAD - waiting)
+    def _pull(self, feed: _Feed) -> None:
+        """Take requests from a stream's source while there is room, until either of them ends."""
+        try:
+            while True:
+                with self._news:
+                    self._news.wait_for(partial(self._can_pull, feed))
+                    if feed.is_closed:
+                        return
+                request = next(feed.source, None)
+                with self._news:
+                    if request is None or feed.is_closed:
+                        return
+                    feed.open.add(self.add(request, feed.sink))
+                    del request  # its pictures may be let go before the next one comes
+        except BaseException as error:  # noqa: BLE001 - raised again, in the thread that reads results
+            feed.error = error
+        finally:
+            with self._news:
+                feed.is_exhausted = True
+                self._news.notify_all()
+
+    def _can_pull(self, feed: _Feed) -> bool:
+        """Results that nobody takes count too: a reader that pauses stops its source."""
+        if feed.is_closed or self._is_closed:  # then the source is asked whether that was all
+            return True
+        tickets = [self._tickets.get(number) for number in feed.open]
+        num_waiting = sum(t is not None and t.scheduled_ts is None for t in tickets)
+        return num_waiting + len(feed.sink) < NUM_PREPARED_AHEAD
+
+    def _has_news(self, feed: _Feed) -> bool:
+        """Whether the thread of a stream has anything to do."""
+        return bool(
+            feed.sink
+            or self._scheduler.has_work
+            or any(future.done() for future in self._preparing)
+            or (feed.is_exhausted and not (feed.open & self._tickets.keys()))
+        )
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -153,61 +217,95 @@ class Engine:
             yield
         finally:
             self._lock.release()
+            self._sweep()
 
     def add(self, request: Request, sink: deque[Result]) -> int:
-        """Take one request; its result will be appended to `sink`. Returns its ticket."""
-        with self._lock:
+        """
+        Take one request; its result will be appended to `sink`. Returns its ticket.
+
+        Raises:
+            EngineClosed: after `close`.
+        """
+        with self._news:
+            if self._is_closed:
+                raise EngineClosed
             number = next(self._numbers)
             if not request.request_id:
                 request = replace(request, request_id=str(number))
             ticket = _Ticket(number, request, sink, time.time(), time.perf_counter())
+            pool = self._fetching_pool if may_fetch(request) else self._pool
+            future = pool.submit(self._processor.prepare, request)
             self._tickets[number] = ticket
-            self._preparing[self._pool.submit(self._processor.prepare, request)] = ticket
+            self._preparing[future] = ticket
+            future.add_done_callback(self._tell)
             return number
 
-    def abort(self, number: int) -> None:
-        """Drop a request, wherever it is, without a result. Unknown tickets are finished ones."""
-        with self._lock:
+    def _tell(self, _: object = None) -> None:
+        """Wake whoever waits for something to do, or for room."""
+        with self._news:
+            self._news.notify_all()
+
+    def abort(self, numbers: Iterable[int]) -> None:
+        """
+        Drop requests, wherever they are, without a result. Unknown tickets are finished ones.
+
+        Never waits: it may run wherever Python closes a forgotten stream, in the middle of a step
+        too. Whoever holds the engine then drops them when the step is over.
+        """
+        self._aborted.extend(numbers)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Drop what was aborted and, after `close`, all the rest; nothing where another holds the engine."""
+        while (self._aborted or (self._is_closed and self._tickets)) and self._lock.acquire(
+            blocking=False
+        ):
+            try:
+                while self._aborted:
+                    self._drop(self._aborted.popleft())
+                if self._is_closed:
+                    self._end_all()
+            finally:
+                self._lock.release()
+        self._tell()
+
+    def _drop(self, number: int) -> None:
+        with self._news:
             ticket = self._tickets.pop(number, None)
             if ticket is None:
                 return
             for future in [f for f, t in self._preparing.items() if t is ticket]:
                 future.cancel()
                 del self._preparing[future]
-            for sequence in ticket.sequences:
-                if not sequence.is_finished:
-                    self._scheduler.finish(sequence)
+        self._scheduler.finish(ticket.sequences)
+
+    def _end_all(self) -> None:
+        with self._news:
+            self._preparing.clear()
+            for ticket in list(self._tickets.values()):
+                self._fail(ticket, EngineClosed())
 
     # --- one step ------------------------------------------------------------------------------------
 
-    def step(self) -> None:
+    def _step(self) -> None:
         """Admit what is ready, run one batch, take its tokens, and hand out what is finished."""
-        with self._lock:
-            self._collect()
-            if self._scheduler.has_work:
-                batch = self._scheduler.schedule()
-                self._run(batch)
+        self._collect()
+        if self._scheduler.has_work:
+            self._run(self._scheduler.schedule())
+            self._idle_since = time.perf_counter()
 
     def _collect(self) -> None:
-        """Queue what the media threads have prepared; wait only where there is nothing to run."""
-        if not self._preparing:
-            return
-        timeout = 0 if self._scheduler.has_work else None
-        started = time.perf_counter()
-        done, _ = wait(self._preparing, timeout, FIRST_COMPLETED)
-        waited_ms = (time.perf_counter() - started) * 1000 if timeout is None else 0.0
-        for future in [future for future in self._preparing if future in done]:
-            ticket = self._preparing.pop(future)
-            ticket.wait_ms = waited_ms
-            try:
-                self._queue(ticket, future.result())
-            except EngineError as error:
-                self._fail(ticket, error)
-            except Exception:
-                # The edge of a media thread: a fault of ours or of a library in one request must
-                # not end the others. The log has the trace, the client gets no part of it.
-                logger.exception("prepare_failed request=%s", ticket.request.request_id)
-                self._fail(ticket, EngineFailure())
+        """Queue what the media threads have prepared."""
+        with self._news:
+            done = [future for future in self._preparing if future.done()]
+            ready = [(self._preparing.pop(future), future) for future in done]
+        was_idle = not self._scheduler.has_work
+        for ticket, future in ready:
+            if was_idle:
+                waited_s = time.perf_counter() - max(self._idle_since, ticket.arrived)
+                ticket.wait_ms = waited_s * 1000
+            with self._contained(ticket):
+                self._queue(ticket, _outcome(future))
 
     def _queue(self, ticket: _Ticket, prepared: Prepared) -> None:
         ticket.prepared = prepared
@@ -218,9 +316,10 @@ class Engine:
         ticket.queued_ts = time.perf_counter()
         params = prepared.params
         if not params.greedy:
-            ticket.seed = self._config.seed if params.seed is None else params.seed
-            if params.seed is None:  # another draw for each request, the same for the same order
-                ticket.seed = (self._config.seed << 32) + ticket.number
+            ticket.seed = params.seed
+            if ticket.seed is None:  # another draw for each request, the same for the same order
+                ticket.seed = mix_seed(self._config.seed, ticket.number)
+        features: list[Tensor] = []
         for index in range(params.n):
             sequence = Sequence(
                 ticket.number,
@@ -230,6 +329,7 @@ class Engine:
                 self.checkpoint.eos_token_ids,
                 Detokenizer(self.checkpoint.tokenizer, params, streaming=False),
                 ticket.request.priority,
+                features,
             )
             ticket.sequences.append(sequence)
             self._scheduler.add(sequence)
@@ -237,8 +337,12 @@ class Engine:
     def _run(self, batch: Batch) -> None:
         started = time.perf_counter()
         run = self._runner.prefill if batch.is_prefill else self._runner.decode
-        for sequences, logits in self._guarded(run, batch.sequences):
-            self._take(sequences, logits)
+        for sequence, token_id, logprobs in self._guarded(run, batch.sequences):
+            ticket = self._tickets.get(sequence.ticket)
+            if ticket is None:
+                continue  # its request has just failed with another of its outputs
+            with self._contained(ticket):
+                self._take(sequence, token_id, logprobs)
         took_ms = (time.perf_counter() - started) * 1000 / max(1, len(batch.sequences))
         for sequence in batch.sequences:
             ticket = self._tickets.get(sequence.ticket)
@@ -253,43 +357,57 @@ class Engine:
 
     def _guarded(
         self, run: Callable[[list[Sequence]], Tensor], sequences: list[Sequence]
-    ) -> Iterator[tuple[list[Sequence], Tensor]]:
+    ) -> list[Chosen]:
         """
-        Run a batch; where it fails, its halves, and so on down to the one that cannot run.
+        Run a batch and choose its tokens; where that fails, its halves, down to the one that cannot.
 
-        Every call may be repeated: it writes the same rows with the same values.
+        Every call may be repeated: it writes the same rows with the same values, and no sequence has
+        taken its token yet.
         """
         sequences = [s for s in sequences if not s.is_finished]  # one may end with its request
         if not sequences:
-            return
+            return []
         try:
-            yield sequences, run(sequences)
+            sampled = self._sampler.sample(run(sequences), [s.sampling_row() for s in sequences])
+            return list(zip(sequences, sampled.tolist(), sampled.logprobs(), strict=True))
         except Exception:
             # The edge of the device: out of memory, or a request that breaks a kernel. Torch and
             # drivers raise too many types to name; the log has the trace.
             if len(sequences) == 1:
                 logger.exception("sequence_failed ticket=%d", sequences[0].ticket)
-                self._fail_sequence(sequences[0])
-                return
+                ticket = self._tickets.get(sequences[0].ticket)
+                if ticket is not None:
+                    self._fail(ticket, EngineFailure())
+                return []
             logger.warning("batch_halved num_sequences=%d", len(sequences), exc_info=True)
             if self.checkpoint.device.type == "cuda":
                 torch.cuda.empty_cache()
-            middle = len(sequences) // 2
-            yield from self._guarded(run, sequences[:middle])
-            yield from self._guarded(run, sequences[middle:])
+        middle = len(sequences) // 2
+        return [
+            *self._guarded(run, sequences[:middle]),
+            *self._guarded(run, sequences[middle:]),
+        ]
 
-    def _take(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Choose each sequence's next token, and push it."""
-        sampled = self._sampler.sample(logits, [s.sampling_row() for s in sequences])
-        rows = zip(sequences, sampled.tolist(), sampled.logprobs(), strict=True)
-        for sequence, token_id, logprobs in rows:
-            if token_id == NO_TOKEN:
-                self._fail_sequence(sequence)
-                continue
-            if logprobs is not None:
-                sequence.logprobs.append(logprobs.by_id(token_id, self._decode_token))
-                sequence.cumulative_logprob += logprobs.logprob
-            sequence.push(token_id)
+    @contextmanager
+    def _contained(self, ticket: _Ticket) -> Iterator[None]:
+        """What goes wrong with one request ends that request, and none of the others."""
+        try:
+            yield
+        except EngineError as error:
+            self._fail(ticket, error)
+        except Exception:
+            # The edge of one request: a fault of ours, of a library or of a callable. The log has the
+            # trace, the client gets no part of it.
+            logger.exception("request_failed request=%s", ticket.request.request_id)
+            self._fail(ticket, EngineFailure())
+
+    def _take(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        if token_id == NO_TOKEN:
+            raise EngineFailure
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs.by_id(token_id, self._decode_token))
+            sequence.cumulative_logprob += logprobs.logprob
+        sequence.push(token_id)
 
     def _decode_token(self, token_id: int) -> str:
         return decode_token(self.checkpoint.tokenizer, token_id)
@@ -298,15 +416,15 @@ class Engine:
 
     def _hand_out(self, sequences: list[Sequence]) -> None:
         now = time.perf_counter()
+        self._scheduler.finish([s for s in sequences if s.is_finished and s.start is not None])
         for sequence in sequences:
-            if sequence.is_finished and sequence.start is not None:
-                self._scheduler.finish(sequence)
             ticket = self._tickets.get(sequence.ticket)
             if ticket is None:
                 continue  # its request ended with another of its outputs
             ticket.first_token_ts = ticket.first_token_ts or now
             if sequence.is_finished and ticket.is_finished:
-                self._finish(ticket)
+                with self._contained(ticket):
+                    self._finish(ticket)
 
     def _finish(self, ticket: _Ticket) -> None:
         prepared = ticket.prepared
@@ -319,46 +437,40 @@ class Engine:
                 "text_cut_off max_tokens=%d: it was not given, and the text went on; give max_tokens",
                 prepared.params.max_tokens,
             )
-        del self._tickets[ticket.number]
-        ticket.sink.append(
-            Result(
-                request_id=ticket.request.request_id,
-                prompt=ticket.prompt,
-                prompt_token_ids=tuple(prepared.token_ids),
-                outputs=outputs,
-                metrics=self._metrics(ticket, sum(len(o.token_ids) for o in outputs)),
-                images=prepared.images,
-                stamp=self._stamp(prepared.params, ticket.seed),
-                flags=flags,
-                num_cached_tokens=0,
-            )
+        result = Result(
+            request_id=ticket.request.request_id,
+            prompt=ticket.prompt,
+            prompt_token_ids=list(prepared.token_ids),
+            outputs=outputs,
+            metrics=self._metrics(ticket, sum(len(o.token_ids) for o in outputs)),
+            images=prepared.images,
+            stamp=self._stamp(prepared.params, ticket.seed),
+            flags=flags,
+            num_cached_tokens=0,
         )
-
-    def _fail_sequence(self, sequence: Sequence) -> None:
-        sequence.finish_reason = FinishReason.ERROR
-        ticket = self._tickets.get(sequence.ticket)
-        if ticket is not None:
-            self._fail(ticket, EngineFailure())
+        self._hand_back(ticket, result)
 
     def _fail(self, ticket: _Ticket, error: EngineError) -> None:
         """End a request with an error, and take its other outputs out of the work."""
-        self._tickets.pop(ticket.number, None)
         for sequence in ticket.sequences:
             sequence.finish_reason = sequence.finish_reason or FinishReason.ABORT
-            if sequence.start is not None or sequence.finish_reason == FinishReason.ABORT:
-                self._scheduler.finish(sequence)
+        self._scheduler.finish(ticket.sequences)
         prepared = ticket.prepared
-        ticket.sink.append(
-            Result.failed(
-                ticket.request.request_id,
-                error,
-                prompt=ticket.prompt,
-                prompt_token_ids=tuple(prepared.token_ids) if prepared else None,
-                metrics=self._metrics(ticket, 0),
-                images=prepared.images if prepared else (),
-                stamp=self._stamp(prepared.params, ticket.seed) if prepared else None,
-            )
+        result = Result.failed(
+            ticket.request.request_id,
+            error,
+            prompt=ticket.prompt,
+            prompt_token_ids=list(prepared.token_ids) if prepared else None,
+            metrics=self._metrics(ticket, 0),
+            images=prepared.images if prepared else (),
+            stamp=self._stamp(prepared.params, ticket.seed) if prepared else None,
         )
+        self._hand_back(ticket, result)
+
+    def _hand_back(self, ticket: _Ticket, result: Result) -> None:
+        # In this order: a stream whose tickets are gone and that has no results left is over.
+        ticket.sink.append(result)
+        del self._tickets[ticket.number]
 
     def _metrics(self, ticket: _Ticket, num_tokens: int) -> Metrics:
         first = ticket.first_token_ts
@@ -389,28 +501,60 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the media threads. What is in flight is dropped."""
-        for number in list(self._tickets):
-            self.abort(number)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """
+        Take no more requests; those in flight end in a result with the code `engine_closed`.
+
+        Never waits: a step or a callable that is under way ends by itself.
+        """
+        with self._news:
+            self._is_closed = True
+        self._sweep()
+        for pool in (self._pool, self._fetching_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:
-    """KV rows to allocate; at least one sequence of the greatest length must fit."""
+def _outcome(future: Future[Prepared]) -> Prepared:
+    """What a media thread made of a request, or the error that ends that request."""
+    if future.cancelled():
+        raise EngineClosed
+    error = future.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise RuntimeError("a callable wanted to end the process") from error
+    return future.result()
+
+
+def plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    """
+    KV rows to allocate. On a GPU without a budget the weights must be loaded: they take their share.
+
+    Raises:
+        BadConfig: not even one sequence of the greatest length fits.
+    """
     longest = -(-checkpoint.max_model_len // ROW_STEP) * ROW_STEP
     rows = num_kv_rows(
         checkpoint,
-        wanted=longest * config.max_num_seqs + NUM_SCRATCH_ROWS,
+        least=longest + NUM_SCRATCH_ROWS,
+        most=longest * config.max_num_seqs + NUM_SCRATCH_ROWS,
         kv_bytes=config.kv_cache_memory_bytes,
         utilization=config.gpu_memory_utilization,
     )
     if rows < longest + NUM_SCRATCH_ROWS:
+        budget = (
+            "gpu_memory_utilization"
+            if config.kv_cache_memory_bytes is None
+            else f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
+        )
         raise BadConfig(
             f"The memory for KV rows holds {max(0, rows - NUM_SCRATCH_ROWS)} tokens, but one "
-            f"sequence may have max_model_len={checkpoint.max_model_len}. Lower max_model_len, or raise "
-            "gpu_memory_utilization or kv_cache_memory_bytes."
+            f"sequence may have max_model_len={checkpoint.max_model_len}. Lower max_model_len, or "
+            f"raise {budget}."
         )
     return rows
+
+
+def knows_budget(config: EngineConfig, checkpoint: Checkpoint) -> bool:
+    """Whether `plan_rows` can be asked before the weights are loaded."""
+    return config.kv_cache_memory_bytes is not None or checkpoint.device.type == "cpu"
 
 
 def _num_cores() -> int:

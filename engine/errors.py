@@ -14,7 +14,10 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from engine.request import Result
 
 MAX_QUOTE_CHARS = 80  # of a client's own words in an error text
 
@@ -82,11 +85,56 @@ class EngineFailure(EngineError):
     retryable = True
 
 
+class EngineClosed(EngineError):
+    """The engine was closed before this prompt was answered. Start another one and ask again."""
+
+    code = "engine_closed"
+    fault = Fault.OPERATOR
+    retryable = True
+
+
 class BadConfig(EngineError, ValueError):
     """A setting of the engine makes no sense here. Correct it and start again."""
 
     code = "bad_config"
     fault = Fault.OPERATOR
+
+
+class PromptFailedError(EngineError):
+    """
+    A prompt failed, and the caller asked to hear of it as an exception.
+
+    Code, retryable and param are those of the first prompt that failed.
+
+    Args:
+        results: of all prompts, in their order; one or more hold an error.
+
+    Attributes:
+        result: of the first prompt that failed.
+    """
+
+    code = "prompt_failed"
+
+    def __init__(self, results: "Sequence[Result]") -> None:
+        self.results = tuple(results)
+        self.result = next(result for result in self.results if result.error is not None)
+        error = self.result.error
+        assert error is not None
+        self.code, self.retryable, self.param = error.code, error.retryable, error.param
+        super().__init__(error.message)
+
+    @classmethod
+    def of(cls, results: "Sequence[Result]") -> "PromptFailedError":
+        """A ValueError where it is the client who has to change something."""
+        failed = cls(results)
+        return failed if failed.retryable else PromptRefusedError(results)
+
+
+class PromptRefusedError(PromptFailedError, ValueError):
+    """A prompt failed by its own fault. Arguments as for `PromptFailedError`."""
+
+    code = "prompt_refused"
+    fault = Fault.CLIENT
 
 
 class RequestError(EngineError, ValueError):
@@ -221,15 +269,10 @@ class PromptTooLong(RequestError):
         room = longest - self.num_text_tokens
         if not self.num_image_tokens or room <= 0:
             return f"{counts}; at most {longest} would fit: shorten the text."
-        smaller = (
-            f"max_pixels={self.max_pixels} or less"
-            if self.max_pixels is not None
-            else "a smaller max_pixels"
-        )
-        return (
-            f"{counts}; beside this text at most {room} image tokens would fit: "
-            f"use {smaller}, or fewer images."
-        )
+        would_fit = f"{counts}; beside this text at most {room} image tokens would fit"
+        if self.max_pixels is None:
+            return f"{would_fit}, and no size makes these images so few: send fewer, or less text."
+        return f"{would_fit}: use max_pixels={self.max_pixels} or less, or fewer images."
 
 
 class MaxTokensTooLarge(RequestError):
@@ -272,6 +315,32 @@ class BadPrompt(RequestError):
     def __init__(self, problem: str, *, where: str = "prompt", remedy: str) -> None:
         self.param = where
         super().__init__(f"{where} {problem}. {remedy}.")
+
+    @classmethod
+    def worded(cls, message: str, *, where: str) -> Self:
+        """The same fault in a setting's own words, which say all of this."""
+        error = cls("", where=where, remedy="")
+        error.args = (message,)
+        return error
+
+
+class MediaNotGiven(RequestError):
+    """
+    A picture or clip is named by its UUID alone.
+
+    Args:
+        modality: "image" or "video".
+        index: which of the prompt's, from 0.
+    """
+
+    code = "media_not_given"
+    param = "multi_modal_data"
+
+    def __init__(self, *, modality: str, index: int) -> None:
+        super().__init__(
+            f"Cache miss for {modality} at index {index} but data is not provided. Nothing is kept "
+            "from one prompt to the next: give the data beside its UUID."
+        )
 
 
 class PlaceholderMismatch(RequestError):
@@ -366,57 +435,6 @@ class NoChatTemplate(RequestError):
 # What an image is
 
 
-class ImageFault(StrEnum):
-    """What is wrong with bytes that should be an image, in our words instead of a decoder's."""
-
-    DAMAGED = "its data is damaged or ends too early"
-    EMPTY = "there is no picture in it"
-    UNKNOWN_FORMAT = "its format is not read here"
-
-
-class ImageUnreadable(RequestError):
-    """
-    An image could not be decoded.
-
-    Args:
-        index: which image of the prompt, from 0; None where it is the only one.
-        reason: never a decoder's own text: those have leaked paths and addresses elsewhere.
-    """
-
-    code = "image_unreadable"
-    param = "image"
-
-    def __init__(
-        self, *, index: int | None = None, reason: ImageFault = ImageFault.DAMAGED
-    ) -> None:
-        super().__init__(
-            f"Failed to load image: {_name(index)} cannot be read, because {reason.value}. "
-            "Check the file and send it again, as JPEG, PNG or WebP."
-        )
-
-
-class ImageTooLarge(RequestError):
-    """
-    An image has more pixels than we decode.
-
-    Args:
-        width, height: of the image, in pixels, from its header.
-        max_pixels: the limit, in pixels.
-        index: which image of the prompt, from 0.
-    """
-
-    code = "image_too_large"
-    param = "image"
-
-    def __init__(
-        self, *, width: int, height: int, max_pixels: int, index: int | None = None
-    ) -> None:
-        super().__init__(
-            f"Image dimensions {width}x{height} ({width * height} pixels) exceed the maximum of "
-            f"{max_pixels} pixels. Scale {_name(index)} down before sending it."
-        )
-
-
 class ImageTooNarrow(RequestError):
     """
     One side of an image is so much longer than the other that the model cannot take it.
@@ -446,11 +464,15 @@ class MediaRefused(RequestError):
     Args:
         message, code: of media's error.
         retryable: whether the same bytes may do later.
+        param: "image" or "video".
     """
 
-    def __init__(self, message: str, *, code: str, retryable: bool = False) -> None:
+    def __init__(
+        self, message: str, *, code: str, retryable: bool = False, param: str | None = None
+    ) -> None:
         self.code = code
         self.retryable = retryable
+        self.param = param
         super().__init__(message)
 
 
@@ -499,6 +521,24 @@ class BadSamplingParams(RequestError):
     def __init__(self, message: str, *, param: str) -> None:
         self.param = param
         super().__init__(message)
+
+
+class NothingAllowed(BadSamplingParams):
+    """
+    Every token that may be chosen would end the output, and `min_tokens` forbids to end it.
+
+    Args:
+        min_tokens: as given.
+    """
+
+    code = "nothing_allowed"
+
+    def __init__(self, *, min_tokens: int) -> None:
+        super().__init__(
+            f"allowed_token_ids holds only ids that end the output, and min_tokens={min_tokens} "
+            "forbids these. Allow one more, or leave min_tokens out.",
+            param="allowed_token_ids",
+        )
 
 
 def _cut(text: str) -> str:

@@ -5,9 +5,10 @@ Shapes and keys are checked here, pixels are not: a picture may still be a file'
 that fetches it, and is only decoded in `read_picture` and `read_clip`, in a media thread.
 """
 
+import numbers
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +17,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.config import (
+    AREA_KEYS,
+    SAMPLING_KEYS,
+    MediaOptions,
+    parse_io_kwargs,
+    parse_processor_kwargs,
+)
 from engine.errors import (
+    BadConfig,
     BadEmbeddings,
     BadPrompt,
     EngineError,
+    MediaNotGiven,
     MediaRefused,
     UnsupportedModality,
     UnsupportedPart,
@@ -31,6 +41,7 @@ from media.decoded import Frames, RGBImage
 from media.errors import MediaError
 from media.frames import FrameSampling
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS
+from media.video import DEFAULT_SAMPLING
 
 PROMPT_KEYS = (
     "prompt",
@@ -52,9 +63,10 @@ PART_TYPES = (
     "video_url",
     "video",
 )
-AREA_KEYS = ("min_pixels", "max_pixels")
-SAMPLING_KEYS = ("num_frames", "fps")
-IGNORED_PART_KEYS = ("uuid", "detail")  # vLLM takes them too; neither changes what the model sees
+PICTURE_TYPES = ("image_url", "input_image", "image", "image_pil")
+DETAILS = ("auto", "low", "high")
+MAX_NESTING = 8  # messages, message, content, part, video, frames, frame
+IMAGES, CLIPS = "multi_modal_data['image']", "multi_modal_data['video']"
 EMBEDS_FIELDS = ("image_embeds", "image_grid_thw")
 
 
@@ -64,12 +76,15 @@ class Picture:
     One picture on its way in.
 
     Attributes:
-        source: RGBImage, PIL image, uint8 array, encoded bytes, or a callable that returns one.
+        source: RGBImage, PIL image, uint8 array, encoded bytes, DataURL, or a callable that returns
+            one.
         area: `min_pixels` and `max_pixels` for this picture alone.
+        is_low: seen at the smallest size that the model takes, unless `area` says otherwise.
     """
 
     source: Any
     area: Mapping[str, int] = field(default_factory=dict)
+    is_low: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +96,20 @@ class Clip:
         source: Frames, a list of pictures, a 4-D array, an encoded file's bytes, or a callable that
             returns one of them.
         area: `min_pixels` and `max_pixels` of its frames.
-        sampling: which frames of an encoded file; None for the default. Frames that are frames
-            already are used as they are.
+        sampling: `num_frames` and `fps` of an encoded file. Frames that are frames already are used
+            as they are.
     """
 
     source: Any
     area: Mapping[str, int] = field(default_factory=dict)
-    sampling: FrameSampling | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DataURL:
+    """A picture or clip whose bytes stand in its address; nothing is decoded yet."""
+
+    url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +156,9 @@ class Request:
             any form that vLLM takes.
         params: how to answer; None for the defaults of the call, then of the model.
         request_id: the caller's name for it; "" lets the engine number it.
-        mm_processor_kwargs: `min_pixels` and `max_pixels` for this request's pictures.
+        mm_processor_kwargs: `min_pixels` and `max_pixels` for this request's pictures and frames,
+            `num_frames` and `fps` for its encoded clips; or several such dicts, later ones first.
+        media_io_kwargs: as `LLM` takes them, for this request.
         priority: lower runs first.
     """
 
@@ -143,7 +167,8 @@ class Request:
     multi_modal_data: Any = None
     params: SamplingParams | None = None
     request_id: str = ""
-    mm_processor_kwargs: Mapping[str, Any] | None = None
+    mm_processor_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+    media_io_kwargs: Mapping[str, Any] | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     add_generation_prompt: bool = True
@@ -167,13 +192,76 @@ def unfold(request: Request) -> Request:
             f"has an unknown key {str(unknown[0])[:40]!r}",
             remedy=f"Use {', '.join(PROMPT_KEYS[:4])}",
         )
+    _refuse_uuids_alone(form)
     ids = form.get("prompt_token_ids")
+    if ids is not None and find_token_ids(ids) is None:
+        raise BadPrompt(
+            f"is a {type(ids).__name__} that holds no token ids",
+            where="prompt_token_ids",
+            remedy="Give a list of whole numbers, or a text under `prompt`",
+        )
     return replace(
         request,
         prompt=form.get("prompt") if ids is None else ids,
         multi_modal_data=form.get("multi_modal_data", request.multi_modal_data),
-        mm_processor_kwargs=form.get("mm_processor_kwargs") or request.mm_processor_kwargs,
+        mm_processor_kwargs=(
+            *layers(None, request),
+            *([] if form.get("mm_processor_kwargs") is None else [form["mm_processor_kwargs"]]),
+        ),
+        media_io_kwargs=form.get("media_io_kwargs", request.media_io_kwargs),
     )
+
+
+def _refuse_uuids_alone(form: Mapping[str, Any]) -> None:
+    uuids, given = form.get("multi_modal_uuids"), form.get("multi_modal_data")
+    if not isinstance(uuids, Mapping):
+        return
+    for modality, names in uuids.items():
+        is_given = isinstance(given, Mapping) and given.get(modality) is not None
+        if names and not is_given:
+            raise MediaNotGiven(modality=str(modality)[:40], index=0)
+
+
+def layers(outer: Mapping[str, Any] | None, request: Request) -> tuple[Mapping[str, Any], ...]:
+    """A request's `mm_processor_kwargs`, behind those of the call that it is part of."""
+    own = request.mm_processor_kwargs
+    inner = own if isinstance(own, list | tuple) else (own,)
+    return tuple(layer for layer in (outer, *inner) if layer is not None)
+
+
+def media_options(request: Request) -> MediaOptions:
+    """
+    How this request's media are sized and sampled, where it says so.
+
+    Raises:
+        BadPrompt: a key or value that cannot be.
+    """
+    name = "media_io_kwargs"
+    try:
+        options = parse_io_kwargs(request.media_io_kwargs)
+        name = "mm_processor_kwargs"
+        for layer in layers(None, request):
+            options |= parse_processor_kwargs(layer)
+    except BadConfig as error:
+        raise BadPrompt.worded(str(error), where=name) from error
+    return options
+
+
+def may_fetch(request: Request) -> bool:
+    """Whether a callable stands for one of its pictures or clips: it may take as long as it likes."""
+    form = request.prompt
+    given = form.get("multi_modal_data") if isinstance(form, Mapping) else None
+    return any(map(_holds_callable, (given, request.multi_modal_data, request.messages)))
+
+
+def _holds_callable(given: object, depth: int = 0) -> bool:
+    if depth > MAX_NESTING:
+        return False
+    if isinstance(given, Mapping):
+        return any(_holds_callable(item, depth + 1) for item in given.values())
+    if isinstance(given, list | tuple):
+        return any(_holds_callable(item, depth + 1) for item in given)
+    return callable(given)
 
 
 def text_of(form: object) -> str | None:
@@ -182,11 +270,24 @@ def text_of(form: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def find_token_ids(form: object) -> list[int] | None:
+    """Whole numbers in a list, tuple, array or tensor as a list; None where it is anything else."""
+    if isinstance(form, np.ndarray | Tensor) and form.ndim == 1:
+        form = form.tolist()
+    if not isinstance(form, Sequence) or isinstance(form, str | bytes):
+        return None
+    if not all(isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in form):
+        return None
+    return [int(item) for item in form]
+
+
 def is_token_ids(form: object) -> bool:
     """A bare list of whole numbers is one prompt, not many."""
-    if not isinstance(form, Sequence) or isinstance(form, str | bytes) or not form:
-        return False
-    return all(isinstance(item, int) and not isinstance(item, bool) for item in form)
+    return bool(find_token_ids(form))
+
+
+def is_priority(given: object) -> bool:
+    return isinstance(given, numbers.Integral) and not isinstance(given, bool)
 
 
 def is_conversation(form: object) -> bool:
@@ -227,9 +328,7 @@ def parse_media(given: Mapping[str, Any] | None) -> tuple[list[Picture | Embeddi
     return pictures, clips
 
 
-def _parse_pictures(given: Any) -> list[Picture | Embeddings]:
-    if isinstance(given, Mapping):
-        return _parse_picture_dict(given)
+def _parse_pictures(given: Any, where: str = IMAGES) -> list[Picture | Embeddings]:
     if isinstance(given, Tensor) and given.ndim == 3:
         return [Embeddings(given[index]) for index in range(len(given))]
     if isinstance(given, np.ndarray | Tensor) and given.ndim == 4:
@@ -237,17 +336,20 @@ def _parse_pictures(given: Any) -> list[Picture | Embeddings]:
     if isinstance(given, list | tuple):
         if given and all(isinstance(item, Tensor) and item.ndim == 2 for item in given):
             return [Embeddings(features) for features in given]
-        return [picture for item in given for picture in _parse_item(item)]
-    return _parse_item(given)
+        for index, item in enumerate(given):
+            if item is None:
+                raise MediaNotGiven(modality="image", index=index)
+        return [picture for item in given for picture in _parse_item(item, where)]
+    return _parse_item(given, where)
 
 
-def _parse_item(item: Any) -> list[Picture | Embeddings]:
+def _parse_item(item: Any, where: str) -> list[Picture | Embeddings]:
     if isinstance(item, Mapping):
-        return _parse_picture_dict(item)
+        return _parse_picture_dict(item, where)
     if not _is_picture(item):
         raise BadPrompt(
             f"holds a {type(item).__name__}",
-            where="multi_modal_data['image']",
+            where=where,
             remedy="Give a PIL image, an array of uint8, encoded bytes, or a list of them",
         )
     return [Picture(item)]
@@ -259,27 +361,56 @@ def _is_picture(item: Any) -> bool:
     return isinstance(item, RGBImage | Image.Image | bytes | bytearray) or callable(item)
 
 
-def _parse_picture_dict(given: Mapping[str, Any]) -> list[Picture | Embeddings]:
+def _parse_picture_dict(given: Mapping[str, Any], where: str) -> list[Picture | Embeddings]:
     """The Qwen form of embeddings, or `{"image": picture, "max_pixels": n}` for one picture."""
     if "image" in given:
-        unknown = [key for key in given if key not in ("image", *AREA_KEYS)]
-        if unknown:
-            raise BadPrompt(
-                f"has an unknown key {str(unknown[0])[:40]!r}",
-                where="multi_modal_data['image']",
-                remedy="Use image, min_pixels, max_pixels",
-            )
-        area = parse_part_area(given)
-        found = _parse_item(given["image"])
-        return [Picture(p.source, area) if isinstance(p, Picture) else p for p in found]
+        _refuse_unknown(given, ("image", *AREA_KEYS), where)
+        return _with_area(_parse_item(given["image"], where), parse_part_area(given, where), where)
     if any(name not in given for name in EMBEDS_FIELDS):
         raise BadEmbeddings.missing_fields(required=EMBEDS_FIELDS, found=map(str, given))
+    _refuse_unknown(given, EMBEDS_FIELDS, where)
     return _split_embeddings(given["image_embeds"], given["image_grid_thw"])
+
+
+def _with_area(
+    found: list[Picture | Embeddings], area: Mapping[str, int], where: str
+) -> list[Picture | Embeddings]:
+    """The same with the bounds of the dict or part around them, which go first."""
+    if not area:
+        return found
+    sized: list[Picture | Embeddings] = []
+    for item in found:
+        if isinstance(item, Embeddings):
+            raise BadPrompt(
+                f"gives {next(iter(area))} to embeddings, which have no size in pixels",
+                where=where,
+                remedy="Leave it out, or give the picture itself",
+            )
+        sized.append(replace(item, area={**item.area, **area}))
+    return sized
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """A key that is None is as good as absent: programs write out all that a class has."""
+    for key, value in given.items():
+        if key not in known and value is not None:
+            raise BadPrompt(
+                f"has an unknown key {str(key)[:40]!r}",
+                where=where,
+                remedy=f"Use {', '.join(known)}",
+            )
 
 
 def _split_embeddings(features: Any, grids: Any) -> list[Picture | Embeddings]:
     """(total tokens, hidden) and (pictures, 3) -> one piece for each picture."""
-    features, grids = torch.as_tensor(features), torch.as_tensor(grids)
+    try:
+        features, grids = torch.as_tensor(features), torch.as_tensor(grids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadEmbeddings(
+            "image_embeds and image_grid_thw must be tensors, or lists of numbers of equal length."
+        ) from error
+    if grids.is_floating_point() or grids.is_complex():
+        raise BadEmbeddings(f"image_grid_thw must hold whole numbers, got {grids.dtype}.")
     if features.ndim == 3:  # (pictures of equal size, tokens, hidden)
         features = features.flatten(0, 1)
     if features.ndim != 2 or grids.ndim != 2 or grids.shape[1] != 3:
@@ -302,17 +433,20 @@ def _split_embeddings(features: Any, grids: Any) -> list[Picture | Embeddings]:
     return [Embeddings(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def _parse_clips(given: Any) -> list[Clip]:
+def _parse_clips(given: Any, where: str = CLIPS) -> list[Clip]:
     if _is_clip(given):
         return [Clip(given)]
     if isinstance(given, list | tuple) and given:
+        for index, item in enumerate(given):
+            if item is None:
+                raise MediaNotGiven(modality="video", index=index)
         if all(_is_clip(item) for item in given):
             return [Clip(item) for item in given]
         if all(_is_picture(item) for item in given):
             return [Clip(list(given))]
     raise BadPrompt(
         f"is a {type(given).__name__} that is no clip",
-        where="multi_modal_data['video']",
+        where=where,
         remedy="Give a list of frames, a 4-D array (frames, height, width, 3), or a list of clips",
     )
 
@@ -327,17 +461,19 @@ def _is_clip(item: Any) -> bool:
     return isinstance(item, Frames | bytes | bytearray) or callable(item)
 
 
-def parse_part_area(part: Mapping[str, Any]) -> dict[str, int]:
+def parse_part_area(part: Mapping[str, Any], where: str) -> Mapping[str, int]:
     """`min_pixels` and `max_pixels` of one picture, where its part or dict names them."""
-    area = {}
-    for key in AREA_KEYS:
-        value = part.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BadPrompt("is no whole number of 1 or more", where=key, remedy="Give pixels")
-        area[key] = value
-    return area
+    return _part_options(part, AREA_KEYS, where).image
+
+
+def _part_options(part: Mapping[str, Any], keys: Sequence[str], where: str) -> MediaOptions:
+    given = {key: part[key] for key in keys if part.get(key) is not None}
+    try:
+        return parse_processor_kwargs(given)
+    except BadConfig as error:
+        raise BadPrompt.worded(
+            str(error).replace("mm_processor_kwargs", where, 1), where=where
+        ) from error
 
 
 # --- conversations ---------------------------------------------------------------------------------
@@ -360,6 +496,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def _parse_message(message: Mapping[str, Any], where: str) -> Message:
+    _refuse_unknown(message, ("role", "content"), where)
     role, content = message.get("role"), message.get("content")
     # The role stands in the template's own text: no special token must come in that way.
     if not isinstance(role, str) or not re.fullmatch(r"[\w-]+", role):
@@ -391,52 +528,50 @@ def _parse_part(part: Any, where: str) -> UserText | Picture | Clip | Embeddings
     if kind not in PART_TYPES:
         raise UnsupportedPart(kind, PART_TYPES)
     if kind in ("text", "input_text"):
+        _refuse_unknown(part, ("type", "text"), where)
         text = part.get("text")
         if not isinstance(text, str):
             raise BadPrompt("has no text", where=where, remedy='Give {"type": "text", "text": …}')
         return UserText(text)
-    field_name = "image_url" if kind == "input_image" else kind
-    is_clip = kind in ("video_url", "video")
-    options = (*AREA_KEYS, *(SAMPLING_KEYS if is_clip else ()))
-    unknown = [k for k in part if k not in ("type", field_name, *IGNORED_PART_KEYS, *options)]
-    if unknown:
-        raise BadPrompt(
-            f"has an unknown key {str(unknown[0])[:40]!r}",
-            where=where,
-            remedy=f"Use {', '.join((field_name, *options))}",
-        )
-    area = parse_part_area(part)
-    sampling = _parse_part_sampling(part) if is_clip else None
-    if part.get(field_name) is None:
-        raise BadPrompt(f"has no {field_name}", where=where, remedy=f"Give it under {field_name!r}")
-    given = part[field_name]
-    if kind in ("image_url", "input_image"):
-        return Picture(_data_url_picture(_url_of(given, where)), area)
-    if kind == "video_url":
-        return Clip(_data_url_clip(_url_of(given, where), sampling), area)
-    if kind == "video":
-        return Clip(_one_clip(given, where), area, sampling)
+    name = "image_url" if kind == "input_image" else kind
+    if kind in PICTURE_TYPES:
+        options: Sequence[str] = (*AREA_KEYS, "detail")
+    else:
+        options = () if kind == "image_embeds" else (*AREA_KEYS, *SAMPLING_KEYS)
+    _refuse_unknown(part, ("type", name, *options, "uuid"), where)
+    if part.get(name) is None:
+        raise BadPrompt(f"has no {name}", where=where, remedy=f"Give it under {name!r}")
+    given = part[name]
+    sizes = _part_options(part, [key for key in options if key != "detail"], where)
     if kind == "image_embeds":
         return _one_embedding(given, where)
-    found = _parse_item(given)[0]
-    return Picture(found.source, area) if isinstance(found, Picture) else found
+    if kind == "video_url":
+        return Clip(DataURL(_url_of(given, ("url",), where)), sizes.video, sizes.sampling)
+    if kind == "video":
+        return Clip(_one_clip(given, where), sizes.video, sizes.sampling)
+    is_low = _is_low(part, where)
+    if kind in ("image_url", "input_image"):
+        is_low = is_low or (isinstance(given, Mapping) and _is_low(given, where))
+        return Picture(DataURL(_url_of(given, ("url", "detail"), where)), sizes.image, is_low)
+    found = _with_area(_parse_item(given, where), sizes.image, where)
+    if len(found) != 1:
+        raise BadPrompt(
+            f"holds {len(found)} pictures", where=where, remedy="Give each a part of its own"
+        )
+    return replace(found[0], is_low=is_low) if isinstance(found[0], Picture) else found[0]
 
 
-def _parse_part_sampling(part: Mapping[str, Any]) -> FrameSampling | None:
-    """`num_frames` and `fps` of one clip; one of them alone takes the place of the default."""
-    given = {key: part[key] for key in SAMPLING_KEYS if part.get(key) is not None}
-    for key, value in given.items():
-        kinds = int if key == "num_frames" else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise BadPrompt("is no number", where=key, remedy="Give a number above 0")
-    try:
-        return FrameSampling(**{"num_frames": None, **given}) if given else None
-    except MediaError as error:
-        raise refused(error) from error
+def _is_low(given: Mapping[str, Any], where: str) -> bool:
+    detail = given.get("detail")
+    if detail is not None and detail not in DETAILS:
+        raise BadPrompt(
+            "has a detail that is not known", where=where, remedy=f"Use {', '.join(DETAILS)}"
+        )
+    return bool(detail == "low")
 
 
 def _one_clip(given: Any, where: str) -> Any:
-    clips = _parse_clips(given)
+    clips = _parse_clips(given, where)
     if len(clips) != 1:
         raise BadPrompt(
             f"holds {len(clips)} clips", where=where, remedy="Give each a part of its own"
@@ -445,7 +580,7 @@ def _one_clip(given: Any, where: str) -> Any:
 
 
 def _one_embedding(given: Any, where: str) -> Embeddings:
-    found = _parse_pictures(given if not _is_flat(given) else [given])
+    found = _parse_pictures(given if not _is_flat(given) else [given], where)
     if len(found) != 1 or not isinstance(found[0], Embeddings):
         raise BadPrompt(
             "is not the embeddings of one picture",
@@ -459,7 +594,9 @@ def _is_flat(given: Any) -> bool:
     return isinstance(given, Tensor) and given.ndim == 2
 
 
-def _url_of(given: Any, where: str) -> str:
+def _url_of(given: Any, known: Sequence[str], where: str) -> str:
+    if isinstance(given, Mapping):
+        _refuse_unknown(given, known, where)
     url = given.get("url") if isinstance(given, Mapping) else given
     if not isinstance(url, str) or not url:
         raise BadPrompt("has no url", where=where, remedy='Give {"url": "data:image/…;base64,…"}')
@@ -473,41 +610,33 @@ def _url_of(given: Any, where: str) -> str:
     return url
 
 
-def _data_url_picture(url: str) -> Callable[[], RGBImage]:
-    def decode() -> RGBImage:
-        encoded, _ = data_url.decode_data_url(url, IMAGE_LIMITS)
-        return images.decode_image(encoded)
-
-    return decode
-
-
-def _data_url_clip(url: str, sampling: FrameSampling | None) -> Callable[[], Frames]:
-    sampling = sampling or video.DEFAULT_SAMPLING
-
-    def decode() -> Frames:
-        if data_url.media_type_of(url) == data_url.FRAMES_MEDIA_TYPE:
-            return video.decode_jpeg_frames(data_url.decode_frames_url(url, VIDEO_LIMITS), sampling)
-        encoded, _ = data_url.decode_data_url(url, VIDEO_LIMITS)
-        return video.decode_video(encoded, sampling)
-
-    return decode
-
-
 # --- pixels ----------------------------------------------------------------------------------------
 
 
-def read_picture(picture: Picture) -> RGBImage:
+def fetch(source: Any) -> Any:
     """
-    Decode one picture, whatever form it came in.
+    What a callable gives; anything else as it is.
+
+    Raises:
+        MediaRefused: the callable was media's, and said no in its own words.
+    """
+    if not callable(source):
+        return source
+    try:
+        return source()
+    except MediaError as error:
+        raise refused(error) from error
+
+
+def read_picture(source: Any) -> RGBImage:
+    """
+    Decode one picture, whatever form it came in; a callable has been called already.
 
     Raises:
         MediaRefused: media said no, in its own words.
         BadPrompt: a callable gave something that is no picture.
     """
-    source = picture.source
     try:
-        if callable(source) and not isinstance(source, RGBImage):
-            source = source()
         return _as_rgb_image(source)
     except MediaError as error:
         raise refused(error) from error
@@ -521,6 +650,8 @@ _PIL_LOCKS = [threading.Lock() for _ in range(64)]
 def _as_rgb_image(source: Any) -> RGBImage:
     if isinstance(source, RGBImage):
         return source
+    if isinstance(source, DataURL):
+        return images.decode_image(data_url.decode_data_url(source.url, IMAGE_LIMITS)[0])
     if isinstance(source, Image.Image):
         with _PIL_LOCKS[id(source) // 64 % len(_PIL_LOCKS)]:
             return images.from_pil(source)
@@ -537,20 +668,21 @@ def _as_rgb_image(source: Any) -> RGBImage:
     )
 
 
-def read_clip(clip: Clip) -> Frames:
+def read_clip(source: Any, own: Mapping[str, Any], inherited: Mapping[str, Any]) -> Frames:
     """
-    Decode one clip, whatever form it came in.
+    Decode one clip, whatever form it came in; a callable has been called already.
+
+    Args:
+        own: `num_frames` and `fps` that its part gave; refused for frames, which are used as they are.
+        inherited: the same of its request, which are for encoded clips only.
 
     Raises:
         MediaRefused, BadPrompt: as `read_picture`; also frames that differ in size.
     """
-    source = clip.source
     try:
-        if callable(source):
-            source = source()
-        if isinstance(source, bytes | bytearray):
-            return video.decode_video(bytes(source), clip.sampling or video.DEFAULT_SAMPLING)
-        if clip.sampling is not None:
+        if isinstance(source, bytes | bytearray | DataURL):
+            return _decode_clip(source, {**inherited, **own})
+        if own:
             raise BadPrompt(
                 "came as frames, which are used as they are",
                 where="video",
@@ -579,6 +711,17 @@ def read_clip(clip: Clip) -> Frames:
             where="video",
             remedy="Give one frame or more, all of one size",
         ) from error
+
+
+def _decode_clip(source: bytes | bytearray | DataURL, options: Mapping[str, Any]) -> Frames:
+    # One of the two alone takes the place of the default.
+    sampling = FrameSampling(**{"num_frames": None, **options}) if options else DEFAULT_SAMPLING
+    if not isinstance(source, DataURL):
+        return video.decode_video(bytes(source), sampling)
+    if data_url.media_type_of(source.url) == data_url.FRAMES_MEDIA_TYPE:
+        frames = data_url.decode_frames_url(source.url, VIDEO_LIMITS)
+        return video.decode_jpeg_frames(frames, sampling)
+    return video.decode_video(data_url.decode_data_url(source.url, VIDEO_LIMITS)[0], sampling)
 
 
 def refused(error: MediaError) -> MediaRefused:

@@ -5,38 +5,33 @@
 """
 
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from tqdm import tqdm
 
 from engine import checkpoint as checkpoints
-from engine.config import UNUSED_WORDS, EngineConfig, nearest_word, parse_area, parse_limits
-from engine.engine import Engine
-from engine.errors import BadConfig, BadPrompt
-from engine.inputs import Request, is_conversation, is_token_ids
+from engine.config import (
+    ABSENT_WORDS,
+    UNUSED_WORDS,
+    EngineConfig,
+    nearest_word,
+    parse_io_kwargs,
+    parse_limits,
+    parse_processor_kwargs,
+)
+from engine.engine import Engine, knows_budget, plan_rows
+from engine.errors import BadConfig, BadPrompt, PromptFailedError
+from engine.inputs import Request, is_conversation, is_priority, is_token_ids, layers
 from engine.request import Result, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["return", "raise"]
 PROMPTS_BAR = "Processed prompts"
-
-
-class PromptFailedError(RuntimeError):
-    """
-    A prompt failed, and the caller asked to hear of it as an exception.
-
-    Attributes:
-        result: of the first prompt that failed; its `error` says why.
-    """
-
-    def __init__(self, result: Result) -> None:
-        assert result.error is not None
-        super().__init__(result.error.message)
-        self.result = result
 
 
 class LLM:
@@ -47,8 +42,13 @@ class LLM:
         model: a checkpoint folder, a hub id in the cache, or `darkroom-tiny`.
         limit_mm_per_prompt: pictures and videos one prompt may hold, e.g. `{"image": 4}`; one each
             by default.
-        mm_processor_kwargs: `min_pixels` and `max_pixels` of every picture; a request's own go first.
+        mm_processor_kwargs: `min_pixels` and `max_pixels` of every picture and frame, `num_frames`
+            and `fps` of encoded clips. What a call, a request, a prompt or a part says goes first,
+            key by key, the innermost before all.
+        media_io_kwargs: `{"video": {"num_frames": 32, "fps": 1}}`, the same in vLLM's other place.
         gpu_memory_utilization: share of the GPU to use. kv_cache_memory_bytes: KV memory, instead.
+        seed: of draws whose request names none; None for another one each time. The stamp of a
+            result names what its own were made with.
         chat_template: Jinja text, or the path of a file that holds it.
         device: "auto", "cpu" or "cuda".
         tensor_parallel_size: only 1.
@@ -57,7 +57,8 @@ class LLM:
     once in the log.
 
     Raises:
-        BadConfig: a value or a checkpoint that cannot work; nothing was loaded.
+        BadConfig: a value or a checkpoint that cannot work. Said before the weights are loaded, but
+            for the weights themselves and for too little memory left beside them on a GPU.
         TypeError: a word that nobody knows.
     """
 
@@ -78,7 +79,8 @@ class LLM:
         max_num_batched_tokens: int = 8192,
         limit_mm_per_prompt: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        media_io_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | Path | None = None,
         tensor_parallel_size: int = 1,
         num_media_threads: int | None = None,
         **words: Any,
@@ -93,7 +95,7 @@ class LLM:
             trust_remote_code=trust_remote_code,
             dtype=str(dtype).removeprefix("torch."),
             device=device,
-            seed=seed or 0,
+            seed=secrets.randbits(63) if seed is None else seed,
             limits=parse_limits(limit_mm_per_prompt),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -102,9 +104,11 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             chat_template=_template_text(chat_template),
             num_media_threads=num_media_threads,
-            **parse_area(mm_processor_kwargs),
+            media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
         )
         checkpoint = checkpoints.read_checkpoint(config)
+        if knows_budget(config, checkpoint):
+            plan_rows(config, checkpoint)  # what cannot work is said before a long load
         self.engine = Engine(config, checkpoint, checkpoints.load_weights(checkpoint, config))
 
     def stream(
@@ -117,8 +121,12 @@ class LLM:
 
         Args:
             requests: `Request`s, or prompts in any form that `generate` takes; pulled a little ahead
-                of the work and no further, in the thread that asks for results.
+                of the work and no further, in a thread of their own: a source may be slow, or wait
+                for an earlier result, and holds nobody up.
             params: for requests that bring none.
+
+        A request's `priority` counts among the 32 or so that are pulled ahead, not among those that
+        the source still holds.
         """
 
         forms = [requests] if _is_one_prompt(requests) else requests
@@ -132,6 +140,7 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         on_error: OnError = "return",
     ) -> list[Result]:
@@ -143,20 +152,20 @@ class LLM:
                 `multi_modal_data`, or a list of them.
             sampling_params: one for all, or one each; None for the model's own defaults.
             use_tqdm: a bar, none, or a callable that makes one.
+            priority: of each prompt, the lowest first; results stay in the order of the prompts.
             on_error: "return" puts a failed prompt's result, with its `error`, in its place;
-                "raise" raises the first one after all have run.
+                "raise" raises the first one after all have run; the exception keeps all results.
 
         Raises:
             BadPrompt: the lengths of prompts and parameters differ.
-            PromptFailedError: with on_error="raise".
+            PromptFailedError: with on_error="raise"; a ValueError too where the prompt is at fault.
         """
-        _refuse_lora(lora_request)
+        _refuse("lora_request", lora_request)
+        _refuse("tokenization_kwargs", tokenization_kwargs)
         forms = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [
-            form
-            if isinstance(form, Request)
-            else Request(prompt=form, mm_processor_kwargs=mm_processor_kwargs)
-            for form in forms
+            replace(request, mm_processor_kwargs=layers(mm_processor_kwargs, request))
+            for request in (f if isinstance(f, Request) else Request(prompt=f) for f in forms)
         ]
         return self._collect(requests, sampling_params, priority, use_tqdm, on_error)
 
@@ -167,26 +176,28 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
         priority: Sequence[int] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Path | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         on_error: OnError = "return",
     ) -> list[Result]:
         """
-        Answer one conversation (a list of messages) or many (a list of such lists), in order.
+        Answer one conversation (a list of messages, or one message) or many (a list of such lists),
+        in order.
 
         Pictures are parts of a message: `image_url` with a data URL, or `image` with the picture
         itself; the model's placeholders are put in their place. What users typed stays text.
         Other arguments as in `generate`.
         """
         del chat_template_content_format  # both forms of content are read alike
-        _refuse_lora(lora_request)
-        if tools is not None:
-            raise BadPrompt("are not supported", where="tools", remedy="Leave them out")
+        _refuse("lora_request", lora_request)
+        _refuse("tools", tools)
+        _refuse("tokenization_kwargs", tokenization_kwargs)
         template = _template_text(chat_template)
         requests = [
             Request(
@@ -197,21 +208,38 @@ class LLM:
                 continue_final_message=continue_final_message,
                 mm_processor_kwargs=mm_processor_kwargs,
             )
-            for conversation in ([messages] if is_conversation(messages) else messages)
+            for conversation in _conversations(messages)
         ]
         return self._collect(requests, sampling_params, priority, use_tqdm, on_error)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a prompt without parameters is answered with: the model's generation config."""
+        """
+        What a prompt without parameters is answered with: the model's generation config.
+
+        To change one of them: `dataclasses.replace(llm.get_default_sampling_params(), max_tokens=100)`.
+        """
         return self.engine.checkpoint.defaults
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer, transformers' own object."""
         return self.engine.checkpoint.tokenizer
 
+    def reset_mm_cache(self) -> None:
+        """Nothing to do: no picture is kept from one prompt to the next. For programs that call it."""
+
     def close(self) -> None:
-        """Stop the engine's threads; the object is of no use afterwards."""
+        """
+        Stop; the object is of no use afterwards. `with LLM(...) as llm:` does it at the end.
+
+        Requests in flight end in a result with the code `engine_closed`; new ones raise `EngineClosed`.
+        """
         self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _collect(
         self,
@@ -226,15 +254,17 @@ class LLM:
             raise BadPrompt(f"is {on_error!r}", where="on_error", remedy="Give return or raise")
         params = _one_each(sampling_params, len(requests), "params")
         priorities = _one_each(priority, len(requests), "priorities")
-        numbered = (
+        numbered = [
             replace(
                 request,
                 request_id=str(index),
-                params=request.params or params[index],
-                priority=priorities[index] or request.priority,
+                params=params[index] if request.params is None else request.params,
+                priority=request.priority if priorities[index] is None else priorities[index],
             )
             for index, request in enumerate(requests)
-        )
+        ]
+        # The engine orders what it has pulled ahead; here all are known, so all are put in order.
+        numbered.sort(key=lambda request: request.priority if is_priority(request.priority) else 0)
         results: list[Result | None] = [None] * len(requests)
         make_bar = tqdm if use_tqdm is True else use_tqdm
         bar = make_bar(total=len(requests), desc=PROMPTS_BAR) if callable(make_bar) else None
@@ -250,10 +280,8 @@ class LLM:
                 bar.close()
         finished = [result for result in results if result is not None]
         assert len(finished) == len(requests), "every request ends in exactly one result"
-        if on_error == "raise":
-            for result in finished:
-                if result.error is not None:
-                    raise PromptFailedError(result)
+        if on_error == "raise" and any(result.error is not None for result in finished):
+            raise PromptFailedError.of(finished)
         return finished
 
 
@@ -264,6 +292,18 @@ def _as_request(form: Any, params: SamplingParams | None) -> Request:
 
 def _is_one_prompt(prompts: Any) -> bool:
     return isinstance(prompts, str | Mapping | Request) or is_token_ids(prompts)
+
+
+def _conversations(messages: Any) -> Sequence[Any]:
+    if isinstance(messages, Mapping):
+        return [[messages]]
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise BadPrompt(
+            f"is a {type(messages).__name__}",
+            where="messages",
+            remedy='Give [{"role": "user", "content": "..."}], or a list of such lists',
+        )
+    return [messages] if is_conversation(messages) else messages
 
 
 def _one_each(given: Any, count: int, what: str) -> Sequence[Any]:
@@ -278,28 +318,32 @@ def _one_each(given: Any, count: int, what: str) -> Sequence[Any]:
     return [given] * count
 
 
-def _refuse_lora(lora_request: object) -> None:
-    if lora_request is not None:
-        raise BadPrompt("is not supported", where="lora_request", remedy="Leave it out")
+def _refuse(name: str, given: object) -> None:
+    if given:
+        raise BadPrompt("is not supported", where=name, remedy="Leave it out")
 
 
 def _check_words(words: Mapping[str, Any]) -> None:
-    known = [*LLM.__init__.__annotations__, *UNUSED_WORDS]
-    for word in words:
-        if word not in UNUSED_WORDS:
+    known = [*LLM.__init__.__annotations__, *UNUSED_WORDS, *ABSENT_WORDS]
+    for word, value in words.items():
+        if word not in known:
             raise TypeError(
                 f"LLM() got an unexpected keyword argument {word!r}.{nearest_word(word, known)}"
+            )
+        if word in ABSENT_WORDS and value:
+            raise BadConfig(
+                f"{word} is not supported: it would change what the model answers. Leave it out."
             )
         logger.warning("word_unused name=%s: vLLM's word has no use here and is ignored", word)
 
 
-def _template_text(given: str | None) -> str | None:
+def _template_text(given: str | Path | None) -> str | None:
     """A template, given as itself or as the path of a file."""
-    if given is None or "{" in given:
+    if given is None or (isinstance(given, str) and "{" in given):
         return given
     try:
         return Path(given).read_text("utf-8")
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:
         raise BadConfig(
             "chat_template is neither a template (it holds no '{') nor a file that can be read."
         ) from error

@@ -6,11 +6,14 @@ segments: what a user typed is tokenised with special tokens switched off, so `<
 text stays thirteen characters and binds no picture.
 """
 
+import json
 import re
 import secrets
+import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +24,14 @@ from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig, parse_area
+from engine.config import EngineConfig, MediaOptions
 from engine.errors import (
-    BadConfig,
     BadEmbeddings,
     BadPrompt,
     EmptyPrompt,
     ImageTooNarrow,
     MaxTokensTooLarge,
+    MediaRefused,
     NoChatTemplate,
     PlaceholderMismatch,
     PromptTooLong,
@@ -51,7 +54,10 @@ from engine.inputs import (
     Picture,
     Request,
     UserText,
-    is_token_ids,
+    fetch,
+    find_token_ids,
+    is_priority,
+    media_options,
     parse_media,
     parse_messages,
     read_clip,
@@ -61,6 +67,25 @@ from engine.inputs import (
 from engine.request import ImageUsed, MediaKind, SamplingParams
 
 MARK_START, MARK_END = "\ue000", "\ue001"  # private use: around the name of a text somebody typed
+
+
+# A template is a program of the model's author or of the caller: whatever it does wrong is its own.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+OUR_TEMPLATE_WORDS = (
+    "conversation",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +114,15 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class _FramesTaken:
+    """Which frames of a clip were taken, as `Frames` tells it: the pictures themselves are let go."""
+
+    num_frames: int
+    times_s: tuple[float, ...] | None
+    indices: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Ready:
     """
     One picture or clip, cut or given as features, and what to report of it.
@@ -105,7 +139,11 @@ class _Ready:
     area: AreaLimits | None = None
     width_px: int = 0
     height_px: int = 0
-    num_frames: int | None = None
+    frames: _FramesTaken | None = None
+
+    @property
+    def num_frames(self) -> int | None:
+        return None if self.frames is None else self.frames.num_frames
 
 
 class Processor:
@@ -113,27 +151,29 @@ class Processor:
     Args:
         engine: for the limits, areas and template that its caller chose.
         checkpoint: for everything else.
+        num_cores: threads that decode and cut at once, however many prepare.
     """
 
-    def __init__(self, engine: EngineConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, engine: EngineConfig, checkpoint: Checkpoint, num_cores: int = 1) -> None:
+        self._cores = threading.BoundedSemaphore(num_cores)
         self._max_model_len = checkpoint.max_model_len
         self._defaults = checkpoint.defaults
+        self._eos_token_ids = checkpoint.eos_token_ids
         self._limits = engine.limits
         self._family = checkpoint.family
         self._tokenizer = checkpoint.tokenizer
         self._vocab_size: int = checkpoint.config.text_config.vocab_size
         self._template = engine.chat_template
-        area = {"min_pixels": engine.min_pixels, "max_pixels": engine.max_pixels}
-        given = {name: pixels for name, pixels in area.items() if pixels is not None}
-        self._area = {
-            "image": _area(self._family.image_area, given),
-            "video": _area(self._family.video_area, given),
-        }
+        self._image_area = _area(self._family.image_area, engine.media.image)
+        self._video_area = _area(self._family.video_area, engine.media.video)
+        self._sampling = engine.media.sampling
         # Copies of the tokenizer's core: transformers' own calls change its state, threads share it.
         core = checkpoint.tokenizer.backend_tokenizer.to_str()
         self._encoder = BackendTokenizer.from_str(core)
-        self._plain_encoder = BackendTokenizer.from_str(core)
-        self._plain_encoder.encode_special_tokens = True  # special strings are words here
+        # Without any added token, special or not: their strings are words here.
+        self._plain_encoder = BackendTokenizer.from_str(
+            json.dumps({**json.loads(core), "added_tokens": []})
+        )
         for encoder in (self._encoder, self._plain_encoder):
             encoder.no_truncation()
             encoder.no_padding()
@@ -154,6 +194,7 @@ class Processor:
         """
         started = time.perf_counter()
         request = unfold(request)
+        _check_priority(request.priority)
         params = self._params(request)
         prompt, ids, pictures, clips = self._read(request)
         if not ids:
@@ -162,9 +203,15 @@ class Processor:
         num_text_tokens = len(ids) - len(pictures) - len(clips)
         if num_text_tokens > self._max_model_len:  # whatever the pictures are
             raise PromptTooLong(max_model_len=self._max_model_len, num_text_tokens=num_text_tokens)
-        area = self._request_area(request)
-        ready = [self._ready_picture(i, picture, area) for i, picture in enumerate(pictures)]
-        ready_clips = [self._ready_clip(clip, area) for clip in clips]
+        options = media_options(request)
+        ready = []
+        for index, picture in enumerate(pictures):
+            with _naming("image", index, len(pictures)):
+                ready.append(self._ready_picture(index, picture, options))
+        ready_clips = []
+        for index, clip in enumerate(clips):
+            with _naming("video", index, len(clips)):
+                ready_clips.append(self._ready_clip(clip, options))
         max_tokens = self._room(num_text_tokens, [*ready, *ready_clips], params)
         token_ids, media = self._expand(ids, ready, ready_clips)
         positions, delta = self._family.positions(
@@ -183,7 +230,7 @@ class Processor:
         )
 
     def _params(self, request: Request) -> SamplingParams:
-        params = request.params or self._defaults
+        params = self._defaults if request.params is None else request.params
         if not isinstance(params, SamplingParams):
             raise BadPrompt(
                 f"is a {type(params).__name__}",
@@ -191,6 +238,7 @@ class Processor:
                 remedy="Give SamplingParams(...)",
             )
         params.check_vocab(self._vocab_size)
+        params.check_allowed(self._eos_token_ids)
         return params
 
     # --- text --------------------------------------------------------------------------------------
@@ -209,21 +257,20 @@ class Processor:
         if isinstance(prompt, str):
             ids: list[int] = self._encoder.encode(_checked_text(prompt)).ids
             return prompt, ids, pictures, clips
-        if not is_token_ids(prompt):
-            if prompt == [] or prompt == ():
-                raise EmptyPrompt
+        token_ids = find_token_ids(prompt)
+        if token_ids is None:
             raise BadPrompt(
                 f"is a {type(prompt).__name__}",
                 remedy="Give a text, a list of token ids, or a dict with `prompt`",
             )
-        unknown = [index for index in prompt if not 0 <= index < self._vocab_size]
+        unknown = [index for index in token_ids if not 0 <= index < self._vocab_size]
         if unknown:
             raise BadPrompt(
                 f"holds the token id {unknown[0]}",
                 where="prompt_token_ids",
                 remedy=f"Give ids from 0 to {self._vocab_size - 1}",
             )
-        return None, list(prompt), pictures, clips
+        return None, token_ids, pictures, clips
 
     def _read_chat(
         self, request: Request
@@ -265,6 +312,7 @@ class Processor:
             before, _, after = text.partition(core)
             return before + name + after
 
+        words = _checked_template_words(request.chat_template_kwargs)
         takes_parts = self._takes_parts(template)
         marked = [self._for_template(message, mark, takes_parts) for message in messages]
         try:
@@ -274,19 +322,19 @@ class Processor:
                 chat_template=template,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
-                **(request.chat_template_kwargs or {}),
+                **words,
             )
-        except (TemplateError, TypeError) as error:
+        except TEMPLATE_ERRORS as error:
+            if request.continue_final_message and isinstance(error, ValueError):
+                raise BadPrompt(
+                    "is not possible here",
+                    where="continue_final_message",
+                    remedy="End with a text of the assistant, and set add_generation_prompt=False",
+                ) from error
             raise BadPrompt(
                 "do not fit the chat template",
                 where="messages",
                 remedy="Look at the order of roles: most models want user and assistant in turn",
-            ) from error
-        except ValueError as error:
-            raise BadPrompt(
-                "is not possible here",
-                where="continue_final_message",
-                remedy="End with a text of the assistant, and set add_generation_prompt=False",
             ) from error
         pieces = re.split(f"({MARK_START}{nonce}:\\d+{MARK_END})", rendered)
         typed = [marks.get(piece) for piece in pieces]
@@ -310,7 +358,7 @@ class Processor:
                 rendered = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, chat_template=template
                 )
-            except (TemplateError, TypeError):
+            except TEMPLATE_ERRORS:
                 rendered = ""
             self._templates_taking_parts[template] = probe in rendered
         return self._templates_taking_parts[template]
@@ -386,44 +434,42 @@ class Processor:
                     modality=modality,
                 )
 
-    def _request_area(self, request: Request) -> dict[str, int]:
-        try:
-            return parse_area(request.mm_processor_kwargs)
-        except BadConfig as error:
-            raise BadPrompt(
-                "are not all known",
-                where="mm_processor_kwargs",
-                remedy="Give min_pixels and max_pixels, whole numbers of 1 or more",
-            ) from error
-
     def _ready_picture(
-        self, index: int, picture: Picture | Embeddings, area: Mapping[str, int]
+        self, index: int, picture: Picture | Embeddings, options: MediaOptions
     ) -> _Ready:
         if isinstance(picture, Embeddings):
             return self._ready_embeddings(picture)
-        limits = _area(self._area["image"], {**area, **picture.area})
-        image = read_picture(picture)
-        size = image.width_px, image.height_px
-        try:
-            grid = self._family.plan_grid(*size, limits)
-        except ImageTooNarrowError as error:
-            raise ImageTooNarrow(width=size[0], height=size[1], index=index) from error
-        fits = grid.num_tokens < self._max_model_len
-        visual = self._family.cut_picture(image.image, limits) if fits else None
+        limits = _area(self._image_area, options.image)
+        if picture.is_low:
+            limits = AreaLimits(limits.min_pixels, limits.min_pixels)
+        limits = _area(limits, picture.area)
+        source = fetch(picture.source)
+        with self._cores:
+            image = read_picture(source)
+            size = image.width_px, image.height_px
+            try:
+                grid = self._family.plan_grid(*size, limits)
+            except ImageTooNarrowError as error:
+                raise ImageTooNarrow(width=size[0], height=size[1], index=index) from error
+            fits = grid.num_tokens < self._max_model_len
+            visual = self._family.cut_picture(image.image, limits) if fits else None
         return _Ready(visual, grid, MediaKind.IMAGE, limits, *size)
 
-    def _ready_clip(self, clip: Clip, area: Mapping[str, int]) -> _Ready:
-        limits = _area(self._area["video"], {**area, **clip.area})
-        frames = read_clip(clip)
-        size = frames.width_px, frames.height_px
-        try:
-            grid = self._family.plan_grid(*size, limits, frames.num_frames)
-        except ImageTooNarrowError as error:
-            raise ImageTooNarrow(width=size[0], height=size[1]) from error
-        fits = grid.num_tokens < self._max_model_len
-        images = [image.image for image in frames.images]
-        visual = self._family.cut_clip(images, limits) if fits else None
-        return _Ready(visual, grid, MediaKind.VIDEO, limits, *size, frames.num_frames)
+    def _ready_clip(self, clip: Clip, options: MediaOptions) -> _Ready:
+        limits = _area(_area(self._video_area, options.video), clip.area)
+        source = fetch(clip.source)
+        with self._cores:
+            frames = read_clip(source, clip.sampling, {**self._sampling, **options.sampling})
+            size = frames.width_px, frames.height_px
+            try:
+                grid = self._family.plan_grid(*size, limits, frames.num_frames)
+            except ImageTooNarrowError as error:
+                raise ImageTooNarrow(width=size[0], height=size[1]) from error
+            fits = grid.num_tokens < self._max_model_len
+            images = [image.image for image in frames.images]
+            visual = self._family.cut_clip(images, limits) if fits else None
+        taken = _FramesTaken(frames.num_frames, frames.times_s, frames.indices)
+        return _Ready(visual, grid, MediaKind.VIDEO, limits, *size, taken)
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:
         features = given.features
@@ -502,6 +548,44 @@ class Processor:
         return tokens_each * TOKEN_PX**2 or None
 
 
+@contextmanager
+def _naming(modality: str, index: int, count: int) -> Iterator[None]:
+    """Say in the error of one picture or clip which one it is, where there are several."""
+    place = f" It is {modality} {index} of this prompt (counted from 0)." if count > 1 else ""
+    try:
+        yield
+    except MediaRefused as error:
+        raise MediaRefused(
+            f"{error}{place}", code=error.code, retryable=error.retryable, param=modality
+        ) from error
+    except BadPrompt as error:
+        raise BadPrompt.worded(f"{error}{place}", where=error.param or modality) from error
+
+
+def _check_priority(priority: object) -> None:
+    """Here, since requests of other callers are compared with it: it must not fail in their queue."""
+    if not is_priority(priority):
+        raise BadPrompt(
+            f"is a {type(priority).__name__}",
+            where="priority",
+            remedy="Give a whole number, lower runs first",
+        )
+
+
+def _checked_template_words(given: object) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    where = "chat_template_kwargs"
+    if not isinstance(given, Mapping) or not all(isinstance(word, str) for word in given):
+        raise BadPrompt("is no dict of words", where=where, remedy="Give names and their values")
+    for word in OUR_TEMPLATE_WORDS:
+        if word in given:
+            raise BadPrompt(
+                f"has the word {word!r}", where=where, remedy="Give it as an argument, if it is one"
+            )
+    return given
+
+
 def _checked_text(text: str) -> str:
     try:
         text.encode("utf-8")
@@ -543,6 +627,8 @@ def _report(media: Sequence[_Ready]) -> tuple[ImageUsed, ...]:
                 num_tokens=item.grid.num_tokens,
                 kind=item.kind,
                 num_frames=item.num_frames,
+                times_s=item.frames.times_s if item.frames else None,
+                frame_indices=item.frames.indices if item.frames else None,
             )
         )
         counts[counted_as] += 1

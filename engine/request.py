@@ -11,12 +11,18 @@ import logging
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
 
-from engine.errors import BadSamplingParams, EngineError, ResultError, to_result_error
+from engine.errors import (
+    BadSamplingParams,
+    EngineError,
+    NothingAllowed,
+    ResultError,
+    to_result_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +31,7 @@ MAX_NUM_OUTPUTS = 16384
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 100.0
+REPETITION_PENALTIES = (1e-3, 1e3)
 MAX_PATTERN_TOKENS = 1024
 ALL = -1  # logprobs: every token of the vocabulary
 MIN_TEMPERATURE = 0.01  # dividing logits by less overflows in half precision
@@ -106,7 +113,7 @@ class SamplingParams:
         n: outputs for one prompt, 1 to 16384; 1 where sampling is greedy.
         presence_penalty: -2 to 2, taken off the logit of every token already in the output.
         frequency_penalty: -2 to 2, the same once for each time it is there.
-        repetition_penalty: over 0; divides (or multiplies, where negative) the logit of every
+        repetition_penalty: over 0 (0.001 to 1000); divides (or multiplies, where negative) the logit of every
             token that is in the prompt or the output.
         temperature: 0 to 2; 0 is greedy, and what lies between 0 and 0.01 becomes 0.01.
         top_p: over 0, up to 1: draw from the likeliest tokens that together reach this.
@@ -132,7 +139,8 @@ class SamplingParams:
         bad_words: not supported yet.
         repetition_detection: see `RepetitionDetectionParams`; a mapping will do.
 
-    Lists are kept as tuples: a value may serve many requests and never changes.
+    Lists are kept as tuples: a value may serve many requests and never changes. Another one like it is
+    `dataclasses.replace(params, max_tokens=100)`, which is checked as a new one is.
 
     Raises:
         BadSamplingParams: a value is of a wrong type, not allowed, or not supported.
@@ -214,6 +222,8 @@ class SamplingParams:
             if not 0 < value <= high:
                 raise BadSamplingParams(f"{name} must be {allowed}, got {value}.", param=name)
             _set(self, name, value)
+        # Within these a logit stays a number, whatever it is.
+        _number("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTIES)
         _set(self, "top_k", max(0, _integer("top_k", self.top_k, -1)))
         if 0 < self.temperature < MIN_TEMPERATURE:
             logger.warning("temperature_raised given=%s used=%s", self.temperature, MIN_TEMPERATURE)
@@ -361,6 +371,19 @@ class SamplingParams:
                     param=name,
                 )
 
+    def check_allowed(self, eos_token_ids: Collection[int]) -> None:
+        """
+        Check that something may be chosen at every step, the model's ends of text considered.
+
+        Raises:
+            NothingAllowed: `min_tokens` forbids all of `allowed_token_ids`.
+        """
+        if self.allowed_token_ids is None or not self.min_tokens:
+            return
+        forbidden = {*(self.stop_token_ids or ()), *(() if self.ignore_eos else eos_token_ids)}
+        if forbidden.issuperset(self.allowed_token_ids):
+            raise NothingAllowed(min_tokens=self.min_tokens)
+
     def clone(self) -> Self:
         return copy.deepcopy(self)
 
@@ -501,7 +524,8 @@ class Metrics:
         num_generation_tokens: output tokens, of all outputs together.
         preprocess_ms: tokenising, resizing and cutting patches, on the host.
         preprocess_wait_ms: how much of it the device spent waiting.
-        encode_ms, prefill_ms, decode_ms: this request's share of the batches that it was in.
+        prefill_ms, decode_ms: this request's share of the batches that it was in; the encoder is part
+            of the first.
     """
 
     arrival_time: float | None = None
@@ -513,7 +537,6 @@ class Metrics:
     num_generation_tokens: int = 0
     preprocess_ms: float | None = None
     preprocess_wait_ms: float | None = None
-    encode_ms: float | None = None
     prefill_ms: float | None = None
     decode_ms: float | None = None
 
@@ -536,6 +559,8 @@ class ImageUsed:
         num_tokens: prompt tokens that it took.
         kind: what it was.
         num_frames: of a video, after sampling; None otherwise.
+        times_s: of a video, when each of these frames is shown; None where they have no times.
+        frame_indices: of a video, each frame's place in the source, from 0; None where unknown.
     """
 
     index: int
@@ -546,6 +571,8 @@ class ImageUsed:
     num_tokens: int
     kind: MediaKind = MediaKind.IMAGE
     num_frames: int | None = None
+    times_s: tuple[float, ...] | None = None
+    frame_indices: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -622,7 +649,7 @@ class Result:
         stamp: Stamp | None = None,
     ) -> Self:
         """A result that holds one output without text, and says why."""
-        nothing = CompletionOutput(index=0, text="", token_ids=(), finish_reason=FinishReason.ERROR)
+        nothing = CompletionOutput(index=0, text="", token_ids=[], finish_reason=FinishReason.ERROR)
         return cls(
             request_id=request_id,
             prompt=prompt,

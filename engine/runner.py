@@ -41,7 +41,8 @@ class Runner:
 
     def encode(self, sequences: Many[Sequence]) -> None:
         """Give every sequence the features of its pictures; those that came as features stay."""
-        waiting = [sequence for sequence in sequences if not sequence.features]
+        # One of each request: its outputs share a list of features.
+        waiting = {id(s.features): s for s in sequences if not s.features}.values()
         contents = [content for sequence in waiting for _, content in sequence.prepared.media]
         visuals = [content for content in contents if isinstance(content, Visual)]
         encoded: list[Tensor] = []
@@ -49,12 +50,12 @@ class Runner:
             encoded += self._family.encode([visuals[i] for i in call])
         features = iter(encoded)
         for sequence in waiting:  # NOTE: only now, so that a call that fails can be repeated
-            sequence.features = [
+            sequence.features.extend(
                 content.to(self.device, self.dtype)
                 if isinstance(content, Tensor)
                 else next(features)
                 for _, content in sequence.prepared.media
-            ]
+            )
 
     @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence]) -> Tensor:
@@ -82,7 +83,7 @@ class Runner:
         )
         hidden = self._run(x, positions, write_rows, sequences, lens, lens)
         for sequence in sequences:
-            sequence.features = []
+            sequence.features = []  # another: outputs that have no rows yet still need the old one
         last = torch.from_numpy(first_rows[1:] - 1).to(self.device)
         return self._head(hidden[last])  # type: ignore[no-any-return]
 
@@ -140,24 +141,26 @@ class Runner:
 
 
 def num_kv_rows(
-    checkpoint: Checkpoint, *, wanted: int, kv_bytes: int | None, utilization: float
+    checkpoint: Checkpoint, *, least: int, most: int, kv_bytes: int | None, utilization: float
 ) -> int:
     """
     How many KV rows to allocate: as many as can be used at once, within what memory allows.
 
     Args:
-        wanted: rows that the most and longest sequences could use.
+        least: rows that one sequence of the greatest length uses. On a CPU without a budget there
+            are always as many: its memory is not all ours to divide.
+        most: rows that the most and longest sequences could use.
         kv_bytes: an explicit budget; None for a share of the device.
         utilization: that share, of the whole device, what is in use already included.
     """
     shape = KVShape.of(checkpoint.config.text_config, checkpoint.dtype)
     if kv_bytes is None:
-        kv_bytes = CPU_KV_BYTES
+        kv_bytes = max(CPU_KV_BYTES, least * shape.row_bytes)
         if checkpoint.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(checkpoint.device)
             # A tenth of the device stays free for the activations of encoder and prefill.
             kv_bytes = int(free - total * (1 - utilization) - total * 0.1)
-    return max(0, min(wanted, kv_bytes // shape.row_bytes))
+    return max(0, min(most, kv_bytes // shape.row_bytes))
 
 
 def _start(sequence: Sequence) -> int:

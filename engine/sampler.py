@@ -259,7 +259,8 @@ class Sampler:
         ids = _order_keys(logits).topk(num_candidates, dim=-1).indices
         values = scaled.gather(-1, ids)
         # 1. top_k: candidates stand in order, so it cuts behind the k-th.
-        top_k = self._column([row.params.top_k or self.vocab_size for row in rows])
+        most = self.vocab_size  # a larger top_k means all, and may not even fit an int64
+        top_k = self._column([min(row.params.top_k or most, most) for row in rows])
         place = torch.arange(num_candidates, device=self.device)
         values.masked_fill_(place >= top_k, -math.inf)
         # 2. top_p: keep those before which less than p has been reached, of what top_k left.
@@ -491,6 +492,16 @@ def _mix(x: Tensor, key: Tensor | None = None) -> Tensor:
     x = (x * 0x735A2D97) & _MASK_32
     x ^= x >> 15
     return x
+
+
+def mix_seed(engine_seed: int, number: int) -> int:
+    """
+    The seed of a request that names none: another for each number, and none that people write.
+
+    Returns:
+        63 bits, which `SamplingParams.seed` takes, so that a stamp can be asked again.
+    """
+    return _mix_64(_mix_64(engine_seed & _MASK_64) ^ (number & _MASK_64)) >> 1
 
 
 def _row_key(row: SamplingRow) -> tuple[int, int]:

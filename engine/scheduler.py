@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,13 +80,14 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, running or waiting, and give its rows back."""
-        if sequence in self._running:
-            self._running.remove(sequence)
-        else:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+    def finish(self, sequences: Collection[Sequence]) -> None:
+        """Take sequences out, wherever they are, in one pass, and give their rows back."""
+        leaving = set(sequences)
+        self._running = [sequence for sequence in self._running if sequence not in leaving]
+        if any(sequence.start is None for sequence in leaving):  # those that run have a slab
+            self._waiting = [entry for entry in self._waiting if entry[2] not in leaving]
             heapq.heapify(self._waiting)
-        if sequence.start is not None:
-            self._slabs.free(sequence.start)
-            sequence.start = None
+        for sequence in sequences:
+            if sequence.start is not None:
+                self._slabs.free(sequence.start)
+                sequence.start = None

@@ -21,7 +21,8 @@ class Sequence:
         prepared: what all outputs of the request share.
         index: which output, from 0.
         seed: of its draws.
-        features: (num_tokens, hidden) for each picture or clip, once encoded.
+        features: (num_tokens, hidden) for each picture or clip, once encoded; one list for all of a
+            request's outputs, so that it is encoded once.
         start: first row of its slab; None while it has none.
         output_ids: chosen so far.
     """
@@ -99,9 +100,9 @@ class Sequence:
         return CompletionOutput(
             index=self.index,
             text=self.detokenizer.text,
-            token_ids=tuple(self.output_ids),
+            token_ids=list(self.output_ids),
             cumulative_logprob=self.cumulative_logprob if wants_logprobs else None,
-            logprobs=tuple(self.logprobs) if wants_logprobs else None,
+            logprobs=list(self.logprobs) if wants_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

@@ -27,6 +27,7 @@ MERGE = 2
 TEMPORAL = 2  # frames that share one patch in a video; a still image is its own neighbour
 TOKEN_PX = PATCH_PX * MERGE
 MAX_ASPECT = 200
+MID_PIXEL = 128  # pixels less this are whole numbers below 2**8: exact in bfloat16 too
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that the encoder was trained on
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -319,6 +320,8 @@ class Qwen2VL:
 
         The convolution's kernel is its stride, so it is a Linear; mean, deviation and 1/255 are
         folded into it, and for a still picture, whose two frames are equal, its halves are summed.
+        It reads pixels less MID_PIXEL: in 16 bits, what weights lose in rounding counts by the size
+        of what they multiply, and a bias for pixels from 0 to 255 would take most of the sum back.
         """
         self._visual = model.model.visual
         weight: Tensor = self._visual.patch_embed.proj.weight.detach()
@@ -330,7 +333,8 @@ class Qwen2VL:
         scaled = exact / (255 * std)
         self._clip_weight = scaled.flatten(1).to(weight.dtype)
         self._still_weight = scaled.sum(2).flatten(1).to(weight.dtype)
-        self._patch_bias = -(exact * mean / std).flatten(1).sum(1).to(weight.dtype)
+        bias = MID_PIXEL * scaled - exact * mean / std
+        self._patch_bias = bias.flatten(1).sum(1).to(weight.dtype)
         self._visual.patch_embed = nn.Identity()
 
     @torch.inference_mode()
@@ -366,7 +370,7 @@ class Qwen2VL:
         is_clip = visual.patches.shape[1] == 3 * TEMPORAL * PATCH_PX**2
         weight = self._clip_weight if is_clip else self._still_weight
         pixels = torch.from_numpy(visual.patches).to(weight.device, non_blocking=True)
-        return F.linear(pixels.to(weight.dtype), weight, self._patch_bias)
+        return F.linear(pixels.to(weight.dtype) - MID_PIXEL, weight, self._patch_bias)
 
 
 def _runs(units: Sequence[int]) -> list[tuple[int, int]]:

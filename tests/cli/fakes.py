@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cli.local import EngineOptions
 from engine import Request
 from engine.errors import EngineError, EngineFailure
-from engine.inputs import Clip, Picture, UserText, parse_messages, read_clip, read_picture
+from engine.inputs import Clip, Picture, UserText, fetch, parse_messages, read_clip, read_picture
 from engine.request import (
     CompletionOutput,
     FinishReason,
@@ -95,9 +95,9 @@ class FakeLLM:
 
 def look(part: object, index: int) -> ImageUsed:
     if isinstance(part, Clip):
-        clip = read_clip(part)
+        clip = read_clip(fetch(part.source), part.sampling, {})
         size = clip.width_px, clip.height_px, 28, 28
         return ImageUsed(index, *size, 4, MediaKind.VIDEO, clip.num_frames)
     assert isinstance(part, Picture)
-    image = read_picture(part)
+    image = read_picture(fetch(part.source))
     return ImageUsed(index, image.width_px, image.height_px, 28, 28, 1)

@@ -1,6 +1,6 @@
 """Attention over packed sequences: each token sees its own rows, whatever lies around them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,11 +216,11 @@ def test_freed_rows_never_show(tiny_folder: Path, monkeypatch: pytest.MonkeyPatc
         for tensor in (*rows.keys, *rows.values):
             tensor[first:end] = torch.nan
 
-    def finish_and_poison(sequence: Running) -> None:
-        start = sequence.start
-        finish(sequence)
-        if start is not None:
-            poison(start, start + sequence.num_rows_at_most)
+    def finish_and_poison(sequences: Collection[Running]) -> None:
+        slabs = [(s.start, s.num_rows_at_most) for s in sequences if s.start is not None]
+        finish(sequences)
+        for start, num_rows in slabs:
+            poison(start, start + num_rows)
 
     monkeypatch.setattr(poisoned.engine._scheduler, "finish", finish_and_poison)
     poison(0, len(rows.keys[0]))

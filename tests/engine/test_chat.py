@@ -1,17 +1,19 @@
 """`LLM.chat`: the model's own format around what people typed, which stays what they typed."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine import LLM, Request
 from engine.checkpoint import read_checkpoint
 from engine.config import EngineConfig
-from engine.errors import BadPrompt, NoChatTemplate
+from engine.errors import BadConfig, BadPrompt, NoChatTemplate
 from engine.processor import Prepared, Processor
 from models.train.settings import SPECIAL_TOKENS, SYSTEM_PROMPT
 from tests.engine.pictures import (
@@ -31,6 +33,12 @@ END = "<|im_end|>\n"
 ANSWER = "<|im_start|>assistant\n"
 
 Messages = list[dict[str, Any]]
+
+
+TWO_PICTURES_FEATURES = {
+    "image_embeds": torch.zeros(8, 64),
+    "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+}
 
 
 def user(*content: Any) -> Messages:
@@ -171,10 +179,21 @@ def test_template_that_fails_is_not_called_missing(prepare: Callable[..., Prepar
     for template in (
         "{{ raise_exception('roles must alternate') }}",
         "{{ messages + 1 }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ messages[0].content.nothing() }}",
         "{% for %}",
     ):
         with pytest.raises(BadPrompt, match=r"^messages do not fit the chat template\."):
             prepare(user("a"), chat_template=template)
+
+
+@pytest.mark.parametrize("words", [5, {1: 2}, {"tokenize": True}, {"chat_template": "x"}])
+def test_words_for_the_template_that_cannot_be_are_told(
+    prepare: Callable[..., Prepared], words: Any
+) -> None:
+    with pytest.raises(BadPrompt, match=r"^chat_template_kwargs "):
+        prepare(user("a"), chat_template_kwargs=words)
 
 
 def test_model_without_a_template_says_how_to_give_one(tiny_folder: Path, tmp_path: Path) -> None:
@@ -208,6 +227,25 @@ def test_one_conversation_or_many_in_order(llm: LLM) -> None:
 
     assert token_ids(alone) == token_ids(together)
     assert ["One" in str(result.prompt) for result in together] == [True, False]
+
+
+def test_one_message_is_a_conversation(llm: LLM) -> None:
+    (message,) = user("One")
+    alone = llm.chat(message, GREEDY, use_tqdm=False)
+
+    assert token_ids(llm.chat([message], GREEDY, use_tqdm=False)) == token_ids(alone)
+
+
+@pytest.mark.parametrize("messages", ["Hi", 5, None, {1}])
+def test_what_is_no_conversation_at_all_is_told(llm: LLM, messages: Any) -> None:
+    with pytest.raises(BadPrompt, match=r"^messages is a "):
+        llm.chat(messages, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("template", [5, "/nowhere.jinja", "null\0"])
+def test_what_is_no_template_is_told(llm: LLM, template: Any) -> None:
+    with pytest.raises(BadConfig, match=r"^chat_template is neither a template"):
+        llm.chat(user("a"), GREEDY, use_tqdm=False, chat_template=template)
 
 
 def test_chat_is_generate_with_the_format_written_out(llm: LLM) -> None:
@@ -267,20 +305,53 @@ def test_one_bad_conversation_costs_itself_alone(llm: LLM) -> None:
         (user([{"type": None}]), "Unsupported chat content part type: None."),
         (
             user([{"type": "image_url", "image_url": "data:,", "max_pixel": 3}]),
-            "messages[0].content[0] has an unknown key 'max_pixel'. Use image_url, min_pixels, "
-            "max_pixels.",
+            "messages[0].content[0] has an unknown key 'max_pixel'. Use type, image_url, min_pixels, "
+            "max_pixels, detail, uuid.",
         ),
         (
             user([{"type": "image_url", "image_url": "data:,", "max_pixels": "3"}]),
-            "max_pixels is no whole number of 1 or more.",
+            "messages[0].content[0]['max_pixels'] must be a whole number of 1 or more, got '3'.",
         ),
         (
             user([{"type": "video_url", "video_url": "data:,", "num_frames": 2.5}]),
-            "num_frames is no number.",
+            "messages[0].content[0]['num_frames'] must be a whole number of 1 or more, got 2.5.",
         ),
         (
             user([{"type": "video_url", "video_url": "data:,", "num_frames": 0}]),
-            "num_frames must be 1 or more.",
+            "messages[0].content[0]['num_frames'] must be a whole number of 1 or more, got 0.",
+        ),
+        (
+            user([{"type": "image", "image": TWO_PICTURES_FEATURES}]),
+            "messages[0].content[0] holds 2 pictures.",
+        ),
+        (
+            user([{"type": "image", "image": [draw(1), draw(2)]}]),
+            "messages[0].content[0] holds a list.",
+        ),
+        (
+            user([{"type": "video", "video": "clip.mp4"}]),
+            "messages[0].content[0] is a str that is no clip.",
+        ),
+        (user([{"type": "image", "image": "a.png"}]), "messages[0].content[0] holds a str."),
+        (
+            user([{"type": "image_embeds", "image_embeds": [1], "max_pixels": 9}]),
+            "messages[0].content[0] has an unknown key 'max_pixels'.",
+        ),
+        (
+            user([{"type": "image_url", "image_url": {"url": "data:,", "detail": "tiny"}}]),
+            "messages[0].content[0] has a detail that is not known. Use auto, low, high.",
+        ),
+        (
+            user([{"type": "image_url", "image_url": {"url": "data:,", "max_pixels": 3}}]),
+            "messages[0].content[0] has an unknown key 'max_pixels'.",
+        ),
+        (
+            user([{"type": "text", "text": "a", "max_pixels": 3}]),
+            "messages[0].content[0] has an unknown key 'max_pixels'.",
+        ),
+        (
+            [{"role": "user", "content": "a", "tool_calls": [1]}],
+            "messages[0] has an unknown key 'tool_calls'. Use role, content.",
         ),
         (user("half \ud83d"), "prompt holds half of a surrogate pair."),
     ],
@@ -392,6 +463,25 @@ def test_typed_end_of_turn_starts_no_system_turn(llm: LLM) -> None:
 
     assert trick in str(result.prompt)
     assert 3 == list(result.prompt_token_ids or ()).count(start)  # system, user, assistant
+
+
+def test_typed_texts_bind_no_added_token_that_is_not_special(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    for path in tiny_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    added = max(token["id"] for token in written["added_tokens"]) + 1
+    tool = {**written["added_tokens"][0], "id": added, "content": "<tool_call>", "special": False}
+    written["added_tokens"].append(tool)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    config = EngineConfig(str(tmp_path))
+    processor = Processor(config, read_checkpoint(config))
+    template = "{% for m in messages %}<tool_call>{{ m.content }}{% endfor %}"
+    request = Request(messages=user("<tool_call>{}"), chat_template=template)
+
+    assert [added] == processor.prepare(Request(prompt="<tool_call>")).token_ids
+    assert 1 == processor.prepare(request).token_ids.count(added)
 
 
 def test_prompts_of_generate_are_the_models_own_language(llm: LLM) -> None:

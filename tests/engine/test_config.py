@@ -7,12 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from engine import LLM
-from engine.config import EngineConfig, parse_area, parse_limits
+from engine.config import (
+    EngineConfig,
+    MediaOptions,
+    parse_io_kwargs,
+    parse_limits,
+    parse_processor_kwargs,
+)
 from engine.errors import BadConfig
 from tests.engine.pictures import GREEDY, PICTURE, draw, token_ids
 
@@ -32,7 +39,7 @@ def refusal(model: str, **words: Any) -> str:
 
     assert "\n" not in message
     assert message.endswith(".")
-    assert before == media_threads()
+    assert media_threads() <= before  # others may have ended meanwhile
     assert isinstance(caught.value, ValueError)
     return message
 
@@ -194,7 +201,7 @@ def test_tokenizer_of_another_model_is_told(tiny_folder: Path, tmp_path: Path) -
         (
             {"kv_cache_memory_bytes": 10**6},
             "The memory for KV rows holds 1937 tokens, but one sequence may have "
-            "max_model_len=4096. Lower max_model_len, or raise",
+            "max_model_len=4096. Lower max_model_len, or raise kv_cache_memory_bytes=1000000.",
         ),
         ({"limit_mm_per_prompt": "image=2"}, "limit_mm_per_prompt must be a dict, got a str."),
         ({"mm_processor_kwargs": ["a"]}, "mm_processor_kwargs must be a dict, got a list."),
@@ -226,6 +233,16 @@ def test_settings_are_checked_before_the_weights_are_read(
     (folder / "model.safetensors").unlink()
 
     assert refusal(str(folder), max_model_len=5000).startswith("max_model_len=5000")
+    budget = {"kv_cache_memory_bytes": 10**6}
+    assert refusal(str(folder), **budget).startswith("The memory for KV rows holds 1937 tokens")
+
+
+def test_cpu_has_room_for_one_whole_context(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.runner.CPU_KV_BYTES", 1000)
+    with LLM(str(tiny_folder), device="cpu") as llm:
+        assert 4096 == llm.engine._scheduler._slabs.largest_slab
 
 
 def test_dtype_is_exact_on_a_cpu_unless_it_is_given(tiny_folder: Path) -> None:
@@ -245,6 +262,9 @@ def test_limits_come_in_both_forms() -> None:
     assert {"image": 5, "video": 2} == parse_limits({"image": options, "video": clips})
     assert {"image": 5, "video": 0} == parse_limits({"image": options, "video": 0})
     assert {"image": 1, "video": 1} == parse_limits({"image": {"width": 512}})
+    assert {"image": 3, "video": 1} == parse_limits({"image": {"count": 3, "width": None}})
+    others = {"audio": 0, "vision_chunk": {"count": 0}}
+    assert {"image": 1, "video": 1} == parse_limits(others)
 
 
 @pytest.mark.parametrize(
@@ -271,25 +291,77 @@ def test_bad_limits_are_told(limits: Any, start: str) -> None:
 
 
 def test_area_comes_in_every_scope() -> None:
-    expected = {"min_pixels": 100, "max_pixels": 200}
+    area = {"min_pixels": 100, "max_pixels": 200}
     forms: list[dict[str, Any]] = [
-        expected,
+        area,
         {"size": {"shortest_edge": 100, "longest_edge": 200}},
-        {"images_kwargs": expected},
-        {"images_kwargs": {"size": {"shortest_edge": 100}}, "max_pixels": 200},
+        {"images_kwargs": area, "videos_kwargs": area},
+        {"images_kwargs": {"size": {"shortest_edge": 100}}, "max_pixels": 200, "min_pixels": 100},
+        {"max_pixels": np.int64(200), "min_pixels": 100},
     ]
 
-    assert [expected] * 4 == [parse_area(form) for form in forms]
-    assert {} == parse_area(None)
+    assert [MediaOptions(area, area)] * 5 == [parse_processor_kwargs(form) for form in forms]
+    assert MediaOptions() == parse_processor_kwargs(None)
+
+
+def test_scopes_of_pictures_and_clips_leave_each_other_alone() -> None:
+    scopes = [
+        ("images_kwargs", {"max_pixels": 200}),
+        ("videos_kwargs", {"max_pixels": 100, "fps": 2}),
+    ]
+    for order in (scopes, scopes[::-1]):
+        found = parse_processor_kwargs({**dict(order), "min_pixels": 50, "num_frames": 8})
+
+        assert {"min_pixels": 50, "max_pixels": 200} == found.image
+        assert {"min_pixels": 50, "max_pixels": 100} == found.video
+        assert {"num_frames": 8, "fps": 2.0} == found.sampling
+    inner = {"images_kwargs": {"max_pixels": 200}}
+    assert {"max_pixels": 200} == parse_processor_kwargs({**inner, "max_pixels": 100}).image
+    assert {"max_pixels": 200} == parse_processor_kwargs({"max_pixels": 100, **inner}).image
+
+
+def test_frames_of_clips_are_read_from_media_io_kwargs() -> None:
+    for options in ({"num_frames": 8}, {"fps": 0.5}, {"num_frames": 8, "fps": 0.5}):
+        assert options == parse_io_kwargs({"video": options}).sampling
+    assert {"num_frames": None} == parse_io_kwargs({"video": {"num_frames": -1}}).sampling
+    assert {} == parse_io_kwargs({"image": {}}).sampling
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image": {"image_mode": "L"}},
+        {"image": {"rgba_background_color": [0, 0, 0]}},
+        {"video": {"backend": "opencv"}},
+        {"video": {"num_frames": 0}},
+        {"video": {"fps": "2"}},
+        {"audio": {"rate": 1}},
+        {"video": 5},
+        [],
+    ],
+)
+def test_bad_media_io_is_told(tiny_folder: Path, options: Any) -> None:
+    assert refusal(str(tiny_folder), media_io_kwargs=options).startswith("media_io_kwargs")
 
 
 @pytest.mark.parametrize(
     "area",
-    [{"fps": 2}, {"size": 4}, {"size": {"width": 4}}, {"max_pixels": 0}, {"max_pixels": "9"}],
+    [
+        {"images_kwargs": {"fps": 2}},
+        {"images_kwargs": 3},
+        {"fps": 0},
+        {"fps": "fast"},
+        {"num_frames": 1.5},
+        {"num_crops": 4},
+        {"size": 4},
+        {"size": {"width": 4}},
+        {"max_pixels": 0},
+        {"max_pixels": "9"},
+    ],
 )
 def test_bad_area_is_told(area: dict[str, Any]) -> None:
     with pytest.raises(BadConfig, match=r"^mm_processor_kwargs"):
-        parse_area(area)
+        parse_processor_kwargs(area)
 
 
 def test_config_is_a_value_that_does_not_change() -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from engine import LLM, Request, Result, SamplingParams
 from engine.engine import NUM_PREPARED_AHEAD
+from engine.errors import EngineClosed
 from engine.families.qwen2_vl import Visual
+from engine.sampler import SamplingRow
 from engine.sequence import Sequence as Running
 from tests.engine.idle import assert_idle, num_free_rows
 from tests.engine.pictures import (
@@ -180,6 +182,103 @@ def test_source_that_raises_ends_the_stream_and_frees_everything(llm: LLM) -> No
     assert texts(llm.generate("after", GREEDY, use_tqdm=False))
 
 
+def test_source_may_wait_for_the_result_of_what_it_gave(llm: LLM) -> None:
+    has_result = threading.Semaphore(0)
+
+    def one_by_one() -> Iterator[str]:
+        for number in range(4):
+            yield f"Prompt {number}"
+            assert has_result.acquire(timeout=WAIT_S)
+
+    results = []
+    for result in llm.stream(one_by_one(), GREEDY):
+        results.append(result)
+        has_result.release()
+
+    assert [f"Prompt {number}" for number in range(4)] == [r.prompt for r in results]
+
+
+def test_results_come_while_a_slow_source_is_at_rest(llm: LLM) -> None:
+    may_go_on = threading.Event()
+
+    def slow() -> Iterator[str]:
+        yield from ("first", "second")
+        assert may_go_on.wait(WAIT_S)
+        yield "third"
+
+    stream = llm.stream(slow(), GREEDY)
+    early = [next(stream).prompt for _ in range(2)]
+    may_go_on.set()
+    late = [result.prompt for result in stream]
+
+    assert {"first", "second"} == set(early)
+    assert ["third"] == late
+
+
+def test_stream_is_closed_while_its_source_is_at_rest(llm: LLM) -> None:
+    may_go_on, has_ended = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[str]:
+        yield "first"
+        assert may_go_on.wait(WAIT_S)
+        has_ended.set()
+        yield "never read"
+
+    stream = llm.stream(slow(), GREEDY)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert_idle(llm.engine)
+    may_go_on.set()
+
+    assert has_ended.wait(WAIT_S)
+    assert_idle(llm.engine)
+
+
+def test_reader_that_pauses_stops_its_source(llm: LLM) -> None:
+    num_pulled = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal num_pulled
+        for number in itertools.count():
+            num_pulled += 1
+            yield f"Prompt {number}"
+
+    paused = llm.stream(endless(), GREEDY)
+    next(paused)
+    for _ in range(5):  # steps for both
+        llm.generate(["x"] * 100, GREEDY, use_tqdm=False)
+    paused.close()  # type: ignore[attr-defined]
+
+    assert num_pulled < 256 + 3 * NUM_PREPARED_AHEAD
+
+
+def test_nobody_waits_for_the_media_of_another_thread(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), num_media_threads=2)
+    may_go_on, is_fetching = threading.Event(), threading.Event()
+    found: list[Result] = []
+
+    def fetch() -> Any:
+        is_fetching.set()
+        assert may_go_on.wait(WAIT_S)
+        return draw(1)
+
+    def work() -> None:
+        slow = Request(prompt=PICTURE, multi_modal_data={"image": fetch})
+        found.extend(llm.stream([slow] * (NUM_PREPARED_AHEAD + 5), GREEDY))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert is_fetching.wait(WAIT_S)
+    results = llm.generate("Text.", GREEDY, use_tqdm=False)
+    was_waiting = thread.is_alive()
+    may_go_on.set()
+    thread.join(WAIT_S)
+
+    assert texts(results)
+    assert was_waiting
+    assert texts(found)
+
+
 def test_one_prompt_may_be_streamed_without_a_list(llm: LLM) -> None:
     forms: list[Any] = ["Hello", {"prompt": "Hello"}, Request(prompt="Hello")]
 
@@ -249,8 +348,17 @@ def test_pictures_are_let_go_once_they_are_cut(llm: LLM, monkeypatch: pytest.Mon
 # --- requests that break something ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no"), OSError("/secret/path"), KeyError("x")])
-def test_callable_that_raises_fails_alone(llm: LLM, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no"),
+        OSError("/secret/path"),
+        KeyError("x"),
+        SystemExit(3),
+        KeyboardInterrupt(),
+    ],
+)
+def test_callable_that_raises_fails_alone(llm: LLM, error: BaseException) -> None:
     def fetch() -> Any:
         raise error
 
@@ -396,6 +504,105 @@ def test_logits_that_are_no_numbers_fail_their_sequence_alone(
     assert token_ids([alone]) == token_ids([good])
 
 
+POISON = SamplingParams(temperature=1.0, seed=666, max_tokens=12, ignore_eos=True)
+
+
+def poison_sampler(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the sampler fail at the third token of every row with the seed of `POISON`."""
+    sample = llm.engine._sampler.sample
+
+    def sample_poisoned(logits: Tensor, rows: Sequence[SamplingRow]) -> Any:
+        if any(row.params.seed == POISON.seed and row.position == 3 for row in rows):
+            raise OverflowError("int too big to convert")
+        return sample(logits, rows)
+
+    monkeypatch.setattr(llm.engine._sampler, "sample", sample_poisoned)
+
+
+def test_row_that_breaks_the_sampler_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [picture_request(n, str(n)) for n in range(12)]
+    expected = by_name(list(llm.stream(others)))
+    poison_sampler(llm, monkeypatch)
+    bad = Request(prompt="bad", params=POISON, request_id="bad")
+    results = by_name(list(llm.stream([*others[:5], bad, *others[5:]])))
+
+    error = results.pop("bad").error
+    assert error is not None
+    assert "engine_failure" == error.code
+    assert {n: token_ids([r]) for n, r in expected.items()} == {
+        n: token_ids([r]) for n, r in results.items()
+    }
+
+
+def test_row_that_breaks_the_sampler_costs_no_other_thread(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [picture_request(n, str(n)) for n in range(12)]
+    expected = by_name(list(llm.stream(others)))
+    poison_sampler(llm, monkeypatch)
+    bad = [Request(prompt=f"{n}", params=POISON, request_id=f"{n}") for n in range(12)]
+    found: dict[str, dict[str, Result]] = {}
+
+    def work(name: str, requests: Sequence[Request]) -> None:
+        found[name] = by_name(list(llm.stream(requests)))
+
+    threads = [threading.Thread(target=work, args=each) for each in (("a", others), ("b", bad))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+
+    assert {n: token_ids([r]) for n, r in expected.items()} == {
+        n: token_ids([r]) for n, r in found["a"].items()
+    }
+    assert 12 == sum(result.error is not None for result in found["b"].values())
+
+
+@pytest.mark.parametrize("method", ["push", "output"])
+def test_text_that_cannot_be_made_fails_its_request_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    make = getattr(Running, method)
+
+    def make_poisoned(sequence: Running, *args: Any) -> Any:
+        if sequence.prepared.prompt == "bad" and sequence.index == 1:
+            raise PoisonError
+        return make(sequence, *args)
+
+    many = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=4, ignore_eos=True)
+    requests = [Request(prompt=name, params=many, request_id=name) for name in ("bad", "good")]
+    expected = by_name(list(llm.stream(requests)))["good"]
+    monkeypatch.setattr(Running, method, make_poisoned)
+    results = by_name(list(llm.stream(requests)))
+
+    assert results["bad"].error is not None
+    assert expected.outputs == results["good"].outputs
+
+
+def test_request_that_cannot_be_queued_fails_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def queue_badly(ticket: Any, prepared: Any) -> None:
+        if prepared.prompt == "bad":
+            raise PoisonError
+        queue(ticket, prepared)
+
+    queue = llm.engine._queue
+    monkeypatch.setattr(llm.engine, "_queue", queue_badly)
+    bad, good = llm.generate(["bad", "good"], GREEDY, use_tqdm=False)
+
+    assert bad.error is not None
+    assert good.error is None
+
+
+def test_top_k_beyond_all_numbers_means_all(llm: LLM) -> None:
+    options = {"temperature": 1.0, "seed": 5, "max_tokens": 8, "ignore_eos": True}
+    params = [SamplingParams(top_k=top_k, **options) for top_k in (272, 10**20)]  # type: ignore[arg-type]
+    results = llm.generate(["a", "a"], params, use_tqdm=False)
+
+    assert token_ids(results[:1]) == token_ids(results[1:])
+
+
 def test_embeddings_out_of_all_measure_do_not_touch_their_neighbours(llm: LLM) -> None:
     (features,), _ = features_of(llm, draw(1))
     huge = torch.full_like(features, 3e38)
@@ -537,15 +744,82 @@ def test_close_stops_the_threads(tiny_folder: Path) -> None:
     assert not any(thread.is_alive() for thread in started)
 
 
-def test_close_drops_what_is_in_flight(tiny_folder: Path) -> None:
+def test_close_ends_what_is_in_flight_with_a_result(tiny_folder: Path) -> None:
     llm = LLM(str(tiny_folder))
     lengths = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 200, 300)]
     stream = llm.stream([Request(prompt="x", params=params) for params in lengths])
     next(stream)
     llm.close()
+    errors = [result.error for result in stream]
 
+    assert [("engine_closed", True)] * 2 == [(e.code, e.retryable) for e in errors if e]
     assert_idle(llm.engine)
-    assert [] == list(stream)
+
+
+def test_close_waits_neither_for_a_fetch_nor_for_a_source(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder))
+    may_go_on, is_fetching = threading.Event(), threading.Event()
+    found: list[Result] = []
+
+    def fetch() -> Any:
+        is_fetching.set()
+        may_go_on.wait(WAIT_S)
+
+    def source() -> Iterator[Any]:
+        yield {"prompt": PICTURE, "multi_modal_data": {"image": fetch}}
+        may_go_on.wait(WAIT_S)
+        yield "late"
+
+    def work() -> None:
+        with pytest.raises(EngineClosed):
+            found.extend(iter(llm.stream(source(), GREEDY)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert is_fetching.wait(WAIT_S)
+    llm.close()  # returns, though nothing else does yet
+    assert thread.is_alive()
+    may_go_on.set()
+    thread.join(WAIT_S)
+
+    assert not thread.is_alive()
+    assert_idle(llm.engine)
+
+
+def test_closed_engine_takes_nothing_and_says_so(tiny_folder: Path) -> None:
+    with LLM(str(tiny_folder)) as llm:
+        llm.generate("a", GREEDY, use_tqdm=False)
+    llm.close()
+
+    with pytest.raises(EngineClosed, match=r"^The engine was closed"):
+        llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    with pytest.raises(EngineClosed):
+        list(llm.stream(["a"], GREEDY))
+    assert_idle(llm.engine)
+
+
+def test_text_does_not_queue_behind_callables_that_fetch(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), num_media_threads=1)
+    may_go_on = threading.Event()
+
+    def fetch() -> Any:
+        assert may_go_on.wait(WAIT_S)
+        return draw(1)
+
+    part = {"type": "image", "image": fetch}
+    slow: list[Any] = [
+        Request(prompt=PICTURE, multi_modal_data={"image": [fetch]}),
+        {"prompt": PICTURE, "multi_modal_data": {"image": {"image": fetch}}},
+        Request(messages=[{"role": "user", "content": [part]}]),
+    ]
+    stream = llm.stream(
+        [*slow, "Text.", {"prompt": PICTURE, "multi_modal_data": {"image": draw(2)}}], GREEDY
+    )
+    first = [next(stream).prompt for _ in range(2)]
+    may_go_on.set()
+
+    assert {"Text.", PICTURE} == set(first)
+    assert 3 == len(texts(list(stream)))
 
 
 def test_media_threads_prepare_several_at_once(tiny_folder: Path) -> None:

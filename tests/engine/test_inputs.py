@@ -178,6 +178,21 @@ def test_callable_is_called_once_and_its_refusal_keeps_its_word(see: Ask) -> Non
     )
 
 
+def test_bad_picture_among_several_is_named(llm: LLM, see: Ask) -> None:
+    bad = see([draw(1), b"no picture", draw(2)], 3)
+    foreign = see([draw(1), lambda: 7], 2)
+    alone = see(b"no picture")
+    prompt = {"prompt": CLIP * 2, "multi_modal_data": {"video": [draw_clip(1, 2), b"no clip"]}}
+    (clip,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+    errors = [result.error for result in (bad, alone, clip) if result.error]
+
+    assert ["image", "image", "video"] == [error.param for error in errors]
+    assert errors[0].message.endswith(" It is image 1 of this prompt (counted from 0).")
+    assert "counted from 0" not in errors[1].message
+    assert errors[2].message.endswith(" It is video 1 of this prompt (counted from 0).")
+    assert error_of([foreign]).endswith(" It is image 1 of this prompt (counted from 0).")
+
+
 # --- features ----------------------------------------------------------------------------------------
 
 
@@ -302,6 +317,62 @@ def test_smaller_bound_gives_way_to_the_one_that_is_given(tiny_folder: Path, see
     assert [(28, 28)] == sizes(llm.generate(prompt, GREEDY, use_tqdm=False)[0])
 
 
+def test_areas_are_merged_key_by_key_and_the_innermost_goes_first(llm: LLM) -> None:
+    image, clip = draw(1, 224, 224), draw_clip(1, 2, 224, 224)
+    own = {"images_kwargs": {"max_pixels": 84 * 84}}
+    prompt = {
+        "prompt": PICTURE * 2 + CLIP,
+        "multi_modal_data": {
+            "image": [image, {"image": image, "max_pixels": 56 * 56}],
+            "video": clip,
+        },
+    }
+    call = {"max_pixels": 112 * 112, "videos_kwargs": {"max_pixels": 168 * 168}}
+    forms: list[Any] = [
+        prompt,
+        {**prompt, "mm_processor_kwargs": own},
+        Request(prompt=prompt, mm_processor_kwargs=own),
+        Request(
+            prompt={**prompt, "mm_processor_kwargs": own}, mm_processor_kwargs={"max_pixels": 4}
+        ),
+    ]
+    found = [
+        sizes(result)
+        for result in llm.generate(forms, GREEDY, use_tqdm=False, mm_processor_kwargs=call)
+    ]
+
+    assert [(112, 112), (56, 56), (168, 168)] == found[0]
+    assert [(84, 84), (56, 56), (168, 168)] == found[1] == found[2]
+    assert [(84, 84), (56, 56), (28, 28)] == found[3]
+
+
+def test_bounds_around_a_picture_are_merged_and_refused_for_features(llm: LLM, see: Ask) -> None:
+    image = draw(1, 224, 224)
+    nested = {"image": {"image": image, "max_pixels": 56 * 56, "min_pixels": 28 * 28}}
+    (features,), grids = features_of(llm, draw(1))
+    embeds = {"image_embeds": features, "image_grid_thw": torch.tensor(grids)}
+
+    assert [(56, 56)] == sizes(see(nested))
+    assert [(84, 84)] == sizes(see({**nested, "max_pixels": 84 * 84}))
+    for form in ({"image": embeds, "max_pixels": 56 * 56}, {"image": [features], "max_pixels": 1}):
+        assert error_of([see(form)]).startswith("multi_modal_data['image'] ")
+    assert "unknown key 'max_pixels'" in error_of([see({**embeds, "max_pixels": 56 * 56})])
+
+
+def test_detail_low_is_the_smallest_size(llm: LLM) -> None:
+    image = draw(1, 224, 224)
+    url = data_url(image)
+    parts = [
+        {"type": "image_url", "image_url": {"url": url, "detail": "low"}},
+        {"type": "input_image", "image_url": url, "detail": "low"},
+        {"type": "image_url", "image_url": {"url": url, "detail": "low"}, "max_pixels": 84 * 84},
+        {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
+    ]
+    (result,) = llm.chat([{"role": "user", "content": parts}], GREEDY, use_tqdm=False)
+
+    assert [(56, 56), (56, 56), (84, 84), (224, 224)] == sizes(result)
+
+
 def test_unknown_key_of_one_picture_is_told(see: Ask) -> None:
     error = error_of([see([{"image": draw(1), "resized_width": 4}])])
 
@@ -418,6 +489,44 @@ def test_encoded_clip_is_sampled_as_its_part_says(llm: LLM, watch: Ask) -> None:
     assert 3 == num_frames(
         llm.chat([{"role": "user", "content": [part]}], GREEDY, use_tqdm=False)[0]
     )
+
+
+def test_result_tells_which_frames_were_seen_and_when(watch: Ask) -> None:
+    encoded = watch(encode_animation(draw_clip(1, 10)), mm_processor_kwargs={"num_frames": 4})
+    decoded = watch(draw_clip(1, 4))
+
+    assert (0.0, 1.5, 3.0, 4.5) == encoded.images[0].times_s
+    assert (0, 3, 6, 9) == encoded.images[0].frame_indices
+    assert decoded.images[0].times_s is None
+    assert decoded.images[0].frame_indices is None
+
+
+def test_encoded_clip_is_sampled_as_its_request_or_the_engine_says(
+    tiny_folder: Path, watch: Ask
+) -> None:
+    animation = encode_animation(draw_clip(1, 10))
+    prompt = {"prompt": CLIP, "multi_modal_data": {"video": animation}}
+
+    def num_frames(result: Result) -> int | None:
+        return result.images[0].num_frames
+
+    def ask(words: dict[str, Any], **options: Any) -> int | None:
+        with LLM(str(tiny_folder), **words) as llm:
+            return num_frames(llm.generate({**prompt, **options}, GREEDY, use_tqdm=False)[0])
+
+    assert 5 == num_frames(watch(animation, mm_processor_kwargs={"fps": 1}))
+    assert 3 == num_frames(
+        watch(animation, mm_processor_kwargs={"videos_kwargs": {"num_frames": 3}})
+    )
+    assert 4 == num_frames(watch(animation, media_io_kwargs={"video": {"num_frames": 4}}))
+    assert 4 == num_frames(watch(draw_clip(1, 4), mm_processor_kwargs={"num_frames": 2}))
+    for words in (
+        {"mm_processor_kwargs": {"num_frames": 6}},
+        {"media_io_kwargs": {"video": {"num_frames": 6}}},
+    ):
+        assert 6 == ask(words)
+        assert 2 == ask(words, mm_processor_kwargs={"num_frames": 2})
+        assert 10 == ask(words, media_io_kwargs={"video": {"num_frames": -1}})
 
 
 def encode_animation(images: list[Image.Image]) -> bytes:

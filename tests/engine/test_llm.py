@@ -2,8 +2,10 @@
 
 import json
 import logging
+import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from engine.config import BUNDLED_FOLDER
 from engine.errors import BadConfig, BadPrompt
 from models.train.settings import SYSTEM_PROMPT
 from tests.engine.pictures import (
+    CLIP,
     GREEDY,
     PICTURE,
     draw,
@@ -190,6 +193,11 @@ def test_one_prompt_may_come_in_any_form(llm: LLM) -> None:
         Request(prompt=text),
         [text],
         [ids],
+        np.array(ids),
+        torch.tensor(ids),
+        [np.int64(index) for index in ids],
+        {"prompt_token_ids": np.array(ids)},
+        [np.array(ids)],
     ]
     answers = [token_ids(llm.generate(form, GREEDY, use_tqdm=False)) for form in forms]
 
@@ -254,6 +262,18 @@ def test_without_parameters_the_models_own_are_used(llm: LLM) -> None:
     assert (0.0, 256) == (result.stamp.sampling["temperature"], result.stamp.sampling["max_tokens"])
 
 
+def test_defaults_are_changed_by_replacing_them(llm: LLM) -> None:
+    defaults = llm.get_default_sampling_params()
+    params = replace(defaults, max_tokens=3, ignore_eos=True)
+    (result,) = llm.generate("Go on.", params, use_tqdm=False)
+
+    assert 3 == len(result.outputs[0].token_ids)
+    with pytest.raises(AttributeError):
+        defaults.max_tokens = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="max_tokens"):
+        replace(defaults, max_tokens=0)
+
+
 def test_names_of_requests_are_kept(llm: LLM) -> None:
     requests = [Request(prompt="a", request_id="first"), "b", Request(prompt=7, request_id="bad")]
     results = llm.generate(requests, GREEDY, use_tqdm=False)
@@ -274,6 +294,47 @@ def test_lower_priority_runs_first(tiny_folder: Path) -> None:
     by_start = [p for _, p in sorted((r.metrics.scheduled_ts or 0, p) for r, p in ranked)]
     in_line = [p for p in by_start[1:] if p]
     assert sorted(in_line) == in_line
+
+
+def test_priority_orders_all_prompts_and_results_stay_in_theirs(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), max_num_seqs=1)
+    once = SamplingParams(temperature=0, max_tokens=1)
+    priorities = [5] * 100 + [1] * 3
+    results = llm.generate([str(n) for n in range(103)], once, priority=priorities, use_tqdm=False)
+    starts = [result.metrics.scheduled_ts or 0 for result in results]
+
+    assert [str(n) for n in range(103)] == [result.prompt for result in results]
+    assert max(starts[100:]) < sorted(starts[:100])[4]  # a few may be ready a moment earlier
+
+
+@pytest.mark.parametrize("priority", ["high", 1.5, True])
+def test_priority_that_is_no_number_costs_its_prompt_alone(llm: LLM, priority: Any) -> None:
+    priorities = [0, priority, 1] * 5
+    results = llm.generate(["x"] * 15, GREEDY, priority=priorities, use_tqdm=False)
+    bad = results[1::3]
+    unset = Request(prompt="x", priority=None)  # type: ignore[arg-type]
+    streamed = list(llm.stream([unset, "y"], GREEDY))
+
+    for result in bad:
+        assert error_of([result]).startswith("priority is a ")
+    assert 10 == len(texts([result for result in results if result not in bad]))
+    assert [True, False] == sorted((r.error is None for r in streamed), reverse=True)
+
+
+def test_priority_of_the_call_goes_before_that_of_a_request(llm: LLM) -> None:
+    requests = [Request(prompt="x", priority=3)] * 2
+    seen = []
+
+    def record(numbered: Any) -> Any:
+        for request in numbered:
+            seen.append(request.priority)
+            yield Result.failed(request.request_id, BadPrompt("is", remedy=""))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.engine, "stream", record)
+        llm.generate(requests, priority=[0, None], use_tqdm=False)  # type: ignore[list-item]
+
+    assert [0, 3] == seen
 
 
 # --- one bad prompt ----------------------------------------------------------------------------------
@@ -315,8 +376,25 @@ def test_on_error_raise_tells_the_first_error_after_all_have_run(llm: LLM) -> No
             on_error="raise",
         )
 
-    assert "37" == caught.value.result.request_id
+    error = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+
+    assert "37" == caught.value.result.request_id == error.result.request_id
+    assert ("too_many_images", "image", False) == (error.code, error.param, error.retryable)
+    assert 99 == sum(result.error is None for result in error.results)
     assert 101 == bars[0].num_done
+    assert isinstance(error, ValueError)
+
+
+def test_failure_of_the_engine_is_no_value_error(llm: LLM) -> None:
+    def fetch() -> Any:
+        raise OSError
+
+    prompt = {"prompt": PICTURE, "multi_modal_data": {"image": fetch}}
+    with pytest.raises(PromptFailedError) as caught:
+        llm.generate(prompt, GREEDY, use_tqdm=False, on_error="raise")
+
+    assert ("engine_failure", True) == (caught.value.code, caught.value.retryable)
+    assert not isinstance(caught.value, ValueError)
 
 
 def test_on_error_knows_two_words(llm: LLM) -> None:
@@ -507,6 +585,9 @@ def test_picture_does_not_take_the_place_of_a_clip(llm: LLM) -> None:
         ({"prompt_token_ids": []}, "empty_prompt", "The decoder prompt cannot be empty."),
         ([[]], "empty_prompt", "The decoder prompt cannot be empty."),
         ({"promt": "x"}, "bad_prompt", "prompt has an unknown key 'promt'."),
+        ({"prompt_token_ids": "text"}, "bad_prompt", "prompt_token_ids is a str that holds no"),
+        ({"prompt_token_ids": np.zeros(3)}, "bad_prompt", "prompt_token_ids is a ndarray that"),
+        ({"prompt_token_ids": np.zeros(0)}, "empty_prompt", "The decoder prompt cannot be empty."),
         ({"prompt_token_ids": [5, -1]}, "bad_prompt", "prompt_token_ids holds the token id -1."),
         ([[5, 10**6]], "bad_prompt", "prompt_token_ids holds the token id 1000000."),
         ({"prompt": "half \ud83d"}, "bad_prompt", "prompt holds half of a surrogate pair."),
@@ -547,6 +628,26 @@ def test_picture_does_not_take_the_place_of_a_clip(llm: LLM) -> None:
             "mm_processor_kwargs",
         ),
         ({"prompt": "x", "mm_processor_kwargs": 4}, "bad_prompt", "mm_processor_kwargs"),
+        (
+            {"prompt": "x", "media_io_kwargs": {"image": {"image_mode": "L"}}},
+            "bad_prompt",
+            "media_io_kwargs['image'] has the key \"image_mode\"",
+        ),
+        (
+            {"prompt": PICTURE, "multi_modal_uuids": {"image": ["sku-1"]}},
+            "media_not_given",
+            "Cache miss for image at index 0 but data is not provided.",
+        ),
+        (
+            {"prompt": PICTURE, "multi_modal_data": {"image": [draw(1), None]}},
+            "media_not_given",
+            "Cache miss for image at index 1 but data is not provided.",
+        ),
+        (
+            {"prompt": CLIP, "multi_modal_data": {"video": [None]}},
+            "media_not_given",
+            "Cache miss for video at index 0 but data is not provided.",
+        ),
     ],
 )
 def test_bad_prompt_is_told_what_is_wrong(llm: LLM, prompt: Any, code: str, start: str) -> None:
@@ -564,6 +665,20 @@ def test_parameters_of_another_type_are_told(llm: LLM) -> None:
     bad, good = llm.generate(["a", "b"], [params, GREEDY], use_tqdm=False)
 
     assert error_of([bad]).startswith("sampling_params is a dict.")
+    assert good.error is None
+
+
+def test_ids_that_may_all_not_be_chosen_are_told(llm: LLM) -> None:
+    (end,) = llm.engine.checkpoint.eos_token_ids[:1]
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 3, "min_tokens": 2}
+    allowed = SamplingParams(allowed_token_ids=[end, 65], **options)
+    nothing = SamplingParams(allowed_token_ids=[end], **options)
+    stops = SamplingParams(allowed_token_ids=[65], stop_token_ids=[65], ignore_eos=True, **options)
+    good, *bad = llm.generate(["a"] * 3, [allowed, nothing, stops], use_tqdm=False)
+
+    assert [("nothing_allowed", False)] * 2 == [
+        (result.error.code, result.error.retryable) for result in bad if result.error
+    ]
     assert good.error is None
 
 
@@ -599,6 +714,18 @@ def test_token_ids_outside_the_vocabulary_are_told(llm: LLM) -> None:
         (
             {"image_embeds": torch.zeros(9, 64), "image_grid_thw": torch.tensor([1, 6, 6])},
             "image_embeds must be (total tokens, hidden) and image_grid_thw (pictures, 3)",
+        ),
+        (
+            {"image_embeds": "features", "image_grid_thw": [[1, 6, 6]]},
+            "image_embeds and image_grid_thw must be tensors",
+        ),
+        (
+            {"image_embeds": torch.zeros(9, 64), "image_grid_thw": [[1, 6], [2]]},
+            "image_embeds and image_grid_thw must be tensors",
+        ),
+        (
+            {"image_embeds": torch.zeros(9, 64), "image_grid_thw": [[1, torch.nan, 6]]},
+            "image_grid_thw must hold whole numbers, got torch.float32.",
         ),
         (torch.full((1, 9, 64), torch.nan), "Image embeddings must be finite"),
         (torch.zeros(1, 9, 64, dtype=torch.int64), "Image embeddings must be finite floating"),
@@ -655,13 +782,19 @@ def test_words_of_vllm_that_have_no_use_are_said_once(
         "tokenizer_mode": "auto",
         "quantization": None,
         "enforce_eager": True,
-        "media_io_kwargs": {"video": {"num_frames": 8}},
         "allowed_local_media_path": "",
         "allowed_media_domains": None,
         "enable_mm_embeds": True,
         "hf_overrides": None,
         "swap_space": 4,
         "disable_log_stats": True,
+        "load_format": "auto",
+        "tokenizer_revision": None,
+        "kv_cache_dtype": "auto",
+        "generation_config": "auto",
+        "max_logprobs": 20,
+        "download_dir": None,
+        "enable_lora": False,
     }
     with caplog.at_level(logging.WARNING, logger="engine"):
         llm = build(tiny_folder, words)
@@ -702,8 +835,25 @@ def test_what_is_not_supported_is_refused(llm: LLM, tiny_folder: Path) -> None:
         LLM(str(tiny_folder), tensor_parallel_size=2)
     with pytest.raises(BadPrompt, match=r"^lora_request is not supported"):
         llm.generate("a", lora_request=lora)
-    with pytest.raises(BadPrompt, match=r"^tools are not supported"):
+    with pytest.raises(BadPrompt, match=r"^tools is not supported"):
         llm.chat([{"role": "user", "content": "a"}], tools=lora)
+    with pytest.raises(BadPrompt, match=r"^tokenization_kwargs is not supported"):
+        llm.generate("a", tokenization_kwargs={"truncate_prompt_tokens": 3})
+    for word, value in (
+        ("quantization", "awq"),
+        ("hf_overrides", {"rope_theta": 1}),
+        ("enable_lora", True),
+    ):
+        with pytest.raises(BadConfig, match=rf"^{word} is not supported"):
+            build(tiny_folder, {word: value})
+
+
+def test_words_that_ask_for_nothing_are_taken(llm: LLM) -> None:
+    llm.reset_mm_cache()
+    message = [{"role": "user", "content": "a"}]
+
+    assert texts(llm.generate("a", GREEDY, use_tqdm=False, tokenization_kwargs={}))
+    assert texts(llm.chat(message, GREEDY, use_tqdm=False, tokenization_kwargs=None))
 
 
 # --- the bar ----------------------------------------------------------------------------------------
@@ -772,6 +922,39 @@ def test_n_outputs_are_numbered_and_differ(llm: LLM) -> None:
     assert 32 == result.metrics.num_generation_tokens
 
 
+@pytest.mark.parametrize("max_num_seqs", [3, 256])
+def test_picture_of_many_outputs_is_encoded_once(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
+) -> None:
+    llm = LLM(str(tiny_folder), max_num_seqs=max_num_seqs)
+    family = llm.engine.checkpoint.family
+    encode, num_encoded = family.encode, 0
+
+    def count(visuals: Any) -> Any:
+        nonlocal num_encoded
+        num_encoded += len(visuals)
+        return encode(visuals)
+
+    prompt = {"prompt": PICTURE + "?", "multi_modal_data": {"image": draw(1)}}
+    params = {"n": 8, "temperature": 1.5, "seed": 3, "max_tokens": 8, "ignore_eos": True}
+    expected = ask(llm, prompt, **params)
+    monkeypatch.setattr(type(family), "encode", staticmethod(count))
+    result = ask(llm, prompt, **params)
+
+    assert 1 == num_encoded
+    assert expected.outputs == result.outputs
+    assert expected.outputs[0].token_ids != expected.outputs[7].token_ids
+
+
+def test_ids_are_lists_as_vllm_has_them(llm: LLM) -> None:
+    (bad,) = llm.generate([3.5], GREEDY, use_tqdm=False)
+    result = ask(llm, "x", temperature=0, max_tokens=3, logprobs=1)
+
+    assert list is type(result.prompt_token_ids) is type(result.outputs[0].token_ids)
+    assert list is type(result.outputs[0].logprobs)
+    assert [] == bad.outputs[0].token_ids
+
+
 def test_seed_repeats_whatever_the_neighbours_and_the_order(llm: LLM) -> None:
     seeded = SamplingParams(temperature=1.2, seed=11, max_tokens=10, ignore_eos=True)
     free = SamplingParams(temperature=1.2, max_tokens=7, ignore_eos=True)
@@ -793,6 +976,29 @@ def test_requests_without_a_seed_differ_and_the_stamp_names_theirs(llm: LLM) -> 
 
     assert 3 == len({tuple(ids) for ids in token_ids(results)})
     assert token_ids(results[1:2]) == token_ids([again])
+
+
+@pytest.mark.parametrize("seed", [0, 2**40, 2**80, -7, None])
+def test_stamp_of_any_engine_seed_can_be_asked_again(tiny_folder: Path, seed: int | None) -> None:
+    params = SamplingParams(temperature=1.5, max_tokens=10, ignore_eos=True)
+    with LLM(str(tiny_folder), seed=seed) as llm:
+        results = llm.generate(["Draw."] * 4, params, use_tqdm=False)
+        stamps = [result.stamp.seed for result in results if result.stamp]
+        again = [replace(params, seed=stamp) for stamp in stamps]
+
+        assert token_ids(results) == token_ids(llm.generate(["Draw."] * 4, again, use_tqdm=False))
+    assert 4 == len(set(stamps))
+    assert all(stamp is not None and 2**20 < stamp < 2**63 for stamp in stamps)
+
+
+def test_engine_without_a_seed_draws_anew(tiny_folder: Path) -> None:
+    def draw_once(seed: int | None) -> list[list[int]]:
+        with LLM(str(tiny_folder), seed=seed) as llm:
+            params = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True)
+            return token_ids(llm.generate("Draw.", params, use_tqdm=False))
+
+    assert draw_once(0) == draw_once(0)
+    assert draw_once(None) != draw_once(None)
 
 
 def test_stop_string_is_found_across_the_borders_of_tokens(llm: LLM) -> None:

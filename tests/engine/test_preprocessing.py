@@ -65,10 +65,7 @@ def test_200_random_images_equal_the_pil_processor_pixel_for_pixel() -> None:
         )
         patches = _cut(ours, area)
 
-        oracles = [ours.image]
-        if mode in OPAQUE:  # transformers 5.17 drops transparency, 5.23 lays it on white as we do
-            oracles.append(ImageOps.exif_transpose(original).convert("RGB"))
-        for oracle in oracles:
+        for oracle in (ours.image, *_as_transformers_sees(original, mode)):
             expected, grid = _cut_by_processor(oracle, area)
             assert len(patches) == len(expected) == grid.num_patches
             difference = float(np.abs(patches - expected).max())
@@ -81,6 +78,33 @@ def test_200_random_images_equal_the_pil_processor_pixel_for_pixel() -> None:
     assert largest <= TOLERANCE, (
         f"of {num_images} images, {worst} differs by {largest * 255} levels"
     )
+
+
+def _as_transformers_sees(original: Image.Image, mode: str) -> list[Image.Image]:
+    """What to hand its processor, in the original's own mode wherever that one can read it."""
+    upright = ImageOps.exif_transpose(original)
+    if mode == "I;16":  # the exception that docs/vllm.md names: its processor clips at 255
+        levels = np.asarray(upright).astype(np.uint16)
+        return [Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")]
+    if mode in OPAQUE:
+        return [upright.convert("RGB")]
+    return [upright] if _lays_on_white() else []
+
+
+@functools.cache
+def _lays_on_white() -> bool:
+    """transformers 5.17 drops transparency; 5.23 lays it on white."""
+    clear = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
+    patches, _ = _cut_by_processor(clear, AreaLimits(28 * 28, 28 * 28))
+    return bool(patches.min() > 0.99)
+
+
+def test_16_bit_grey_keeps_its_high_byte_where_the_processor_clips() -> None:
+    levels = np.repeat([[0, 255, 256, 30_000, 65_535]], 5, axis=0).astype(np.uint16)
+    picture = Image.fromarray(levels)
+
+    assert [0, 0, 1, 117, 255] == from_pil(picture).pixels()[0, :, 0].tolist()
+    assert [0, 255, 255, 255, 255] == np.asarray(picture.convert("L"))[0].tolist()
 
 
 def _cut(picture: RGBImage, area: AreaLimits) -> npt.NDArray[np.float64]:

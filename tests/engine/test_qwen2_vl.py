@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.vision_utils import get_vision_position_ids
 
+from engine import LLM
 from engine.families.qwen2_vl import (
     MERGE,
     TOKEN_PX,
@@ -33,6 +34,8 @@ from engine.families.qwen2_vl import (
     target_size,
     token_positions,
 )
+from engine.reference import Reference
+from tests.engine.pictures import draw
 from tests.engine.tiny import write_tiny_qwen2_vl
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # as in transformers' mm_token_type_ids
@@ -301,3 +304,31 @@ def test_moments_of_a_long_clip_do_not_push_the_text_back(published: Qwen2VLMode
     assert 5 + 29 == positions.max()
     assert 10 == following
     np.testing.assert_array_equal(rope_index(published, prompt), positions)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_loses_no_more_than_transformers_loses(tmp_path: Path, seed: int) -> None:
+    folder = write_tiny_qwen2_vl(tmp_path / "tiny", seed=seed)
+    exact, theirs = Reference(folder), Reference(folder, dtype=torch.bfloat16)
+    family = LLM(str(folder), dtype="bfloat16").engine.checkpoint.family
+    grey = np.random.default_rng(seed).normal(128, 12, (112, 112, 3)).astype(np.uint8)
+    pictures = [draw(seed, 112, 112), Image.fromarray(grey), Image.new("RGB", (112, 112), "white")]
+    their_error = our_error = 0.0
+    for picture in pictures:
+        expected = features_by(exact, picture)
+        ours = family.encode([family.cut_picture(picture, family.image_area)])[0].double()
+        their_error += float((features_by(theirs, picture) - expected).square().mean())
+        our_error += float((ours - expected).square().mean())
+
+    assert their_error > 0
+    assert our_error**0.5 <= 1.2 * their_error**0.5
+
+
+@torch.inference_mode()
+def features_by(reference: Reference, picture: Image.Image) -> torch.Tensor:
+    """(num_tokens, hidden), float64: what transformers' own processor and encoder make of it."""
+    cut = reference.image_processor([picture], size=reference.image_size, return_tensors="pt")
+    visual = reference.model.model.visual
+    pixels = cut["pixel_values"].to(reference.model.dtype)
+    features: torch.Tensor = visual(pixels, grid_thw=cut["image_grid_thw"]).pooler_output
+    return features.double()

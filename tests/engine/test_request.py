@@ -22,10 +22,7 @@ from engine.errors import (
     EngineError,
     EngineFailure,
     Fault,
-    ImageFault,
-    ImageTooLarge,
     ImageTooNarrow,
-    ImageUnreadable,
     MaxTokensTooLarge,
     MediaRefused,
     NoChatTemplate,
@@ -151,6 +148,8 @@ def test_numbers_of_numpy_become_plain_numbers() -> None:
         ("presence_penalty", 2.5, "presence_penalty must be in [-2, 2], got 2.5."),
         ("frequency_penalty", -3, "frequency_penalty must be in [-2, 2], got -3.0."),
         ("repetition_penalty", 0, "repetition_penalty must be over 0, got 0.0."),
+        ("repetition_penalty", 1e300, "repetition_penalty must be in [0.001, 1000], got 1e+300."),
+        ("repetition_penalty", 1e-9, "repetition_penalty must be in [0.001, 1000], got 1e-09."),
         ("max_tokens", 0, "max_tokens must be at least 1, got 0."),
         ("max_tokens", True, "max_tokens must be a whole number, got True."),
         ("min_tokens", -1, "min_tokens must be at least 0, got -1."),
@@ -393,7 +392,7 @@ def test_failed_result_has_one_empty_output_and_says_why() -> None:
         "7", EngineFailure(), prompt="hi", metrics=Metrics(1.0), images=[image], stamp=stamp
     )
 
-    assert ["error", "", ()] == [
+    assert ["error", "", []] == [
         result.outputs[0].finish_reason,
         result.outputs[0].text,
         result.outputs[0].token_ids,
@@ -442,8 +441,6 @@ EXAMPLES: list[EngineError] = [
     PlaceholderMismatch(num_items=1, num_placeholders=0, placeholder="<image>"),
     UnsupportedModality("audio"),
     UnsupportedPart("audio_url", ["text", "image_url"]),
-    ImageUnreadable(index=2, reason=ImageFault.EMPTY),
-    ImageTooLarge(width=3, height=2, max_pixels=5),
     ImageTooNarrow(width=1000, height=1),
     MediaRefused("The video is too large.", code="video_too_large"),
     BadEmbeddings.wrong_width(shape=(1, 4, 8), expected=16),
@@ -561,6 +558,13 @@ def test_prompt_too_long_says_vllms_text_then_what_would_fit(
     )
 
     assert (start, end) == (str(error)[: len(start)], str(error)[-len(end) :])
+
+
+def test_prompt_that_no_size_would_fit_is_not_told_to_use_one() -> None:
+    error = PromptTooLong(max_model_len=64, num_text_tokens=60, num_image_tokens=80)
+
+    assert "max_pixels" not in str(error)
+    assert str(error).endswith("no size makes these images so few: send fewer, or less text.")
 
 
 def test_placeholder_mismatch_says_which_and_how_many() -> None:

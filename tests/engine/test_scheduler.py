@@ -1,5 +1,6 @@
 """Whose turn it is: pure logic on sequences that are nothing but numbers."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_lower_priority_comes_first_and_equals_as_they_came() -> None:
     while scheduler.has_work:
         (sequence,) = scheduler.schedule().sequences
         order.append(sequences.index(sequence))
-        scheduler.finish(sequence)
+        scheduler.finish([sequence])
 
     assert [4, 1, 3, 2, 0, 5] == order
 
@@ -96,7 +97,7 @@ def test_places_are_limited_and_one_that_ends_makes_room() -> None:
 
     assert [first, second] == scheduler.schedule().sequences
     assert not scheduler.schedule().is_prefill
-    scheduler.finish(first)
+    scheduler.finish([first])
     assert [third] == scheduler.schedule().sequences
     assert [second, third] == scheduler.schedule().sequences
 
@@ -109,9 +110,9 @@ def test_sequence_waits_for_rows_and_is_not_passed_by_smaller_ones() -> None:
     assert [holder] == scheduler.schedule().sequences
     assert [holder] == scheduler.schedule().sequences
     assert 2 == scheduler.num_waiting
-    scheduler.finish(holder)
+    scheduler.finish([holder])
     assert [large] == scheduler.schedule().sequences
-    scheduler.finish(large)
+    scheduler.finish([large])
     assert [small] == scheduler.schedule().sequences
 
 
@@ -120,12 +121,12 @@ def test_one_that_waits_can_be_taken_out() -> None:
     sequences = [Numbers(5) for _ in range(4)]
     add(scheduler, *sequences)
     scheduler.schedule()
-    scheduler.finish(sequences[2])
-    scheduler.finish(sequences[0])
+    scheduler.finish([sequences[2]])
+    scheduler.finish([sequences[0]])
 
     assert None is sequences[0].start
     assert [sequences[1]] == scheduler.schedule().sequences
-    scheduler.finish(sequences[1])
+    scheduler.finish([sequences[1]])
     assert [sequences[3]] == scheduler.schedule().sequences
 
 
@@ -155,9 +156,23 @@ def test_everyone_runs_once_and_all_rows_come_back(
             assert tokens <= 100 or 1 == len(batch.sequences)
             assert all(s.start is not None for s in batch.sequences)
         else:
-            scheduler.finish(batch.sequences[choice % len(batch.sequences)])
+            scheduler.finish([batch.sequences[choice % len(batch.sequences)]])
 
     assert not scheduler.has_work
     assert {id(s) for s in sizes} == {id(s) for s in was_read}
     assert len(sizes) == len(was_read)
     assert slabs.largest_slab == slabs.num_free_rows
+
+
+def test_many_waiting_sequences_leave_in_one_pass() -> None:
+    scheduler = build(max_num_seqs=4)
+    many, others = [Numbers(1) for _ in range(20_000)], [Numbers(1) for _ in range(9)]
+    add(scheduler, *others[:4], *many[:9_000], *others[4:], *many[9_000:])
+    scheduler.schedule()
+    started = time.perf_counter()
+    scheduler.finish(many)
+    took_s = time.perf_counter() - started
+    scheduler.finish(others[:4])
+
+    assert others[4:8] == scheduler.schedule().sequences
+    assert took_s < 1  # one at a time, 16,384 took 8.7 s (2026, two cores)
