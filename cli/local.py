@@ -86,7 +86,7 @@ def load_llm(options: EngineOptions, limits: Mapping[str, int]) -> "LLM":
     except ModuleNotFoundError as error:
         raise CannotStartError(
             f"The engine is not installed here ({error.name} is missing). "
-            'Install the extra `engine`: pip install "darkroom[engine]".'
+            "Run pip install -e '.[engine]' in Darkroom's folder."
         ) from error
     try:
         return LLM(

@@ -107,7 +107,7 @@ class VideoTooLargeError(MediaError):
 
 
 class VideoSupportMissingError(MediaError):
-    """Video is not installed here. Install the extra `video`: pip install "darkroom[video]"."""
+    """Video is not installed here. Run pip install -e '.[video]' in Darkroom's folder."""
 
     code: ClassVar[str] = "video_support_missing"
     fault: ClassVar[Fault] = Fault.OPERATOR

@@ -265,7 +265,8 @@ def test_engine_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
 
     (line,) = result.stderr.splitlines()
     assert 2 == result.exit_code
-    assert 'pip install "darkroom[engine]"' in line
+    # Never by the bare name: on public indexes that is another project.
+    assert "pip install -e '.[engine]'" in line
 
 
 @pytest.mark.parametrize(
