@@ -1,6 +1,9 @@
 """
 A checkpoint on disk or in the hub's cache: its configs, tokenizer, template and weights.
 
+The hub itself is never asked: what runs is what somebody chose to fetch, and a machine without a
+network runs it too.
+
 Everything cheap is read and checked before the weights are, so that a wrong folder costs a moment.
 """
 
@@ -9,18 +12,21 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
-from transformers.utils.hub import cached_file
 
 from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
 from engine.config import EngineConfig
 from engine.errors import BadConfig, BadSamplingParams
 from engine.families.qwen2_vl import Qwen2VL
 from engine.request import SamplingParams
+
+Loaded = TypeVar("Loaded")
 
 # The family and the class of the weights for each `model_type` of a config.json.
 FAMILIES: dict[str, tuple[type[Qwen2VL], type[Any]]] = {
@@ -32,6 +38,7 @@ FAMILIES: dict[str, tuple[type[Qwen2VL], type[Any]]] = {
 class Checkpoint:
     """
     Attributes:
+        folder: where all its files lie.
         config: transformers' config object.
         tokenizer: a fast tokenizer.
         family: bound to the config; `load_weights` attaches the encoder.
@@ -42,7 +49,7 @@ class Checkpoint:
         revision: the commit, where the hub's cache knows it.
     """
 
-    source: str
+    folder: Path
     config: Any
     tokenizer: Any
     family: Qwen2VL
@@ -61,9 +68,9 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     Raises:
         BadConfig: not found, not supported, or without a part that is needed.
     """
-    source = engine.folder_or_id
-    options = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
-    config = _read("config.json", engine, lambda: AutoConfig.from_pretrained(source, **options))
+    folder = _get_folder(engine, engine.folder_or_id)
+    options = {"trust_remote_code": engine.trust_remote_code, "local_files_only": True}
+    config = _read("config.json", engine, lambda: AutoConfig.from_pretrained(folder, **options))
     if config.model_type not in FAMILIES:
         raise BadConfig(
             f"The model type {config.model_type!r} is not supported yet: "
@@ -72,13 +79,21 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     tokenizer = _read(
         "tokenizer",
         engine,
-        lambda: AutoTokenizer.from_pretrained(engine.tokenizer or source, **options),
+        lambda: AutoTokenizer.from_pretrained(
+            _get_folder(engine, engine.tokenizer) if engine.tokenizer else folder, **options
+        ),
     )
     if not tokenizer.is_fast:
         raise BadConfig("The model's tokenizer has no fast form (tokenizer.json), which is needed.")
-    together = _read_json(engine, "processor_config.json") or {}  # as transformers 5 saves them
-    pictures = _read_json(engine, "preprocessor_config.json") or together.get("image_processor")
-    clips = _read_json(engine, "video_preprocessor_config.json") or together.get("video_processor")
+    together = (
+        _read_json(engine, folder / "processor_config.json") or {}
+    )  # as transformers 5 saves them
+    pictures = _read_json(engine, folder / "preprocessor_config.json") or together.get(
+        "image_processor"
+    )
+    clips = _read_json(engine, folder / "video_preprocessor_config.json") or together.get(
+        "video_processor"
+    )
     if pictures is None:
         raise BadConfig("The model has no preprocessor_config.json, so its pictures have no size.")
     family = FAMILIES[config.model_type][0](config, pictures, clips)
@@ -91,10 +106,10 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
                 f"The tokenizer does not fit the model: {token} is not its token {token_id}. Give "
                 "the model's own tokenizer.json."
             )
-    generation = _read_json(engine, "generation_config.json") or {}
+    generation = _read_json(engine, folder / "generation_config.json") or {}
     device = _device(engine)
     return Checkpoint(
-        source,
+        folder,
         config,
         tokenizer,
         family,
@@ -103,7 +118,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         _max_model_len(engine, config),
         _dtype(engine, config, device),
         device,
-        getattr(config, "_commit_hash", None),
+        folder.name if folder.parent.name == "snapshots" else None,
     )
 
 
@@ -121,9 +136,9 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
         "weights in safetensors that fit its config and",
         engine,
         lambda: model_class.from_pretrained(
-            checkpoint.source,
+            checkpoint.folder,
             config=config,
-            revision=engine.revision,
+            local_files_only=True,
             dtype=checkpoint.dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -147,30 +162,59 @@ def prepare_model(model: Any, checkpoint: Checkpoint) -> None:
     checkpoint.family.attach(model)
 
 
-def _read(what: str, engine: EngineConfig, load: Callable[[], Any]) -> Any:
+def _get_folder(engine: EngineConfig, name: str) -> Path:
+    """
+    The folder of a model that is named by its folder, or by its hub id.
+
+    NOTE: transformers is given folders only. Of an id it would ask the hub, and even where it is told
+    to look at local files only, huggingface_hub does so for the headers of requests it never sends
+    (2.4, 2026).
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=engine.revision)
+    except HFValidationError as error:
+        raise BadConfig(
+            f"The model {name!r} cannot be loaded: there is no such folder. {_REMEDY}"
+        ) from error
+    if not isinstance(config, str):
+        raise BadConfig(
+            f"The model {name!r} cannot be loaded: there is no such folder, and it is not in the "
+            f"hub's cache. Fetch it with `{_download(name, engine.revision)}`."
+        )
+    return Path(config).parent
+
+
+def _download(hub_id: str, revision: str | None) -> str:
+    """The command that puts a model into the hub's cache."""
+    return f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
+
+
+_REMEDY = "Give a checkpoint folder, a hub id that is in the cache, or darkroom-tiny."
+
+
+def _read(what: str, engine: EngineConfig, load: Callable[[], Loaded]) -> Loaded:
     """Vendor errors stop here: their texts name paths and hosts, ours name what is missing."""
     try:
         return load()
+    except BadConfig:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        remedy = f"Fetch all of it with `{_download(engine.model, engine.revision)}`."
+        if Path(engine.folder_or_id).is_dir():
+            remedy = _REMEDY
         raise BadConfig(
             f"The model {engine.model!r} cannot be loaded: it has no {what} that can be read. "
-            "Give a checkpoint folder, a hub id that is in the cache, or darkroom-tiny."
+            + remedy
         ) from error
 
 
-def _read_json(engine: EngineConfig, name: str) -> dict[str, Any] | None:
+def _read_json(engine: EngineConfig, path: Path) -> dict[str, Any] | None:
     """One of the checkpoint's JSON files, or None where it has none of that name."""
-    path = cached_file(
-        engine.folder_or_id,
-        name,
-        revision=engine.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    if path is None:
+    if not path.exists():
         return None
-    content = _read(name, engine, lambda: json.loads(Path(path).read_text("utf-8")))
+    content = _read(path.name, engine, lambda: json.loads(path.read_text("utf-8")))
     return content if isinstance(content, dict) else None
 
 
