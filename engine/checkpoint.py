@@ -9,7 +9,8 @@ Everything cheap is read and checked before the weights are, so that a wrong fol
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers.utils import logging as progress
 
 from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
 from engine.config import EngineConfig
@@ -132,18 +134,19 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
     model_class = FAMILIES[checkpoint.config.model_type][1]
     # A config that names our attention could not build a second model, so the model gets a copy.
     config = copy.deepcopy(checkpoint.config)
-    model, report = _read(
-        "weights in safetensors that fit its config and",
-        engine,
-        lambda: model_class.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            local_files_only=True,
-            dtype=checkpoint.dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-        ),
-    )
+    with _without_bars():
+        model, report = _read(
+            "weights in safetensors that fit its config and",
+            engine,
+            lambda: model_class.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                local_files_only=True,
+                dtype=checkpoint.dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+            ),
+        )
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
         raise BadConfig(
             f"The model {engine.model!r} lacks {len(report['missing_keys'])} of its weights, "
@@ -151,6 +154,18 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
         )
     prepare_model(model, checkpoint)
     return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Whoever embeds the engine owns the streams: transformers draws on stderr, in pipes too."""
+    were_shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if were_shown:
+            progress.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def prepare_model(model: Any, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Where a checkpoint is looked for."""
+"""Where a checkpoint is looked for, and what stands on the streams while it is read."""
 
 import os
 import shutil
@@ -52,10 +52,10 @@ def load(model: str, cache: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_model_in_the_cache_is_loaded_without_the_network(cache: Path) -> None:
+def test_model_in_the_cache_is_loaded_without_the_network_and_in_silence(cache: Path) -> None:
     run = load("org/tiny", cache)
 
-    assert (0, "") == (run.returncode, run.stdout)
+    assert (0, "", "") == (run.returncode, run.stdout, run.stderr)
 
 
 def test_model_that_is_not_in_the_cache_is_told_with_the_way_to_get_it(cache: Path) -> None:
