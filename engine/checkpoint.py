@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.utils import logging as progress
 
@@ -29,6 +28,8 @@ from engine.families.qwen2_vl import Qwen2VL
 from engine.request import SamplingParams
 
 Loaded = TypeVar("Loaded")
+
+_GENERATION = "generation_config.json"
 
 # The family and the class of the weights for each `model_type` of a config.json.
 FAMILIES: dict[str, tuple[type[Qwen2VL], type[Any]]] = {
@@ -98,7 +99,11 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     )
     if pictures is None:
         raise BadConfig("The model has no preprocessor_config.json, so its pictures have no size.")
-    family = FAMILIES[config.model_type][0](config, pictures, clips)
+    family = _read(
+        "config.json and preprocessor_config.json that go together",
+        engine,
+        lambda: _build_family(config, pictures, clips),
+    )
     for token, token_id in (
         (family.image_placeholder, family.image_token_id),
         (family.video_placeholder, family.video_token_id),
@@ -108,20 +113,30 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
                 f"The tokenizer does not fit the model: {token} is not its token {token_id}. Give "
                 "the model's own tokenizer.json."
             )
-    generation = _read_json(engine, folder / "generation_config.json") or {}
+    generation = _read_json(engine, folder / _GENERATION) or {}
     device = _device(engine)
     return Checkpoint(
         folder,
         config,
         tokenizer,
         family,
-        _defaults(generation),
-        _eos_token_ids(config, generation, tokenizer),
-        _max_model_len(engine, config),
-        _dtype(engine, config, device),
+        _read(_GENERATION, engine, lambda: _defaults(generation)),
+        _read(_GENERATION, engine, lambda: _eos_token_ids(config, generation, tokenizer)),
+        _read("context length", engine, lambda: _max_model_len(engine, config)),
+        _read("dtype", engine, lambda: _dtype(engine, config, device)),
         device,
         folder.name if folder.parent.name == "snapshots" else None,
     )
+
+
+def _build_family(config: Any, pictures: dict[str, Any], clips: dict[str, Any] | None) -> Qwen2VL:
+    family = FAMILIES[config.model_type][0](config, pictures, clips)
+    areas = (family.image_area, family.video_area)
+    are_areas = all(0 < area.min_pixels <= area.max_pixels for area in areas)
+    are_colours = all(len(values) == 3 for values in (family.mean, family.std))
+    if not (are_areas and are_colours and isinstance(family.image_token_id, int)):
+        raise ValueError("no model looks at pictures like that")
+    return family
 
 
 def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
@@ -215,7 +230,9 @@ def _read(what: str, engine: EngineConfig, load: Callable[[], Loaded]) -> Loaded
         return load()
     except BadConfig:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:
+        # The edge of three libraries: tokenizers raises bare `Exception`, and transformers indexes
+        # and calls whatever it finds in a file. A file that cannot be read has many faces.
         remedy = f"Fetch all of it with `{_download(engine.model, engine.revision)}`."
         if Path(engine.folder_or_id).is_dir():
             remedy = _REMEDY

@@ -1,12 +1,17 @@
 """Where a checkpoint is looked for, and what stands on the streams while it is read."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from engine import LLM
+from engine.errors import BadConfig
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -75,3 +80,56 @@ def test_model_that_is_in_the_cache_in_part_is_told_with_the_way_to_get_it(cache
 
     assert (0, "") == (run.returncode, run.stderr)
     assert run.stdout.endswith("Fetch all of it with `hf download org/tiny`.\n")
+
+
+Change = Callable[[Path], object]
+
+
+def write(name: str, content: object) -> Change:
+    return lambda folder: (folder / name).write_text(json.dumps(content))
+
+
+def update(name: str, **values: object) -> Change:
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return apply
+
+
+def replace_by_folder(name: str) -> Change:
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return apply
+
+
+ODD: dict[str, Change] = {
+    "a text for another part": update("config.json", text_config="none"),
+    "a text for a part": update("config.json", vision_config="none"),
+    "a list for a number": update("config.json", image_token_id=[]),
+    "a dtype of nobody's": update("config.json", dtype="float7"),
+    "no list of special ids": update("generation_config.json", eos_token_id={"a": 1}),
+    "a text for a size": update("preprocessor_config.json", min_pixels="none", size="none"),
+    "a number for a mean": update("preprocessor_config.json", image_mean=1),
+    "a mean of one": update("preprocessor_config.json", image_mean=[0.5]),
+    "another tokenizer.json": write("tokenizer.json", {"model": 1}),
+    "a list for a tokenizer": write("tokenizer.json", []),
+    "a list for its settings": write("tokenizer_config.json", []),
+    "a folder for a config": replace_by_folder("config.json"),
+    "no text": lambda folder: (folder / "generation_config.json").write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_checkpoint_is_one_line(tiny_folder: Path, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    ODD[what](folder)
+
+    with pytest.raises(BadConfig) as caught:
+        LLM(str(folder))
+
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
