@@ -2,12 +2,12 @@
 
 import itertools
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cli.local import EngineOptions
 from engine import Request
-from engine.errors import EngineError, EngineFailure
+from engine.errors import EngineError, EngineFailure, TooManyImages, TooManyVideos
 from engine.inputs import Clip, Picture, UserText, parse_messages, read_clip, read_picture
 from engine.request import (
     CompletionOutput,
@@ -73,6 +73,7 @@ class FakeLLM:
     def _answer(self, request: Request, text: str) -> Result:
         (message,) = parse_messages(request.messages)
         try:
+            self._check_limits(message.parts)
             seen = [look(part, index) for index, part in enumerate(message.parts[:-1])]
         except EngineError as error:
             return Result.failed(request.request_id, error)
@@ -88,6 +89,14 @@ class FakeLLM:
             metrics=Metrics(preprocess_ms=1.0, prefill_ms=2.0, decode_ms=3.25),
             images=seen,
         )
+
+    def _check_limits(self, parts: Sequence[object]) -> None:
+        num_pictures = sum(isinstance(part, Picture) for part in parts)
+        num_clips = sum(isinstance(part, Clip) for part in parts)
+        if num_pictures > self.limits.get("image", 1):
+            raise TooManyImages(limit=self.limits["image"], given=num_pictures)
+        if num_clips > self.limits.get("video", 1):
+            raise TooManyVideos(limit=self.limits["video"], given=num_clips)
 
     def close(self) -> None:
         self.is_closed = True
