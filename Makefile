@@ -22,8 +22,8 @@ help: ## list the verbs
 
 setup: .venv/ready ## make the environment in .venv, with everything for development
 
-demo: .venv/ready-to-run ## caption the sample pictures with the bundled model, on the CPU
-	@$(BIN)/darkroom demo
+demo: .venv/ready-to-run ## caption the sample pictures with the bundled model; ARGS=--check fails if one is wrong
+	@$(BIN)/darkroom demo $(ARGS)
 
 test: .venv/ready ## run every test that needs no GPU; ARGS="tests/engine -x" narrows it
 	@$(BIN)/pytest -m "not gpu" $(ARGS)
