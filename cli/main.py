@@ -144,7 +144,7 @@ def caption(
       0    every picture has its text
       1    some failed, the rest is done
       2    a wrong option, or no picture found
-      130  stopped by Ctrl-C
+      130  stopped by Ctrl-C, which lets begun pictures end; twice leaves at once
 
     \b
     Examples:

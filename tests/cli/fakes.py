@@ -30,13 +30,14 @@ class FakeLLM:
     Args:
         num_ahead: requests pulled before the first of them ends; they end last come, first served.
         texts: what to say instead, one for each request in the order of the requests.
-        interrupt_after, give_up_after: results after which Ctrl-C is pressed or the engine fails.
+        interrupt_after: results after which Ctrl-C is pressed, for each time that it is.
+        give_up_after: results after which the engine fails.
         finish_reason: of every text.
     """
 
     num_ahead: int = 4
     texts: Iterable[str] | None = None
-    interrupt_after: int | None = None
+    interrupt_after: Sequence[int] = ()
     give_up_after: int | None = None
     finish_reason: FinishReason = FinishReason.STOP
     options: EngineOptions | None = None
@@ -57,7 +58,7 @@ class FakeLLM:
         waiting = self._pull(zip(requests, texts, strict=False))
         while ahead := list(itertools.islice(waiting, self.num_ahead)):
             for request, text in reversed(ahead):
-                if self.num_answered == self.interrupt_after:
+                if self.num_answered in self.interrupt_after:
                     signal.raise_signal(signal.SIGINT)
                 if self.num_answered == self.give_up_after:
                     raise EngineFailure("The device is gone.")

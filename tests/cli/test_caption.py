@@ -269,6 +269,24 @@ def test_engine_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
     assert "pip install -e '.[engine]'" in line
 
 
+@pytest.mark.parametrize(("device", "has_gpu"), [("cpu", True), ("auto", False)])
+def test_cpu_reads_few_pictures_before_it_writes(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_gpu: bool
+) -> None:
+    save_picture("cat.png", 10)
+    asked: dict[str, Any] = {}
+
+    def refuse(**words: Any) -> None:
+        asked.update(words)
+        raise BadConfig("No more is needed.")
+
+    monkeypatch.setattr("engine.LLM", refuse, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    CliRunner().invoke(app, ["caption", "cat.png", "--device", device])
+
+    assert 32 == asked["max_num_seqs"]
+
+
 @pytest.mark.parametrize(
     "option", [("--max-tokens", "0"), ("--temperature", "3"), ("--temperature", "nan"), ("--nope",)]
 )
@@ -309,8 +327,23 @@ def test_texts_that_were_cut_off_are_counted(darkroom: Invoke, llm: FakeLLM) -> 
 # Ctrl-C
 
 
-def test_ctrl_c_keeps_what_is_finished_and_says_how_much(darkroom: Invoke, llm: FakeLLM) -> None:
-    llm.interrupt_after = 6  # the first four, and the last two of the next four
+def test_ctrl_c_lets_what_is_under_way_end_and_begins_nothing_new(
+    darkroom: Invoke, llm: FakeLLM
+) -> None:
+    llm.interrupt_after = [6]  # of the second four
+    save_pictures(16)
+
+    result = darkroom("caption", "pics")
+
+    names = [line.split(":")[0] for line in result.stdout.splitlines()]
+    assert 130 == result.exit_code
+    assert [f"pics/{index}.png" for index in range(8)] == names
+    assert "stopped: 8 of 16 images done.\n" == result.stderr
+    assert llm.is_closed
+
+
+def test_second_ctrl_c_keeps_what_is_finished_and_leaves(darkroom: Invoke, llm: FakeLLM) -> None:
+    llm.interrupt_after = [5, 6]  # the first four, and the last two of the next four
     save_pictures(8)
 
     result = darkroom("caption", "pics")
@@ -358,7 +391,7 @@ def test_pictures_are_read_as_the_engine_asks_and_never_all_at_once(
 
 def test_arguments_of_the_engine_are_pulled_as_it_has_room(darkroom: Invoke, llm: FakeLLM) -> None:
     llm.num_ahead = 2
-    llm.interrupt_after = 2
+    llm.interrupt_after = [2]
     save_pictures(6)
 
     darkroom("caption", "pics")
