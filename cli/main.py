@@ -5,14 +5,19 @@ Nothing here runs a model: a verb turns its options into values and hands them t
 does. Importing this file loads neither torch nor transformers, so that --help is quick.
 """
 
+import os
 import platform
+import sys
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
 from cli.demo import run_demo
+from cli.errors import ExitCode
 from cli.inputs import Found, find_clips, find_pictures
 from cli.local import EngineOptions, run
 from cli.questions import (
@@ -98,6 +103,39 @@ def find_version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "(not installed)"
+
+
+def main() -> None:
+    """What a shell starts: the command, in a process that ends when it says so."""
+    open_missing_streams()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == ExitCode.INTERRUPTED:
+            leave(ExitCode.INTERRUPTED)
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # One of the streams, since no file is to blame: a full disk, most often.
+        with suppress(OSError):
+            print(f"error: The output cannot be written: {error.strerror}.", file=sys.stderr)
+        leave(ExitCode.SOME_FAILED)
+
+
+def open_missing_streams() -> None:
+    """Let nothing that is opened later take the number of a stream that the shell has closed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+
+
+def leave(code: ExitCode) -> NoReturn:
+    """End without waiting: threads that read a pipe which nobody writes to would hold the process."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 @app.callback()

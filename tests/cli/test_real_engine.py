@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 
 def darkroom(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from cli.main import app; app()", *args],
+        [sys.executable, "-c", "from cli.main import main; main()", *args],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
