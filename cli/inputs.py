@@ -9,8 +9,9 @@ pictures costs a list of names. It knows suffixes, not formats: what a named fil
 import glob
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PICTURE_SUFFIXES = frozenset(
 )
 UNREAD_SUFFIXES = frozenset((".heic", ".heif", ".tif", ".tiff", ".jxl", ".jp2", ".svg"))
 """Pictures that are not read here: leaving them out without a word would look like a bug."""
+CLIP_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ts", ".mts"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,8 @@ class Input:
         frames: the pictures of a folder that is taken as a clip, in order; else empty.
     """
 
-    path: Path
-    frames: Sequence[Path] = ()
+    path: str
+    frames: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,58 +68,78 @@ def find_pictures(arguments: Iterable[str]) -> Found:
     Arguments keep their order; within one, names sort as people count (2 before 10). Hidden files
     of folders are left out, links are followed. An argument that leads nowhere is refused.
     """
-    found = Found()
-    for path in _expand(arguments, found.inputs):
+    inputs: list[Input | Refused] = []
+    left_out: set[str] = set()
+    for path in _expand(arguments, inputs):
         if _is_folder(path):
-            inside = list(_walk(path, found.left_out))
-            found.inputs.extend(inside or [Refused(str(path), NoPicturesError())])
+            inside = list(_walk(path, left_out))
+            inputs.extend(inside or [Refused(path, NoPicturesError())])
         else:
-            found.inputs.append(Input(path))
-    return Found(_without_twins(found.inputs), found.left_out)
+            inputs.append(Input(path))
+    return Found(_without_twins(inputs), Counter(map(_suffix, left_out)))
 
 
 def find_clips(arguments: Iterable[str]) -> Found:
     """Find clip files, and folders whose own pictures (not those of folders inside) are frames."""
-    found = Found()
-    for path in _expand(arguments, found.inputs):
+    inputs: list[Input | Refused] = []
+    left_out: set[str] = set()
+    for path in _expand(arguments, inputs):
         if not _is_folder(path):
-            found.inputs.append(Input(path))
+            inputs.append(Input(path))
             continue
         try:
-            names = [entry.name for entry in path.iterdir()]
+            names = os.listdir(path)  # noqa: PTH208 - Path.iterdir would rewrite the folder's name
         except OSError as error:
-            found.inputs.append(Refused(str(path), FileError.because(error)))
+            inputs.append(Refused(path, FileError.because(error)))
             continue
-        frames = [path / name for name in _pick_pictures(names, found.left_out)]
-        found.inputs.append(Input(path, frames) if frames else Refused(str(path), NoFramesError()))
-    return Found(_without_twins(found.inputs), found.left_out)
+        frames = _pick_pictures(path, names, UNREAD_SUFFIXES, left_out)
+        inputs.append(Input(path, frames) if frames else Refused(path, NoFramesError()))
+    return Found(_without_twins(inputs), Counter(map(_suffix, left_out)))
 
 
-def _expand(arguments: Iterable[str], inputs: list[Input | Refused]) -> Iterator[Path]:
+# Paths stay the texts that people wrote, for they are told of them: pathlib turns ./a//b into a/b.
+
+
+def _expand(arguments: Iterable[str], inputs: list[Input | Refused]) -> Iterator[str]:
     """Yield what exists, expanding globs that no shell did; put the rest into `inputs`."""
     for argument in arguments:
-        path = Path(argument)
-        if os.path.lexists(path):  # first: a name may hold brackets
-            yield path
+        if os.path.lexists(argument):  # first: a name may hold brackets
+            yield argument
             continue
         # pathlib's glob takes no absolute pattern, and its expanduser raises for unknown users.
         pattern = os.path.expanduser(argument)  # noqa: PTH111
         matches = glob.glob(pattern, recursive=True)  # noqa: PTH207
         if not matches:
-            inputs.append(Refused(argument, _explain_missing(argument)))
-        yield from (Path(match) for match in sorted(matches, key=natural_key))
+            inputs.append(Refused(argument, _explain_missing(argument, pattern)))
+        yield from sorted(matches, key=natural_key)
 
 
-def _explain_missing(argument: str) -> MediaError:
+def _explain_missing(argument: str, expanded: str) -> MediaError:
+    if not argument:
+        return NotFoundError("The path is empty. The current folder is written as a dot.")
     if "://" in argument:
         return NotFoundError("Addresses are not fetched here. Download the file and name it.")
     if glob.has_magic(argument):
         return NotFoundError("Nothing matches this pattern.")
+    try:
+        os.lstat(expanded)
+    except (FileNotFoundError, NotADirectoryError):
+        return NotFoundError()
+    except OSError as error:  # a folder on the way may not be looked into
+        return FileError.because(error)
     return NotFoundError()
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(path: str) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where nothing may be looked at
+
+
+def _may_be_read(path: str) -> bool:
+    """Tell pipes, devices and folders from files; what cannot be told is tried, and says why."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
+    except OSError:
+        return True
 
 
 def natural_key(name: str) -> tuple[list[int | str], str]:
@@ -126,30 +148,35 @@ def natural_key(name: str) -> tuple[list[int | str], str]:
     return [int(part) if part.isdecimal() else part.casefold() for part in parts], name
 
 
-def _walk(top: Path, left_out: Counter[str]) -> Iterator[Input | Refused]:
+def _walk(top: str, left_out: set[str]) -> Iterator[Input | Refused]:
     """A folder's pictures, then those of each folder in it; every real folder once."""
     unreadable: list[Refused] = []
-    visited: set[Path] = set()
+    visited: set[str] = set()
 
     def note(error: OSError) -> None:
         unreadable.append(Refused(os.fsdecode(error.filename), FileError.because(error)))
 
     for root, folders, names in os.walk(top, onerror=note, followlinks=True):
-        real = Path(root).resolve()
+        real = os.path.realpath(root)
         if real in visited:  # a link leads back here
             folders.clear()
             continue
         visited.add(real)
         folders[:] = sorted((name for name in folders if name[0] != "."), key=natural_key)
-        for name in _pick_pictures(names, left_out):
-            yield Input(Path(root, name))
+        suffixes = UNREAD_SUFFIXES | CLIP_SUFFIXES
+        yield from map(Input, _pick_pictures(root, names, suffixes, left_out))
     yield from unreadable
 
 
-def _pick_pictures(names: Iterable[str], left_out: Counter[str]) -> list[str]:
-    visible = [name for name in names if name[0] != "."]
-    left_out.update(s for name in visible if (s := _suffix(name)) in UNREAD_SUFFIXES)
-    return sorted((name for name in visible if _suffix(name) in PICTURE_SUFFIXES), key=natural_key)
+def _pick_pictures(
+    folder: str, names: Iterable[str], noted: Set[str], left_out: set[str]
+) -> list[str]:
+    """Paths of the pictures among the files of a folder; those with noted suffixes are left out."""
+    visible = sorted((name for name in names if name[0] != "."), key=natural_key)
+    real = os.path.realpath(folder)
+    left_out.update(os.path.join(real, name) for name in visible if _suffix(name) in noted)  # noqa: PTH118
+    paths = (os.path.join(folder, name) for name in visible if _suffix(name) in PICTURE_SUFFIXES)  # noqa: PTH118
+    return [path for path in paths if _may_be_read(path)]
 
 
 def _suffix(name: str) -> str:
@@ -162,17 +189,19 @@ def _without_twins(inputs: Sequence[Input | Refused]) -> list[Input | Refused]:
 
     Two links to one file stay two inputs: somebody gave it two names.
     """
-    real: dict[Path, Path] = {}
-    once: dict[Path, Input | Refused] = {}
+    real: dict[str, str] = {}
+    once: dict[tuple[str, str], Input | Refused] = {}
     for found in inputs:
-        path = Path(found.path)
-        if path.parent not in real:
-            real[path.parent] = path.parent.resolve()
-        once.setdefault(real[path.parent] / path.name, found)
+        folder, name = os.path.split(found.path.rstrip(os.sep) or found.path)
+        if name in ("", ".", ".."):
+            folder, name = found.path, ""
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        once.setdefault((real[folder], name), found)
     return list(once.values())
 
 
-def read_picture(path: Path) -> RGBImage:
+def load_picture(path: str) -> RGBImage:
     """
     Read one picture.
 
@@ -180,7 +209,7 @@ def read_picture(path: Path) -> RGBImage:
         MediaError: of this room where the file cannot be read, of `media` where its bytes are bad.
     """
     try:
-        return read_image(path)
+        return read_image(Path(path))
     except OSError as error:
         raise FileError.because(error) from error
 
@@ -224,7 +253,7 @@ class Clip:
 
     def _load_file(self) -> Frames:
         try:
-            with self._found.path.open("rb") as file:
+            with Path(self._found.path).open("rb") as file:
                 encoded = file.read(VIDEO_LIMITS.max_bytes + 1)
         except OSError as error:
             raise FileError.because(error) from error
@@ -238,8 +267,8 @@ class Clip:
         return [_read_frame(names[index]) for index in self.indices]
 
 
-def _read_frame(path: Path) -> RGBImage:
+def _read_frame(path: str) -> RGBImage:
     try:
-        return read_picture(path)
+        return load_picture(path)
     except MediaError as error:
-        raise FrameError(f"{path.name}: {error}") from error
+        raise FrameError(f"{Path(path).name}: {error}") from error

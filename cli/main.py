@@ -18,7 +18,7 @@ import typer
 
 from cli.demo import run_demo
 from cli.errors import ExitCode
-from cli.inputs import Found, find_clips, find_pictures
+from cli.inputs import CLIP_SUFFIXES, Found, find_clips, find_pictures
 from cli.local import EngineOptions, run
 from cli.questions import (
     CLIP_PROMPT,
@@ -127,7 +127,7 @@ def open_missing_streams() -> None:
     """Let nothing that is opened later take the number of a stream that the shell has closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def leave(code: ExitCode) -> NoReturn:
@@ -287,7 +287,10 @@ def version() -> None:
 def build_screen(noun: str, found: Found, *, as_json: bool) -> Screen:
     screen = Screen(noun, as_json=as_json)
     for suffix, count in sorted(found.left_out.items()):
-        screen.note(f"{count} {suffix} left out: not read here. Convert to JPEG or PNG.")
+        cure = "not read here. Convert to JPEG or PNG."
+        if suffix in CLIP_SUFFIXES:
+            cure = "clips. `darkroom describe` reads them, if you name them."
+        screen.note(f"{count} {suffix} left out: {cure}")
     return screen
 
 

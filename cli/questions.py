@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from cli.inputs import Clip, Input, read_picture
+from cli.inputs import Clip, Input, load_picture
 from media.errors import MediaError
 
 PICTURE_PROMPT = "Describe the image."
@@ -40,8 +40,8 @@ class Question:
 
 
 def ask_about_picture(found: Input, prompt: str = PICTURE_PROMPT) -> Question:
-    picture = {"type": "image", "image": partial(read_picture, found.path)}
-    return Question(str(found.path), [picture, {"type": "text", "text": prompt}])
+    picture = {"type": "image", "image": partial(load_picture, found.path)}
+    return Question(found.path, [picture, {"type": "text", "text": prompt}])
 
 
 def ask_about_clip(
@@ -52,7 +52,7 @@ def ask_about_clip(
 ) -> Question:
     clip = Clip(found, num_frames)
     parts = [{"type": "video", "video": clip.load}] if form is Form.VIDEO else _build_stills(clip)
-    return Question(str(found.path), [*parts, {"type": "text", "text": prompt}], clip)
+    return Question(found.path, [*parts, {"type": "text", "text": prompt}], clip)
 
 
 def _build_stills(clip: Clip) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import engine
-from cli.inputs import read_picture
+from cli.inputs import load_picture
 from cli.local import EngineOptions
 from cli.main import app
 from engine.errors import BadConfig
@@ -182,6 +182,20 @@ def test_bad_picture_costs_one_line_and_none_of_its_neighbours(darkroom: Invoke)
     ]
     assert error.startswith("error: pics/1.png: Failed to load image: ")
     assert "note: 1 of 3 images failed." == summary
+
+
+def test_clips_and_pictures_that_are_not_read_are_counted_once(darkroom: Invoke) -> None:
+    save_picture("pics/cat.png", 10)
+    for name in ("ball.mp4", "dog.heic"):
+        Path("pics", name).touch()
+
+    result = darkroom("caption", "pics", "pics")
+
+    assert (0, 1) == (result.exit_code, len(result.stdout.splitlines()))
+    assert [
+        "note: 1 .heic left out: not read here. Convert to JPEG or PNG.",
+        "note: 1 .mp4 left out: clips. `darkroom describe` reads them, if you name them.",
+    ] == result.stderr.splitlines()
 
 
 def test_missing_file_is_its_own_error_and_the_rest_is_done(darkroom: Invoke) -> None:
@@ -379,11 +393,11 @@ def test_pictures_are_read_as_the_engine_asks_and_never_all_at_once(
     num_shown = []
     save_pictures(6)
 
-    def read(path: Path) -> object:
+    def read(path: str) -> object:
         num_shown.append(llm.num_answered)
-        return read_picture(path)
+        return load_picture(path)
 
-    monkeypatch.setattr("cli.questions.read_picture", read)
+    monkeypatch.setattr("cli.questions.load_picture", read)
     darkroom("caption", "pics")
 
     assert [0, 1, 2, 3, 4, 5] == num_shown

@@ -241,8 +241,7 @@ def test_streams_that_are_closed_cost_nothing_else(closed: str, num_lines: int) 
     save_pictures(3)
 
     run = subprocess.run(
-        ["/bin/sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", FAKE_COMMAND]
-        + ["caption", "pics"],
+        ["/bin/sh", "-c", f'"$0" -c "$1" caption pics {closed}', sys.executable, FAKE_COMMAND],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
