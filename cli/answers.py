@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from cli.inputs import Clip
+from cli.inputs import ClipReader
 from engine.request import FinishReason, Result
 from media.errors import MediaError
 
@@ -70,7 +70,7 @@ class Answer:
     frames: FramesUsed | None = None
 
     @classmethod
-    def from_result(cls, path: str, result: Result, clip: Clip | None = None) -> Self:
+    def from_result(cls, path: str, result: Result, clip: ClipReader | None = None) -> Self:
         output = result.outputs[0] if result.outputs else None
         seen = result.images[0] if result.images else None
         error = result.error

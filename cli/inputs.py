@@ -11,17 +11,28 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
-from cli.errors import FileError, FrameError, NoFramesError, NoPicturesError, NotFoundError
+from cli.errors import (
+    FileError,
+    FrameError,
+    NoFramesError,
+    NoMemoryError,
+    NoPicturesError,
+    NotAClipError,
+    NotFoundError,
+)
 from media.decoded import Frames, RGBImage
-from media.errors import MediaError, VideoUnreadableError
+from media.errors import MediaError
 from media.frames import FrameSampling, spread_evenly
-from media.images import read_image
-from media.limits import VIDEO_LIMITS
-from media.video import decode_video
+from media.images import find_format, read_image
+from media.limits import IMAGE_LIMITS, STILL_FORMATS, VIDEO_LIMITS, ImageLimits
+from media.video import ANIMATION_FORMATS, count_source_frames, decode_video, gather_frames
 
 PICTURE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif")
@@ -201,22 +212,31 @@ def _without_twins(inputs: Sequence[Input | Refused]) -> list[Input | Refused]:
     return list(once.values())
 
 
-def load_picture(path: str) -> RGBImage:
+def load_picture(path: str, limits: ImageLimits = IMAGE_LIMITS) -> RGBImage:
     """
     Read one picture.
 
     Raises:
         MediaError: of this room where the file cannot be read, of `media` where its bytes are bad.
     """
+    with _own_errors():
+        return read_image(Path(path), limits)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What the machine says of one file becomes that file's error, and costs no other."""
     try:
-        return read_image(Path(path))
+        yield
     except OSError as error:
         raise FileError.because(error) from error
+    except MemoryError as error:
+        raise NoMemoryError from error
 
 
-class Clip:
+class ClipReader:
     """
-    A clip file or a folder of frames, read when the engine asks for it.
+    Reads a clip file or a folder of frames when the engine asks for it.
 
     `indices` and `times_s` say which frames were kept once it has been read: their places in the
     source, and their times where the source has any.
@@ -227,6 +247,8 @@ class Clip:
         self.times_s: tuple[float, ...] | None = None
         self._found = found
         self._num_frames = num_frames
+        self._lock = Lock()
+        self._images: Sequence[RGBImage] = ()
 
     def load(self) -> Frames:
         """
@@ -235,40 +257,58 @@ class Clip:
         Raises:
             MediaError: nothing can be read, or a folder's pictures differ in size.
         """
-        if not self._found.frames:
-            return self._load_file()
-        images = self._load_folder()
-        if len({(image.width_px, image.height_px) for image in images}) > 1:
-            raise VideoUnreadableError(
-                "The pictures in this folder differ in size, so they are no frames of one clip. "
-                "Scale them to one size, or use --as images."
-            )
-        return Frames(
-            tuple(images), source_num_frames=len(self._found.frames), indices=self.indices
-        )
-
-    def load_images(self) -> Sequence[RGBImage]:
-        """Read the frames as pictures, each of its own size. Raises MediaError."""
-        return self._load_folder() if self._found.frames else self._load_file().images
-
-    def _load_file(self) -> Frames:
-        try:
-            with Path(self._found.path).open("rb") as file:
-                encoded = file.read(VIDEO_LIMITS.max_bytes + 1)
-        except OSError as error:
-            raise FileError.because(error) from error
-        frames = decode_video(encoded, FrameSampling(num_frames=self._num_frames))
+        sampling = FrameSampling(num_frames=self._num_frames)
+        with _own_errors():
+            if self._found.frames:
+                frames = gather_frames(self._found.frames, _load_frame, sampling)
+            else:
+                frames = decode_video(self._read_file(), sampling)
         self.indices, self.times_s = frames.indices, frames.times_s
         return frames
 
-    def _load_folder(self) -> list[RGBImage]:
-        names = self._found.frames
-        self.indices = spread_evenly(len(names), self._num_frames)
-        return [_read_frame(names[index]) for index in self.indices]
+    def build_loaders(self) -> Sequence[Callable[[], RGBImage]]:
+        """
+        One call for each frame that is shown as a picture of its own; a folder's may differ in size.
+
+        A file is read here, to count its frames, and decoded with the first call: so many clips may
+        be waiting without one frame in memory.
+
+        Raises:
+            MediaError: there is no clip to count. The calls raise it too.
+        """
+        frames = self._found.frames
+        if frames:
+            self.indices = spread_evenly(len(frames), self._num_frames)
+            return [partial(_load_frame, frames[index], IMAGE_LIMITS) for index in self.indices]
+        with _own_errors():
+            num_source = count_source_frames(self._read_file())
+        num_loaders = min(num_source, self._num_frames)
+        return [partial(self._take, index, num_loaders) for index in range(num_loaders)]
+
+    def _take(self, index: int, num_loaders: int) -> RGBImage:
+        with self._lock:
+            if not self._images:
+                self._images = self.load().images
+            # Fewer than were counted, where some are damaged: their neighbour stands in.
+            image = self._images[min(index, len(self._images) - 1)]
+            if index == num_loaders - 1:  # the last one; nobody holds a clip that was shown
+                self._images = ()
+            return image
+
+    def _read_file(self) -> bytes:
+        with Path(self._found.path).open("rb") as file:
+            encoded = file.read(VIDEO_LIMITS.max_bytes + 1)
+        name = find_format(encoded)
+        is_still = name in STILL_FORMATS and (
+            name not in ANIMATION_FORMATS or count_source_frames(encoded) == 1
+        )
+        if is_still:
+            raise NotAClipError
+        return encoded
 
 
-def _read_frame(path: str) -> RGBImage:
+def _load_frame(path: str, limits: ImageLimits) -> RGBImage:
     try:
-        return load_picture(path)
+        return load_picture(path, limits)
     except MediaError as error:
         raise FrameError(f"{Path(path).name}: {error}") from error

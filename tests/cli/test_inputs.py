@@ -1,6 +1,8 @@
 """Which files and folders the command takes, and in what order."""
 
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -8,9 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.inputs import Clip, Found, Input, Refused, find_clips, find_pictures, natural_key
+pytest.importorskip("av", reason="clips need PyAV, the extra `video`")
+
+from cli.inputs import ClipReader, Found, Input, Refused, find_clips, find_pictures, natural_key
+from media.decoded import Frames
 from media.errors import MediaError
+from media.frames import FrameSampling
+from media.video import decode_video
 from tests.cli.pictures import save_picture
+from tests.media.clips import clip as video_clip
+from tests.media.clips import shades
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -258,9 +267,9 @@ def test_frames_of_a_folder_are_spread_evenly() -> None:
     frames = [f"clip/{index}.png" for index in range(9)]
     for index, path in enumerate(frames):
         save_picture(path, 10, 10 + index)
-    clip = Clip(Input("clip", frames), num_frames=3)
+    clip = ClipReader(Input("clip", frames), num_frames=3)
 
-    images = clip.load_images()
+    images = [load() for load in clip.build_loaders()]
 
     assert [10, 14, 18] == [image.height_px for image in images]
     assert ((0, 4, 8), None) == (clip.indices, clip.times_s)
@@ -270,19 +279,80 @@ def test_frames_that_differ_in_size_are_no_clip_but_may_be_images() -> None:
     frames = ["clip/0.png", "clip/1.png"]
     for index, path in enumerate(frames):
         save_picture(path, 10 + index)
-    clip = Clip(Input("clip", frames), num_frames=2)
+    clip = ClipReader(Input("clip", frames), num_frames=2)
 
-    with pytest.raises(MediaError, match=r"differ in size.*--as images") as caught:
+    with pytest.raises(MediaError, match=r"differ in size") as caught:
         clip.load()
 
-    assert "video_unreadable" == caught.value.code
-    assert [10, 11] == [image.width_px for image in clip.load_images()]
+    assert "frames_differ_in_size" == caught.value.code
+    assert [10, 11] == [image.width_px for image in [load() for load in clip.build_loaders()]]
+
+
+def test_folder_of_frames_keeps_to_the_limits_of_a_clip() -> None:
+    frames = ["clip/0.png", "clip/1.png"]
+    save_picture(frames[0], 7_000, 5_100)
+    clip = ClipReader(Input("clip", frames), num_frames=2)
+
+    with pytest.raises(MediaError) as caught:
+        clip.load()
+    assert "7000x5100" in str(caught.value)
+
+
+def test_clip_is_decoded_once_and_let_go_when_it_was_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded: list[int] = []
+
+    def decode(encoded: bytes, sampling: FrameSampling) -> Frames:
+        decoded.append(len(encoded))
+        return decode_video(encoded, sampling)
+
+    monkeypatch.setattr("cli.inputs.decode_video", decode)
+    Path("ball.mp4").write_bytes(video_clip(shades(20)))
+    loaders = ClipReader(Input("ball.mp4"), num_frames=4).build_loaders()
+    before = list(decoded)
+
+    images = [weakref.ref(load().image) for load in loaders]
+    gc.collect()
+
+    assert ([], 1) == (before, len(decoded))
+    assert [None] * 4 == [image() for image in images]
+
+
+def test_shorter_clip_gives_as_many_images_as_it_has_frames() -> None:
+    Path("ball.mp4").write_bytes(video_clip(shades(3)))
+
+    loaders = ClipReader(Input("ball.mp4"), num_frames=8).build_loaders()
+
+    assert 3 == len(loaders)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp"])
+def test_still_picture_is_no_clip(suffix: str) -> None:
+    save_picture(f"cat.{suffix}", 20)
+    clip = ClipReader(Input(f"cat.{suffix}"), num_frames=2)
+
+    for read in (clip.load, clip.build_loaders):
+        with pytest.raises(MediaError, match=r"a picture, not a clip: use `darkroom caption`"):
+            read()
+
+
+def test_clip_without_room_in_memory_is_its_own_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("cli.inputs.decode_video", fail)
+    Path("ball.mp4").write_bytes(video_clip(shades(3)))
+
+    with pytest.raises(MediaError) as caught:
+        ClipReader(Input("ball.mp4"), num_frames=2).load()
+    assert "no_memory" == caught.value.code
 
 
 def test_bad_frame_is_named() -> None:
     save_picture("clip/0.png", 10)
     Path("clip/1.png").write_bytes(b"no picture")
-    clip = Clip(Input("clip", ["clip/0.png", "clip/1.png"]), num_frames=2)
+    clip = ClipReader(Input("clip", ["clip/0.png", "clip/1.png"]), num_frames=2)
 
     with pytest.raises(MediaError, match=r"^1\.png: Failed to load image") as caught:
         clip.load()
