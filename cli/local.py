@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from cli.answers import Answer, InOrder
+from cli.answers import Answer, InOrder, one_line
 from cli.errors import CannotStartError, EngineStoppedError, ExitCode
 from cli.inputs import Input, Refused
 from cli.interrupts import Interrupts
@@ -33,6 +33,7 @@ class EngineOptions:
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
+    max_pixels: int | None = None
 
 
 def run(
@@ -97,11 +98,16 @@ def load_llm(options: EngineOptions, limits: Mapping[str, int]) -> "LLM":
             f"The engine is not installed here ({error.name} is missing). "
             "Run pip install -e '.[engine]' in Darkroom's folder."
         ) from error
+    except (ImportError, OSError) as error:  # a library of torch's that lacks one of its own
+        raise CannotStartError(
+            f"The engine cannot be loaded here: {one_line(str(error))}"
+        ) from error
     try:
         return LLM(
             model=options.model,
             limit_mm_per_prompt=limits,
             max_model_len=options.max_model_len,
+            mm_processor_kwargs={"max_pixels": options.max_pixels} if options.max_pixels else None,
             max_num_seqs=_max_num_seqs(options.device),
             dtype=options.dtype,
             device=options.device,

@@ -69,6 +69,16 @@ MaxModelLen = Annotated[
         show_default="what the model allows",
     ),
 ]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        envvar="DARKROOM_MAX_PIXELS",
+        help="Largest area at which a picture is looked at, in pixels; less is quicker.",
+        show_default="what the model says",
+    ),
+]
 MaxTokens = Annotated[
     int,
     typer.Option(min=1, metavar="N", envvar="DARKROOM_MAX_TOKENS", help="Longest text, in tokens."),
@@ -168,6 +178,7 @@ def caption(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """
     Caption pictures, each by itself.
@@ -196,7 +207,7 @@ def caption(
             found.inputs,
             partial(ask_about_picture, prompt=prompt),
             build_screen("images", found, as_json=as_json),
-            options=EngineOptions(model, device, dtype, max_model_len),
+            options=EngineOptions(model, device, dtype, max_model_len, max_pixels),
             params=build_params(max_tokens, temperature),
             limits={"image": 1, "video": 0},
         )
@@ -231,6 +242,7 @@ def describe(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """
     Describe clips by a few of their frames.
@@ -253,7 +265,7 @@ def describe(
             found.inputs,
             partial(ask_about_clip, num_frames=frames, form=form, prompt=prompt),
             build_screen("clips", found, as_json=as_json),
-            options=EngineOptions(model, device, dtype, max_model_len),
+            options=EngineOptions(model, device, dtype, max_model_len, max_pixels),
             params=build_params(max_tokens, temperature),
             limits={"image": 0, "video": 1} if is_video else {"image": frames, "video": 0},
         )

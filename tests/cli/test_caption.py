@@ -69,12 +69,13 @@ def test_text_of_many_lines_becomes_one_and_steers_no_terminal(
 def test_options_reach_the_engine(darkroom: Invoke, llm: FakeLLM) -> None:
     save_picture("cat.png", 10)
     options = ["--model", "m", "--device", "cpu", "--dtype", "float32", "--max-model-len", "99"]
+    options += ["--max-pixels", "5000"]
     how = ["--max-tokens", "7", "--temperature", "0.5", "--prompt", "Colour?"]
 
     result = darkroom("caption", "cat.png", *options, *how)
 
     assert "cat.png: Colour? image 10x10\n" == result.stdout
-    assert EngineOptions("m", "cpu", "float32", 99) == llm.options
+    assert EngineOptions("m", "cpu", "float32", 99, 5000) == llm.options
     assert SamplingParams(max_tokens=7, temperature=0.5) == llm.params
     assert {"image": 1, "video": 0} == llm.limits
     assert llm.is_closed
@@ -90,6 +91,7 @@ def test_every_option_has_a_variable(darkroom: Invoke, llm: FakeLLM) -> None:
         DARKROOM_DEVICE="cpu",
         DARKROOM_DTYPE="float32",
         DARKROOM_MAX_MODEL_LEN="99",
+        DARKROOM_MAX_PIXELS="5000",
         DARKROOM_MAX_TOKENS="7",
         DARKROOM_TEMPERATURE="0.5",
         DARKROOM_PROMPT="Colour?",
@@ -97,7 +99,7 @@ def test_every_option_has_a_variable(darkroom: Invoke, llm: FakeLLM) -> None:
     )
 
     assert ["Colour? image 10x10"] == [record["text"] for record in records(result.stdout)]
-    assert EngineOptions("m", "cpu", "float32", 99) == llm.options
+    assert EngineOptions("m", "cpu", "float32", 99, 5000) == llm.options
     assert SamplingParams(max_tokens=7, temperature=0.5) == llm.params
 
 
@@ -281,6 +283,24 @@ def test_engine_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
     assert 2 == result.exit_code
     # Never by the bare name: on public indexes that is another project.
     assert "pip install -e '.[engine]'" in line
+
+
+@pytest.mark.parametrize("error", [ImportError("no libm"), OSError("no\nlibcudart")])
+def test_engine_that_is_damaged_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    save_picture("cat.png", 10)
+
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.delitem(vars(engine), "LLM", raising=False)
+    monkeypatch.setattr(engine, "__getattr__", fail)
+    result = CliRunner().invoke(app, ["caption", "cat.png"])
+
+    (line,) = result.stderr.splitlines()
+    assert 2 == result.exit_code
+    assert line.startswith("error: The engine cannot be loaded here: no")
 
 
 @pytest.mark.parametrize(("device", "has_gpu"), [("cpu", True), ("auto", False)])

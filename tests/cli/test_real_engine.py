@@ -78,6 +78,18 @@ def test_all_drawn_samples_of_the_demo_are_right() -> None:
     assert "10 of 10 drawn samples are right" in run.stdout
 
 
+def test_prompt_without_room_says_which_option_helps_and_it_does() -> None:
+    picture = str(FOLDER / PICTURES[1])
+    options = ["--max-model-len", "60", "--max-tokens", "8"]
+
+    refused = darkroom("caption", picture, *options)
+    fitting = darkroom("caption", picture, *options, "--max-pixels", "3136")
+
+    assert (1, "") == (refused.returncode, refused.stdout)
+    assert "Here: lower --max-pixels or --frames, or raise --max-model-len." in refused.stderr
+    assert 0 == fitting.returncode
+
+
 def test_model_that_is_nowhere_is_one_line() -> None:
     run = darkroom("caption", str(FOLDER / PICTURES[0]), "--model", "./nowhere")
 
