@@ -22,8 +22,8 @@ help: ## list the verbs
 
 setup: .venv/ready ## make the environment in .venv, with everything for development
 
-demo: .venv/ready-to-run ## caption the sample pictures with the bundled model, on the CPU
-	@$(BIN)/darkroom demo
+demo: .venv/ready-to-run ## caption the sample pictures with the bundled model; ARGS=--check fails if one is wrong
+	@$(BIN)/darkroom demo $(ARGS)
 
 test: .venv/ready ## run every test that needs no GPU; ARGS="tests/engine -x" narrows it
 	@$(BIN)/pytest -m "not gpu" $(ARGS)
@@ -60,10 +60,11 @@ clean: ## remove caches and built packages; .venv stays
 # Two stamps, so that the demo need not wait for the tools of development.
 #
 # torch is installed first and alone: a resolver that may choose pulls the newest CUDA build, several
-# gigabytes, even where the version pinned in constraints.txt is already at hand.
+# gigabytes, even where the version pinned in constraints.txt is already at hand. Which build it is
+# is the user's choice: make demo TORCH_ARGS="--index-url ..."
 .venv/ready-to-run: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "Installing torch into .venv: the large one, a minute or more ..."
-	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) $(TORCH_ARGS) torch
 	@echo "Installing Darkroom with its engine ..."
 	@$(PIP_INSTALL) -e ".[engine,video]"
 	@touch $@
@@ -77,4 +78,6 @@ clean: ## remove caches and built packages; .venv stays
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Darkroom needs Python 3.11 or later, and found $(or $(PYTHON),none). Name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "Making .venv with $(PYTHON) ..."
-	@$(PYTHON) -m venv --clear .venv
+	@# One that is there without pip keeps what is in it.
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m ensurepip >/dev/null && $(BIN)/python -m pip --version >/dev/null && \
+		{ [ -x $(BIN)/pip ] || ln -s pip3 $(BIN)/pip; }; else $(PYTHON) -m venv --clear .venv; fi

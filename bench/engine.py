@@ -75,7 +75,7 @@ def main() -> None:
     reference = None
     if options.peer == "transformers":
         reference = Reference(
-            checkpoint.source, dtype=checkpoint.dtype, device=str(checkpoint.device)
+            checkpoint.folder, dtype=checkpoint.dtype, device=str(checkpoint.device)
         )
     for number in range(options.runs):
         asked = requests(number * options.num, options.num, size, params)

@@ -11,12 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from cli.inputs import Clip
+from cli.inputs import ClipReader
 from engine.request import FinishReason, Result
 from media.errors import MediaError
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a name or a text must not steer the terminal
-_LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+# Line ends by any reader's idea, and the controls that some terminals obey.
+_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in (*map(chr, range(0x7F, 0xA0)), "\u2028", "\u2029")}
+
+# The engine's and media's texts speak to programs; these say what to do on this command line.
+_HINTS = {
+    "frames_differ_in_size": "Or show them with --as images.",
+    "max_tokens_too_large": "Here: lower --max-tokens.",
+    "prompt_too_long": "Here: lower --max-pixels or --frames, or raise --max-model-len.",
+    "video_too_large": "Here: lower --frames.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ class Answer:
     frames: FramesUsed | None = None
 
     @classmethod
-    def from_result(cls, path: str, result: Result, clip: Clip | None = None) -> Self:
+    def from_result(cls, path: str, result: Result, clip: ClipReader | None = None) -> Self:
         output = result.outputs[0] if result.outputs else None
         seen = result.images[0] if result.images else None
         error = result.error
@@ -86,13 +95,13 @@ class Answer:
             used_height=seen.used_height if seen else None,
             ms=_cost_ms(result),
             flags=tuple(flag.value for flag in result.flags),
-            error=Problem(error.code, error.message, error.retryable) if error else None,
+            error=_explain(error.code, error.message, error.retryable) if error else None,
             frames=FramesUsed(clip.indices, clip.times_s) if clip else None,
         )
 
     @classmethod
     def from_problem(cls, path: str, problem: MediaError) -> Self:
-        error = Problem(problem.code, str(problem), problem.retryable)
+        error = _explain(problem.code, str(problem), problem.retryable)
         return cls(path, finish_reason=FinishReason.ERROR.value, error=error)
 
     @property
@@ -108,7 +117,12 @@ class Answer:
         fields: dict[str, Any] = dataclasses.asdict(self)
         if self.frames is None:
             del fields["frames"]
-        return json.dumps(fields, ensure_ascii=False).translate(_LINE_ENDS)
+        return json.dumps(fields, ensure_ascii=False).translate(_ESCAPES)
+
+
+def _explain(code: str, message: str, retryable: bool) -> Problem:
+    hint = _HINTS.get(code)
+    return Problem(code, f"{message} {hint}" if hint else message, retryable)
 
 
 def _count(tokens: Any) -> int | None:

@@ -45,7 +45,7 @@ def run_demo(device: str, *, must_be_right: bool = False) -> ExitCode:
         return ExitCode.USAGE
     screen = DemoScreen(expected)
     exit_code = run(
-        [Input(FOLDER / name) for name in expected],
+        [Input(str(FOLDER / name)) for name in expected],
         _ask,
         screen,
         options=EngineOptions(device=device),
@@ -61,7 +61,7 @@ def run_demo(device: str, *, must_be_right: bool = False) -> ExitCode:
 
 def _ask(sample: Input) -> Question:
     return (
-        ask_about_clip(sample) if sample.path.suffix == CLIP_SUFFIX else ask_about_picture(sample)
+        ask_about_clip(sample) if sample.path.endswith(CLIP_SUFFIX) else ask_about_picture(sample)
     )
 
 

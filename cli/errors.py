@@ -59,3 +59,15 @@ class FrameError(FileError):
     """A frame of the folder cannot be used. Remove it or replace it."""
 
     code: ClassVar[str] = "frame_unreadable"
+
+
+class NotAClipError(FileError):
+    """It is a picture, not a clip: use `darkroom caption`. Frames are described as a folder."""
+
+    code: ClassVar[str] = "not_a_clip"
+
+
+class NoMemoryError(FileError):
+    """It does not fit into memory. Scale it down, or look at fewer frames with --frames."""
+
+    code: ClassVar[str] = "no_memory"

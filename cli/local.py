@@ -8,11 +8,13 @@ seconds, which no help text should cost.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from cli.answers import Answer, InOrder
+from cli.answers import Answer, InOrder, one_line
 from cli.errors import CannotStartError, EngineStoppedError, ExitCode
 from cli.inputs import Input, Refused
+from cli.interrupts import Interrupts
 from cli.questions import Question
 from cli.show import Screen
 from engine.config import BUNDLED_MODEL
@@ -31,6 +33,7 @@ class EngineOptions:
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
+    max_pixels: int | None = None
 
 
 def run(
@@ -55,20 +58,27 @@ def run(
         for found in refused:
             screen.show(Answer.from_problem(found.path, found.problem))
         return ExitCode.USAGE
-    questions = (found if isinstance(found, Refused) else ask(found) for found in inputs)
-    try:
-        with screen.waiting(f"Loading {options.model}"):
-            llm = load_llm(options, limits)
-        with closing(llm), screen.progress(total):
-            answer_all(llm, questions, params, count=screen.count, show=screen.show)
-    except KeyboardInterrupt:
-        screen.stopped(total)
-        return ExitCode.INTERRUPTED
-    except CannotStartError as error:
-        screen.complain(str(error))
-        return ExitCode.USAGE
-    except EngineStoppedError as error:
-        screen.complain(str(error))
+    with Interrupts() as interrupts:
+        questions = (
+            found if isinstance(found, Refused) else ask(found)
+            for found in takewhile(lambda _: not interrupts.is_asked, inputs)
+        )
+        try:
+            with screen.waiting(f"Loading {options.model}"):
+                llm = load_llm(options, limits)
+            with closing(llm), screen.progress(total):
+                interrupts.can_drain = True
+                answer_all(llm, questions, params, count=screen.count, show=screen.show)
+        except KeyboardInterrupt:
+            interrupts.is_asked = True  # what is finished has been shown
+        except CannotStartError as error:
+            screen.complain(str(error))
+            return ExitCode.USAGE
+        except EngineStoppedError as error:
+            screen.complain(str(error))
+        if interrupts.is_asked:
+            screen.stopped(total)
+            return ExitCode.INTERRUPTED
     screen.sum_up(total)
     is_done = screen.num_done == total and not screen.num_failed
     return ExitCode.DONE if is_done else ExitCode.SOME_FAILED
@@ -86,18 +96,37 @@ def load_llm(options: EngineOptions, limits: Mapping[str, int]) -> "LLM":
     except ModuleNotFoundError as error:
         raise CannotStartError(
             f"The engine is not installed here ({error.name} is missing). "
-            'Install the extra `engine`: pip install "darkroom[engine]".'
+            "Run pip install -e '.[engine]' in Darkroom's folder."
+        ) from error
+    except (ImportError, OSError) as error:  # a library of torch's that lacks one of its own
+        raise CannotStartError(
+            f"The engine cannot be loaded here: {one_line(str(error))}"
         ) from error
     try:
         return LLM(
             model=options.model,
             limit_mm_per_prompt=limits,
             max_model_len=options.max_model_len,
+            mm_processor_kwargs={"max_pixels": options.max_pixels} if options.max_pixels else None,
+            max_num_seqs=_max_num_seqs(options.device),
             dtype=options.dtype,
             device=options.device,
         )
     except EngineError as error:
         raise CannotStartError(str(error)) from error
+
+
+def _max_num_seqs(device: str) -> int:
+    """
+    How many pictures are read before the first text is written.
+
+    A GPU needs many to be busy. On a CPU they are the wait for the first text, and what Ctrl-C has to
+    wait for: see docs/measurements.md, 2026-11-24.
+    """
+    from torch import cuda
+
+    is_cpu = device == "cpu" or (device == "auto" and not cuda.is_available())
+    return 32 if is_cpu else 256
 
 
 def answer_all(

@@ -5,15 +5,20 @@ Nothing here runs a model: a verb turns its options into values and hands them t
 does. Importing this file loads neither torch nor transformers, so that --help is quick.
 """
 
+import os
 import platform
+import sys
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
 from cli.demo import run_demo
-from cli.inputs import Found, find_clips, find_pictures
+from cli.errors import ExitCode
+from cli.inputs import CLIP_SUFFIXES, Found, find_clips, find_pictures
 from cli.local import EngineOptions, run
 from cli.questions import (
     CLIP_PROMPT,
@@ -64,6 +69,16 @@ MaxModelLen = Annotated[
         show_default="what the model allows",
     ),
 ]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        envvar="DARKROOM_MAX_PIXELS",
+        help="Largest area at which a picture is looked at, in pixels; less is quicker.",
+        show_default="what the model says",
+    ),
+]
 MaxTokens = Annotated[
     int,
     typer.Option(min=1, metavar="N", envvar="DARKROOM_MAX_TOKENS", help="Longest text, in tokens."),
@@ -100,6 +115,39 @@ def find_version(package: str) -> str:
         return "(not installed)"
 
 
+def main() -> None:
+    """What a shell starts: the command, in a process that ends when it says so."""
+    open_missing_streams()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == ExitCode.INTERRUPTED:
+            leave(ExitCode.INTERRUPTED)
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # One of the streams, since no file is to blame: a full disk, most often.
+        with suppress(OSError):
+            print(f"error: The output cannot be written: {error.strerror}.", file=sys.stderr)
+        leave(ExitCode.SOME_FAILED)
+
+
+def open_missing_streams() -> None:
+    """Let nothing that is opened later take the number of a stream that the shell has closed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def leave(code: ExitCode) -> NoReturn:
+    """End without waiting: threads that read a pipe which nobody writes to would hold the process."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 @app.callback()
 def darkroom(
     version: Annotated[
@@ -130,6 +178,7 @@ def caption(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """
     Caption pictures, each by itself.
@@ -144,7 +193,7 @@ def caption(
       0    every picture has its text
       1    some failed, the rest is done
       2    a wrong option, or no picture found
-      130  stopped by Ctrl-C
+      130  stopped by Ctrl-C, which lets begun pictures end; twice leaves at once
 
     \b
     Examples:
@@ -158,7 +207,7 @@ def caption(
             found.inputs,
             partial(ask_about_picture, prompt=prompt),
             build_screen("images", found, as_json=as_json),
-            options=EngineOptions(model, device, dtype, max_model_len),
+            options=EngineOptions(model, device, dtype, max_model_len, max_pixels),
             params=build_params(max_tokens, temperature),
             limits={"image": 1, "video": 0},
         )
@@ -193,6 +242,7 @@ def describe(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """
     Describe clips by a few of their frames.
@@ -215,7 +265,7 @@ def describe(
             found.inputs,
             partial(ask_about_clip, num_frames=frames, form=form, prompt=prompt),
             build_screen("clips", found, as_json=as_json),
-            options=EngineOptions(model, device, dtype, max_model_len),
+            options=EngineOptions(model, device, dtype, max_model_len, max_pixels),
             params=build_params(max_tokens, temperature),
             limits={"image": 0, "video": 1} if is_video else {"image": frames, "video": 0},
         )
@@ -249,7 +299,10 @@ def version() -> None:
 def build_screen(noun: str, found: Found, *, as_json: bool) -> Screen:
     screen = Screen(noun, as_json=as_json)
     for suffix, count in sorted(found.left_out.items()):
-        screen.note(f"{count} {suffix} left out: not read here. Convert to JPEG or PNG.")
+        cure = "not read here. Convert to JPEG or PNG."
+        if suffix in CLIP_SUFFIXES:
+            cure = "clips. `darkroom describe` reads them, if you name them."
+        screen.note(f"{count} {suffix} left out: {cure}")
     return screen
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
-from cli.inputs import Clip, Input, read_picture
+from cli.inputs import ClipReader, Input, load_picture
 from media.errors import MediaError
 
 PICTURE_PROMPT = "Describe the image."
@@ -36,12 +36,12 @@ class Question:
 
     path: str
     content: Sequence[dict[str, Any]]
-    clip: Clip | None = None
+    clip: ClipReader | None = None
 
 
 def ask_about_picture(found: Input, prompt: str = PICTURE_PROMPT) -> Question:
-    picture = {"type": "image", "image": partial(read_picture, found.path)}
-    return Question(str(found.path), [picture, {"type": "text", "text": prompt}])
+    picture = {"type": "image", "image": partial(load_picture, found.path)}
+    return Question(found.path, [picture, {"type": "text", "text": prompt}])
 
 
 def ask_about_clip(
@@ -50,19 +50,20 @@ def ask_about_clip(
     num_frames: int = NUM_FRAMES,
     form: Form = Form.VIDEO,
 ) -> Question:
-    clip = Clip(found, num_frames)
+    clip = ClipReader(found, num_frames)
     parts = [{"type": "video", "video": clip.load}] if form is Form.VIDEO else _build_stills(clip)
-    return Question(str(found.path), [*parts, {"type": "text", "text": prompt}], clip)
+    return Question(found.path, [*parts, {"type": "text", "text": prompt}], clip)
 
 
-def _build_stills(clip: Clip) -> list[dict[str, Any]]:
-    """A part for each frame. How many there are shows in the reading, so they are read here."""
+def _build_stills(clip: ClipReader) -> list[dict[str, Any]]:
+    """A part for each frame. What goes wrong becomes the error of the only part."""
     try:
-        return [{"type": "image", "image": image} for image in clip.load_images()]
+        loaders = clip.build_loaders()
     except MediaError as error:
-        return [{"type": "image", "image": partial(_fail, error)}]
+        loaders = [partial(_fail, error)]
+    return [{"type": "image", "image": loader} for loader in loaders]
 
 
-def _fail(error: MediaError) -> None:
+def _fail(error: MediaError) -> NoReturn:
     """Stands for a picture that cannot be read: the engine turns the error into the result's."""
     raise error

@@ -1,26 +1,35 @@
 """
 A checkpoint on disk or in the hub's cache: its configs, tokenizer, template and weights.
 
+The hub itself is never asked: what runs is what somebody chose to fetch, and a machine without a
+network runs it too.
+
 Everything cheap is read and checked before the weights are, so that a wrong folder costs a moment.
 """
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
-from transformers.utils.hub import cached_file
+from transformers.utils import logging as progress
 
 from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
 from engine.config import EngineConfig
 from engine.errors import BadConfig, BadSamplingParams
 from engine.families.qwen2_vl import Qwen2VL
 from engine.request import SamplingParams
+
+Loaded = TypeVar("Loaded")
+
+_GENERATION = "generation_config.json"
 
 # The family and the class of the weights for each `model_type` of a config.json.
 FAMILIES: dict[str, tuple[type[Qwen2VL], type[Any]]] = {
@@ -32,6 +41,7 @@ FAMILIES: dict[str, tuple[type[Qwen2VL], type[Any]]] = {
 class Checkpoint:
     """
     Attributes:
+        folder: where all its files lie.
         config: transformers' config object.
         tokenizer: a fast tokenizer.
         family: bound to the config; `load_weights` attaches the encoder.
@@ -42,7 +52,7 @@ class Checkpoint:
         revision: the commit, where the hub's cache knows it.
     """
 
-    source: str
+    folder: Path
     config: Any
     tokenizer: Any
     family: Qwen2VL
@@ -61,9 +71,9 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     Raises:
         BadConfig: not found, not supported, or without a part that is needed.
     """
-    source = engine.folder_or_id
-    options = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
-    config = _read("config.json", engine, lambda: AutoConfig.from_pretrained(source, **options))
+    folder = _get_folder(engine, engine.folder_or_id)
+    options = {"trust_remote_code": engine.trust_remote_code, "local_files_only": True}
+    config = _read("config.json", engine, lambda: AutoConfig.from_pretrained(folder, **options))
     if config.model_type not in FAMILIES:
         raise BadConfig(
             f"The model type {config.model_type!r} is not supported yet: "
@@ -72,16 +82,28 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     tokenizer = _read(
         "tokenizer",
         engine,
-        lambda: AutoTokenizer.from_pretrained(engine.tokenizer or source, **options),
+        lambda: AutoTokenizer.from_pretrained(
+            _get_folder(engine, engine.tokenizer) if engine.tokenizer else folder, **options
+        ),
     )
     if not tokenizer.is_fast:
         raise BadConfig("The model's tokenizer has no fast form (tokenizer.json), which is needed.")
-    together = _read_json(engine, "processor_config.json") or {}  # as transformers 5 saves them
-    pictures = _read_json(engine, "preprocessor_config.json") or together.get("image_processor")
-    clips = _read_json(engine, "video_preprocessor_config.json") or together.get("video_processor")
+    together = (
+        _read_json(engine, folder / "processor_config.json") or {}
+    )  # as transformers 5 saves them
+    pictures = _read_json(engine, folder / "preprocessor_config.json") or together.get(
+        "image_processor"
+    )
+    clips = _read_json(engine, folder / "video_preprocessor_config.json") or together.get(
+        "video_processor"
+    )
     if pictures is None:
         raise BadConfig("The model has no preprocessor_config.json, so its pictures have no size.")
-    family = FAMILIES[config.model_type][0](config, pictures, clips)
+    family = _read(
+        "config.json and preprocessor_config.json that go together",
+        engine,
+        lambda: _build_family(config, pictures, clips),
+    )
     for token, token_id in (
         (family.image_placeholder, family.image_token_id),
         (family.video_placeholder, family.video_token_id),
@@ -91,20 +113,30 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
                 f"The tokenizer does not fit the model: {token} is not its token {token_id}. Give "
                 "the model's own tokenizer.json."
             )
-    generation = _read_json(engine, "generation_config.json") or {}
+    generation = _read_json(engine, folder / _GENERATION) or {}
     device = _device(engine)
     return Checkpoint(
-        source,
+        folder,
         config,
         tokenizer,
         family,
-        _defaults(generation),
-        _eos_token_ids(config, generation, tokenizer),
-        _max_model_len(engine, config),
-        _dtype(engine, config, device),
+        _read(_GENERATION, engine, lambda: _defaults(generation)),
+        _read(_GENERATION, engine, lambda: _eos_token_ids(config, generation, tokenizer)),
+        _read("context length", engine, lambda: _max_model_len(engine, config)),
+        _read("dtype", engine, lambda: _dtype(engine, config, device)),
         device,
-        getattr(config, "_commit_hash", None),
+        folder.name if folder.parent.name == "snapshots" else None,
     )
+
+
+def _build_family(config: Any, pictures: dict[str, Any], clips: dict[str, Any] | None) -> Qwen2VL:
+    family = FAMILIES[config.model_type][0](config, pictures, clips)
+    areas = (family.image_area, family.video_area)
+    are_areas = all(0 < area.min_pixels <= area.max_pixels for area in areas)
+    are_colours = all(len(values) == 3 for values in (family.mean, family.std))
+    if not (are_areas and are_colours and isinstance(family.image_token_id, int)):
+        raise ValueError("no model looks at pictures like that")
+    return family
 
 
 def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
@@ -117,18 +149,19 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
     model_class = FAMILIES[checkpoint.config.model_type][1]
     # A config that names our attention could not build a second model, so the model gets a copy.
     config = copy.deepcopy(checkpoint.config)
-    model, report = _read(
-        "weights in safetensors that fit its config and",
-        engine,
-        lambda: model_class.from_pretrained(
-            checkpoint.source,
-            config=config,
-            revision=engine.revision,
-            dtype=checkpoint.dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-        ),
-    )
+    with _without_bars():
+        model, report = _read(
+            "weights in safetensors that fit its config and",
+            engine,
+            lambda: model_class.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                local_files_only=True,
+                dtype=checkpoint.dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+            ),
+        )
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
         raise BadConfig(
             f"The model {engine.model!r} lacks {len(report['missing_keys'])} of its weights, "
@@ -136,6 +169,18 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
         )
     prepare_model(model, checkpoint)
     return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Whoever embeds the engine owns the streams: transformers draws on stderr, in pipes too."""
+    were_shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if were_shown:
+            progress.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def prepare_model(model: Any, checkpoint: Checkpoint) -> None:
@@ -147,30 +192,61 @@ def prepare_model(model: Any, checkpoint: Checkpoint) -> None:
     checkpoint.family.attach(model)
 
 
-def _read(what: str, engine: EngineConfig, load: Callable[[], Any]) -> Any:
+def _get_folder(engine: EngineConfig, name: str) -> Path:
+    """
+    The folder of a model that is named by its folder, or by its hub id.
+
+    NOTE: transformers is given folders only. Of an id it would ask the hub, and even where it is told
+    to look at local files only, huggingface_hub does so for the headers of requests it never sends
+    (2.4, 2026).
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=engine.revision)
+    except HFValidationError as error:
+        raise BadConfig(
+            f"The model {name!r} cannot be loaded: there is no such folder. {_REMEDY}"
+        ) from error
+    if not isinstance(config, str):
+        raise BadConfig(
+            f"The model {name!r} cannot be loaded: there is no such folder, and it is not in the "
+            f"hub's cache. Fetch it with `{_download(name, engine.revision)}`."
+        )
+    return Path(config).parent
+
+
+def _download(hub_id: str, revision: str | None) -> str:
+    """The command that puts a model into the hub's cache."""
+    return f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
+
+
+_REMEDY = "Give a checkpoint folder, a hub id that is in the cache, or darkroom-tiny."
+
+
+def _read(what: str, engine: EngineConfig, load: Callable[[], Loaded]) -> Loaded:
     """Vendor errors stop here: their texts name paths and hosts, ours name what is missing."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except BadConfig:
+        raise
+    except Exception as error:
+        # The edge of three libraries: tokenizers raises bare `Exception`, and transformers indexes
+        # and calls whatever it finds in a file. A file that cannot be read has many faces.
+        remedy = f"Fetch all of it with `{_download(engine.model, engine.revision)}`."
+        if Path(engine.folder_or_id).is_dir():
+            remedy = _REMEDY
         raise BadConfig(
             f"The model {engine.model!r} cannot be loaded: it has no {what} that can be read. "
-            "Give a checkpoint folder, a hub id that is in the cache, or darkroom-tiny."
+            + remedy
         ) from error
 
 
-def _read_json(engine: EngineConfig, name: str) -> dict[str, Any] | None:
+def _read_json(engine: EngineConfig, path: Path) -> dict[str, Any] | None:
     """One of the checkpoint's JSON files, or None where it has none of that name."""
-    path = cached_file(
-        engine.folder_or_id,
-        name,
-        revision=engine.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    if path is None:
+    if not path.exists():
         return None
-    content = _read(name, engine, lambda: json.loads(Path(path).read_text("utf-8")))
+    content = _read(path.name, engine, lambda: json.loads(path.read_text("utf-8")))
     return content if isinstance(content, dict) else None
 
 

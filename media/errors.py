@@ -88,6 +88,12 @@ class VideoTruncatedError(VideoUnreadableError):
     code: ClassVar[str] = "video_truncated"
 
 
+class FramesDifferError(VideoUnreadableError):
+    """Failed to load video: its frames differ in size. Scale all of them to one size."""
+
+    code: ClassVar[str] = "frames_differ_in_size"
+
+
 class VideoFormatNotSupportedError(MediaError):
     """Failed to load video: this format is not read here. Convert the clip to MP4 with H.264."""
 
@@ -107,7 +113,7 @@ class VideoTooLargeError(MediaError):
 
 
 class VideoSupportMissingError(MediaError):
-    """Video is not installed here. Install the extra `video`: pip install "darkroom[video]"."""
+    """Video is not installed here. Run pip install -e '.[video]' in Darkroom's folder."""
 
     code: ClassVar[str] = "video_support_missing"
     fault: ClassVar[Fault] = Fault.OPERATOR

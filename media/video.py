@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from io import BytesIO
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,7 @@ from PIL import Image
 from media.decoded import Frames, RGBImage
 from media.errors import (
     BadFrameSamplingError,
+    FramesDifferError,
     MediaError,
     VideoFormatNotSupportedError,
     VideoHasNoFramesError,
@@ -64,6 +66,8 @@ CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
 ANIMATION_FORMATS = ("GIF", "WEBP", "PNG")
 DEFAULT_SAMPLING = FrameSampling()
 
+Source = TypeVar("Source")
+
 _CONTAINERS = (
     (re.compile(rb"....(?:ftyp|moov|mdat|wide|free|skip|pnot)", re.DOTALL), "mov"),
     (re.compile(rb"\x1a\x45\xdf\xa3"), "matroska"),
@@ -98,6 +102,30 @@ def decode_video(
         VideoTooLargeError: over a limit. All of these are the client's fault.
         VideoSupportMissingError: the extra `video` is not installed. The operator's.
     """
+    container = _judge(encoded, limits)
+    if container is None:
+        with _open_animation(encoded) as clip:
+            return _read_animation(clip, sampling, limits)
+    return _decode_stream(encoded, container, sampling, limits)
+
+
+def count_source_frames(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> int:
+    """
+    Count the frames of a clip without decoding any.
+
+    Raises:
+        MediaError: as `decode_video`. Frames that are damaged are found by decoding only.
+    """
+    container = _judge(encoded, limits)
+    if container is None:
+        with _open_animation(encoded) as clip:
+            return getattr(clip, "n_frames", 1)
+    with _open_stream(encoded, container, limits) as (source, stream):
+        return len(_read_track(source, stream, limits).ticks)
+
+
+def _judge(encoded: bytes, limits: VideoLimits) -> str | None:
+    """Return FFmpeg's name of the container, or None for an animation; raise if it is neither."""
     if len(encoded) > limits.max_bytes:
         raise VideoTooLargeError(
             f"The video has more than the {limits.max_bytes} bytes that one may have. Cut it or "
@@ -105,14 +133,14 @@ def decode_video(
         )
     name = find_format(encoded)
     if name in ANIMATION_FORMATS:
-        return _decode_animation(encoded, sampling, limits)
+        return None
     # A picture in an MP4 box, such as HEIC, is named and refused instead of played.
     container = _find_container(encoded) if name in (None, A_VIDEO) else None
     if container is None:
         raise _no_container(encoded)
     if container == "mov":
         _check_boxes(encoded)
-    return _decode_stream(encoded, container, sampling, limits)
+    return container
 
 
 def decode_jpeg_frames(
@@ -129,24 +157,45 @@ def decode_jpeg_frames(
         VideoUnreadableError: the frames differ in size.
         MediaError: as `decode_image`, for the first frame that fails.
     """
+
+    def decode(encoded: bytes, still: ImageLimits) -> RGBImage:
+        return decode_image(encoded, replace(still, formats=("JPEG",)))
+
+    return gather_frames(encoded_frames, decode, sampling, limits)
+
+
+def gather_frames(
+    sources: Sequence[Source],
+    decode: Callable[[Source, ImageLimits], RGBImage],
+    sampling: FrameSampling = DEFAULT_SAMPLING,
+    limits: VideoLimits = VIDEO_LIMITS,
+) -> Frames:
+    """
+    Make a clip of pictures that lie by themselves, one a frame, without times.
+
+    Args:
+        sources: of all frames; `decode` makes a picture of those that are kept, within the limits
+            that it is given.
+
+    Raises:
+        MediaError: as `decode_jpeg_frames`, and whatever `decode` raises.
+    """
     if sampling.needs_times:
         raise BadFrameSamplingError(
             "A list of frames has no times, so fps, start_s and end_s cannot be applied. Use "
             "num_frames."
         )
-    num_source = len(encoded_frames)
+    num_source = len(sources)
     indices = spread_evenly(num_source, count_frames(num_source, 0.0, sampling))
     keep = _Keep(limits, len(indices))
-    jpeg = ImageLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, formats=("JPEG",))
+    still = ImageLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels)
     images = []
     for index in indices:
-        image = decode_image(encoded_frames[index], jpeg)
+        image = decode(sources[index], still)
         keep.check(image.width_px, image.height_px)
         images.append(image)
     if len({(image.width_px, image.height_px) for image in images}) > 1:
-        raise VideoUnreadableError(
-            "Failed to load video: its frames differ in size. Scale all of them to one size."
-        )
+        raise FramesDifferError
     return Frames(tuple(images), source_num_frames=num_source, indices=indices)
 
 
@@ -223,6 +272,18 @@ def _check_boxes(encoded: bytes) -> None:
 def _decode_stream(
     encoded: bytes, container: str, sampling: FrameSampling, limits: VideoLimits
 ) -> Frames:
+    with _open_stream(encoded, container, limits) as (source, stream):
+        track = _read_track(source, stream, limits)
+        indices = choose_indices(track.times_s(), sampling)
+        keep = _Keep(limits, len(indices))
+        keep.check(stream.codec_context.width, stream.codec_context.height)
+        return _keep_frames(stream, track, [track.ticks[index] for index in indices], keep)
+
+
+@contextmanager
+def _open_stream(
+    encoded: bytes, container: str, limits: VideoLimits
+) -> Iterator[tuple[InputContainer, VideoStream]]:
     av = _load_av()
     # `protocol_whitelist` names no protocol, so that nothing in the bytes can open anything.
     options = {"format_whitelist": container, "protocol_whitelist": "none"}
@@ -236,11 +297,7 @@ def _decode_stream(
             stream.codec_context.thread_count = 1
             # A guard inside the decoder for what the header hides; twice, since codecs round up.
             stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels)}
-            track = _read_track(source, stream, limits)
-            indices = choose_indices(track.times_s(), sampling)
-            keep = _Keep(limits, len(indices))
-            keep.check(stream.codec_context.width, stream.codec_context.height)
-            return _keep_frames(stream, track, [track.ticks[index] for index in indices], keep)
+            yield source, stream
     except av.FFmpegError as error:
         raise VideoUnreadableError from error
 
@@ -455,10 +512,11 @@ def _get_turn(frame: VideoFrame) -> tuple[int, int, int, int]:
     return (a, b, c, d)
 
 
-def _decode_animation(encoded: bytes, sampling: FrameSampling, limits: VideoLimits) -> Frames:
+@contextmanager
+def _open_animation(encoded: bytes) -> Iterator[Image.Image]:
     try:
         with open_lazily(encoded, ANIMATION_FORMATS) as clip:
-            return _read_animation(clip, sampling, limits)
+            yield clip
     except MediaError:
         raise
     except BOMB_ERRORS as error:

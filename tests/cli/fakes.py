@@ -2,12 +2,12 @@
 
 import itertools
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cli.local import EngineOptions
 from engine import Request
-from engine.errors import EngineError, EngineFailure
+from engine.errors import EngineError, EngineFailure, TooManyImages, TooManyVideos
 from engine.inputs import Clip, Picture, UserText, fetch, parse_messages, read_clip, read_picture
 from engine.request import (
     CompletionOutput,
@@ -30,13 +30,14 @@ class FakeLLM:
     Args:
         num_ahead: requests pulled before the first of them ends; they end last come, first served.
         texts: what to say instead, one for each request in the order of the requests.
-        interrupt_after, give_up_after: results after which Ctrl-C is pressed or the engine fails.
+        interrupt_after: results after which Ctrl-C is pressed, for each time that it is.
+        give_up_after: results after which the engine fails.
         finish_reason: of every text.
     """
 
     num_ahead: int = 4
     texts: Iterable[str] | None = None
-    interrupt_after: int | None = None
+    interrupt_after: Sequence[int] = ()
     give_up_after: int | None = None
     finish_reason: FinishReason = FinishReason.STOP
     options: EngineOptions | None = None
@@ -57,7 +58,7 @@ class FakeLLM:
         waiting = self._pull(zip(requests, texts, strict=False))
         while ahead := list(itertools.islice(waiting, self.num_ahead)):
             for request, text in reversed(ahead):
-                if self.num_answered == self.interrupt_after:
+                if self.num_answered in self.interrupt_after:
                     signal.raise_signal(signal.SIGINT)
                 if self.num_answered == self.give_up_after:
                     raise EngineFailure("The device is gone.")
@@ -73,6 +74,7 @@ class FakeLLM:
     def _answer(self, request: Request, text: str) -> Result:
         (message,) = parse_messages(request.messages)
         try:
+            self._check_limits(message.parts)
             seen = [look(part, index) for index, part in enumerate(message.parts[:-1])]
         except EngineError as error:
             return Result.failed(request.request_id, error)
@@ -88,6 +90,14 @@ class FakeLLM:
             metrics=Metrics(preprocess_ms=1.0, prefill_ms=2.0, decode_ms=3.25),
             images=seen,
         )
+
+    def _check_limits(self, parts: Sequence[object]) -> None:
+        num_pictures = sum(isinstance(part, Picture) for part in parts)
+        num_clips = sum(isinstance(part, Clip) for part in parts)
+        if num_pictures > self.limits.get("image", 1):
+            raise TooManyImages(limit=self.limits["image"], given=num_pictures)
+        if num_clips > self.limits.get("video", 1):
+            raise TooManyVideos(limit=self.limits["video"], given=num_clips)
 
     def close(self) -> None:
         self.is_closed = True

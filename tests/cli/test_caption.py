@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import engine
-from cli.inputs import read_picture
+from cli.inputs import load_picture
 from cli.local import EngineOptions
 from cli.main import app
 from engine.errors import BadConfig
@@ -69,12 +69,13 @@ def test_text_of_many_lines_becomes_one_and_steers_no_terminal(
 def test_options_reach_the_engine(darkroom: Invoke, llm: FakeLLM) -> None:
     save_picture("cat.png", 10)
     options = ["--model", "m", "--device", "cpu", "--dtype", "float32", "--max-model-len", "99"]
+    options += ["--max-pixels", "5000"]
     how = ["--max-tokens", "7", "--temperature", "0.5", "--prompt", "Colour?"]
 
     result = darkroom("caption", "cat.png", *options, *how)
 
     assert "cat.png: Colour? image 10x10\n" == result.stdout
-    assert EngineOptions("m", "cpu", "float32", 99) == llm.options
+    assert EngineOptions("m", "cpu", "float32", 99, 5000) == llm.options
     assert SamplingParams(max_tokens=7, temperature=0.5) == llm.params
     assert {"image": 1, "video": 0} == llm.limits
     assert llm.is_closed
@@ -90,6 +91,7 @@ def test_every_option_has_a_variable(darkroom: Invoke, llm: FakeLLM) -> None:
         DARKROOM_DEVICE="cpu",
         DARKROOM_DTYPE="float32",
         DARKROOM_MAX_MODEL_LEN="99",
+        DARKROOM_MAX_PIXELS="5000",
         DARKROOM_MAX_TOKENS="7",
         DARKROOM_TEMPERATURE="0.5",
         DARKROOM_PROMPT="Colour?",
@@ -97,7 +99,7 @@ def test_every_option_has_a_variable(darkroom: Invoke, llm: FakeLLM) -> None:
     )
 
     assert ["Colour? image 10x10"] == [record["text"] for record in records(result.stdout)]
-    assert EngineOptions("m", "cpu", "float32", 99) == llm.options
+    assert EngineOptions("m", "cpu", "float32", 99, 5000) == llm.options
     assert SamplingParams(max_tokens=7, temperature=0.5) == llm.params
 
 
@@ -184,6 +186,20 @@ def test_bad_picture_costs_one_line_and_none_of_its_neighbours(darkroom: Invoke)
     assert "note: 1 of 3 images failed." == summary
 
 
+def test_clips_and_pictures_that_are_not_read_are_counted_once(darkroom: Invoke) -> None:
+    save_picture("pics/cat.png", 10)
+    for name in ("ball.mp4", "dog.heic"):
+        Path("pics", name).touch()
+
+    result = darkroom("caption", "pics", "pics")
+
+    assert (0, 1) == (result.exit_code, len(result.stdout.splitlines()))
+    assert [
+        "note: 1 .heic left out: not read here. Convert to JPEG or PNG.",
+        "note: 1 .mp4 left out: clips. `darkroom describe` reads them, if you name them.",
+    ] == result.stderr.splitlines()
+
+
 def test_missing_file_is_its_own_error_and_the_rest_is_done(darkroom: Invoke) -> None:
     save_picture("cat.png", 10)
 
@@ -265,7 +281,44 @@ def test_engine_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
 
     (line,) = result.stderr.splitlines()
     assert 2 == result.exit_code
-    assert 'pip install "darkroom[engine]"' in line
+    # Never by the bare name: on public indexes that is another project.
+    assert "pip install -e '.[engine]'" in line
+
+
+@pytest.mark.parametrize("error", [ImportError("no libm"), OSError("no\nlibcudart")])
+def test_engine_that_is_damaged_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    save_picture("cat.png", 10)
+
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.delitem(vars(engine), "LLM", raising=False)
+    monkeypatch.setattr(engine, "__getattr__", fail)
+    result = CliRunner().invoke(app, ["caption", "cat.png"])
+
+    (line,) = result.stderr.splitlines()
+    assert 2 == result.exit_code
+    assert line.startswith("error: The engine cannot be loaded here: no")
+
+
+@pytest.mark.parametrize(("device", "has_gpu"), [("cpu", True), ("auto", False)])
+def test_cpu_reads_few_pictures_before_it_writes(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_gpu: bool
+) -> None:
+    save_picture("cat.png", 10)
+    asked: dict[str, Any] = {}
+
+    def refuse(**words: Any) -> None:
+        asked.update(words)
+        raise BadConfig("No more is needed.")
+
+    monkeypatch.setattr("engine.LLM", refuse, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    CliRunner().invoke(app, ["caption", "cat.png", "--device", device])
+
+    assert 32 == asked["max_num_seqs"]
 
 
 @pytest.mark.parametrize(
@@ -308,8 +361,23 @@ def test_texts_that_were_cut_off_are_counted(darkroom: Invoke, llm: FakeLLM) -> 
 # Ctrl-C
 
 
-def test_ctrl_c_keeps_what_is_finished_and_says_how_much(darkroom: Invoke, llm: FakeLLM) -> None:
-    llm.interrupt_after = 6  # the first four, and the last two of the next four
+def test_ctrl_c_lets_what_is_under_way_end_and_begins_nothing_new(
+    darkroom: Invoke, llm: FakeLLM
+) -> None:
+    llm.interrupt_after = [6]  # of the second four
+    save_pictures(16)
+
+    result = darkroom("caption", "pics")
+
+    names = [line.split(":")[0] for line in result.stdout.splitlines()]
+    assert 130 == result.exit_code
+    assert [f"pics/{index}.png" for index in range(8)] == names
+    assert "stopped: 8 of 16 images done.\n" == result.stderr
+    assert llm.is_closed
+
+
+def test_second_ctrl_c_keeps_what_is_finished_and_leaves(darkroom: Invoke, llm: FakeLLM) -> None:
+    llm.interrupt_after = [5, 6]  # the first four, and the last two of the next four
     save_pictures(8)
 
     result = darkroom("caption", "pics")
@@ -345,11 +413,11 @@ def test_pictures_are_read_as_the_engine_asks_and_never_all_at_once(
     num_shown = []
     save_pictures(6)
 
-    def read(path: Path) -> object:
+    def read(path: str) -> object:
         num_shown.append(llm.num_answered)
-        return read_picture(path)
+        return load_picture(path)
 
-    monkeypatch.setattr("cli.questions.read_picture", read)
+    monkeypatch.setattr("cli.questions.load_picture", read)
     darkroom("caption", "pics")
 
     assert [0, 1, 2, 3, 4, 5] == num_shown
@@ -357,7 +425,7 @@ def test_pictures_are_read_as_the_engine_asks_and_never_all_at_once(
 
 def test_arguments_of_the_engine_are_pulled_as_it_has_room(darkroom: Invoke, llm: FakeLLM) -> None:
     llm.num_ahead = 2
-    llm.interrupt_after = 2
+    llm.interrupt_after = [2]
     save_pictures(6)
 
     darkroom("caption", "pics")

@@ -85,7 +85,7 @@ def test_frames_of_many_sizes_can_be_shown_as_images_only(darkroom: Invoke) -> N
     as_images = darkroom("describe", "clip", "--as", "images")
 
     assert (1, 0) == (as_video.exit_code, as_images.exit_code)
-    assert "use --as images" in as_video.stderr
+    assert "--as images" in as_video.stderr
     assert f"clip: {PROMPT} image 10x10 image 11x10\n" == as_images.stdout
 
 

@@ -1,16 +1,25 @@
 """Which files and folders the command takes, and in what order."""
 
+import gc
 import os
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.inputs import Clip, Input, Refused, find_clips, find_pictures, natural_key
+pytest.importorskip("av", reason="clips need PyAV, the extra `video`")
+
+from cli.inputs import ClipReader, Found, Input, Refused, find_clips, find_pictures, natural_key
+from media.decoded import Frames
 from media.errors import MediaError
+from media.frames import FrameSampling
+from media.video import decode_video
 from tests.cli.pictures import save_picture
+from tests.media.clips import clip as video_clip
+from tests.media.clips import shades
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -23,7 +32,7 @@ def touch(*names: str) -> None:
 
 
 def paths(inputs: Iterable[Input | Refused]) -> list[str]:
-    return [str(found.path) for found in inputs]
+    return [found.path for found in inputs]
 
 
 # Pictures
@@ -152,6 +161,70 @@ def test_folder_that_may_not_be_opened_is_refused_and_the_rest_is_found() -> Non
     assert isinstance(found.inputs[1], Refused)
 
 
+def test_pipes_and_folders_that_are_named_like_pictures_are_left_out() -> None:
+    touch("pics/1.png", "pics/2.png/inside.png")
+    os.mkfifo("pics/3.png")
+
+    pictures, clips = find_pictures(["pics"]), find_clips(["pics"])
+
+    assert ["pics/1.png", "pics/2.png/inside.png"] == paths(pictures.inputs)
+    assert [Input("pics", ["pics/1.png"])] == clips.inputs
+
+
+@pytest.mark.parametrize("find", [find_pictures, find_clips])
+def test_links_in_a_circle_are_refused(find: Callable[[list[str]], Found]) -> None:
+    Path("a").symlink_to("b")
+    Path("b").symlink_to("a")
+
+    found = find(["a", "a/1.png", "b/c/1.png"])
+
+    assert ["a", "a/1.png", "b/c/1.png"] == paths(found.inputs)
+
+
+@pytest.mark.parametrize("find", [find_pictures, find_clips])
+def test_empty_path_is_not_the_current_folder(find: Callable[[list[str]], Found]) -> None:
+    touch("1.png")
+
+    (refused,) = find([""]).inputs
+
+    assert isinstance(refused, Refused)
+    assert "The path is empty." in str(refused.problem)
+
+
+def test_name_that_is_too_long_for_the_system_is_refused_by_its_reason() -> None:
+    (refused,) = find_pictures(["a" * 300]).inputs
+
+    assert isinstance(refused, Refused)
+    assert "It cannot be read: File name too long." == str(refused.problem)
+
+
+def test_paths_stay_as_people_wrote_them() -> None:
+    touch("pics/1.png", "pics/2.png", "top.png")
+
+    found = find_pictures(["./pics//1.png", "pics/", "./top.png", "."])
+
+    assert ["./pics//1.png", "pics/2.png", "./top.png"] == paths(found.inputs)
+
+
+def test_what_is_left_out_counts_once_however_often_it_is_reached() -> None:
+    touch("pics/1.png", "pics/2.heic", "pics/3.mp4")
+
+    found = find_pictures(["pics", "./pics", "pics/../pics"])
+
+    assert {".heic": 1, ".mp4": 1} == found.left_out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
+def test_file_behind_a_folder_that_may_not_be_opened_says_so() -> None:
+    touch("locked/1.png")
+    Path("locked").chmod(0)
+
+    (refused,) = find_pictures(["locked/1.png"]).inputs
+
+    assert isinstance(refused, Refused)
+    assert "It cannot be read: Permission denied." == str(refused.problem)
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1)))
 def test_any_names_can_be_sorted(names: list[str]) -> None:
     ordered = sorted(names, key=natural_key)
@@ -175,7 +248,7 @@ def test_folder_is_one_clip_of_its_own_pictures_in_natural_order() -> None:
 
     found = find_clips(["clip"])
 
-    expected = Input(Path("clip"), [Path("clip/frame2.png"), Path("clip/frame10.png")])
+    expected = Input("clip", ["clip/frame2.png", "clip/frame10.png"])
     assert [expected] == found.inputs
 
 
@@ -191,34 +264,95 @@ def test_folder_without_pictures_is_no_clip() -> None:
 
 
 def test_frames_of_a_folder_are_spread_evenly() -> None:
-    frames = [Path(f"clip/{index}.png") for index in range(9)]
+    frames = [f"clip/{index}.png" for index in range(9)]
     for index, path in enumerate(frames):
         save_picture(path, 10, 10 + index)
-    clip = Clip(Input(Path("clip"), frames), num_frames=3)
+    clip = ClipReader(Input("clip", frames), num_frames=3)
 
-    images = clip.load_images()
+    images = [load() for load in clip.build_loaders()]
 
     assert [10, 14, 18] == [image.height_px for image in images]
     assert ((0, 4, 8), None) == (clip.indices, clip.times_s)
 
 
 def test_frames_that_differ_in_size_are_no_clip_but_may_be_images() -> None:
-    frames = [Path("clip/0.png"), Path("clip/1.png")]
+    frames = ["clip/0.png", "clip/1.png"]
     for index, path in enumerate(frames):
         save_picture(path, 10 + index)
-    clip = Clip(Input(Path("clip"), frames), num_frames=2)
+    clip = ClipReader(Input("clip", frames), num_frames=2)
 
-    with pytest.raises(MediaError, match=r"differ in size.*--as images") as caught:
+    with pytest.raises(MediaError, match=r"differ in size") as caught:
         clip.load()
 
-    assert "video_unreadable" == caught.value.code
-    assert [10, 11] == [image.width_px for image in clip.load_images()]
+    assert "frames_differ_in_size" == caught.value.code
+    assert [10, 11] == [image.width_px for image in [load() for load in clip.build_loaders()]]
+
+
+def test_folder_of_frames_keeps_to_the_limits_of_a_clip() -> None:
+    frames = ["clip/0.png", "clip/1.png"]
+    save_picture(frames[0], 7_000, 5_100)
+    clip = ClipReader(Input("clip", frames), num_frames=2)
+
+    with pytest.raises(MediaError) as caught:
+        clip.load()
+    assert "7000x5100" in str(caught.value)
+
+
+def test_clip_is_decoded_once_and_let_go_when_it_was_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded: list[int] = []
+
+    def decode(encoded: bytes, sampling: FrameSampling) -> Frames:
+        decoded.append(len(encoded))
+        return decode_video(encoded, sampling)
+
+    monkeypatch.setattr("cli.inputs.decode_video", decode)
+    Path("ball.mp4").write_bytes(video_clip(shades(20)))
+    loaders = ClipReader(Input("ball.mp4"), num_frames=4).build_loaders()
+    before = list(decoded)
+
+    images = [weakref.ref(load().image) for load in loaders]
+    gc.collect()
+
+    assert ([], 1) == (before, len(decoded))
+    assert [None] * 4 == [image() for image in images]
+
+
+def test_shorter_clip_gives_as_many_images_as_it_has_frames() -> None:
+    Path("ball.mp4").write_bytes(video_clip(shades(3)))
+
+    loaders = ClipReader(Input("ball.mp4"), num_frames=8).build_loaders()
+
+    assert 3 == len(loaders)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp"])
+def test_still_picture_is_no_clip(suffix: str) -> None:
+    save_picture(f"cat.{suffix}", 20)
+    clip = ClipReader(Input(f"cat.{suffix}"), num_frames=2)
+
+    for read in (clip.load, clip.build_loaders):
+        with pytest.raises(MediaError, match=r"a picture, not a clip: use `darkroom caption`"):
+            read()
+
+
+def test_clip_without_room_in_memory_is_its_own_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("cli.inputs.decode_video", fail)
+    Path("ball.mp4").write_bytes(video_clip(shades(3)))
+
+    with pytest.raises(MediaError) as caught:
+        ClipReader(Input("ball.mp4"), num_frames=2).load()
+    assert "no_memory" == caught.value.code
 
 
 def test_bad_frame_is_named() -> None:
     save_picture("clip/0.png", 10)
     Path("clip/1.png").write_bytes(b"no picture")
-    clip = Clip(Input(Path("clip"), [Path("clip/0.png"), Path("clip/1.png")]), num_frames=2)
+    clip = ClipReader(Input("clip", ["clip/0.png", "clip/1.png"]), num_frames=2)
 
     with pytest.raises(MediaError, match=r"^1\.png: Failed to load image") as caught:
         clip.load()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_terminal_without_a_cursor_gets_plain_lines(
 FAKE_COMMAND = """
 import time
 import cli.local
-from cli.main import app
+from cli.main import main
 from tests.cli.fakes import FakeLLM
 
 class SlowLLM(FakeLLM):
@@ -170,8 +171,11 @@ class SlowLLM(FakeLLM):
         return super()._answer(request, text)
 
 cli.local.load_llm = SlowLLM().load
-app()
+main()
 """
+
+
+REAL_COMMAND = "from cli.main import main; main()"
 
 
 def start(program: str, *args: str) -> subprocess.Popen[str]:
@@ -195,6 +199,57 @@ def test_ctrl_c_ends_the_process_with_130_and_one_line() -> None:
 
     assert 130 == process.returncode
     assert re.fullmatch(r"stopped: \d+ of 200 images done\.\n", errors)
+
+
+def test_ctrl_c_leaves_though_a_pipe_is_never_written_to() -> None:
+    os.mkfifo("silent.png")
+    save_pictures(1)
+
+    with start(REAL_COMMAND, "caption", "pics", "silent.png") as process:
+        assert process.stdout
+        process.stdout.readline()
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        _, errors = process.communicate(timeout=20)
+
+    assert 130 == process.returncode
+    assert "stopped: 1 of 2 images done.\n" == errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("args", [["caption", "pics"], ["caption", "pics", "--json"], ["--help"]])
+def test_full_disk_is_one_line(args: list[str]) -> None:
+    save_pictures(3)
+
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", FAKE_COMMAND, *args],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+    assert 1 == run.returncode
+    assert "error: The output cannot be written: No space left on device.\n" == run.stderr
+
+
+@pytest.mark.parametrize(("closed", "num_lines"), [("<&- >&- 2>&-", 0), (">&-", 0), ("2>&-", 3)])
+def test_streams_that_are_closed_cost_nothing_else(closed: str, num_lines: int) -> None:
+    save_pictures(3)
+
+    run = subprocess.run(
+        ["/bin/sh", "-c", f'"$0" -c "$1" caption pics {closed}', sys.executable, FAKE_COMMAND],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (0, "") == (run.returncode, run.stderr)
+    assert num_lines == len(run.stdout.splitlines())
 
 
 def test_reader_that_goes_away_ends_the_process_without_a_trace() -> None:

@@ -81,10 +81,17 @@ def write(name: str, content: str) -> Change:
 # --- checkpoints -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["/nowhere/model", "Qwen/Qwen2-VL-2B-Instruct", "a b/c d", "."])
+@pytest.mark.parametrize("model", ["/nowhere/model", "a b/c d", "a/b/c"])
 def test_model_that_is_not_there_is_told(model: str) -> None:
     assert refusal(model) == (
-        f"The model '{model}' cannot be loaded: it has no config.json that can be read. Give a "
+        f"The model '{model}' cannot be loaded: there is no such folder. Give a checkpoint folder, "
+        "a hub id that is in the cache, or darkroom-tiny."
+    )
+
+
+def test_folder_that_is_no_checkpoint_is_told() -> None:
+    assert refusal(".") == (
+        "The model '.' cannot be loaded: it has no config.json that can be read. Give a "
         "checkpoint folder, a hub id that is in the cache, or darkroom-tiny."
     )
 
@@ -177,7 +184,7 @@ def test_tokenizer_of_another_model_is_told(tiny_folder: Path, tmp_path: Path) -
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     assert "does not fit the model" in refusal(str(tiny_folder), tokenizer=str(other))
-    assert "it has no tokenizer" in refusal(str(tiny_folder), tokenizer="/nowhere")
+    assert "there is no such folder" in refusal(str(tiny_folder), tokenizer="/nowhere")
 
 
 # --- settings ----------------------------------------------------------------------------------------

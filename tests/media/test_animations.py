@@ -171,7 +171,8 @@ def test_missing_pyav_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) ->
 
     error = catch(VideoSupportMissingError, decode_video, b"\x1a\x45\xdf\xa3" + bytes(50))
 
-    assert "darkroom[video]" in str(error)
+    # Never by the bare name: on public indexes that is another project.
+    assert "pip install -e '.[video]'" in str(error)
     assert Fault.OPERATOR is error.fault
 
 
