@@ -774,12 +774,14 @@ def test_retry_after_is_honoured() -> None:
     [
         ("1000000000", 1e9),
         ("30", 30),
-        (email.utils.format_datetime(datetime.now(UTC) + timedelta(hours=1)), 3600),
+        ("in an hour, as a date", 3600),
     ],
 )
 def test_retry_after_beyond_the_cap_ends_the_fetch_at_once(
     retry_after: str, seconds: float
 ) -> None:
+    if retry_after.endswith("date"):  # written now: the tests may have been collected long ago
+        retry_after = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=seconds))
     started = time.monotonic()
     busy = answering(status="429 X", headers=[f"Retry-After: {retry_after}"])
     outcome, server = fetch_from(busy)
