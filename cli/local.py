@@ -57,7 +57,7 @@ def run(
     if len(refused) == total:  # nothing to load a model for
         for found in refused:
             screen.show(Answer.from_problem(found.path, found.problem))
-        return ExitCode.USAGE
+        return ExitCode.SOME_FAILED
     with Interrupts() as interrupts:
         questions = (
             found if isinstance(found, Refused) else ask(found)

@@ -8,6 +8,7 @@ does. Importing this file loads neither torch nor transformers, so that --help i
 import os
 import platform
 import sys
+import warnings
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
@@ -93,7 +94,21 @@ Temperature = Annotated[
         help="0 gives the same text every time; more gives more variety.",
     ),
 ]
-Prompt = Annotated[str, typer.Option(metavar="TEXT", envvar="DARKROOM_PROMPT", help="What to ask.")]
+
+
+def check_text(text: str) -> str:
+    """Refuse bytes that are no UTF-8, which Python hands over as lone surrogates."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise typer.BadParameter("The text is not UTF-8.")
+    return text
+
+
+Prompt = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT", envvar="DARKROOM_PROMPT", help="What to ask.", callback=check_text
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option(
@@ -118,6 +133,8 @@ def find_version(package: str) -> str:
 def main() -> None:
     """What a shell starts: the command, in a process that ends when it says so."""
     open_missing_streams()
+    # Pillow warns of large pictures. Ours are refused or read by limits of our own, in one line.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     try:
         app()
     except SystemExit as end:
@@ -192,7 +209,7 @@ def caption(
     Exit codes:
       0    every picture has its text
       1    some failed, the rest is done
-      2    a wrong option, or no picture found
+      2    a wrong option or model
       130  stopped by Ctrl-C, which lets begun pictures end; twice leaves at once
 
     \b

@@ -254,7 +254,7 @@ def test_nothing_found_is_one_line_and_loads_no_model(
     result = darkroom("caption", argument)
 
     (line,) = result.stderr.splitlines()
-    assert (2, "") == (result.exit_code, result.stdout)
+    assert (1, "") == (result.exit_code, result.stdout)
     assert line.startswith(f"error: {argument}: {message}")
     assert None is llm.options
 
@@ -322,7 +322,14 @@ def test_cpu_reads_few_pictures_before_it_writes(
 
 
 @pytest.mark.parametrize(
-    "option", [("--max-tokens", "0"), ("--temperature", "3"), ("--temperature", "nan"), ("--nope",)]
+    "option",
+    [
+        ("--max-tokens", "0"),
+        ("--temperature", "3"),
+        ("--temperature", "nan"),
+        ("--prompt", "caf\udce9"),
+        ("--nope",),
+    ],
 )
 def test_option_that_makes_no_sense_is_refused_before_anything_is_loaded(
     darkroom: Invoke, llm: FakeLLM, option: tuple[str, ...]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("av", reason="clips need PyAV, the extra `video`")
 
@@ -96,3 +97,13 @@ def test_model_that_is_nowhere_is_one_line() -> None:
     assert (2, "") == (run.returncode, run.stdout)
     assert 1 == len(run.stderr.splitlines())
     assert run.stderr.startswith("error: The model './nowhere' cannot be loaded: ")
+
+
+def test_picture_of_too_many_pixels_is_one_line() -> None:
+    Image.new("1", (12_000, 12_000)).save("large.png")
+
+    run = darkroom("caption", "large.png")
+
+    (error,) = run.stderr.splitlines()
+    assert 1 == run.returncode
+    assert error.startswith("error: large.png: Image dimensions 12000x12000")

@@ -20,7 +20,7 @@ from tests.cli.fakes import FakeLLM
 from tests.cli.pictures import save_pictures
 
 ROOT = Path(__file__).parents[2]
-BAR = re.compile(r"━.* 3/3 .*images/s")
+BAR = re.compile(r"━.* 3/3 .*images/s .*\d:\d\d:\d\d")  # the last is the time left, then taken
 CURSOR = re.compile(r"\x1b\[[\d;?]*[A-Za-ln-z]")  # every escape but a colour's, which ends in m
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 

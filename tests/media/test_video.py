@@ -1,6 +1,7 @@
 """Clips: the frames that were asked for, at their times, and what is no clip at all."""
 
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,26 @@ def test_script_behind_the_first_bytes_of_a_container_opens_nothing() -> None:
 
     for head in (b"\x1a\x45\xdf\xa3", b"RIFF\xff\0\0\0AVI ", (b"G" + bytes(187)) * 3):
         catch(MediaError, decode_video, head + script)
+
+
+def test_ffmpeg_may_open_nothing_and_guess_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defence in depth: no clip is known that gets as far as needing it."""
+    import av
+
+    opened: list[dict[str, Any]] = []
+    av_open: Callable[..., Any] = av.open
+    encoded = clip(shades(4), "mp4", "libx264", pixel_format="yuv420p")
+
+    def spy(file: BytesIO, **words: Any) -> Any:
+        opened.append(words)
+        return av_open(file, **words)
+
+    monkeypatch.setattr("av.open", spy)
+    decode_video(encoded, ALL)
+
+    (words,) = opened
+    assert words["format"] == words["options"]["format_whitelist"]
+    assert "none" == words["options"]["protocol_whitelist"]
 
 
 def test_no_bytes_are_no_video() -> None:
