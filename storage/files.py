@@ -7,6 +7,7 @@ there. A crash between the two leaves a blob that nobody names, which the sweepe
 
 from typing import Final
 
+from sqlalchemy import delete as sql_delete
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
@@ -119,6 +120,18 @@ def delete(session: Session, tenant: TenantId, file: FileId) -> None:
     ).one_or_none()
     if deleted is None:
         raise NotFoundError
+
+
+def is_named(session: Session, file: FileId) -> bool:
+    """Whether there is a row for this file, hidden or not."""
+    return session.scalars(select(File.id).where(File.id == file)).one_or_none() is not None
+
+
+def forget(session: Session, file: FileId) -> None:
+    """Take back a row of the same transaction, which nothing points to."""
+    session.execute(
+        sql_delete(File).where(File.id == file).execution_options(synchronize_session=False)
+    )
 
 
 def _is_there() -> ColumnElement[bool]:

@@ -421,6 +421,16 @@ def measure_open_work(session: Session, tenant: TenantId) -> OpenWork:
     return OpenWork(int(row[0]), int(row[1]))
 
 
+def count_open(session: Session) -> dict[JobState, int]:
+    """Jobs of all tenants that have not ended, by state."""
+    rows = session.execute(
+        select(Job.state, func.count())
+        .where(Job.state.not_in(TERMINAL_JOB_STATES))
+        .group_by(Job.state)
+    )
+    return dict(rows.all())
+
+
 def count_items(session: Session, job: JobId) -> dict[ItemState, int]:
     """A job's items by state, counted one by one: for checks, not for polls."""
     rows = session.execute(

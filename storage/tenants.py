@@ -50,7 +50,9 @@ def find(session: Session, name: str) -> Tenant | None:
 
 def get_locked(session: Session, tenant: TenantId) -> Tenant:
     """The tenant's row, under a lock: who compares its open work with its limits comes one by one."""
-    return session.scalars(select(Tenant).where(Tenant.id == tenant).with_for_update()).one()
+    return session.scalars(
+        select(Tenant).where(Tenant.id == tenant).with_for_update(key_share=True)
+    ).one()
 
 
 def create_key(
