@@ -6,7 +6,7 @@ from importlib import metadata
 
 from fastapi import FastAPI
 
-from api import batches, errors, files, health, jobs, models
+from api import batches, chat, errors, files, health, jobs, models
 from api.config import ApiConfig
 from api.edge import Edge
 from api.metrics import Metrics
@@ -63,7 +63,7 @@ def create_app(
     )
     app.state.services = services
     errors.install(app)
-    for room in (files, batches, jobs, models, health):
+    for room in (files, batches, jobs, chat, models, health):
         app.include_router(room.router)
     app.add_middleware(Edge, metrics=metrics)
     return app
