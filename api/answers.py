@@ -37,7 +37,17 @@ def describe_json(model: type[Any]) -> dict[int | str, dict[str, Any]]:
 
 
 def describe_body(model: type[Any]) -> dict[str, Any]:
-    """For bodies that a route reads by itself."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    """For bodies that a route reads by itself: the whole schema in its place, pointing nowhere."""
+    schema = model.model_json_schema()
+    schema = _inline(schema, schema.pop("$defs", {}))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inline(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    if isinstance(schema, list):
+        return [_inline(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    return {name: _inline(part, definitions) for name, part in schema.items()}
