@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from cli import keys, remote
 from cli.demo import run_demo
 from cli.inputs import Found, find_clips, find_pictures
 from cli.local import EngineOptions, run
@@ -235,6 +236,11 @@ def demo(
     Drawn pictures have one true sentence each, so the demo knows.
     """
     raise typer.Exit(run_demo(device, must_be_right=check))
+
+
+for verb in (remote.submit, remote.status, remote.results, remote.cancel):
+    app.command()(verb)
+app.add_typer(keys.app, name="keys")
 
 
 @app.command()
