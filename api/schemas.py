@@ -81,7 +81,7 @@ class CreateBatch(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     input_file_id: str | None = None
-    endpoint: str = Field(json_schema_extra={"enum": sorted(ENDPOINTS)})
+    endpoint: str = Field(json_schema_extra={"enum": [CHAT_ENDPOINT]})
     completion_window: str = Field(description="Hours or minutes: 24h, 90m; from 10m to 720h.")
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
     output_expires_after: ExpiresAfter | None = None
