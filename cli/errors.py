@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     DONE = 0
     SOME_FAILED = 1
     USAGE = 2
+    UNREACHABLE = 3
     INTERRUPTED = 130  # 128 and SIGINT, as shells count
 
 

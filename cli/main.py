@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cli import keys, remote
 from cli.demo import run_demo
 from cli.errors import ExitCode
 from cli.inputs import CLIP_SUFFIXES, Found, find_clips, find_pictures
@@ -302,6 +303,11 @@ def demo(
     Drawn pictures have one true sentence each, so the demo knows.
     """
     raise typer.Exit(run_demo(device, must_be_right=check))
+
+
+for verb in (remote.submit, remote.status, remote.results, remote.cancel):
+    app.command()(verb)
+app.add_typer(keys.app, name="keys")
 
 
 @app.command()

@@ -7,6 +7,7 @@ there. A crash between the two leaves a blob that nobody names, which the sweepe
 
 from typing import Final
 
+from sqlalchemy import delete as sql_delete
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
@@ -19,6 +20,9 @@ from storage.tables import File
 
 PAGE: Final = 100
 
+REQUEST_PURPOSE: Final = "request"
+"""Of a manifest that nobody handed in as a file: the one line of a call that waits for its answer."""
+
 
 def create(
     session: Session,
@@ -30,6 +34,7 @@ def create(
     num_bytes: int,
     sha256: bytes,
     blob_key: str,
+    num_lines: int | None = None,
     lifetime_s: float | None = None,
 ) -> File:
     """
@@ -37,6 +42,7 @@ def create(
 
     Args:
         filename: the client's; kept as it is, and never part of a path or key.
+        num_lines: of a manifest: what its items will count against the tenant's limit.
         lifetime_s: after which the file is gone; None: it stays.
     """
     now = session.scalars(select(clock())).one()
@@ -47,6 +53,7 @@ def create(
         filename=filename,
         state=FileState.PROCESSED,
         num_bytes=num_bytes,
+        num_lines=num_lines,
         sha256=sha256,
         blob_key=blob_key,
         created_at=now,
@@ -78,12 +85,13 @@ def list_page(
     limit: int = PAGE,
 ) -> tuple[list[File], bool]:
     """
-    A tenant's files, and whether there are more.
+    A tenant's files, and whether there are more. Those of `REQUEST_PURPOSE` are left out.
 
     Raises:
         NotFoundError: `after` is no file of this tenant. A deleted one will do.
     """
     query = select(File).where(File.tenant_id == tenant, _is_there()).limit(limit + 1)
+    query = query.where(File.purpose != REQUEST_PURPOSE)
     query = query.order_by(File.id.desc() if is_newest_first else File.id)
     if purpose is not None:
         query = query.where(File.purpose == purpose)
@@ -112,6 +120,18 @@ def delete(session: Session, tenant: TenantId, file: FileId) -> None:
     ).one_or_none()
     if deleted is None:
         raise NotFoundError
+
+
+def is_named(session: Session, file: FileId) -> bool:
+    """Whether there is a row for this file, hidden or not."""
+    return session.scalars(select(File.id).where(File.id == file)).one_or_none() is not None
+
+
+def forget(session: Session, file: FileId) -> None:
+    """Take back a row of the same transaction, which nothing points to."""
+    session.execute(
+        sql_delete(File).where(File.id == file).execution_options(synchronize_session=False)
+    )
 
 
 def _is_there() -> ColumnElement[bool]:

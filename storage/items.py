@@ -595,6 +595,7 @@ class Ended:
     num_prompt_tokens: int | None
     num_completion_tokens: int | None
     details: Mapping[str, Any] | None
+    ended_at: float
 
 
 def list_by_line(
@@ -616,15 +617,34 @@ def list_by_line(
 
 
 def list_by_commit(
-    session: Session, job: JobId, *, after_seq: int = 0, limit: int = PAGE
+    session: Session,
+    job: JobId,
+    *,
+    after_seq: int = 0,
+    state: ItemState | None = None,
+    custom_id: str | None = None,
+    limit: int = PAGE,
 ) -> list[Ended]:
-    """A page of results and failures in the order of their commits: a reader never skips one."""
+    """
+    A page of results and failures in the order of their commits: a reader never skips one.
+
+    Args:
+        state: COMPLETED or FAILED: those only. Items that never ran have no place in this order.
+        custom_id: the item of this name only.
+    """
     completed = select(Result.item_id, Result.seq).where(
         Result.job_id == job, Result.seq > after_seq
     )
     failed = select(Item.id, Item.seq).where(
         Item.job_id == job, Item.state == ItemState.FAILED, Item.seq > after_seq
     )
+    if custom_id is not None:
+        completed = completed.join(Item, Item.id == Result.item_id)
+        completed = completed.where(Item.custom_id == custom_id)
+        failed = failed.where(Item.custom_id == custom_id)
+    if state is not None:
+        completed = completed.where(literal(state is ItemState.COMPLETED))
+        failed = failed.where(literal(state is ItemState.FAILED))
     page = union_all(
         select(completed.order_by(Result.seq).limit(limit).subquery()),
         select(failed.order_by(Item.seq).limit(limit).subquery()),
@@ -656,6 +676,7 @@ _ENDED: Final = (
     Result.num_prompt_tokens,
     Result.num_completion_tokens,
     Result.details,
+    Item.ended_at,
 )
 
 

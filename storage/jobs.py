@@ -5,20 +5,24 @@ Functions that a client's request ends in take the tenant and find nothing of an
 the workers and the sweeper take the job alone. Every move names the state that it expects.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, delete, func, select, update
+from sqlalchemy import ColumnElement, Select, case, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from storage.db import clock, insert_or_skip
+from storage.db import clock, insert_or_skip, is_sqlite
 from storage.errors import IdempotencyConflictError, NotFoundError, StateConflictError
 from storage.ids import FileId, JobId, TenantId, new_uuid
 from storage.states import TERMINAL_JOB_STATES, ItemState, JobState
-from storage.tables import Item, Job
+from storage.tables import File, Item, Job
 
 PAGE: Final = 100
+
+FAST_LANE: Final = -1000
+"""The priority of a job of one item whose client waits at the line. Such jobs are not listed."""
 
 _NUM_OPEN: Final[ColumnElement[int]] = (
     Job.num_total - Job.num_completed - Job.num_failed - Job.num_cancelled - Job.num_expired
@@ -48,6 +52,7 @@ class NewJob:
     options: Mapping[str, Any] = field(default_factory=dict)
     client_metadata: Mapping[str, Any] | None = None
     retry_of: JobId | None = None
+    api_key_id: str | None = None
     traceparent: str | None = None
 
 
@@ -69,6 +74,7 @@ def create(session: Session, new: NewJob) -> tuple[Job, bool]:
             input_file_id=new.input_file,
             manifest_key=new.manifest_key,
             retry_of=new.retry_of,
+            api_key_id=new.api_key_id,
             idempotency_key=new.idempotency_key,
             body_sha256=new.body_sha256,
             endpoint=new.endpoint,
@@ -89,12 +95,63 @@ def create(session: Session, new: NewJob) -> tuple[Job, bool]:
     ).one_or_none()
     if made is not None:
         return made, True
-    earlier = session.scalars(
-        select(Job).where(Job.tenant_id == new.tenant, Job.idempotency_key == new.idempotency_key)
-    ).one()
-    if earlier.body_sha256 != new.body_sha256:
-        raise IdempotencyConflictError
+    assert new.idempotency_key is not None, "nothing else is unique"
+    earlier = find_replayed(session, new.tenant, new.idempotency_key, new.body_sha256)
+    assert earlier is not None, "it was in the way"
     return earlier, False
+
+
+def find_replayed(
+    session: Session, tenant: TenantId, idempotency_key: str, body_sha256: bytes
+) -> Job | None:
+    """
+    The job that this very request has made before.
+
+    Raises:
+        IdempotencyConflictError: the key was used with another body.
+    """
+    earlier = session.scalars(
+        select(Job).where(Job.tenant_id == tenant, Job.idempotency_key == idempotency_key)
+    ).one_or_none()
+    if earlier is not None and earlier.body_sha256 != body_sha256:
+        raise IdempotencyConflictError
+    return earlier
+
+
+def find_twin(
+    session: Session,
+    tenant: TenantId,
+    *,
+    api_key_id: str | None,
+    body_sha256: bytes,
+    within_s: float,
+) -> Job | None:
+    """
+    The newest job without an idempotency key that the same body made a short while ago.
+
+    For a client that sends again because an answer was lost. Whoever makes a job without a key calls
+    `lock_body` first, in the same transaction: then the first try is visible here or still waits.
+    """
+    return session.scalars(
+        select(Job)
+        .where(
+            Job.tenant_id == tenant,
+            Job.api_key_id.is_not_distinct_from(api_key_id),
+            Job.idempotency_key.is_(None),
+            Job.body_sha256 == body_sha256,
+            Job.created_at > clock() - within_s,
+        )
+        .order_by(Job.id.desc())
+        .limit(1)
+    ).one_or_none()
+
+
+def lock_body(session: Session, tenant: TenantId, body_sha256: bytes) -> None:
+    """Let one transaction at a time make a job of this body. On SQLite every writer is alone."""
+    if not is_sqlite(session):
+        digest = hashlib.sha256(tenant.bytes + body_sha256).digest()
+        number = int.from_bytes(digest[:8], "big", signed=True)
+        session.execute(select(func.pg_advisory_xact_lock(number)))
 
 
 _COUNTERS: Final = (
@@ -120,6 +177,11 @@ def get(session: Session, tenant: TenantId, job: JobId) -> Job:
     return found
 
 
+def read_versions(session: Session, watched: Collection[JobId]) -> dict[JobId, int]:
+    """The version of each of these jobs: one statement for everyone who waits for a change."""
+    return dict(session.execute(select(Job.id, Job.version).where(Job.id.in_(watched))).all())
+
+
 def find(session: Session, job: JobId) -> Job | None:
     """A job by its id alone: for workers, never for a request."""
     return session.scalars(_fresh().where(Job.id == job)).one_or_none()
@@ -133,7 +195,7 @@ def list_page(
     session: Session, tenant: TenantId, *, after: JobId | None = None, limit: int = PAGE
 ) -> tuple[list[Job], bool]:
     """
-    A tenant's jobs, newest first, and whether there are more.
+    A tenant's jobs but those of the fast lane, newest first, and whether there are more.
 
     Args:
         after: the last job of the page before; jobs that are made meanwhile shift nothing.
@@ -141,7 +203,8 @@ def list_page(
     Raises:
         NotFoundError: `after` is no job of this tenant.
     """
-    query = select(Job).where(Job.tenant_id == tenant).order_by(Job.id.desc()).limit(limit + 1)
+    query = select(Job).where(Job.tenant_id == tenant, Job.priority > FAST_LANE)
+    query = query.order_by(Job.id.desc()).limit(limit + 1)
     if after is not None:
         get(session, tenant, after)
         query = query.where(Job.id < after)
@@ -328,14 +391,44 @@ def _list(session: Session, *conditions: ColumnElement[bool], limit: int) -> lis
     return list(session.scalars(select(Job.id).where(*conditions).order_by(Job.id).limit(limit)))
 
 
-def count_open_items(session: Session, tenant: TenantId) -> int:
-    """Items of a tenant that wait or run: what its quota is compared with. Reads job rows only."""
-    open_items = func.coalesce(func.sum(_NUM_OPEN), 0)
-    return int(
-        session.scalars(
-            select(open_items).where(Job.tenant_id == tenant, Job.state.not_in(TERMINAL_JOB_STATES))
-        ).one()
+@dataclass(frozen=True, slots=True)
+class OpenWork:
+    """What a tenant's quota is compared with."""
+
+    num_items: int
+    num_bytes: int
+
+
+def measure_open_work(session: Session, tenant: TenantId) -> OpenWork:
+    """
+    Items that wait or run, and the bytes of the input files of jobs that have not ended.
+
+    A job that still validates counts with all its lines. Reads the rows of jobs and files only.
+    """
+    num_items = case(
+        (Job.state == JobState.VALIDATING, func.coalesce(File.num_lines, Job.num_expanded)),
+        else_=_NUM_OPEN,
     )
+    row = session.execute(
+        select(
+            func.coalesce(func.sum(num_items), 0), func.coalesce(func.sum(File.num_bytes), 0)
+        ).where(
+            File.id == Job.input_file_id,
+            Job.tenant_id == tenant,
+            Job.state.not_in(TERMINAL_JOB_STATES),
+        )
+    ).one()
+    return OpenWork(int(row[0]), int(row[1]))
+
+
+def count_open(session: Session) -> dict[JobState, int]:
+    """Jobs of all tenants that have not ended, by state."""
+    rows = session.execute(
+        select(Job.state, func.count())
+        .where(Job.state.not_in(TERMINAL_JOB_STATES))
+        .group_by(Job.state)
+    )
+    return dict(rows.all())
 
 
 def count_items(session: Session, job: JobId) -> dict[ItemState, int]:

@@ -94,6 +94,8 @@ class Tenant(Base):
     name: Mapped[str] = mapped_column(unique=True)
     max_open_items: Mapped[int | None]
     """Items that may wait or run at a time; None: as many as there are."""
+    max_open_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Bytes of the input files of jobs that have not ended; None: as many as there are."""
     created_at: Mapped[float]
 
 
@@ -124,6 +126,8 @@ class File(Base):
     """The client's word. Data: never in a path or a key."""
     state: Mapped[FileState]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
+    num_lines: Mapped[int | None]
+    """Counted while the bytes came in; None where nobody did."""
     sha256: Mapped[bytes]
     blob_key: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
@@ -144,6 +148,8 @@ class Job(Base):
     manifest_key: Mapped[str]
     """The blob of the input file, which outlives a deleted file as long as the job needs it."""
     retry_of: Mapped[JobId | None] = mapped_column(ForeignKey("jobs.id"))
+    api_key_id: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
+    """Which key asked; None where none was needed."""
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     body_sha256: Mapped[bytes]
     """Of the request that made the job: the same key with another body is a conflict."""

@@ -22,14 +22,37 @@ from storage.tables import ApiKey, Tenant
 _KEY: Final = re.compile(r"dk_([0-9a-f]{16})_([0-9a-f]{64})")
 
 
-def get_or_create(session: Session, name: str, *, max_open_items: int | None = None) -> Tenant:
+def get_or_create(
+    session: Session,
+    name: str,
+    *,
+    max_open_items: int | None = None,
+    max_open_bytes: int | None = None,
+) -> Tenant:
     """The tenant of this name; an existing one keeps its limits."""
     session.execute(
         insert_or_skip(session, Tenant)
-        .values(id=new_uuid(), name=name, max_open_items=max_open_items, created_at=clock())
+        .values(
+            id=new_uuid(),
+            name=name,
+            max_open_items=max_open_items,
+            max_open_bytes=max_open_bytes,
+            created_at=clock(),
+        )
         .on_conflict_do_nothing(index_elements=[Tenant.name])
     )
     return session.scalars(select(Tenant).where(Tenant.name == name)).one()
+
+
+def find(session: Session, name: str) -> Tenant | None:
+    return session.scalars(select(Tenant).where(Tenant.name == name)).one_or_none()
+
+
+def get_locked(session: Session, tenant: TenantId) -> Tenant:
+    """The tenant's row, under a lock: who compares its open work with its limits comes one by one."""
+    return session.scalars(
+        select(Tenant).where(Tenant.id == tenant).with_for_update(key_share=True)
+    ).one()
 
 
 def create_key(

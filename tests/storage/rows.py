@@ -20,23 +20,39 @@ def make_tenant(database: Database, name: str = "tenant") -> TenantId:
         return tenants.get_or_create(session, name).id
 
 
-def make_file(database: Database, tenant: TenantId, filename: str = "in.jsonl") -> FileId:
+def make_file(
+    database: Database,
+    tenant: TenantId,
+    filename: str = "in.jsonl",
+    *,
+    purpose: str = "batch",
+    num_lines: int | None = None,
+) -> FileId:
     file = FileId(new_uuid())
     with database.write() as session:
         return files.create(
             session,
             file=file,
             tenant=tenant,
-            purpose="batch",
+            purpose=purpose,
             filename=filename,
             num_bytes=1,
+            num_lines=num_lines,
             sha256=bytes(32),
             blob_key=build_file_key(tenant, file),
         ).id
 
 
-def new_job(database: Database, tenant: TenantId, body: str = "body", **values: Any) -> NewJob:
-    file = make_file(database, tenant)
+def new_job(
+    database: Database,
+    tenant: TenantId,
+    body: str = "body",
+    *,
+    purpose: str = "batch",
+    num_lines: int | None = None,
+    **values: Any,
+) -> NewJob:
+    file = make_file(database, tenant, purpose=purpose, num_lines=num_lines)
     return NewJob(
         tenant=tenant,
         input_file=file,

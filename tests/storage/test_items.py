@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -500,6 +501,24 @@ def test_live_results_come_in_the_order_of_commits_and_each_once(database: Datab
 
     assert [9, 1, 5, 3, 6, 7] == [one.line for one in seen]
     assert [1, 2, 3, 4, 5, 6] == [one.seq for one in seen]
+
+
+def test_live_results_can_be_asked_for_by_state_and_by_name(database: Database) -> None:
+    job = make_job(database, 4)
+    chunk = lease(database, 4)
+    with database.write() as session:
+        items.complete(session, completions(chunk.items[:3]))
+        items.fail(session, [Failure(chunk.items[3].fence, "x", "X.", is_transient=False)])
+
+    def find_lines(**filters: Any) -> list[int]:
+        with database.read() as session:
+            return [one.line for one in items.list_by_commit(session, job, **filters)]
+
+    assert [1, 2, 3] == find_lines(state=ItemState.COMPLETED)
+    assert [4] == find_lines(state=ItemState.FAILED)
+    assert [4] == find_lines(custom_id="item-4")
+    assert [2] == find_lines(custom_id="item-2", state=ItemState.COMPLETED)
+    assert [] == find_lines(custom_id="item-2", after_seq=2)
 
 
 def test_artifact_pages_cover_each_item_once_in_input_order(database: Database) -> None:

@@ -1,5 +1,6 @@
 """Jobs from their submission to their end, and who may see them."""
 
+import hashlib
 import threading
 import time
 from typing import Any
@@ -191,19 +192,76 @@ def test_tenant_of_a_name_is_made_once(database: Database) -> None:
     assert make_tenant(database, "same") == make_tenant(database, "same")
 
 
-def test_open_items_of_a_tenant_are_counted_from_its_jobs(database: Database) -> None:
+def test_open_work_of_a_tenant_is_measured_from_its_jobs(database: Database) -> None:
     tenant = make_tenant(database)
     make_job(database, 4, tenant=tenant)
     make_job(database, 3, tenant=tenant)
     chunk = lease(database, 2)
     with database.write() as session:
         items.complete(session, completions(chunk.items))
-        count = jobs.count_open_items(session, tenant)
+        open_work = jobs.measure_open_work(session, tenant)
 
-    assert 5 == count
+    assert jobs.OpenWork(num_items=5, num_bytes=2) == open_work
+
+
+def test_job_that_validates_counts_with_all_the_lines_of_its_file(database: Database) -> None:
+    tenant = make_tenant(database)
+    make_job(database, 1, tenant=tenant, is_started=False, num_lines=9)
+    with database.read() as session:
+        open_work = jobs.measure_open_work(session, tenant)
+
+    assert jobs.OpenWork(num_items=9, num_bytes=1) == open_work
+
+
+# The same body again, without a key
+
+
+def test_twin_is_the_newest_job_of_the_same_body_and_api_key(database: Database) -> None:
+    tenant = make_tenant(database)
+    with database.write() as session:
+        key, _ = tenants.create_key(session, tenant, name="a", pepper=PEPPER)
+    values: dict[str, Any] = {"tenant": tenant, "is_started": False}
+    make_job(database, 0, **values, api_key_id=key.id)
+    newest = make_job(database, 0, **values, api_key_id=key.id)
+    make_job(database, 0, **values)
+    make_job(database, 0, **values, api_key_id=key.id, idempotency_key="k")
+    body = hashlib.sha256(b"body").digest()
+
+    def find(api_key_id: str | None = key.id, body: bytes = body, within_s: float = 60.0) -> Any:
+        with database.write() as session:
+            jobs.lock_body(session, tenant, body)
+            twin = jobs.find_twin(
+                session, tenant, api_key_id=api_key_id, body_sha256=body, within_s=within_s
+            )
+        return None if twin is None else twin.id
+
+    assert newest == find()
+    assert find(api_key_id=None) not in (None, newest)
+    assert find(body=bytes(32)) is None
+    assert find(within_s=-60.0) is None
 
 
 # Pages
+
+
+def test_jobs_and_files_of_the_fast_lane_are_not_listed(database: Database) -> None:
+    tenant = make_tenant(database)
+    make_job(database, 0, tenant=tenant, priority=jobs.FAST_LANE, purpose=files.REQUEST_PURPOSE)
+    listed = make_job(database, 0, tenant=tenant)
+    with database.read() as session:
+        page, _ = jobs.list_page(session, tenant)
+        files_page, _ = files.list_page(session, tenant)
+
+    assert [listed] == [job.id for job in page]
+    assert ["batch"] == [file.purpose for file in files_page]
+
+
+def test_versions_of_watched_jobs_are_read_together(database: Database) -> None:
+    started, fresh = make_job(database, 2), make_job(database, 0, is_started=False)
+    with database.read() as session:
+        versions = jobs.read_versions(session, [started, fresh, JobId(new_uuid())])
+
+    assert {started: 3, fresh: 1} == versions
 
 
 def test_pages_cover_each_job_once_while_others_are_made(database: Database) -> None:

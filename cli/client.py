@@ -1,0 +1,163 @@
+"""
+Calls a server's /v1, with nothing but the standard library: what only asks must install in seconds.
+
+Errors of the wire become `ServerError`, with the server's own words; a server that does not answer
+is `UnreachableError`. Answers that wait are asked for again until something changed.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import IO, Any, Final
+from urllib.parse import quote, urlsplit
+
+DEFAULT_SERVER: Final = "http://127.0.0.1:8000"
+TIMEOUT_S: Final = 120.0
+WAIT_S: Final = 30
+PIECE_BYTES: Final = 1024 * 1024
+
+ENDED: Final = frozenset({"failed", "completed", "expired", "cancelled"})
+
+
+class UnreachableError(Exception):
+    """The server does not answer. Start it with `darkroom up`, or name another with --server."""
+
+    def __str__(self) -> str:
+        return str(self.__doc__)
+
+
+class ServerError(Exception):
+    """The server refused. The text is its own."""
+
+    def __init__(self, status: int, message: str, code: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Polled:
+    """A batch as it was found, and the version to ask after next time."""
+
+    batch: dict[str, Any]
+    etag: str
+
+    @property
+    def has_ended(self) -> bool:
+        return self.batch["status"] in ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    server: str = DEFAULT_SERVER
+    api_key: str | None = None
+
+    def upload(self, file: IO[bytes], num_bytes: int, filename: str) -> dict[str, Any]:
+        """Hand in a JSONL file of any size; it is read as it is sent."""
+        boundary = secrets.token_hex(16)
+        head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
+            f'filename="{quote(filename, safe=" ._-")}"\r\n\r\n'
+        ).encode()
+        tail = f"\r\n--{boundary}--\r\n".encode()
+
+        def pieces() -> Iterator[bytes]:
+            yield head
+            while piece := file.read(PIECE_BYTES):
+                yield piece
+            yield tail
+
+        return self._ask(
+            "POST",
+            "/v1/files",
+            body=pieces(),
+            headers={
+                "content-type": f"multipart/form-data; boundary={boundary}",
+                "content-length": str(len(head) + num_bytes + len(tail)),
+            },
+        )
+
+    def submit(self, file: str, *, key: str | None = None, **options: Any) -> dict[str, Any]:
+        body = {"input_file_id": file, "endpoint": "/v1/chat/completions", **options}
+        headers = {"content-type": "application/json"}
+        if key is not None:
+            headers["idempotency-key"] = key
+        return self._ask("POST", "/v1/batches", body=json.dumps(body).encode(), headers=headers)
+
+    def poll(self, batch: str, *, after: Polled | None = None) -> Polled:
+        """The state of a batch: now, or, after one that is known, at the next change."""
+        path = f"/v1/batches/{quote(batch, safe='')}"
+        found = None
+        while found is None:  # 304: nothing has changed, ask again
+            if after is None:
+                found = self._poll(path, {})
+            else:
+                found = self._poll(f"{path}?wait={WAIT_S}", {"if-none-match": after.etag})
+        return found
+
+    def cancel(self, batch: str) -> dict[str, Any]:
+        return self._ask("POST", f"/v1/batches/{quote(batch, safe='')}/cancel")
+
+    def read_file(self, file: str) -> Iterator[bytes]:
+        with self._open("GET", f"/v1/files/{quote(file, safe='')}/content") as answer:
+            while piece := answer.read(PIECE_BYTES):
+                yield piece
+
+    def read_results(self, batch: str) -> Iterator[bytes]:
+        """Results so far, in the order in which they came."""
+        after = "0"
+        while True:
+            path = f"/v1/batches/{quote(batch, safe='')}/results?after={after}"
+            with self._open("GET", path) as answer:
+                content, last = answer.read(), answer.headers["x-last-line"]
+            if not content:
+                return
+            yield content
+            after = last
+
+    def _poll(self, path: str, headers: Mapping[str, str]) -> Polled | None:
+        with self._open("GET", path, headers=headers) as answer:
+            if answer.status == 304:
+                return None
+            return Polled(json.load(answer), answer.headers["etag"])
+
+    def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        with self._open(method, path, **options) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
+    def _open(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | Iterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> HTTPResponse:
+        place = urlsplit(self.server)
+        kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
+        sent = dict(headers or {})
+        if self.api_key:
+            sent["authorization"] = f"Bearer {self.api_key}"
+        try:
+            connection = kind(place.hostname or "", place.port, timeout=TIMEOUT_S)
+            connection.request(method, place.path.rstrip("/") + path, body=body, headers=sent)
+            answer = connection.getresponse()
+        except (OSError, HTTPException, ValueError) as error:
+            raise UnreachableError from error
+        if answer.status >= 400:
+            raise _read_error(answer)
+        return answer
+
+
+def _read_error(answer: HTTPResponse) -> ServerError:
+    with answer:
+        content = answer.read(64 * 1024)
+    try:
+        error = json.loads(content)["error"]
+        return ServerError(answer.status, str(error["message"]), error.get("code"))
+    except (ValueError, LookupError, TypeError):
+        return ServerError(answer.status, f"The server answered {answer.status}.", None)

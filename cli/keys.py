@@ -1,0 +1,133 @@
+"""
+API keys: made, listed and revoked in the database itself, on a host that may reach it.
+
+A key is shown once. What is kept is a hash of it, under a pepper that lies in the home folder.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from storage.db import Database
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Make, list and revoke API keys, in the database of this host.",
+)
+
+Home = Annotated[
+    Path,
+    typer.Option(
+        metavar="FOLDER", envvar="DARKROOM_HOME", help="Where the pepper and the database lie."
+    ),
+]
+DatabaseUrl = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        envvar="DARKROOM_DATABASE_URL",
+        help="sqlite:///PATH or postgresql://…",
+        show_default="a file in the home folder",
+    ),
+]
+Tenant = Annotated[
+    str, typer.Option(metavar="NAME", envvar="DARKROOM_TENANT", help="Whose key it is.")
+]
+DEFAULT_HOME = Path("~/.darkroom")
+DEFAULT_TENANT = "default"
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="What it is for; shown in the list.")],
+    tenant: Tenant = DEFAULT_TENANT,
+    days: Annotated[
+        float | None,
+        typer.Option(min=0.01, envvar="DARKROOM_DAYS", help="After how many days it ends."),
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    database_url: DatabaseUrl = "",
+) -> None:
+    """Make a key and write it to stdout. It cannot be had a second time."""
+    from storage import pepper, tenants
+
+    secret = pepper.load(home.expanduser())
+    with open_database(home, database_url) as database, database.write() as session:
+        owner = tenants.get_or_create(session, tenant)
+        lifetime_s = None if days is None else days * 86400
+        _, key = tenants.create_key(
+            session, owner.id, name=name, pepper=secret, lifetime_s=lifetime_s
+        )
+    typer.echo(key)
+    typer.echo("Keep it: it is not shown again.", err=True)
+
+
+@app.command("list")
+def list_(
+    tenant: Tenant = DEFAULT_TENANT, home: Home = DEFAULT_HOME, database_url: DatabaseUrl = ""
+) -> None:
+    """List a tenant's keys by their public part: id, name, since when, and whether it is good."""
+    from storage import tenants
+
+    with open_database(home, database_url) as database, database.read() as session:
+        owner = tenants.find(session, tenant)
+        rows = [] if owner is None else tenants.list_keys(session, owner.id)
+    for row in rows:
+        made = datetime.fromtimestamp(row.created_at, UTC).isoformat(timespec="seconds")
+        state = "revoked" if row.revoked_at is not None else "in use"
+        if row.expires_at is not None and state == "in use":
+            end = datetime.fromtimestamp(row.expires_at, UTC).isoformat(timespec="seconds")
+            state = f"until {end}"
+        typer.echo(f"{row.id}\t{row.name}\t{made}\t{state}")
+
+
+@app.command()
+def revoke(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The key, or its id from the list.")],
+    tenant: Tenant = DEFAULT_TENANT,
+    home: Home = DEFAULT_HOME,
+    database_url: DatabaseUrl = "",
+) -> None:
+    """End a key at once."""
+    from storage import tenants
+    from storage.errors import NotFoundError
+
+    key_id = key.split("_")[1] if key.startswith("dk_") else key
+    is_revoked = False
+    with open_database(home, database_url) as database, database.write() as session:
+        owner = tenants.find(session, tenant)
+        if owner is not None:
+            with suppress(NotFoundError):
+                tenants.revoke_key(session, owner.id, key_id)
+                is_revoked = True
+    if not is_revoked:
+        typer.echo("There is no such key in use.", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{key_id} is revoked.", err=True)
+
+
+@contextmanager
+def open_database(home: Path, url: str) -> Iterator["Database"]:
+    """The service's database, brought up to date."""
+    from migrations.upgrade import upgrade
+    from storage.db import Database
+    from storage.errors import StorageError
+
+    if not url:
+        folder = home.expanduser().absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{folder / 'darkroom.sqlite3'}"
+    try:
+        database = Database(url)
+        upgrade(database)
+        yield database
+        database.close()
+    except StorageError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(3) from error

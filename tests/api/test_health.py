@@ -1,0 +1,155 @@
+"""Alive, ready, measured; and what starting the API costs."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+
+from api.app import create_app
+from api.config import ApiConfig
+from storage.blobs import FolderBlobs
+from storage.db import Database
+from storage.ids import JobId
+from tests.api.conftest import Client, Service
+from tests.api.inputs import ENDPOINT, build_line, submit
+
+ROOT = Path(__file__).parents[2]
+
+
+def ask(app: FastAPI, method: str, path: str, **options: object) -> httpx2.Response:
+    async def send() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.request(method, path, **options)  # type: ignore[arg-type]
+
+    return asyncio.run(send())
+
+
+def be_silent() -> None:
+    raise ConnectionError("redis://user:secret@10.0.0.7")
+
+
+@pytest.fixture
+def database(sqlite_template: bytes, tmp_path: Path) -> Database:
+    (tmp_path / "db").write_bytes(sqlite_template)
+    return Database(f"sqlite:///{tmp_path / 'db'}")
+
+
+def test_live_and_ready_server_says_so(service: Service) -> None:
+    alive = httpx2.get(f"{service.url}/healthz", trust_env=False)
+    ready = httpx2.get(f"{service.url}/readyz", trust_env=False)
+
+    assert {"status": "alive"} == alive.json()
+    assert {"database": "ok", "blobs": "ok"} == ready.json()["checks"]
+
+
+def test_server_whose_broker_is_silent_is_alive_but_not_ready(
+    database: Database, tmp_path: Path
+) -> None:
+    app = create_app(
+        ApiConfig(pepper=b"", is_open=True),
+        database,
+        FolderBlobs(tmp_path),
+        pings={"broker": be_silent},
+    )
+
+    ready = ask(app, "GET", "/readyz")
+
+    assert 503 == ready.status_code
+    assert "No answer from: broker." == ready.json()["error"]["message"]
+    assert ready.headers["retry-after"]
+    assert 200 == ask(app, "GET", "/healthz").status_code
+
+
+def test_database_that_is_away_is_a_503_that_is_tried_again(tmp_path: Path) -> None:
+    app = create_app(
+        ApiConfig(pepper=b"x" * 16),
+        Database("postgresql://nobody@127.0.0.1:1/none"),
+        FolderBlobs(tmp_path),
+    )
+    key = f"dk_{'0' * 16}_{'0' * 64}"
+
+    answer = ask(app, "GET", "/v1/batches", headers={"authorization": f"Bearer {key}"})
+
+    assert (503, "server_error") == (answer.status_code, answer.json()["error"]["type"])
+    assert "1" == answer.headers["retry-after"]
+    assert "127.0.0.1" not in answer.text
+
+
+def test_job_is_kept_when_nobody_can_be_told(database: Database, tmp_path: Path) -> None:
+    told: list[JobId] = []
+
+    def fail(job: JobId) -> None:
+        told.append(job)
+        be_silent()
+
+    app = create_app(
+        ApiConfig(pepper=b"", is_open=True),
+        database,
+        FolderBlobs(tmp_path),
+        notify_created=fail,
+        notify_cancelled=fail,
+    )
+    body = {"requests": [build_line(1)], "endpoint": ENDPOINT, "completion_window": "24h"}
+
+    made = ask(app, "POST", "/v1/batches", json=body)
+    cancelled = ask(app, "POST", f"/v1/batches/{made.json()['id']}/cancel")
+
+    assert (200, 200) == (made.status_code, cancelled.status_code)
+    assert 2 == len(told)
+
+
+def test_our_own_bug_is_an_envelope_with_an_id(database: Database, tmp_path: Path) -> None:
+    app = create_app(ApiConfig(pepper=b"", is_open=True), database, FolderBlobs(tmp_path))
+
+    @app.get("/bug")
+    def divide() -> float:
+        return 1 / 0
+
+    answer = ask(app, "GET", "/bug")
+
+    assert (500, "server_error") == (answer.status_code, answer.json()["error"]["type"])
+    assert "false" == answer.headers["x-should-retry"]
+    assert answer.headers["x-request-id"]
+    assert "ZeroDivision" not in answer.text
+
+
+def test_metrics_count_requests_by_route_and_open_work(service: Service, client: Client) -> None:
+    submit(client, build_line(1))
+    client.http.get("/v1/batches/batch_x")
+
+    text = httpx2.get(f"{service.url}/metrics", trust_env=False).text
+
+    assert (
+        'darkroom_http_requests_total{method="GET",route="/v1/batches/{batch_id}",status="404"}'
+        in text
+    )
+    assert 'darkroom_open_jobs{state="validating"}' in text
+    assert "batch_x" not in text
+
+
+def test_metrics_are_not_for_those_behind_a_proxy(service: Service) -> None:
+    answer = httpx2.get(
+        f"{service.url}/metrics", headers={"x-forwarded-for": "10.0.0.7"}, trust_env=False
+    )
+
+    assert 403 == answer.status_code
+
+
+def test_importing_the_api_loads_neither_torch_nor_boto() -> None:
+    names = {"torch", "transformers", "boto3", "celery"}
+    program = f"import sys, api.app, api.server; print(*sorted({names}.intersection(sys.modules)))"
+
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (0, "", "") == (run.returncode, run.stdout.strip(), run.stderr)

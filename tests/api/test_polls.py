@@ -1,0 +1,109 @@
+"""Cheap polling: ETags, 304, and answers that wait for a change."""
+
+import threading
+import time
+
+import pytest
+
+from api import polls
+from tests.api.conftest import Client, Service
+from tests.api.inputs import build_line, job_of, submit
+
+
+def test_known_version_is_not_sent_again(service: Service, client: Client) -> None:
+    batch = submit(client, build_line(1))
+    first = client.http.get(f"/v1/batches/{batch.id}")
+    known = {"if-none-match": first.headers["etag"]}
+
+    unchanged = client.http.get(f"/v1/batches/{batch.id}", headers=known)
+    service.worker.expand(job_of(batch))
+    changed = client.http.get(f"/v1/batches/{batch.id}", headers=known)
+
+    assert (304, b"", first.headers["etag"]) == (
+        unchanged.status_code,
+        unchanged.content,
+        unchanged.headers["etag"],
+    )
+    assert unchanged.headers["x-request-id"]
+    assert (200, "in_progress") == (changed.status_code, changed.json()["status"])
+    assert changed.headers["etag"] != first.headers["etag"]
+
+
+@pytest.mark.parametrize("has_tag", [True, False])
+def test_waiting_answer_comes_with_the_next_change(
+    service: Service, client: Client, has_tag: bool
+) -> None:
+    batch = submit(client, build_line(1))
+    tag = client.http.get(f"/v1/batches/{batch.id}").headers["etag"]
+    headers = {"if-none-match": tag} if has_tag else {}
+    timer = threading.Timer(0.5, service.worker.expand, [job_of(batch)])
+    timer.start()
+    started = time.monotonic()
+
+    answer = client.http.get(f"/v1/batches/{batch.id}?wait=30", headers=headers)
+
+    timer.join()
+    assert 0.4 < time.monotonic() - started < 10
+    assert (200, "in_progress") == (answer.status_code, answer.json()["status"])
+
+
+def test_wait_without_a_change_ends_in_what_the_client_can_take(client: Client) -> None:
+    batch = submit(client, build_line(1))
+    tag = client.http.get(f"/v1/batches/{batch.id}").headers["etag"]
+
+    plain = client.http.get(f"/v1/batches/{batch.id}?wait=1")
+    tagged = client.http.get(f"/v1/batches/{batch.id}?wait=1", headers={"if-none-match": tag})
+
+    assert (200, 304) == (plain.status_code, tagged.status_code)
+    assert "validating" == plain.json()["status"]
+
+
+def test_version_that_is_old_already_is_answered_at_once(service: Service, client: Client) -> None:
+    batch = submit(client, build_line(1))
+    tag = client.http.get(f"/v1/batches/{batch.id}").headers["etag"]
+    service.worker.expand(job_of(batch))
+    started = time.monotonic()
+
+    answer = client.http.get(f"/v1/batches/{batch.id}?wait=30", headers={"if-none-match": tag})
+
+    assert 200 == answer.status_code
+    assert time.monotonic() - started < 5
+
+
+def test_nobody_waits_for_a_batch_that_has_ended(service: Service, client: Client) -> None:
+    batch = submit(client, build_line(1))
+    service.worker.complete(job_of(batch))
+    started = time.monotonic()
+
+    answer = client.http.get(f"/v1/batches/{batch.id}?wait=30")
+
+    assert "completed" == answer.json()["status"]
+    assert time.monotonic() - started < 5
+
+
+def test_answer_comes_well_before_the_client_gives_up(client: Client) -> None:
+    batch = submit(client, build_line(1))
+    started = time.monotonic()
+
+    client.http.get(f"/v1/batches/{batch.id}?wait=60", headers={"x-stainless-read-timeout": "1"})
+
+    assert time.monotonic() - started < 1 + (1 - polls.PATIENCE) + 5
+
+
+def test_many_wait_at_once(service: Service, client: Client) -> None:
+    batch = submit(client, build_line(1))
+    states: list[str] = []
+
+    def wait() -> None:
+        answer = client.http.get(f"/v1/batches/{batch.id}?wait=20")
+        states.append(answer.json()["status"])
+
+    threads = [threading.Thread(target=wait) for _ in range(60)]  # more than the server's threads
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    service.worker.expand(job_of(batch))
+    for thread in threads:
+        thread.join(timeout=20)
+
+    assert ["in_progress"] * 60 == states
