@@ -595,6 +595,7 @@ class Ended:
     num_prompt_tokens: int | None
     num_completion_tokens: int | None
     details: Mapping[str, Any] | None
+    ended_at: float
 
 
 def list_by_line(
@@ -656,6 +657,7 @@ _ENDED: Final = (
     Result.num_prompt_tokens,
     Result.num_completion_tokens,
     Result.details,
+    Item.ended_at,
 )
 
 
