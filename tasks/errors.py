@@ -63,6 +63,24 @@ class BadSubmissionError(TaskError, ValueError):
     fault: ClassVar[Fault] = Fault.CLIENT
 
 
+class BadLineError(TaskError, ValueError):
+    """
+    A line of a manifest cannot be run as it is.
+
+    Args:
+        code: a stable word, as the client finds it in the job's errors.
+        param: the field to blame.
+    """
+
+    fault: ClassVar[Fault] = Fault.CLIENT
+
+    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.line_code = code
+        self.param = param
+        self.custom_id: str | None = None
+
+
 # What ends a worker
 
 
