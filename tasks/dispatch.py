@@ -38,13 +38,18 @@ class Dispatcher:
             "connect_retries_timeout": config.send_timeout_s,
         }
 
-    def send_expand(self, job: JobId) -> bool:
-        """A job was made: turn its lines into items. Returns whether the broker took it."""
-        return self._send(TaskName.EXPAND, CPU_QUEUE, {"job": job.hex})
+    def send_expand(self, job: JobId, *, force: bool = False) -> bool:
+        """
+        A job was made: turn its lines into items. Returns whether the broker took it.
 
-    def send_finish(self, job: JobId) -> bool:
-        """A job's last item has ended: write its artifacts."""
-        return self._send(TaskName.FINISH, CPU_QUEUE, {"job": job.hex})
+        Args:
+            force: do not wait for another process that is at it: it may be frozen.
+        """
+        return self._send(TaskName.EXPAND, CPU_QUEUE, {"job": job.hex, "force": force})
+
+    def send_finish(self, job: JobId, *, force: bool = False) -> bool:
+        """A job's last item has ended: write its artifacts. Arguments as in `send_expand`."""
+        return self._send(TaskName.FINISH, CPU_QUEUE, {"job": job.hex, "force": force})
 
     def send_sweep(self) -> bool:
         """Something may be stuck: look now instead of at the next beat."""

@@ -55,9 +55,14 @@ class JobOptions:
         )
 
 
-def expand(stores: Stores, dispatcher: Dispatcher, config: Config, job_id: JobId) -> None:
+def expand(
+    stores: Stores, dispatcher: Dispatcher, config: Config, job_id: JobId, *, force: bool = False
+) -> None:
     """
     Expand a job that is validating; any other is left as it is.
+
+    Args:
+        force: also where another process seems to be at it.
 
     Raises:
         StorageError: it can be done again, and the sweeper sees to it.
@@ -67,7 +72,7 @@ def expand(stores: Stores, dispatcher: Dispatcher, config: Config, job_id: JobId
     if job is None or job.state is not JobState.VALIDATING:
         return
     with locks.hold(stores.database, f"expand {job_id}") as is_ours:
-        if not is_ours:
+        if not (is_ours or force):
             return
         try:
             _expand(stores, dispatcher, config, job)
