@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import psycopg
-from sqlalchemy import Double, Engine, create_engine, event, text
+from sqlalchemy import Connection, Double, Engine, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
@@ -117,6 +117,12 @@ class Database:
                 session.flush()
             with _translated(is_commit=True):
                 session.commit()
+
+    @contextmanager
+    def autocommit(self) -> Iterator[Connection]:
+        """A connection without transactions: it may stay open long, and locks nothing by that."""
+        with _translated(), self._engine.connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     def ping(self) -> None:
         """Raise `DatabaseUnavailableError` unless the database answers."""

@@ -187,6 +187,13 @@ def find(session: Session, job: JobId) -> Job | None:
     return session.scalars(_fresh().where(Job.id == job)).one_or_none()
 
 
+def find_by_key(session: Session, tenant: TenantId, idempotency_key: str) -> Job | None:
+    """The job that a tenant made under this key: asked before anything is stored for a new one."""
+    return session.scalars(
+        _fresh().where(Job.tenant_id == tenant, Job.idempotency_key == idempotency_key)
+    ).one_or_none()
+
+
 def _fresh() -> Select[Job]:
     return select(Job).execution_options(populate_existing=True)
 

@@ -536,3 +536,20 @@ def test_block_that_raises_changes_nothing(database: Database) -> None:
     database.ping()
 
     assert first > 1.7e9
+
+
+def test_job_is_found_by_its_idempotency_key_and_by_its_own_tenant_only(
+    database: Database,
+) -> None:
+    tenant, other = make_tenant(database), make_tenant(database, "other")
+    new = new_job(database, tenant, idempotency_key="key")
+    with database.write() as session:
+        job, _ = jobs.create(session, new)
+
+    with database.read() as session:
+        found = jobs.find_by_key(session, tenant, "key")
+        foreign = jobs.find_by_key(session, other, "key")
+
+    assert found is not None
+    assert job.id == found.id
+    assert foreign is None

@@ -1,0 +1,1 @@
+"""Celery: when things run, what is tried again, and the worker process."""

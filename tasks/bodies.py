@@ -1,0 +1,441 @@
+"""
+What stands in one line of a manifest: checked when a job is expanded, read again when it runs.
+
+Both go through the same functions, so that what was accepted can be run. Pictures are counted and
+their addresses looked at; no byte of them is fetched or decoded here. Nothing that would change the
+answer is ever ignored: a field that is not known is refused by its name.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+from uuid import UUID
+
+from engine.errors import BadSamplingParams, TooManyImages, TooManyVideos
+from engine.request import SamplingParams
+from storage.ids import FileId
+from tasks.config import MediaLimits
+from tasks.errors import BadLineError
+
+METHOD: Final = "POST"
+CHAT_ENDPOINT: Final = "/v1/chat/completions"
+MAX_CUSTOM_ID_CHARS: Final = 256
+MAX_DEPTH: Final = 32
+MAX_INTEGER: Final = 2**64
+
+_LINE_KEYS: Final = frozenset({"custom_id", "method", "url", "body"})
+_ROLES: Final = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+_FILE_ID: Final = re.compile(r"file-([0-9a-f]{32})")
+
+_SAMPLING: Final = frozenset(
+    {
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "max_tokens",
+        "min_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "repetition_detection",
+        "stop_token_ids",
+        "allowed_token_ids",
+        "logit_bias",
+        "ignore_eos",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+    }
+)
+# Said for the server's or the client's own sake: the answer is the same without them.
+_UNHEARD: Final = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "stream_options",
+        "safety_identifier",
+        "prompt_cache_key",
+    }
+)
+# Accepted only where they ask for nothing.
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "stream": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "add_generation_prompt": (True,),
+}
+_OWN: Final = frozenset({"model", "messages", "max_completion_tokens", "image_policy"})
+
+_PART_KEYS: Final[Mapping[str, frozenset[str]]] = {
+    "text": frozenset({"text"}),
+    "image_url": frozenset({"image_url", "uuid", "min_pixels", "max_pixels"}),
+    "image_file": frozenset({"image_file", "uuid", "min_pixels", "max_pixels"}),
+    "video_url": frozenset({"video_url", "uuid", "min_pixels", "max_pixels", "num_frames", "fps"}),
+}
+IMAGE_PARTS: Final = frozenset({"image_url", "image_file"})
+
+
+class ImagePolicy(StrEnum):
+    """What to do with a prompt that holds more images than the model takes."""
+
+    REJECT = "reject"
+    TRUNCATE = "truncate"
+    SAMPLE = "sample"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """
+    One item's request, checked.
+
+    Args:
+        messages: as given; roles and parts are known ones.
+        sampling: the sampling parameters that were given, by `SamplingParams`' names.
+        num_images: that will be used, after the policy.
+    """
+
+    model: str
+    messages: Sequence[Mapping[str, Any]]
+    sampling: Mapping[str, Any]
+    image_policy: ImagePolicy
+    num_images: int
+    num_videos: int
+
+
+# JSON
+
+
+def parse_json(content: bytes) -> Any:
+    """
+    Read one JSON text, strictly.
+
+    Raises:
+        BadLineError: not UTF-8, no JSON, a key twice, NaN or Infinity, numbers that lose digits.
+    """
+    try:
+        return _DECODER.decode(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadLineError("invalid_json_line", "This line is not UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise BadLineError(
+            "invalid_json_line",
+            f"This line is not parseable as valid JSON: {error.msg} (column {error.colno}).",
+        ) from error
+    except RecursionError as error:
+        raise BadLineError("invalid_json_line", _TOO_DEEP) from error
+
+
+_TOO_DEEP: Final = f"This line is nested more than {MAX_DEPTH} levels deep."
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    built = dict(pairs)
+    if len(built) != len(pairs):
+        raise BadLineError("invalid_json_line", "This line has an object with one key twice.")
+    return built
+
+
+def _parse_integer(digits: str) -> int:
+    if len(digits) > 20 or abs(number := int(digits)) > MAX_INTEGER:
+        raise BadLineError("invalid_json_line", "This line holds a number that is too large.")
+    return number
+
+
+def _refuse_constant(name: str) -> Any:
+    raise BadLineError("invalid_json_line", f"This line holds {name}, which is not JSON.")
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_build_object, parse_int=_parse_integer, parse_constant=_refuse_constant
+)
+
+
+def _check_depth(value: Any, depth: int = 1) -> None:
+    if depth > MAX_DEPTH:
+        raise BadLineError("invalid_json_line", _TOO_DEEP)
+    if isinstance(value, dict):
+        for inner in value.values():
+            if isinstance(inner, dict | list):
+                _check_depth(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            if isinstance(inner, dict | list):
+                _check_depth(inner, depth + 1)
+
+
+# The line
+
+
+def read_line(content: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:
+    """
+    Read a line as far as it is not about the model.
+
+    Returns:
+        Its `custom_id` and its body.
+
+    Raises:
+        BadLineError: with the line's `custom_id` where it has a usable one.
+    """
+    if not content.strip():
+        raise BadLineError("blank_line", "This line is blank. Leave it out.")
+    line = parse_json(content)
+    if not isinstance(line, dict):
+        raise BadLineError("invalid_json_line", "This line is not a JSON object.")
+    custom_id = line.get("custom_id")
+    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
+        raise BadLineError(
+            "invalid_custom_id",
+            f"custom_id must be a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.",
+            param="custom_id",
+        )
+    if "\0" in custom_id or not _is_encodable(custom_id):
+        raise BadLineError(
+            "invalid_custom_id",
+            "custom_id holds a character that no text may hold.",
+            param="custom_id",
+        )
+    try:
+        return custom_id, _read_envelope(line, endpoint)
+    except BadLineError as error:
+        error.custom_id = custom_id
+        raise
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _read_envelope(line: Mapping[str, Any], endpoint: str) -> dict[str, Any]:
+    _check_depth(line)
+    if line.get("method") != METHOD:
+        raise BadLineError("invalid_method", f"method must be {METHOD}.", param="method")
+    if line.get("url") != endpoint:
+        raise BadLineError(
+            "invalid_url", f"url must be {endpoint}, the endpoint of the batch.", param="url"
+        )
+    unknown = sorted(line.keys() - _LINE_KEYS)
+    if unknown:
+        raise BadLineError(
+            "unknown_field",
+            f"{_quote(unknown[0])} is no field of a line. Its fields are custom_id, method, url "
+            "and body.",
+            param=unknown[0][:64],
+        )
+    body = line.get("body")
+    if not isinstance(body, dict):
+        raise BadLineError("invalid_body", "body must be an object.", param="body")
+    return body
+
+
+# The body
+
+
+def check_body(
+    body: Mapping[str, Any],
+    *,
+    model: str,
+    limits: MediaLimits,
+    image_policy: ImagePolicy = ImagePolicy.REJECT,
+) -> Body:
+    """
+    Check a chat completion's body.
+
+    Args:
+        model: of the job; a line may name no other.
+        image_policy: the job's; a line's own goes before it.
+
+    Raises:
+        BadLineError: what is wrong first.
+    """
+    if body.get("model") != model:
+        raise BadLineError(
+            "mismatched_model",
+            f"model must be {_quote(model)}, as in the rest of the file.",
+            param="model",
+        )
+    policy = _read_policy(body.get("image_policy"), image_policy)
+    sampling = _read_sampling(body)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadLineError(
+            "invalid_messages", "messages must be a list of at least one.", param="messages"
+        )
+    num_images = num_videos = 0
+    for index, message in enumerate(messages):
+        for part in _check_message(message, f"messages[{index}]"):
+            num_images += part["type"] in IMAGE_PARTS
+            num_videos += part["type"] == "video_url"
+    if num_images > limits.image and policy is ImagePolicy.REJECT:
+        raise BadLineError(
+            TooManyImages.code,
+            str(TooManyImages(limit=limits.image, given=num_images)),
+            param="messages",
+        )
+    if num_videos > limits.video:
+        raise BadLineError(
+            TooManyVideos.code,
+            str(TooManyVideos(limit=limits.video, given=num_videos)),
+            param="messages",
+        )
+    return Body(model, messages, sampling, policy, min(num_images, limits.image), num_videos)
+
+
+def _read_policy(given: object, default: ImagePolicy) -> ImagePolicy:
+    if given is None:
+        return default
+    if given not in list(ImagePolicy):
+        raise BadLineError(
+            "invalid_image_policy",
+            f"image_policy must be one of {', '.join(ImagePolicy)}.",
+            param="image_policy",
+        )
+    return ImagePolicy(str(given))
+
+
+def _read_sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    sampling: dict[str, Any] = {}
+    for name, value in body.items():
+        if value is None or name in _OWN or name in _UNHEARD:
+            continue
+        if name in _SAMPLING:
+            sampling[name] = value
+        elif name not in _NEUTRAL:
+            raise BadLineError(
+                "unsupported_parameter",
+                f"{_quote(name)} is not supported. Leave it out.",
+                param=name[:64],
+            )
+        elif value not in _NEUTRAL[name]:
+            raise BadLineError(
+                "unsupported_parameter",
+                f"This value of {name} is not supported in a batch. Leave it out.",
+                param=name,
+            )
+    if body.get("max_completion_tokens") is not None:
+        sampling["max_tokens"] = body["max_completion_tokens"]
+    try:
+        SamplingParams(**{**_NO_LIMIT, **sampling})
+    except BadSamplingParams as error:
+        raise BadLineError("bad_sampling_params", str(error), param=error.param) from error
+    return sampling
+
+
+_NO_LIMIT: Final[Mapping[str, Any]] = {"max_tokens": None}
+
+
+def _check_message(message: object, where: str) -> Iterator[Mapping[str, Any]]:
+    """Check one message; yield its parts that are not text."""
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise _bad_messages(where, f"must be an object with a role: {', '.join(_ROLES)}")
+    unknown = sorted(message.keys() - {"role", "content", "name"})
+    if unknown:
+        raise _bad_messages(where, f"has the field {_quote(unknown[0])}, which is not supported")
+    content = message.get("content")
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list) or not content:
+        raise _bad_messages(where, "must have a content: a text, or a list of parts")
+    for index, part in enumerate(content):
+        place = f"{where}.content[{index}]"
+        _check_part(part, place)
+        if part["type"] != "text":
+            yield part
+
+
+def _check_part(part: object, where: str) -> None:
+    if not isinstance(part, dict):
+        raise _bad_messages(where, 'must be an object such as {"type": "text", "text": "…"}')
+    kind = part.get("type")
+    if kind in ("input_image", "input_text", "input_file"):
+        raise _bad_messages(
+            where,
+            f'is {_quote(kind)}, a form of /v1/responses. In {CHAT_ENDPOINT} an image is {{"type": '
+            '"image_url", "image_url": {"url": "…"}}, and {"type": "input_image", "image_url": '
+            '"…"} belongs to the other',
+        )
+    if not isinstance(kind, str) or kind not in _PART_KEYS:
+        raise _bad_messages(where, f"must have a type: {', '.join(_PART_KEYS)}")
+    unknown = sorted(part.keys() - _PART_KEYS[kind] - {"type"})
+    if unknown:
+        raise _bad_messages(where, f"has the field {_quote(unknown[0])}, which is not supported")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise _bad_messages(where, "must have a text")
+        return
+    read_source(part, where)
+
+
+def read_source(part: Mapping[str, Any], where: str = "messages") -> str:
+    """
+    Where an image or video comes from: a data URL, an http URL, or `file-…`.
+
+    Raises:
+        BadLineError: none of these.
+    """
+    kind = str(part["type"])
+    given = part.get(kind)
+    if isinstance(given, str) and kind != "image_file":
+        given = {"url": given}
+    name = "file_id" if kind == "image_file" else "url"
+    source = given.get(name) if isinstance(given, dict) else None
+    if not isinstance(source, str) or not source:
+        raise _bad_messages(where, f"must have {kind}.{name}")
+    assert isinstance(given, dict)
+    unknown = sorted(given.keys() - {name, "detail"})
+    if unknown:
+        raise _bad_messages(where, f"has {kind}.{_quote(unknown[0])}, which is not supported")
+    if _FILE_ID.fullmatch(source):
+        return source
+    if name == "file_id" or not source[:8].lower().startswith(("data:", "http://", "https://")):
+        raise BadLineError(
+            "invalid_media_url",
+            f"{where}: give a data: URL, an http or https URL, or the id of an uploaded file.",
+            param="messages",
+        )
+    return source
+
+
+def parse_file_id(source: str) -> FileId | None:
+    """The file that `file-…` names; None for anything else."""
+    found = _FILE_ID.fullmatch(source)
+    return None if found is None else FileId(UUID(found[1]))
+
+
+def choose_images(num_images: int, limit: int, policy: ImagePolicy) -> frozenset[int]:
+    """Which images of a prompt are used, by index: the first ones, or evenly spaced ones."""
+    if num_images <= limit or policy is ImagePolicy.REJECT:
+        return frozenset(range(num_images))
+    if policy is ImagePolicy.TRUNCATE or limit <= 1:
+        return frozenset(range(limit))
+    return frozenset(round(index * (num_images - 1) / (limit - 1)) for index in range(limit))
+
+
+def _bad_messages(where: str, problem: str) -> BadLineError:
+    return BadLineError("invalid_messages", f"{where} {problem}.", param="messages")
+
+
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= 64 else text[:61] + "...")

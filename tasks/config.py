@@ -1,0 +1,174 @@
+"""
+What an operator decides: the variables DARKROOM_*, read once at the edge of a process, then frozen.
+
+`load_config` is called once by whatever starts a process, and its value is passed in from there on.
+A value that makes no sense stops the start and names its variable.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+from tasks.errors import BadSettingError
+
+PREFIX: Final = "DARKROOM_"
+DEFAULT_TENANT: Final = "default"
+"""Whose work it is where nobody says: an open server on loopback, a producer that names no tenant."""
+
+MEBIBYTE: Final = 1024 * 1024
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class MediaLimits(BaseModel):
+    """How many pictures and videos one prompt may hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: int = Field(default=1, ge=0)
+    video: int = Field(default=1, ge=0)
+
+
+class Config(BaseSettings):
+    """
+    The settings, by the names of their variables without the prefix.
+
+    Args:
+        home: where the embedded database, blobs and broker lie.
+        database_url: sqlite:///PATH or postgresql://…; by default a file under `home`.
+        blobs: a folder, or s3://bucket/prefix; by default a folder under `home`.
+        redis_url: of a broker that is there; by default we start one of our own.
+        models: limits of the models that are served, by name, as JSON.
+        limit_mm_per_prompt: limits of every other model, as `image=4,video=1`.
+        chunk_items: how many items one permit leases.
+        chunks_in_flight: permits that a worker works on at a time; their items together should be
+            twice what the engine runs at once, so that one's slow tail never leaves it idle.
+        commit_items, commit_s: results are committed in groups of so many, or after so long.
+        lease_s, heartbeat_s: how long a claim lasts, and how often it is renewed.
+        drain_s: how long a worker that is told to stop goes on with what it has begun.
+        sweep_s: how often the sweeper looks.
+        send_timeout_s: how long a send to the broker may take before the sweeper has to do it.
+        visibility_timeout_s: after which Redis hands out again what a cpu worker took and never
+            acknowledged; three times the longest expansion.
+        ingest_idle_s: after which an entry of the stream is taken from a consumer that is silent.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    home: Path = Path("~/.darkroom")
+    database_url: str = ""
+    blobs: str = ""
+    s3_endpoint_url: str | None = None
+    s3_region: str | None = None
+    s3_checksums: bool = True
+    redis_url: str | None = None
+
+    models: dict[str, MediaLimits] = Field(default_factory=dict)
+    limit_mm_per_prompt: Annotated[MediaLimits, NoDecode] = MediaLimits()
+    max_lines: Count = 50_000
+    max_line_bytes: Count = 64 * MEBIBYTE
+
+    chunk_items: Count = 64
+    chunks_in_flight: Count = 3
+    commit_items: Count = 64
+    commit_s: Seconds = 0.2
+    lease_s: Seconds = 60.0
+    heartbeat_s: Seconds = 15.0
+    max_attempts: Count = 3
+    drain_s: Seconds = 30.0
+    sweep_s: Seconds = 3.0
+    send_timeout_s: Seconds = 0.2
+    visibility_timeout_s: int = Field(default=3600, ge=60)
+    ingest_idle_s: Seconds = 60.0
+
+    @field_validator("home")
+    @classmethod
+    def _expand_home(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @field_validator("limit_mm_per_prompt", mode="before")
+    @classmethod
+    def _parse_limits(cls, given: object) -> object:
+        return parse_limits(given) if isinstance(given, str) else given
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: str | None) -> str | None:
+        if url and urlsplit(url).scheme not in ("redis", "rediss", "redis+socket"):
+            raise ValueError("give redis://HOST:PORT/0, rediss://… or redis+socket:///PATH")
+        return url or None
+
+    @field_validator("blobs")
+    @classmethod
+    def _check_blobs(cls, place: str) -> str:
+        if "://" in place and not re.fullmatch(r"s3://[^/]+(/.*)?", place):
+            raise ValueError("give a folder, or s3://BUCKET/PREFIX")
+        return place
+
+    @model_validator(mode="after")
+    def _check_heartbeat(self) -> Self:
+        if self.heartbeat_s > self.lease_s / 2:
+            raise ValueError(
+                f"{PREFIX}HEARTBEAT_S must be at most half of {PREFIX}LEASE_S: a beat that is "
+                "late must not cost the lease"
+            )
+        return self
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'darkroom.sqlite3'}"
+
+    @property
+    def blob_place(self) -> str:
+        return self.blobs or str(self.home / "blobs")
+
+    def limits_of(self, model: str) -> MediaLimits:
+        return self.models.get(model, self.limit_mm_per_prompt)
+
+
+def load_config(**values: Any) -> Config:
+    """
+    Read the environment.
+
+    Args:
+        values: go before the environment: what was given on a command line.
+
+    Raises:
+        BadSettingError: a value makes no sense; the text names its variable.
+    """
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise BadSettingError("; ".join(map(_describe, error.errors()))) from error
+    except SettingsError as error:  # JSON that cannot be parsed; pydantic names the field only
+        found = re.search(r'field "(\w+)"', str(error))
+        name = PREFIX + found[1].upper() if found else "a variable"
+        raise BadSettingError(f"{name} is not readable: give JSON.") from error
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    # The value itself is left out: a URL may hold a password.
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    place = [str(part) for part in problem["loc"]]
+    if not place:
+        return f"{text}."
+    inside = f" ({'.'.join(place[1:])})" if place[1:] else ""
+    return f"{PREFIX}{place[0].upper()}{inside}: {text}."
+
+
+def parse_limits(text: str) -> dict[str, int]:
+    """Read `image=4,video=1`, the form of `--limit-mm-per-prompt`. Raises ValueError."""
+    limits = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        found = re.fullmatch(r"(image|video)\s*=\s*([0-9]{1,6})", pair)
+        if found is None:
+            raise ValueError("give image=N, video=N, or both with a comma between")
+        limits[found[1]] = int(found[2])
+    return limits

@@ -1,0 +1,137 @@
+"""
+The port to an engine, and the adapter that fills it with our own `LLM`.
+
+The worker knows prompts and results, and neither torch nor a model: an instant engine in tests, and
+another server's engine one day, go behind the same few names.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from engine.errors import EngineFailure
+from engine.request import Result, SamplingParams
+from tasks.config import MediaLimits
+from tasks.errors import DeviceLostError
+
+if TYPE_CHECKING:
+    from engine import LLM
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """
+    One request on its way to the engine.
+
+    Args:
+        name: comes back as the result's `request_id`.
+        messages: in the form of `LLM.chat`; media as data URLs, bytes, or callables that give bytes.
+    """
+
+    name: str
+    messages: Sequence[Mapping[str, Any]]
+    params: SamplingParams
+
+
+class EnginePort(Protocol):
+    """Several threads may stream at once; their prompts share the device's steps."""
+
+    @property
+    def limits(self) -> MediaLimits:
+        """Images and videos that one prompt may hold."""
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """The model's own parameters, where a request gives none."""
+
+    def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
+        """
+        Yield one result for each prompt, the moment it is ready, in no order.
+
+        Closing the iterator drops what is in flight.
+
+        Raises:
+            DeviceLostError: nothing more will come from this process.
+        """
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a worker's engine is started with, as `LLM`'s own arguments are called."""
+
+    model: str
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    max_model_len: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+_FAILURE: Final = EngineFailure.code
+
+
+class LLMEngine:
+    """Our own engine behind the port."""
+
+    def __init__(self, llm: "LLM", limits: MediaLimits) -> None:
+        self._llm = llm
+        self._limits = limits
+
+    @property
+    def limits(self) -> MediaLimits:
+        return self._limits
+
+    @property
+    def defaults(self) -> SamplingParams:
+        return self._llm.get_default_sampling_params()
+
+    def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
+        from engine import EngineError, Request
+
+        requests = (
+            Request(messages=prompt.messages, params=prompt.params, request_id=prompt.name)
+            for prompt in prompts
+        )
+        try:
+            for result in self._llm.stream(requests):
+                if result.error is not None and result.error.code == _FAILURE:
+                    self._check_device()
+                yield result
+        except (EngineError, DeviceLostError):
+            raise
+        except RuntimeError as error:  # torch's own, from outside any one request's work
+            raise DeviceLostError from error
+
+    def close(self) -> None:
+        self._llm.close()
+
+    def _check_device(self) -> None:
+        """A request failed inside the engine: is it the request, or is the device gone?"""
+        import torch
+
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLostError from error
+
+
+def load_engine(options: EngineOptions) -> LLMEngine:
+    """
+    Load a model; this takes seconds to minutes.
+
+    Raises:
+        BadConfig: the engine's own word for what cannot work.
+    """
+    from engine import LLM
+
+    llm = LLM(
+        model=options.model,
+        limit_mm_per_prompt=options.limits.model_dump(),
+        max_model_len=options.max_model_len,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    return LLMEngine(llm, options.limits)

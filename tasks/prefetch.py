@@ -1,0 +1,274 @@
+"""
+Leased items become prompts, their media on the way, ahead of the engine and within bounds.
+
+Data URLs go to the engine as they are and uploaded files as callables: both are read in its media
+threads. What lies behind http is fetched here, several at a time, so that a slow host holds up no
+neighbour; a prompt is handed on when its last byte is there. At most `MAX_AHEAD` prompts of a chunk
+wait or are fetched at a time, whatever its size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+
+from engine.errors import BadSamplingParams
+from engine.request import SamplingParams
+from media.errors import FetchFailedError, MediaError
+from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
+from storage import files
+from storage.errors import BlobMissingError, NotFoundError, StorageError
+from storage.ids import FileId, JobId, TenantId
+from storage.items import LeasedItem
+from tasks.bodies import (
+    IMAGE_PARTS,
+    Body,
+    ImagePolicy,
+    check_body,
+    choose_images,
+    parse_file_id,
+    parse_json,
+    read_source,
+)
+from tasks.config import MediaLimits
+from tasks.engines import Prompt
+from tasks.errors import BadLineError
+from tasks.manifest import read_bodies
+from tasks.stores import Stores
+
+MAX_AHEAD: Final = 32
+
+_PART_OPTIONS: Final = ("min_pixels", "max_pixels", "num_frames", "fps")
+
+
+class Fetch(Protocol):
+    """A URL in, its bytes out, or a `FetchFailedError`."""
+
+    def __call__(self, url: str, limits: ImageLimits | VideoLimits, /) -> bytes: ...
+
+
+def refuse_to_fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+    """Where fetching is not installed."""
+    raise FetchFailedError(
+        "Failed to fetch media from URL: fetching is not installed here. Upload the file, or send "
+        "a data URL."
+    )
+
+
+class FileGoneError(MediaError):
+    """The content of an uploaded file is gone. Upload it again."""
+
+    code = "input_file_missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """
+    An item that the engine can take, and what was done to its images.
+
+    Args:
+        num_images_given: more than were used where the policy left some out.
+    """
+
+    item: LeasedItem
+    prompt: Prompt
+    image_policy: ImagePolicy
+    num_images_given: int
+    num_images_used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An item that cannot run: `tasks.retry` says what becomes of it."""
+
+    item: LeasedItem
+    error: Exception
+
+
+# Lines with too much were refused when the job was expanded, and the engine has the last word.
+_COUNTED_BEFORE: Final = MediaLimits(image=10**9, video=10**9)
+
+
+@dataclass(frozen=True, slots=True)
+class Preparer:
+    """
+    Args:
+        model: this worker's, and so the items'.
+        limits: the engine's own.
+        pool: threads that wait for hosts.
+    """
+
+    stores: Stores
+    model: str
+    limits: MediaLimits
+    defaults: SamplingParams
+    fetch: Fetch
+    pool: Executor
+
+    def prepare(
+        self,
+        items: Sequence[LeasedItem],
+        policies: Mapping[JobId, ImagePolicy],
+        *,
+        take: Callable[[LeasedItem], bool],
+    ) -> Iterator[Ready | Refused]:
+        """
+        Yield each item when it is ready, in about the order of the manifest.
+
+        Args:
+            policies: of the items' jobs.
+            take: asked before an item is begun; one that is not ours any more is left out.
+
+        Raises:
+            StorageError: a manifest could not be read; the items not yet yielded are not begun.
+        """
+        fetching: dict[Future[Ready | Refused], None] = {}
+        for item, content in read_bodies(self.stores.blobs, items):
+            if not take(item):
+                continue
+            try:
+                draft = self._read(item, content, policies[item.job])
+            except (BadLineError, NotFoundError) as error:
+                yield Refused(item, error)
+                continue
+            if not draft.urls:
+                yield draft.build({})
+                continue
+            fetching[self.pool.submit(self._fetch_all, draft)] = None
+            yield from _take_done(fetching, timeout=None if len(fetching) >= MAX_AHEAD else 0)
+        while fetching:
+            yield from _take_done(fetching, timeout=None)
+
+    def _read(self, item: LeasedItem, content: bytes, policy: ImagePolicy) -> "_Draft":
+        body = check_body(
+            parse_json(content)["body"],
+            model=self.model,
+            limits=_COUNTED_BEFORE,
+            image_policy=policy,
+        )
+        try:
+            params = replace(self.defaults, **self._fill_in(body.sampling))
+        except BadSamplingParams as error:
+            raise BadLineError(error.code, str(error), param=error.param) from error
+        draft = _Draft(item, body, params)
+        draft.read_messages(self)
+        return draft
+
+    def _fill_in(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """What a chat completion means by silence: a text may go on to the end of the context."""
+        if "max_tokens" in sampling or self.defaults.max_tokens_given:
+            return dict(sampling)
+        return {"max_tokens": None, **sampling}
+
+    def open_file(self, tenant: TenantId, file_id: FileId) -> Callable[[], bytes]:
+        """Raises `NotFoundError` for a file that is not the tenant's."""
+        with self.stores.database.read() as session:
+            key = files.get(session, tenant, file_id).blob_key
+        blobs = self.stores.blobs
+
+        def read() -> bytes:
+            try:
+                return blobs.read(key)
+            except BlobMissingError as error:
+                raise FileGoneError from error
+            except StorageError as error:
+                raise FetchFailedError(
+                    "An uploaded file could not be read just now.", retryable=True
+                ) from error
+
+        return read
+
+    def _fetch_all(self, draft: "_Draft") -> Ready | Refused:
+        try:
+            fetched = {
+                url: self.fetch(url, VIDEO_LIMITS if is_video else IMAGE_LIMITS)
+                for url, is_video in draft.urls.items()
+            }
+        except FetchFailedError as error:
+            return Refused(draft.item, error)
+        return draft.build(fetched)
+
+
+class _Draft:
+    """A prompt whose media behind http have not come yet."""
+
+    def __init__(self, item: LeasedItem, body: Body, params: SamplingParams) -> None:
+        self.item = item
+        self.urls: dict[str, bool] = {}  # and whether a video is expected there
+        self._body = body
+        self._params = params
+        self._messages: list[dict[str, Any]] = []
+        self._num_given = 0
+        self._num_used = 0
+
+    def read_messages(self, preparer: Preparer) -> None:
+        kinds = [
+            part["type"]
+            for message in self._body.messages
+            if isinstance(message["content"], list)
+            for part in message["content"]
+        ]
+        self._num_given = sum(kind in IMAGE_PARTS for kind in kinds)
+        # As many as were counted when the line was expanded, or fewer if this engine takes fewer.
+        limit = min(self.item.num_images, preparer.limits.image)
+        chosen = choose_images(self._num_given, limit, self._body.image_policy)
+        self._num_used = len(chosen)
+        index = -1
+        for message in self._body.messages:
+            content = message["content"]
+            if isinstance(content, str):
+                self._messages.append({"role": _role(message), "content": content})
+                continue
+            parts = []
+            for part in content:
+                index += part["type"] in IMAGE_PARTS
+                if part["type"] not in IMAGE_PARTS or index in chosen:
+                    parts.append(self._read_part(part, preparer))
+            self._messages.append({"role": _role(message), "content": parts})
+
+    def _read_part(self, part: Mapping[str, Any], preparer: Preparer) -> dict[str, Any]:
+        if part["type"] == "text":
+            return {"type": "text", "text": part["text"]}
+        options = {key: part[key] for key in _PART_OPTIONS if part.get(key) is not None}
+        is_video = part["type"] == "video_url"
+        kind = "video" if is_video else "image"
+        source = read_source(part)
+        file_id = parse_file_id(source)
+        if file_id is not None:
+            return {
+                "type": kind,
+                kind: preparer.open_file(self.item.tenant, file_id),
+                **options,
+            }
+        if source[:5].lower() == "data:":
+            return {"type": f"{kind}_url", f"{kind}_url": {"url": source}, **options}
+        self.urls[source] = is_video
+        return {"type": kind, kind: source, **options}
+
+    def build(self, fetched: Mapping[str, bytes]) -> Ready:
+        """The prompt, with bytes in the place of URLs."""
+        for message in self._messages:
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                kind = part["type"]
+                if kind in ("image", "video") and isinstance(part[kind], str):
+                    part[kind] = fetched[part[kind]]
+        return Ready(
+            self.item,
+            Prompt(str(self.item.fence.item), self._messages, self._params),
+            self._body.image_policy,
+            self._num_given,
+            self._num_used,
+        )
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    return "system" if message["role"] == "developer" else str(message["role"])
+
+
+def _take_done(
+    fetching: dict[Future[Ready | Refused], None], *, timeout: float | None
+) -> Iterator[Ready | Refused]:
+    done, _ = wait(fetching, timeout, FIRST_COMPLETED)
+    for future in done:
+        del fetching[future]
+        yield future.result()

@@ -1,0 +1,73 @@
+"""
+What an error means for its item: the one table. Try again, fail it, give it back, or end the worker.
+
+A client's fault fails the item at once, with a stable code: the same bytes fail again tomorrow. What
+may pass is tried again with a delay, a few times. What was no fault of the item's is given back
+without a charge. What took the device away ends the process.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from engine.errors import EngineError, ResultError
+from media.errors import FetchFailedError, MediaError
+from storage.errors import BlobMissingError, NotFoundError, StorageError
+from storage.items import Failure, Fence
+from tasks.errors import BadLineError, DeviceLostError
+
+INTERNAL: Final = "internal_error"
+INTERNAL_TEXT: Final = "The service failed on this request. It was tried again without success."
+
+
+class Act(StrEnum):
+    FAIL = "fail"
+    RETRY = "retry"
+    RELEASE = "release"
+    EXIT = "exit"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """
+    Args:
+        code, message: what the client is told if the item ends here.
+        retry_after_s: what the other side asked for.
+    """
+
+    act: Act
+    code: str
+    message: str
+    retry_after_s: float = 0.0
+
+    def as_failure(self, fence: Fence) -> Failure:
+        is_transient = self.act is Act.RETRY
+        return Failure(fence, self.code, self.message, is_transient, self.retry_after_s)
+
+
+def judge(error: Exception | ResultError) -> Verdict:
+    match error:
+        case ResultError() | EngineError():
+            message = error.message if isinstance(error, ResultError) else str(error)
+            return Verdict(_again_if(error.retryable), error.code, message)
+        case FetchFailedError():
+            wait_s = error.retry_after_s or 0.0
+            return Verdict(_again_if(error.retryable), error.code, str(error), wait_s)
+        case MediaError():
+            return Verdict(_again_if(error.retryable), error.code, str(error))
+        case BadLineError():
+            return Verdict(Act.FAIL, error.line_code, str(error))
+        case NotFoundError():
+            return Verdict(Act.FAIL, "file_not_found", "There is no uploaded file with this id.")
+        case BlobMissingError():
+            return Verdict(Act.FAIL, "input_file_missing", "The content of a file is gone.")
+        case DeviceLostError():
+            return Verdict(Act.EXIT, error.code, INTERNAL_TEXT)
+        case StorageError(retryable=True):
+            return Verdict(Act.RELEASE, error.code, INTERNAL_TEXT)
+        case _:  # our own bug: charged, so that it ends
+            return Verdict(Act.RETRY, INTERNAL, INTERNAL_TEXT)
+
+
+def _again_if(retryable: bool) -> Act:
+    return Act.RETRY if retryable else Act.FAIL

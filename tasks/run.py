@@ -1,0 +1,596 @@
+"""
+A permit's work: lease the best chunk, feed it into the one engine, and commit what comes back.
+
+Several chunks are in flight at a time, each in a thread of its own, so that one's slow tail never
+leaves the engine idle. Results are committed in small groups while their chunk runs, under the fence
+of lease and attempt; no session is open while the engine works. A second thread renews the leases
+and learns which are lost, a third commits.
+
+Nothing here knows Celery: `tasks.worker` calls `run_chunk` for each permit and `drain` at the end.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from queue import Empty, Queue
+from typing import Any, Final
+
+import structlog
+
+from engine.request import CompletionOutput, Result, SamplingParams
+from storage import items, jobs
+from storage.errors import CommitUnknownError, StorageError
+from storage.ids import ItemId, JobId, LeaseId
+from storage.items import Chunk, Completion, Failure, Fence, LeasedItem, Outcome
+from tasks.bodies import ImagePolicy
+from tasks.config import Config
+from tasks.dispatch import Dispatcher
+from tasks.engines import EnginePort, Prompt
+from tasks.errors import DeviceLostError
+from tasks.expand import JobOptions
+from tasks.prefetch import Preparer, Ready, Refused
+from tasks.retry import Act, Verdict, judge
+from tasks.stores import Stores
+
+logger = structlog.get_logger(__name__)
+
+COMMIT_RETRY_S: Final = 0.5
+MAX_UNCOMMITTED: Final = 1024
+"""Results that wait for the database; beyond them the engine's threads wait too."""
+
+MAX_JOBS_KNOWN: Final = 10_000
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One chunk on its way. `open` shrinks as items are committed, released or lost."""
+
+    lease: LeaseId
+    open: dict[ItemId, Fence]
+    handed: set[ItemId] = field(default_factory=set)
+    """Given to the engine."""
+    is_closed: bool = False
+    """Nothing more is handed to the engine."""
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def take(self, item: LeasedItem) -> bool:
+        """Whether this item may go to the engine now; it is noted as handed."""
+        with self.changed:
+            if self.is_closed or item.fence.item not in self.open:
+                return False
+            self.handed.add(item.fence.item)
+            return True
+
+    def settle(self, ids: Iterable[ItemId]) -> None:
+        with self.changed:
+            for item in ids:
+                self.open.pop(item, None)
+            self.changed.notify_all()
+
+    def close(self) -> list[Fence]:
+        """Hand out no more; returns what the engine never got, no longer open."""
+        with self.changed:
+            self.is_closed = True
+            rest = [fence for item, fence in self.open.items() if item not in self.handed]
+            self.settle_locked(rest)
+            return rest
+
+    def take_rest(self) -> list[Fence]:
+        """Everything that is still open; it is no longer."""
+        with self.changed:
+            self.is_closed = True
+            rest = list(self.open.values())
+            self.settle_locked(rest)
+            return rest
+
+    def settle_locked(self, fences: Sequence[Fence]) -> None:
+        for fence in fences:
+            del self.open[fence.item]
+        self.changed.notify_all()
+
+    def wait_until_settled(self, timeout_s: float) -> bool:
+        with self.changed:
+            return self.changed.wait_for(lambda: not self.open, timeout_s)
+
+
+class Gate:
+    """Many chunks pass together; one that may kill its neighbours passes alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_inside = 0
+        self._num_alone = 0  # that wait or are inside
+
+    @contextmanager
+    def pass_through(self, *, alone: bool) -> Iterator[None]:
+        with self._changed:
+            if alone:
+                self._changed.wait_for(lambda: not self._num_alone)
+                self._num_alone += 1
+                self._changed.wait_for(lambda: not self._num_inside)
+            else:
+                self._changed.wait_for(lambda: not self._num_alone)
+                self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                if alone:
+                    self._num_alone -= 1
+                else:
+                    self._num_inside -= 1
+                self._changed.notify_all()
+
+
+class Runner:
+    """
+    One process's way from permits to results.
+
+    Args:
+        worker: this process's name in the rows it leases.
+        on_device_lost: called once the leases are given back; does not return in a real worker.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        dispatcher: Dispatcher,
+        config: Config,
+        engine: EnginePort,
+        preparer: Preparer,
+        *,
+        worker: str,
+        on_device_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.is_draining = threading.Event()
+        self.num_completed = 0
+        self.num_failed = 0
+        self.num_fenced = 0
+        self._stores = stores
+        self._dispatcher = dispatcher
+        self._config = config
+        self._engine = engine
+        self._preparer = preparer
+        self._model = preparer.model
+        self._worker = worker
+        self._on_device_lost = on_device_lost
+        self._device_lost = threading.Lock()
+        self._gate = Gate()
+        self._lock = threading.Lock()
+        self._flights: dict[LeaseId, Flight] = {}
+        self._policies: dict[JobId, ImagePolicy] = {}  # of jobs met; they never change
+        self._last_beat = time.monotonic()
+        self._committer = Committer(self)
+        self._is_stopping = threading.Event()
+        self._heart = threading.Thread(target=self._beat_for_ever, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._committer.start()
+        self._heart.start()
+
+    def stop(self) -> None:
+        """End the threads; what is committed by then is committed."""
+        self._is_stopping.set()
+        self._committer.stop()
+        self._heart.join()
+
+    # --- one permit ----------------------------------------------------------------------------------
+
+    def run_chunk(self) -> int:
+        """
+        Lease one chunk and see each of its items to its end.
+
+        Returns:
+            The number of items that were leased; 0 where there was nothing to do.
+        """
+        if self.is_draining.is_set():
+            self._dispatcher.send_permits(self._model, 1)  # this one was meant for somebody else
+            return 0
+        if time.monotonic() - self._last_beat > self._config.lease_s / 2:
+            logger.warning("lease_refused", reason="the heartbeat is late")
+            return 0
+        try:
+            chunk = self._lease()
+        except StorageError as error:
+            logger.warning("lease_failed", error=error.code)
+            return 0
+        if chunk is None:
+            return 0
+        flight = self._add_flight(chunk)
+        try:
+            with self._gate.pass_through(alone=chunk.is_alone):
+                self._run(chunk, flight)
+            self._committer.hurry()
+            while not flight.wait_until_settled(1.0):
+                self._committer.hurry()
+        except DeviceLostError:
+            self._give_up_device()
+        finally:
+            with self._lock:
+                del self._flights[chunk.lease]
+        return len(chunk.items)
+
+    def _lease(self) -> Chunk | None:
+        with self._stores.database.write() as session:
+            chunk = items.lease(
+                session,
+                model=self._model,
+                worker=self._worker,
+                max_items=self._config.chunk_items,
+                lease_s=self._config.lease_s,
+            )
+        if chunk is not None:
+            self._learn_policies({item.job for item in chunk.items})
+        return chunk
+
+    def _learn_policies(self, job_ids: set[JobId]) -> None:
+        with self._lock:
+            unknown = job_ids - self._policies.keys()
+        if not unknown:
+            return
+        with self._stores.database.read() as session:
+            found = [jobs.find(session, job) for job in unknown]
+        with self._lock:
+            while len(self._policies) > MAX_JOBS_KNOWN:
+                self._policies.pop(next(iter(self._policies)))
+            for job in found:
+                assert job is not None, "an item's job is there"
+                self._policies[job.id] = JobOptions.read(job.options).image_policy
+
+    def _add_flight(self, chunk: Chunk) -> Flight:
+        flight = Flight(chunk.lease, {item.fence.item: item.fence for item in chunk.items})
+        with self._lock:
+            self._flights[chunk.lease] = flight
+        if self.is_draining.is_set():  # it began between our look and now
+            self.release(flight.close())
+        logger.debug("chunk_leased", num_items=len(chunk.items), is_alone=chunk.is_alone)
+        return flight
+
+    def _run(self, chunk: Chunk, flight: Flight) -> None:
+        started = time.perf_counter()
+        asked: dict[str, Ready] = {}
+        fences = dict(flight.open)
+        stream = self._engine.stream(self._feed(chunk, flight, asked))
+        try:
+            for result in stream:
+                ready = asked.pop(result.request_id)
+                fence = ready.item.fence
+                if result.error is not None:
+                    self._settle(flight, fence, judge(result.error))
+                else:
+                    self._committer.put(flight, build_completion(ready, result))
+                if not flight.open:  # all lost, released or done: abort what the engine still has
+                    break
+        except DeviceLostError:
+            raise
+        except StorageError as error:  # the manifest could not be read
+            logger.warning("chunk_unreadable", error=error.code)
+        except Exception:
+            # The edge of a task: a bug of ours must not end the worker. What the engine had is
+            # charged with it, so that it ends; the rest goes back.
+            logger.exception("chunk_failed", lease=str(chunk.lease))
+            for ready in asked.values():
+                self._settle(flight, ready.item.fence, judge(RuntimeError()))
+        finally:
+            close = getattr(stream, "close", None)
+            if close is not None:
+                close()
+        # Not begun, because the worker drains or the manifest could not be read.
+        self.release(flight.close())
+        logger.info(
+            "chunk_ended",
+            num_items=len(fences),
+            is_alone=chunk.is_alone,
+            run_ms=round((time.perf_counter() - started) * 1000),
+        )
+
+    def _feed(self, chunk: Chunk, flight: Flight, asked: dict[str, Ready]) -> Iterator[Prompt]:
+        policies = {item.job: self._policies[item.job] for item in chunk.items}
+        for found in self._preparer.prepare(chunk.items, policies, take=flight.take):
+            if isinstance(found, Refused):
+                self._settle(flight, found.item.fence, judge(found.error))
+            else:
+                asked[found.prompt.name] = found
+                yield found.prompt
+
+    def _settle(self, flight: Flight, fence: Fence, verdict: Verdict) -> None:
+        if verdict.act is Act.EXIT:
+            raise DeviceLostError
+        if verdict.act is Act.RELEASE:
+            flight.settle([fence.item])
+            self.release([fence])
+        else:
+            self._committer.put(flight, verdict.as_failure(fence))
+
+    # --- giving back ---------------------------------------------------------------------------------
+
+    def release(self, fences: Sequence[Fence]) -> None:
+        """Give leases back, uncharged, and say that there is work. Raises nothing: leases expire."""
+        if not fences:
+            return
+        try:
+            with self._stores.database.write() as session:
+                outcome = items.release(session, sorted(fences, key=lambda fence: fence.item))
+        except StorageError as error:
+            logger.warning("release_failed", num_items=len(fences), error=error.code)
+            return
+        logger.info("items_released", num_items=len(outcome.items))
+        self._dispatcher.send_permits_for(self._model, len(outcome.items))
+
+    def drain(self) -> None:
+        """Lease no more, and give back at once what the engine has not begun."""
+        self.is_draining.set()
+        for flight in self._all_flights():
+            self.release(flight.close())
+
+    def abandon(self) -> None:
+        """Give back everything, begun or not: the deadline has come."""
+        self._committer.flush()
+        for flight in self._all_flights():
+            self.release(flight.take_rest())
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(len(flight.open) for flight in self._all_flights())
+
+    def _all_flights(self) -> list[Flight]:
+        with self._lock:
+            return list(self._flights.values())
+
+    def _give_up_device(self) -> None:
+        """What was in the device is suspect, each to be run alone; the rest is innocent."""
+        if not self._device_lost.acquire(blocking=False):
+            return  # another chunk's thread is at it
+        self.is_draining.set()
+        self._committer.flush()
+        suspects: list[Fence] = []
+        for flight in self._all_flights():
+            self.release(flight.close())
+            suspects += flight.take_rest()
+        try:
+            with self._stores.database.write() as session:
+                items.report_crash(session, sorted(suspects, key=lambda fence: fence.item))
+        except StorageError as error:
+            logger.warning("crash_not_reported", error=error.code)
+        logger.error("device_lost", num_suspects=len(suspects))
+        self._on_device_lost()
+
+    # --- the heart -------------------------------------------------------------------------------------
+
+    def _beat_for_ever(self) -> None:
+        while not self._is_stopping.wait(self._config.heartbeat_s):
+            try:
+                self.beat()
+            except StorageError as error:
+                logger.warning("beat_failed", error=error.code)
+            except Exception:
+                # The edge of a thread that must not end: without it every lease would be lost.
+                logger.exception("beat_failed")
+
+    def beat(self) -> None:
+        """Renew the leases of all chunks in flight, and let go of items that were lost."""
+        flights = self._all_flights()
+        held = {flight.lease: list(flight.open) for flight in flights}
+        if flights:
+            with self._stores.database.write() as session:
+                ours = items.renew(session, list(held), lease_s=self._config.lease_s)
+            for flight in flights:
+                lost = [item for item in held[flight.lease] if item not in ours]
+                still_open = [item for item in lost if item in flight.open]
+                if still_open:
+                    logger.warning("leases_lost", num_items=len(still_open))
+                flight.settle(lost)
+        else:
+            self._stores.database.ping()
+        self._last_beat = time.monotonic()
+
+    # --- commits, called by the committer --------------------------------------------------------------
+
+    def commit(self, completions: Sequence[Completion], failures: Sequence[Failure]) -> None:
+        """Raises StorageError: commit them again; the fence makes that safe."""
+        database = self._stores.database
+        ended: list[JobId] = []
+        if completions:
+            with database.write() as session:
+                outcome = items.complete(session, completions)
+            ended += self._count(outcome, len(completions))
+            self.num_completed += len(outcome.items)
+        if failures:
+            with database.write() as session:
+                outcome = items.fail(session, failures, max_attempts=self._config.max_attempts)
+            ended += self._count(outcome, len(failures))
+            self.num_failed += len(outcome.items)
+        for job in ended:
+            self._dispatcher.send_finish(job)
+
+    def drop_committed(self, completions: Sequence[Completion]) -> list[Completion]:
+        """After a commit whose answer was lost: those that it did not write."""
+        with self._stores.database.read() as session:
+            written = items.find_committed(session, [one.fence for one in completions])
+        return [one for one in completions if one.fence.item not in written]
+
+    def _count(self, outcome: Outcome, num_tried: int) -> tuple[JobId, ...]:
+        num_fenced = num_tried - len(outcome.items)
+        if num_fenced:
+            self.num_fenced += num_fenced
+            logger.warning("results_fenced", num_items=num_fenced)
+        return outcome.ended_jobs
+
+
+class Committer:
+    """
+    Gathers what has ended and commits it in groups, whichever chunk it belongs to.
+
+    One thread: two writers of one process would only wait for each other's rows.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._queue: Queue[tuple[Flight, Completion | Failure] | None] = Queue(MAX_UNCOMMITTED)
+        self._is_hurried = threading.Event()
+        self._is_stopped = threading.Event()
+        self._writing = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, flight: Flight, end: Completion | Failure) -> None:
+        self._queue.put((flight, end))
+
+    def hurry(self) -> None:
+        """A chunk has no more to give: commit what is there without waiting for a full group."""
+        self._queue.put(None)
+
+    def flush(self) -> None:
+        """Commit what is there, once, in the caller's thread."""
+        group = []
+        while True:
+            try:
+                entry = self._queue.get_nowait()
+            except Empty:
+                break
+            if entry is not None:
+                group.append(entry)
+        with self._writing:  # behind a group that is under way
+            if group:
+                try:
+                    self._commit(group)
+                except StorageError as error:
+                    logger.warning("flush_failed", num_items=len(group), error=error.code)
+
+    def stop(self) -> None:
+        self._is_stopped.set()
+        self.hurry()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not (self._is_stopped.is_set() and self._queue.empty()):
+            group = self._gather()
+            with self._writing:
+                self._commit_at_last(group)
+
+    def _gather(self) -> list[tuple[Flight, Completion | Failure]]:
+        config = self._runner._config
+        first = self._queue.get()
+        if first is None:
+            return []
+        group = [first]
+        deadline = time.monotonic() + config.commit_s
+        while len(group) < config.commit_items:
+            try:
+                entry = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
+            except Empty:
+                break
+            if entry is None:
+                break
+            group.append(entry)
+        return group
+
+    def _commit_at_last(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
+        while group:
+            try:
+                self._commit(group)
+            except CommitUnknownError:
+                group = self._without_committed(group)
+            except StorageError as error:
+                # What lost its lease meanwhile is fenced when the database is back.
+                logger.warning("commit_failed", num_items=len(group), error=error.code)
+                time.sleep(COMMIT_RETRY_S)
+                if self._is_stopped.is_set():
+                    return
+            else:
+                return
+
+    def _commit(self, group: Sequence[tuple[Flight, Completion | Failure]]) -> None:
+        ends = sorted((end for _, end in group), key=lambda end: end.fence.item)
+        self._runner.commit(
+            [end for end in ends if isinstance(end, Completion)],
+            [end for end in ends if isinstance(end, Failure)],
+        )
+        for flight, end in group:
+            flight.settle([end.fence.item])
+
+    def _without_committed(
+        self, group: list[tuple[Flight, Completion | Failure]]
+    ) -> list[tuple[Flight, Completion | Failure]]:
+        try:
+            completions = [end for _, end in group if isinstance(end, Completion)]
+            left = {end.fence.item for end in self._runner.drop_committed(completions)}
+        except StorageError:
+            time.sleep(COMMIT_RETRY_S)
+            return group
+        kept = []
+        for flight, end in group:
+            if isinstance(end, Completion) and end.fence.item not in left:
+                flight.settle([end.fence.item])
+            else:
+                kept.append((flight, end))
+        return kept
+
+
+# What is kept of a result
+
+
+_DEFAULTS: Final = asdict(SamplingParams())
+
+
+def build_completion(ready: Ready, result: Result) -> Completion:
+    outputs = result.outputs
+    return Completion(
+        ready.item.fence,
+        text=_clean(outputs[0].text),
+        finish_reason=str(outputs[0].finish_reason or "stop"),
+        num_prompt_tokens=len(result.prompt_token_ids or ()),
+        num_completion_tokens=sum(len(output.token_ids) for output in outputs),
+        details={key: value for key, value in _details(ready, result, outputs) if value},
+    )
+
+
+def _details(
+    ready: Ready, result: Result, outputs: Sequence[CompletionOutput]
+) -> Iterator[tuple[str, Any]]:
+    yield "images", [asdict(image) for image in result.images]
+    yield "flags", [str(flag) for flag in result.flags]
+    yield "timings", _timings(result)
+    if ready.num_images_given != ready.num_images_used:
+        yield (
+            "image_policy",
+            {
+                "policy": str(ready.image_policy),
+                "num_given": ready.num_images_given,
+                "num_used": ready.num_images_used,
+            },
+        )
+    if len(outputs) > 1:
+        yield (
+            "outputs",
+            [
+                {"text": _clean(output.text), "finish_reason": str(output.finish_reason or "stop")}
+                for output in outputs
+            ],
+        )
+    if result.stamp is not None:
+        stamp: dict[str, Any] = asdict(result.stamp)
+        given: Mapping[str, Any] = result.stamp.sampling
+        stamp["sampling"] = {
+            key: value for key, value in given.items() if value != _DEFAULTS.get(key)
+        }
+        yield "stamp", {**stamp, "attempt": ready.item.fence.attempt}
+
+
+def _timings(result: Result) -> dict[str, float]:
+    metrics = result.metrics
+    named = {
+        "preprocess_ms": metrics.preprocess_ms,
+        "prefill_ms": metrics.prefill_ms,
+        "generate_ms": metrics.decode_ms,
+    }
+    return {name: round(ms, 3) for name, ms in named.items() if ms is not None}
+
+
+def _clean(text: str) -> str:
+    """PostgreSQL keeps no NUL in a text, and half of a surrogate pair is no text anywhere."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()

@@ -1,0 +1,342 @@
+"""
+A worker's start and stop: one engine and the permits of its model, or the tasks of the cpu queue.
+
+A GPU worker is one Celery worker with a pool of threads, a few permits in flight. On SIGTERM it
+drains: what the engine has begun goes on until the deadline, everything else is given back at once,
+and at the deadline the rest, all without a charge. Celery waits for running tasks without limit, so
+a thread of ours watches the clock and ends the process. A second SIGTERM is the deadline.
+
+The sweeper runs in a thread of every worker: what a lost message left behind is found again as long
+as any process lives.
+"""
+
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from enum import IntEnum
+from typing import Any, Final
+from uuid import UUID
+
+import structlog
+from celery import Celery, Task, signals
+from celery.exceptions import Reject
+
+from media.limits import ImageLimits, VideoLimits
+from storage.errors import IdempotencyConflictError, NotFoundError, StorageError
+from storage.ids import JobId
+from tasks.app import (
+    CPU_QUEUE,
+    GPU_POOL,
+    TaskName,
+    build_app,
+    build_queue,
+    name_gpu_queue,
+    refuse_unsafe,
+)
+from tasks.broker import build_client, refuse_unsafe_broker
+from tasks.config import Config
+from tasks.dispatch import Dispatcher
+from tasks.engines import EnginePort
+from tasks.errors import BadSubmissionError
+from tasks.expand import expand
+from tasks.finish import finish
+from tasks.ingest import StreamIngest, bury
+from tasks.prefetch import Fetch, Preparer, refuse_to_fetch
+from tasks.run import Runner
+from tasks.stores import Stores, open_stores
+from tasks.submit import parse_submission, submit
+from tasks.sweep import Sweeper
+
+logger = structlog.get_logger(__name__)
+
+CPU_THREADS: Final = 4
+FETCH_THREADS: Final = 32
+EXIT_GRACE_S: Final = 1.0
+"""From the deadline to the end of the process, whatever its threads are doing."""
+
+CLOSE_S: Final = 10.0
+"""How long Celery may take to close when no item is left."""
+
+BUSY_S: Final = 1.0
+
+
+class ExitCode(IntEnum):
+    """Why a worker ended; a supervisor restarts it after any but the first."""
+
+    DRAINED = 0
+    DEVICE_LOST = 70
+    DEADLINE = 75
+
+
+def run_gpu_worker(
+    config: Config,
+    broker_url: str,
+    engine: EnginePort,
+    model: str,
+    *,
+    env: dict[str, str],
+    fetch: Fetch | None = None,
+) -> ExitCode:
+    """
+    Serve one model's permits until the process is told to stop. Blocks, in the main thread.
+
+    Args:
+        env: the process's environment, where some settings hide that lose work.
+        fetch: in the place of `open_fetch`'s.
+
+    Raises:
+        UnsafeSettingError, BrokerUnavailableError: it does not start.
+    """
+    app = build_app(config, broker_url)
+    refuse_unsafe(app, GPU_POOL, env, is_gpu=True)
+    refuse_unsafe_broker(broker_url)
+    with ExitStack() as open_things:
+        stores = open_stores(config, num_threads=config.chunks_in_flight + 4)
+        open_things.callback(stores.close)
+        dispatcher = Dispatcher(config, broker_url)
+        open_things.callback(dispatcher.close)
+        pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+        open_things.callback(pool.shutdown, wait=False, cancel_futures=True)
+        fetch = fetch or open_things.enter_context(open_fetch(env))
+        runner = Runner(
+            stores,
+            dispatcher,
+            config,
+            engine,
+            Preparer(stores, model, engine.limits, engine.defaults, fetch, pool),
+            worker=name_worker(),
+            on_device_lost=lambda: os._exit(ExitCode.DEVICE_LOST),
+        )
+        app.conf.task_queues = [build_queue(name_gpu_queue(model))]
+        _add_permit_task(app, runner)
+        runner.start()
+        logger.info("worker_ready", model=model, queue=name_gpu_queue(model))
+        drain = Drain(runner, config.drain_s)
+        with _sweeping(stores, dispatcher, config):
+            _serve(app, config.chunks_in_flight, drain.on_signal)
+        drain.finish()
+        runner.stop()
+        logger.info(
+            "worker_ended", num_completed=runner.num_completed, num_failed=runner.num_failed
+        )
+        return ExitCode.DRAINED
+
+
+def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> ExitCode:
+    """
+    Serve the cpu queue and the stream of submissions until the process is told to stop.
+
+    Raises:
+        UnsafeSettingError, BrokerUnavailableError: it does not start.
+    """
+    app = build_app(config, broker_url)
+    refuse_unsafe(app, GPU_POOL, env, is_gpu=False)
+    refuse_unsafe_broker(broker_url)
+    with ExitStack() as open_things:
+        stores = open_stores(config, num_threads=CPU_THREADS + 4)
+        open_things.callback(stores.close)
+        dispatcher = Dispatcher(config, broker_url)
+        open_things.callback(dispatcher.close)
+        _add_cpu_tasks(app, stores, dispatcher, config, broker_url)
+        ingest = StreamIngest(stores, dispatcher, config, broker_url, consumer=name_worker())
+        logger.info("worker_ready", queue=CPU_QUEUE)
+        with _sweeping(stores, dispatcher, config), _in_thread("ingest", ingest.run):
+            _serve(app, CPU_THREADS, lambda: None)
+    return ExitCode.DRAINED
+
+
+def name_worker() -> str:
+    return f"{socket.gethostname()[:64]}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+# The tasks themselves: thin, and an error of one is logged, for SQL knows what is still to be done.
+
+
+def _add_permit_task(app: Celery, runner: Runner) -> None:
+    @app.task(name=TaskName.RUN_CHUNK.value, acks_late=False)
+    def run_chunk(model: str) -> None:
+        del model  # the queue has said it; one that was sent to the wrong queue finds nothing
+        with _logged(TaskName.RUN_CHUNK):
+            runner.run_chunk()
+
+
+def _add_cpu_tasks(
+    app: Celery, stores: Stores, dispatcher: Dispatcher, config: Config, broker_url: str
+) -> None:
+    sweeper = Sweeper(stores, dispatcher, config)
+
+    @app.task(name=TaskName.EXPAND.value, acks_late=True)
+    def expand_job(job: str, *, force: bool = False) -> None:
+        with _logged(TaskName.EXPAND, job=job):
+            expand(stores, dispatcher, config, JobId(UUID(job)), force=force)
+
+    @app.task(name=TaskName.FINISH.value, acks_late=True)
+    def finish_job(job: str, *, force: bool = False) -> None:
+        with _logged(TaskName.FINISH, job=job):
+            finish(stores, JobId(UUID(job)), force=force)
+
+    @app.task(name=TaskName.SWEEP.value, acks_late=True)
+    def sweep() -> None:
+        with _logged(TaskName.SWEEP):
+            sweeper.sweep()
+
+    @app.task(name=TaskName.SUBMIT.value, acks_late=True, bind=True)
+    def submit_job(self: "Task[Any, Any]", /, **given: Any) -> None:
+        _submit(stores, dispatcher, broker_url, given, f"task-{self.request.id}")
+
+
+def _submit(
+    stores: Stores, dispatcher: Dispatcher, broker_url: str, given: dict[str, Any], origin: str
+) -> None:
+    """SQL does not know this one yet: it is acknowledged when it does, or put back."""
+    try:
+        submit(stores, dispatcher, parse_submission(given, default_key=origin))
+    except BadSubmissionError as error:
+        with build_client(broker_url) as client:
+            bury(client, str(given), origin, str(error))
+    except (IdempotencyConflictError, NotFoundError) as error:
+        with build_client(broker_url) as client:
+            bury(client, str(given), origin, error.code)
+    except StorageError as error:
+        logger.warning("submission_put_back", origin=origin, error=error.code)
+        time.sleep(BUSY_S)  # or it would come back at once, again and again
+        raise Reject(error.code, requeue=True) from error
+
+
+@contextmanager
+def _logged(task: TaskName, **facts: str) -> Iterator[None]:
+    with structlog.contextvars.bound_contextvars(task=task.value, **facts):
+        try:
+            yield
+        except StorageError as error:
+            logger.warning("task_failed", error=error.code)
+        except Exception:
+            # The edge of a task: Celery would only log it too. The sweeper sends it again.
+            logger.exception("task_failed")
+
+
+# Around Celery
+
+
+def _serve(app: Celery, num_threads: int, on_stop: Callable[[], None]) -> None:
+    """Run a Celery worker in this thread until a signal ends it. `on_stop` runs in the handler."""
+
+    def stop(**_: Any) -> None:
+        on_stop()
+
+    def keep_logging(**_: Any) -> None:
+        """Ours is set up; a receiver keeps Celery from setting up its own."""
+
+    signals.worker_shutting_down.connect(stop)
+    signals.setup_logging.connect(keep_logging)
+    try:
+        app.Worker(
+            pool=GPU_POOL,
+            concurrency=num_threads,
+            hostname=f"darkroom@{name_worker()}",
+            quiet=True,
+            without_mingle=True,
+            without_gossip=True,
+            without_heartbeat=True,
+        ).start()
+    except SystemExit:
+        logger.info("worker_stopping")
+    finally:
+        signals.worker_shutting_down.disconnect(stop)
+        signals.setup_logging.disconnect(keep_logging)
+
+
+class Drain:
+    """What happens between the first signal and the end of the process."""
+
+    def __init__(self, runner: Runner, drain_s: float) -> None:
+        self._runner = runner
+        self._drain_s = drain_s
+        self._num_signals = 0
+        self._told = threading.Event()
+        self._told_twice = threading.Event()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="drain", daemon=True)
+        self._thread.start()
+
+    def on_signal(self) -> None:
+        """In a signal handler: set an event, and nothing more."""
+        self._num_signals += 1
+        (self._told if self._num_signals == 1 else self._told_twice).set()
+
+    def finish(self) -> None:
+        """The tasks have returned, so there is nothing left to watch."""
+        self._is_over.set()
+        self._told.set()
+        self._told_twice.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        self._told.wait()
+        if self._is_over.is_set():
+            return
+        logger.info("drain_begun", num_items=self._runner.num_in_flight, deadline_s=self._drain_s)
+        self._runner.drain()
+        deadline = time.monotonic() + self._drain_s
+        while self._runner.num_in_flight and time.monotonic() < deadline:
+            if self._told_twice.wait(0.05):
+                break
+        num_left = self._runner.num_in_flight
+        self._runner.abandon()
+        if not self._is_over.wait(EXIT_GRACE_S if num_left else CLOSE_S):
+            # Threads that are inside the engine cannot be ended in any other way.
+            logger.warning("drain_deadline", num_items=num_left)
+            os._exit(ExitCode.DEADLINE if num_left else ExitCode.DRAINED)
+
+
+@contextmanager
+def _sweeping(stores: Stores, dispatcher: Dispatcher, config: Config) -> Iterator[None]:
+    with _in_thread("sweeper", Sweeper(stores, dispatcher, config).run):
+        yield
+
+
+@contextmanager
+def _in_thread(name: str, run: Callable[[threading.Event], None]) -> Iterator[None]:
+    stop = threading.Event()
+    thread = threading.Thread(target=run, args=(stop,), name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def open_fetch(env: dict[str, str]) -> Iterator[Fetch]:
+    """
+    The one way out to the network, for the block; refusing where it is not installed.
+
+    Raises:
+        ValueError: a timeout makes no sense; the text names its variable.
+    """
+    try:
+        from media.fetch import (
+            FetchConfig,
+            FetcherThread,
+            fetch_timeout_from,
+            video_fetch_timeout_from,
+        )
+    except ModuleNotFoundError:
+        yield refuse_to_fetch
+        return
+    config = FetchConfig(
+        image_fetch_timeout_s=fetch_timeout_from(env),
+        video_fetch_timeout_s=video_fetch_timeout_from(env),
+    )
+    with FetcherThread(config) as fetcher:
+
+        def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+            return fetcher.fetch(url, limits).content
+
+        yield fetch

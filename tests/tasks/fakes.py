@@ -1,0 +1,104 @@
+"""Small classes that fill a room's ports, and submissions to give them."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from engine.errors import EngineFailure, ImageUnreadable
+from engine.request import CompletionOutput, FinishReason, Result, SamplingParams
+from tasks.app import TaskName
+from tasks.config import Config, MediaLimits
+from tasks.dispatch import Dispatcher
+from tasks.engines import Prompt
+from tasks.errors import DeviceLostError
+
+MODEL = "darkroom-tiny"
+RED_DOT = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAUAAAAFCAYAAACNbyblAAAAHElEQVQI12P4//8/w38GIAXDIBKE0DHx"
+    "gljNBAAO9TXL0Y4OHwAAAABJRU5ErkJggg=="
+)
+
+
+class RecordingDispatcher(Dispatcher):
+    """Keeps what would have been sent."""
+
+    def __init__(self, config: Config, broker_url: str) -> None:
+        super().__init__(config, broker_url)
+        self.sent: list[tuple[TaskName, str, dict[str, Any]]] = []
+
+    def _send(self, name: TaskName, queue: str, arguments: Mapping[str, Any]) -> bool:
+        self.sent.append((name, queue, dict(arguments)))
+        return True
+
+    def count(self, name: TaskName) -> int:
+        return sum(sent == name for sent, _, _ in self.sent)
+
+
+def build_request(
+    custom_id: str, text: str = "What is this?", *, num_images: int = 0, **body: Any
+) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    parts += [{"type": "image_url", "image_url": {"url": RED_DOT}} for _ in range(num_images)]
+    content: Any = parts if num_images else text
+    return {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": MODEL, "messages": [{"role": "user", "content": content}], **body},
+    }
+
+
+class InstantEngine:
+    """
+    Answers each prompt with its own text, at once or after a while; some words do harm.
+
+    Args:
+        delay_s: between two results of a stream.
+        on_prompt: called with the text of each prompt when the engine takes it.
+    """
+
+    def __init__(
+        self, delay_s: float = 0.0, on_prompt: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.delay_s = delay_s
+        self.on_prompt = on_prompt
+        self.prompts: list[Prompt] = []
+
+    @property
+    def limits(self) -> MediaLimits:
+        return MediaLimits(image=2)
+
+    @property
+    def defaults(self) -> SamplingParams:
+        return SamplingParams(temperature=0.0)
+
+    def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
+        for prompt in prompts:
+            self.prompts.append(prompt)
+            text = text_of(prompt)
+            self.on_prompt(text)
+            if self.delay_s:
+                time.sleep(self.delay_s)
+            if "lose the device" in text:
+                raise DeviceLostError
+            if "bad picture" in text:
+                yield Result.failed(prompt.name, ImageUnreadable())
+            elif "bad luck" in text:
+                yield Result.failed(prompt.name, EngineFailure())
+            elif "bad code" in text:
+                raise RuntimeError("a bug")
+            else:
+                output = CompletionOutput(
+                    0, f"> {text}", (1, 2, 3), finish_reason=FinishReason.STOP
+                )
+                yield Result(prompt.name, text, (1,) * 7, outputs=(output,))
+
+    def close(self) -> None:
+        pass
+
+
+def text_of(prompt: Prompt) -> str:
+    content = prompt.messages[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")

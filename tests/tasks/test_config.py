@@ -1,0 +1,86 @@
+"""Settings: read once, and a bad one names its variable."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.app import build_app, refuse_unsafe
+from tasks.config import MediaLimits, load_config
+from tasks.errors import BadSettingError, UnsafeSettingError
+
+
+def test_defaults_need_nothing_but_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
+
+    config = load_config()
+
+    assert f"sqlite:///{tmp_path}/darkroom.sqlite3" == config.database
+    assert str(tmp_path / "blobs") == config.blob_place
+    assert config.redis_url is None
+    assert MediaLimits(image=1, video=1) == config.limits_of("any")
+
+
+def test_limits_are_read_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_LIMIT_MM_PER_PROMPT", "image=2, video=0")
+    monkeypatch.setenv("DARKROOM_MODELS", '{"big": {"image": 8}}')
+
+    config = load_config()
+
+    assert MediaLimits(image=8, video=1) == config.limits_of("big")
+    assert MediaLimits(image=2, video=0) == config.limits_of("other")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CHUNK_ITEMS", "0"),
+        ("CHUNK_ITEMS", "many"),
+        ("LEASE_S", "nan"),
+        ("HEARTBEAT_S", "50"),
+        ("LIMIT_MM_PER_PROMPT", "picture=1"),
+        ("LIMIT_MM_PER_PROMPT", "image=-1"),
+        ("MODELS", "{"),
+        ("MODELS", '{"m": {"image": "x"}}'),
+        ("REDIS_URL", "http://:secret@localhost"),
+        ("BLOBS", "ftp://bucket"),
+    ],
+)
+def test_bad_value_names_its_variable(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"DARKROOM_{name}", value)
+
+    with pytest.raises(BadSettingError, match=f"DARKROOM_{name}") as caught:
+        load_config()
+
+    assert "secret" not in str(caught.value)
+
+
+def test_safe_settings_are_taken() -> None:
+    app = build_app(load_config(), "redis://127.0.0.1:1/0")
+
+    refuse_unsafe(app, "threads", {}, is_gpu=True)
+    refuse_unsafe(app, "prefork", {}, is_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("pool", "env", "conf", "word"),
+    [
+        ("solo", {}, {}, "solo"),
+        ("prefork", {}, {}, "prefork"),
+        ("threads", {"REMAP_SIGTERM": "SIGQUIT"}, {}, "REMAP_SIGTERM"),
+        ("threads", {}, {"worker_soft_shutdown_timeout": 5.0}, "worker_soft_shutdown_timeout"),
+        ("threads", {}, {"accept_content": ["json", "pickle"]}, "JSON"),
+        ("threads", {}, {"result_backend": "redis://"}, "result_backend"),
+        ("threads", {}, {"worker_disable_prefetch": False}, "worker_disable_prefetch"),
+        ("threads", {}, {"task_time_limit": 10}, "Time limits"),
+    ],
+)
+def test_what_is_known_to_lose_work_is_refused(
+    pool: str, env: dict[str, str], conf: dict[str, object], word: str
+) -> None:
+    app = build_app(load_config(), "redis://127.0.0.1:1/0")
+    app.conf.update(conf)
+
+    with pytest.raises(UnsafeSettingError, match=word):
+        refuse_unsafe(app, pool, env, is_gpu=True)

@@ -1,0 +1,323 @@
+"""A permit's work, in this process: every item ends once, in the right way."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from media.errors import FetchFailedError
+from media.limits import ImageLimits, VideoLimits
+from storage import items, jobs
+from storage.ids import JobId
+from storage.items import Ended
+from storage.states import ItemState, JobState
+from storage.tables import Job
+from tasks.app import TaskName
+from tasks.config import Config
+from tasks.expand import expand
+from tasks.finish import finish
+from tasks.prefetch import Preparer
+from tasks.run import Runner
+from tasks.stores import Stores
+from tasks.submit import parse_submission, submit
+from tests.storage.rows import let_backoff_end, let_leases_end
+from tests.tasks.fakes import MODEL, InstantEngine, RecordingDispatcher, build_request
+
+Fetch = Callable[[str, ImageLimits | VideoLimits], bytes]
+
+
+def fetch_nothing(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+    raise AssertionError(url)
+
+
+class Rig:
+    """A job and what runs it."""
+
+    def __init__(self, stores: Stores, dispatcher: RecordingDispatcher, config: Config) -> None:
+        self.stores, self.dispatcher, self.config = stores, dispatcher, config
+
+    def make(self, *requests: dict[str, Any], **options: Any) -> JobId:
+        given = {"requests": list(requests), **options}
+        job = submit(self.stores, self.dispatcher, parse_submission(given)).job.id
+        expand(self.stores, self.dispatcher, self.config, job)
+        return job
+
+    @contextmanager
+    def runner(
+        self, engine: InstantEngine, *, fetch: Fetch = fetch_nothing, **words: Any
+    ) -> Iterator[Runner]:
+        with ThreadPoolExecutor(4) as pool:
+            preparer = Preparer(self.stores, MODEL, engine.limits, engine.defaults, fetch, pool)
+            runner = Runner(
+                self.stores, self.dispatcher, self.config, engine, preparer, worker="w", **words
+            )
+            runner.start()
+            try:
+                yield runner
+            finally:
+                runner.stop()
+
+    def run(self, engine: InstantEngine | None = None, **words: Any) -> None:
+        """Permit after permit, until nothing can run."""
+        with self.runner(engine or InstantEngine(), **words) as runner:
+            while runner.run_chunk():
+                pass
+
+    def job(self, job: JobId) -> Job:
+        with self.stores.database.read() as session:
+            found = jobs.find(session, job)
+        assert found is not None
+        return found
+
+    def ended(self, job: JobId) -> list[Ended]:
+        with self.stores.database.read() as session:
+            return items.list_by_line(session, job)
+
+    def count(self, job: JobId) -> dict[ItemState, int]:
+        with self.stores.database.read() as session:
+            return jobs.count_items(session, job)
+
+
+@pytest.fixture
+def rig(stores: Stores, dispatcher: RecordingDispatcher, config: Config) -> Rig:
+    return Rig(stores, dispatcher, config)
+
+
+def test_job_runs_to_its_artifacts_in_input_order(rig: Rig) -> None:
+    words = ["one", "a bad picture", "three"] * 20
+    job = rig.make(*(build_request(f"r-{n}", word) for n, word in enumerate(words)))
+
+    rig.run()
+    assert rig.dispatcher.count(TaskName.FINISH) == 1
+    assert JobState.COMPLETED == finish(rig.stores, job)
+    assert finish(rig.stores, job) is None
+
+    found = rig.job(job)
+    assert (40, 20) == (found.num_completed, found.num_failed)
+    output, errors = read_artifacts(rig, found)
+    assert [f"r-{n}" for n in range(60) if n % 3 != 1] == [line["custom_id"] for line in output]
+    assert [f"r-{n}" for n in range(60) if n % 3 == 1] == [line["custom_id"] for line in errors]
+    body = output[0]["response"]["body"]
+    assert "> one" == body["choices"][0]["message"]["content"]
+    assert {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10} == body["usage"]
+    assert 400 == errors[0]["response"]["status_code"]
+    assert "image_unreadable" == errors[0]["response"]["body"]["error"]["code"]
+
+
+def read_artifacts(rig: Rig, job: Job) -> tuple[list[Any], list[Any]]:
+    number = job.finish_attempt
+    return tuple(  # type: ignore[return-value]
+        [
+            json.loads(line)
+            for line in rig.stores.blobs.read(
+                f"{job.tenant_id}/{job.id}/{name}.{number}.jsonl"
+            ).splitlines()
+        ]
+        for name in ("output", "errors")
+    )
+
+
+def test_all_failed_leaves_no_output_file(rig: Rig) -> None:
+    job = rig.make(build_request("a", "a bad picture"))
+
+    rig.run()
+    finish(rig.stores, job)
+
+    found = rig.job(job)
+    assert JobState.COMPLETED == found.state
+    assert found.output_file_id is None
+    assert found.error_file_id is not None
+
+
+def test_transient_failure_is_tried_again_and_ends_after_its_attempts(rig: Rig) -> None:
+    job = rig.make(build_request("a", "bad luck"), build_request("b", "a bad picture"))
+
+    for _ in range(3):
+        rig.run()
+        let_backoff_end(rig.stores.database)
+
+    first, second = rig.ended(job)
+    assert ("engine_failure", 3) == (first.error_code, first.attempt)
+    assert ("image_unreadable", 1) == (second.error_code, second.attempt)
+
+
+def test_bug_in_a_task_charges_what_the_engine_had_and_spares_the_rest(rig: Rig) -> None:
+    job = rig.make(build_request("a", "bad code"), *(build_request(f"r-{n}") for n in range(5)))
+
+    for _ in range(4):
+        rig.run()
+        let_backoff_end(rig.stores.database)
+
+    assert {ItemState.COMPLETED: 5, ItemState.FAILED: 1} == rig.count(job)
+    assert "internal_error" == rig.ended(job)[0].error_code
+
+
+def test_chunks_share_the_engine_and_a_long_one_holds_up_no_other(rig: Rig) -> None:
+    job = rig.make(*(build_request(f"r-{n}", f"text {n}") for n in range(32)))
+    door = threading.Event()
+
+    def wait_at_first(text: str) -> None:
+        if text == "text 0":
+            assert door.wait(10)
+
+    with rig.runner(InstantEngine(on_prompt=wait_at_first)) as runner:
+        slow = threading.Thread(target=runner.run_chunk)
+        slow.start()
+        while not runner.num_in_flight:
+            pass
+        assert 16 == runner.run_chunk()
+        assert {ItemState.COMPLETED: 16, ItemState.LEASED: 16} == rig.count(job)
+        door.set()
+        slow.join()
+
+    assert {ItemState.COMPLETED: 32} == rig.count(job)
+
+
+def test_lost_leases_are_let_go_and_fenced(rig: Rig) -> None:
+    job = rig.make(*(build_request(f"r-{n}", f"text {n}") for n in range(4)))
+
+    def lose_leases(text: str) -> None:
+        if text == "text 1":
+            let_leases_end(rig.stores.database)
+            with rig.stores.database.write() as session:
+                items.expire_leases(session)
+
+    with rig.runner(InstantEngine(on_prompt=lose_leases)) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+            runner.beat()
+
+        assert 0 == runner.num_in_flight
+    let_backoff_end(rig.stores.database)
+    rig.run()
+
+    assert {ItemState.COMPLETED: 4} == rig.count(job)
+
+
+def test_drain_gives_back_at_once_what_was_not_begun_without_a_charge(rig: Rig) -> None:
+    job = rig.make(*(build_request(f"r-{n}", f"text {n}") for n in range(16)))
+    begun, door = threading.Event(), threading.Event()
+
+    def wait(text: str) -> None:
+        begun.set()
+        assert door.wait(10)
+
+    with rig.runner(InstantEngine(on_prompt=wait)) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert begun.wait(10)
+        runner.drain()
+
+        assert {ItemState.PENDING: 15, ItemState.LEASED: 1} == rig.count(job)
+        assert 0 == runner.run_chunk()
+        door.set()
+        thread.join()
+
+    assert {ItemState.PENDING: 15, ItemState.COMPLETED: 1} == rig.count(job)
+    with rig.stores.database.write() as session:
+        chunk = items.lease(session, model=MODEL, worker="w", max_items=99)
+    assert chunk is not None
+    assert {0} == {item.charged for item in chunk.items}
+
+
+def test_deadline_gives_back_what_the_engine_has(rig: Rig) -> None:
+    job = rig.make(*(build_request(f"r-{n}", f"text {n}") for n in range(3)))
+    begun, door = threading.Event(), threading.Event()
+
+    def wait(text: str) -> None:
+        begun.set()
+        assert door.wait(10)
+
+    with rig.runner(InstantEngine(on_prompt=wait)) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert begun.wait(10)
+        runner.drain()
+        runner.abandon()
+
+        assert {ItemState.PENDING: 3} == rig.count(job)
+        door.set()
+        thread.join()
+
+    assert {ItemState.PENDING: 3} == rig.count(job)
+    rig.run()
+    assert {ItemState.COMPLETED: 3} == rig.count(job)
+
+
+def test_lost_device_makes_suspects_that_run_alone(rig: Rig) -> None:
+    job = rig.make(
+        *(build_request(f"r-{n}", "lose the device" if n == 1 else "good") for n in range(4))
+    )
+    exits: list[int] = []
+
+    for _ in range(12):
+        with rig.runner(InstantEngine(), on_device_lost=lambda: exits.append(1)) as runner:
+            while runner.run_chunk():
+                pass
+        let_backoff_end(rig.stores.database)
+
+    assert {ItemState.COMPLETED: 3, ItemState.FAILED: 1} == rig.count(job)
+    assert "worker_crash" == rig.ended(job)[1].error_code
+    assert 3 == len(exits)
+
+
+def test_images_come_from_urls_and_files_and_bad_ones_end_their_item_only(rig: Rig) -> None:
+    upload = submit(
+        rig.stores, rig.dispatcher, parse_submission({"requests": [build_request("x")]})
+    ).job
+    file_url = f"file-{upload.input_file_id.hex}"
+
+    def image(url: str) -> list[Any]:
+        part = {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+        return [{"role": "user", "content": [{"type": "text", "text": url}, part]}]
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        if "gone" in url:
+            raise FetchFailedError("Failed to fetch media from URL: 404.")
+        return url.encode()
+
+    urls = ["https://host/a", "https://host/gone", file_url, "file-" + "0" * 32]
+    job = rig.make(*(build_request(f"r-{n}", messages=image(url)) for n, url in enumerate(urls)))
+    engine = InstantEngine()
+    rig.run(engine, fetch=fetch)
+
+    ended = rig.ended(job)
+    assert [None, "image_fetch_failed", None, "file_not_found"] == [one.error_code for one in ended]
+    parts = {
+        prompt.messages[0]["content"][0]["text"]: prompt.messages[0]["content"][1]
+        for prompt in engine.prompts
+    }
+    assert {"type": "image", "image": b"https://host/a"} == parts["https://host/a"]
+    assert rig.stores.blobs.read(upload.manifest_key) == parts[file_url]["image"]()
+
+
+def test_policy_leaves_images_out_and_says_so(rig: Rig) -> None:
+    job = rig.make(build_request("a", num_images=5), image_policy="sample")
+    engine = InstantEngine()
+    rig.run(engine)
+
+    content = engine.prompts[0].messages[0]["content"]
+    assert ["text", "image_url"] == [part["type"] for part in content]  # the default limit is 1
+    details = rig.ended(job)[0].details or {}
+    assert {"policy": "sample", "num_given": 5, "num_used": 1} == details["image_policy"]
+
+
+def test_cancelled_job_gets_its_files(rig: Rig) -> None:
+    job = rig.make(*(build_request(f"r-{n}") for n in range(20)))
+    with rig.runner(InstantEngine()) as runner:
+        runner.run_chunk()
+    with rig.stores.database.write() as session:
+        jobs.cancel(session, rig.job(job).tenant_id, job)
+        items.end_page(session, job, ItemState.CANCELLED)
+
+    assert JobState.CANCELLED == finish(rig.stores, job)
+
+    output, errors = read_artifacts(rig, rig.job(job))
+    assert (16, 4) == (len(output), len(errors))
+    assert {"batch_cancelled"} == {line["error"]["code"] for line in errors}

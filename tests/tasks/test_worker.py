@@ -1,0 +1,184 @@
+"""Real workers on a real broker: they take work by all its ways, drain, and lose nothing."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from storage import items, jobs
+from storage.ids import JobId
+from storage.states import ItemState, JobState
+from storage.tables import Job
+from tasks.app import CPU_QUEUE
+from tasks.broker import build_client
+from tasks.config import Config
+from tasks.dispatch import Dispatcher
+from tasks.ingest import DEAD, STREAM
+from tasks.stores import Stores
+from tasks.submit import parse_submission, submit
+from tests.tasks.fakes import MODEL, build_request
+from tests.tasks.processes import Fleet, open_fleet, wait_until
+
+pytestmark = pytest.mark.services
+
+
+def settings_of(config: Config, broker: str, **more: str) -> dict[str, str]:
+    return {
+        "HOME": str(config.home),
+        "DATABASE_URL": config.database_url,
+        "REDIS_URL": broker,
+        "CHUNK_ITEMS": "16",
+        "LEASE_S": "4",
+        "HEARTBEAT_S": "1",
+        "SWEEP_S": "0.5",
+        **more,
+    }
+
+
+def find_job(stores: Stores, job: JobId) -> Job:
+    with stores.database.read() as session:
+        found = jobs.find(session, job)
+    assert found is not None
+    return found
+
+
+def is_over(stores: Stores, job: JobId) -> bool:
+    return find_job(stores, job).state in (JobState.COMPLETED, JobState.FAILED)
+
+
+def list_jobs(stores: Stores) -> list[Job]:
+    """Of the default tenant, oldest first."""
+    from storage import tenants
+
+    with stores.database.write() as session:
+        tenant = tenants.get_or_create(session, "default").id
+        return jobs.list_page(session, tenant)[0][::-1]
+
+
+def test_job_goes_through_real_workers_by_all_three_ways(
+    tmp_path: Path, stores: Stores, config: Config, broker: str
+) -> None:
+    with open_fleet(tmp_path, **settings_of(config, broker)) as fleet:
+        fleet.start("cpu")
+        fleet.start("gpu")
+        dispatcher = Dispatcher(config, broker)
+        submission = {"requests": [build_request(f"r-{n}", f"text {n}") for n in range(40)]}
+        submit(stores, dispatcher, parse_submission(submission))
+        client = Celery(broker=broker, set_as_current=False)
+        for _ in range(2):  # a doubled message is one job
+            client.send_task(
+                "darkroom.submit",
+                kwargs={**submission, "idempotency_key": "by-task"},
+                queue=CPU_QUEUE,
+            )
+        client.close()
+        with build_client(broker) as redis:
+            for _ in range(2):
+                given = json.dumps({**submission, "idempotency_key": "by-stream"})
+                redis.xadd(STREAM, {"submission": given})
+            redis.xadd(STREAM, {"submission": "{"})
+            redis.xadd(STREAM, {"submission": '{"requests": []}'})
+            wait_until(
+                lambda: (
+                    len(list_jobs(stores)) == 3
+                    and all(is_over(stores, job.id) for job in list_jobs(stores))
+                    and redis.xlen(STREAM) == 0
+                ),
+                fleet,
+                timeout_s=60,
+            )
+            assert 2 == redis.xlen(DEAD)
+        dispatcher.close()
+        codes = stop(fleet)
+
+    assert [0, 0] == codes
+    for job in list_jobs(stores):
+        with stores.database.read() as session:
+            lines = items.list_by_line(session, job.id)
+        assert [f"> text {n}" for n in range(40)] == [line.text for line in lines]
+
+
+def stop(fleet: Fleet) -> list[int]:
+    for process in fleet.processes:
+        process.send_signal(signal.SIGTERM)
+    return [process.wait(timeout=30) for process in fleet.processes]
+
+
+def start_slow_job(
+    stores: Stores, config: Config, broker: str, fleet: Fleet, *, delay_s: float, num_items: int
+) -> JobId:
+    """A job of which some items are in the engine when this returns."""
+    fleet.start("cpu")
+    fleet.start("gpu", str(delay_s))
+    dispatcher = Dispatcher(config, broker)
+    requests = [build_request(f"r-{n}") for n in range(num_items)]
+    job = submit(stores, dispatcher, parse_submission({"requests": requests})).job.id
+    dispatcher.close()
+    wait_until(lambda: count(stores, job).get(ItemState.LEASED, 0) > 0, fleet, timeout_s=60)
+    return job
+
+
+def count(stores: Stores, job: JobId) -> dict[ItemState, int]:
+    with stores.database.read() as session:
+        return jobs.count_items(session, job)
+
+
+def test_worker_that_is_told_to_stop_gives_back_its_leases_uncharged(
+    tmp_path: Path, stores: Stores, config: Config, broker: str
+) -> None:
+    with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="10")) as fleet:
+        job = start_slow_job(stores, config, broker, fleet, delay_s=0.3, num_items=64)
+        worker = fleet.processes[-1]
+        started = time.monotonic()
+        worker.send_signal(signal.SIGTERM)
+
+        assert 0 == worker.wait(timeout=20), fleet.logs()
+
+        assert time.monotonic() - started < 5
+        states = count(stores, job)
+        assert ItemState.LEASED not in states, fleet.logs()
+        assert 64 == sum(states.values())
+    with stores.database.write() as session:
+        chunk = items.lease(session, model=MODEL, worker="w", max_items=64)
+    assert chunk is not None
+    assert {0} == {item.charged for item in chunk.items}
+
+
+def test_deadline_ends_a_worker_whose_engine_does_not_come_back(
+    tmp_path: Path, stores: Stores, config: Config, broker: str
+) -> None:
+    with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="1")) as fleet:
+        job = start_slow_job(stores, config, broker, fleet, delay_s=60, num_items=20)
+        worker = fleet.processes[-1]
+        started = time.monotonic()
+        worker.send_signal(signal.SIGTERM)
+
+        assert 75 == worker.wait(timeout=20), fleet.logs()
+
+        assert time.monotonic() - started < 1 + 2 + 1  # the deadline, its grace, a busy machine
+        assert {ItemState.PENDING: 20} == count(stores, job), fleet.logs()
+
+
+def test_frozen_worker_that_wakes_up_commits_nothing(
+    tmp_path: Path, stores: Stores, config: Config, broker: str
+) -> None:
+    with open_fleet(
+        tmp_path, **settings_of(config, broker, LEASE_S="1.5", HEARTBEAT_S="0.5")
+    ) as fleet:
+        job = start_slow_job(stores, config, broker, fleet, delay_s=0.2, num_items=12)
+        frozen = fleet.processes[-1]
+        frozen.send_signal(signal.SIGSTOP)
+        fleet.start("gpu")
+        wait_until(lambda: is_over(stores, job), fleet, timeout_s=60)
+        before = find_job(stores, job)
+        frozen.send_signal(signal.SIGCONT)
+        time.sleep(1.5)
+
+        after = find_job(stores, job)
+        assert frozen.poll() is None, fleet.logs()
+
+    assert (12, JobState.COMPLETED) == (after.num_completed, after.state)
+    assert before.version == after.version
