@@ -19,7 +19,7 @@ import typer
 
 from cli import keys, remote
 from cli.demo import run_demo
-from cli.errors import ExitCode
+from cli.errors import CannotStartError, ExitCode
 from cli.inputs import CLIP_SUFFIXES, Found, find_clips, find_pictures
 from cli.local import EngineOptions, run
 from cli.questions import (
@@ -308,6 +308,70 @@ def demo(
 for verb in (remote.submit, remote.status, remote.results, remote.cancel):
     app.command()(verb)
 app.add_typer(keys.app, name="keys")
+
+
+@app.command()
+def worker(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            envvar="DARKROOM_MODEL",
+            help="Folder of a checkpoint, its hub id if it is in the cache, or the bundled model.",
+        ),
+    ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Serve no model but expand and finish jobs.")
+    ] = False,
+    limit_mm_per_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIMITS",
+            help="Pictures and videos one prompt may hold, as image=4,video=1.",
+            show_default="DARKROOM_MODELS, DARKROOM_LIMIT_MM_PER_PROMPT",
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """
+    Serve jobs: of one model on this machine's device, or the work around them.
+
+    Database, blobs and broker are named by DARKROOM_DATABASE_URL, DARKROOM_BLOBS and
+    DARKROOM_REDIS_URL; without them they lie under DARKROOM_HOME and need nothing else.
+
+    SIGTERM or Ctrl-C: what is begun goes on for DARKROOM_DRAIN_S, and everything else goes to
+    other workers. Twice: now.
+
+    \b
+    Exit codes:
+      0    stopped as asked
+      2    a setting that cannot work
+      70   the device was lost: start it again
+      75   stopped, and the deadline cut some work short
+
+    \b
+    Examples:
+      darkroom worker --cpu
+      darkroom worker --model darkroom-tiny --limit-mm-per-prompt image=4
+    """
+    from cli.worker import run_worker
+
+    if not cpu and model is None:
+        raise typer.BadParameter("give --model MODEL, or --cpu", param_hint="--model")
+    try:
+        code = run_worker(
+            model=None if cpu else model,
+            limits=limit_mm_per_prompt,
+            max_model_len=max_model_len,
+            device=device,
+            dtype=dtype,
+        )
+    except CannotStartError as error:
+        typer.echo(str(error), err=True)
+        code = ExitCode.USAGE
+    raise typer.Exit(code)
 
 
 @app.command()
