@@ -16,7 +16,7 @@ from storage.ids import JobId
 
 log = structlog.get_logger()
 
-Notify = Callable[[JobId], None]
+Notify = Callable[[JobId], object]
 Ping = Callable[[], None]
 
 

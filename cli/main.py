@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
@@ -310,6 +311,75 @@ for verb in (remote.submit, remote.status, remote.results, remote.cancel):
 app.add_typer(keys.app, name="keys")
 
 
+Host = Annotated[
+    str, typer.Option(metavar="ADDRESS", envvar="DARKROOM_HOST", help="Address to listen on.")
+]
+Port = Annotated[
+    int,
+    typer.Option(min=1, max=65535, metavar="N", envvar="DARKROOM_PORT", help="Port to listen on."),
+]
+
+
+@app.command()
+def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
+    """
+    Serve OpenAI's files and batches over HTTP. Workers do the work: see `darkroom worker`.
+
+    Requests need an API key (`darkroom keys create`), but for a server without DARKROOM_DATABASE_URL,
+    which listens on this host alone.
+    """
+    from cli.server import run_api
+
+    _exit_after(lambda: run_api(host, port))
+
+
+@app.command()
+def up(
+    model: Model = BUNDLED_MODEL,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    limit_mm_per_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIMITS",
+            help="Pictures and videos one prompt may hold, as image=4,video=1.",
+            show_default="image=1,video=1",
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """
+    Run a whole service on this machine: API, workers and a broker of its own. Ctrl-C stops it.
+
+    Without DARKROOM_DATABASE_URL, DARKROOM_BLOBS and DARKROOM_REDIS_URL all data lies in
+    DARKROOM_HOME, by default ~/.darkroom.
+
+    \b
+    Example:
+      darkroom up &
+      darkroom submit samples/ --wait
+    """
+    from cli.server import run_up
+
+    options = ["--device", device, "--dtype", dtype]
+    if max_model_len is not None:
+        options += ["--max-model-len", str(max_model_len)]
+    if limit_mm_per_prompt is not None:
+        os.environ["DARKROOM_LIMIT_MM_PER_PROMPT"] = limit_mm_per_prompt
+    _exit_after(lambda: run_up(model, host, port, options))
+
+
+def _exit_after(run: Callable[[], int]) -> NoReturn:
+    try:
+        code = run()
+    except CannotStartError as error:
+        typer.echo(f"error: {error}", err=True)
+        code = ExitCode.USAGE
+    raise typer.Exit(code)
+
+
 @app.command()
 def worker(
     model: Annotated[
@@ -360,18 +430,15 @@ def worker(
 
     if not cpu and model is None:
         raise typer.BadParameter("give --model MODEL, or --cpu", param_hint="--model")
-    try:
-        code = run_worker(
+    _exit_after(
+        lambda: run_worker(
             model=None if cpu else model,
             limits=limit_mm_per_prompt,
             max_model_len=max_model_len,
             device=device,
             dtype=dtype,
         )
-    except CannotStartError as error:
-        typer.echo(str(error), err=True)
-        code = ExitCode.USAGE
-    raise typer.Exit(code)
+    )
 
 
 @app.command()

@@ -204,7 +204,8 @@ def open_manifest(
                 typer.echo(f"error: {found.path}: {found.problem}", err=True)
                 continue
             num_lines += 1
-            line = build_line(f"{num_lines}:{found.path.name}", found.path, prompt, model)
+            path = Path(found.path)
+            line = build_line(f"{num_lines}:{path.name}", path, prompt, model)
             file.write(json.dumps(line).encode() + b"\n")
         if num_lines == 0:
             raise typer.Exit(ExitCode.USAGE)
