@@ -31,7 +31,6 @@ from api.errors import (
     TooSlowError,
     translate_validation_error,
 )
-from api.lines import build_completion, build_error
 from api.manifests import drop_manifest, write_manifest
 from api.polls import read_patience_s
 from api.quotas import Quota
@@ -43,6 +42,7 @@ from storage.ids import JobId
 from storage.items import Ended
 from storage.states import TERMINAL_JOB_STATES, ItemState, JobState
 from storage.tables import Job
+from tasks.lines import build_completion, build_error
 
 log = structlog.get_logger()
 router = APIRouter(tags=["Chat"])

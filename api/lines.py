@@ -1,108 +1,14 @@
 """
-Ended items as OpenAI's wire has them: lines of the output and the errors file, chat completions.
-
-Pure functions. A live line is the line that the file will hold, with two fields more.
+Ended items for those who read while the job runs: the line that the file will hold, and where it stood.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from storage.ids import JobId
 from storage.items import Ended
-from storage.states import ItemState
-
-_SERVER_CODES: Final = frozenset({"engine_failure", "worker_crash", "internal_error"})
-_PARAMS: Final[Mapping[str, str]] = {
-    "too_many_images": "messages",
-    "too_many_videos": "messages",
-    "invalid_messages": "messages",
-    "invalid_media_url": "messages",
-    "mismatched_model": "model",
-    "invalid_custom_id": "custom_id",
-    "duplicate_custom_id": "custom_id",
-    "invalid_method": "method",
-    "invalid_url": "url",
-    "invalid_body": "body",
-}
-_NEVER_RAN: Final[Mapping[ItemState, tuple[str, str]]] = {
-    ItemState.CANCELLED: ("batch_cancelled", "The batch was cancelled before this request ran."),
-    ItemState.EXPIRED: (
-        "batch_expired",
-        "This request could not be executed before the completion window expired.",
-    ),
-}
-
-
-def build_line(job: JobId, model: str, item: Ended) -> dict[str, Any]:
-    """One line of `output.jsonl` or `errors.jsonl`."""
-    name = f"{job.hex}{item.line:08x}"
-    line: dict[str, Any] = {
-        "id": f"batch_req_{name}",
-        "custom_id": item.custom_id,
-        "response": None,
-        "error": None,
-    }
-    if item.state in _NEVER_RAN:
-        code, message = _NEVER_RAN[item.state]
-        line["error"] = {"code": code, "message": message}
-        return line
-    status, body = 200, build_completion(job, model, item)
-    if item.state is ItemState.FAILED:
-        status, body = build_error(item.error_code or "internal_error", item.error_message or "")
-    line["response"] = {"status_code": status, "request_id": f"req_{name}", "body": body}
-    details = item.details or {}
-    line.update({key: details[key] for key in ("images", "flags", "stamp") if details.get(key)})
-    return line
-
-
-def build_completion(job: JobId, model: str, item: Ended) -> dict[str, Any]:
-    """The body of a chat completion, for a completed item."""
-    details = item.details or {}
-    outputs = details.get("outputs") or [
-        {"text": item.text or "", "finish_reason": item.finish_reason}
-    ]
-    num_prompt_tokens = item.num_prompt_tokens or 0
-    num_completion_tokens = item.num_completion_tokens or 0
-    return {
-        "id": f"chatcmpl-{job.hex}{item.line:08x}",
-        "object": "chat.completion",
-        "created": int(item.ended_at),
-        "model": model,
-        "choices": [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": output["text"]},
-                "logprobs": None,
-                "finish_reason": _as_wire_reason(output["finish_reason"]),
-            }
-            for index, output in enumerate(outputs)
-        ],
-        "usage": {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_completion_tokens,
-            "total_tokens": num_prompt_tokens + num_completion_tokens,
-        },
-    }
-
-
-def build_error(code: str, message: str) -> tuple[int, dict[str, Any]]:
-    """The status and the error envelope of an item that failed."""
-    is_server = code in _SERVER_CODES
-    return 500 if is_server else 400, {
-        "error": {
-            "message": message,
-            "type": "server_error" if is_server else "invalid_request_error",
-            "param": _PARAMS.get(code),
-            "code": code,
-        }
-    }
+from tasks.lines import build_line
 
 
 def build_live_line(job: JobId, model: str, item: Ended) -> dict[str, Any]:
-    """With the number of its commit, and its line's, for those who read while the job runs."""
+    """With the number of its commit, and its line's."""
     return {**build_line(job, model, item), "seq": item.seq, "line": item.line}
-
-
-def _as_wire_reason(reason: str | None) -> str:
-    # The wire knows no other word for a text that was ended because it went in circles.
-    return "stop" if reason == "repetition" else reason or "stop"

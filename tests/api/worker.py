@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from api.lines import build_line
 from storage import files, items, jobs
 from storage.blobs import Blobs
 from storage.db import Database
@@ -21,6 +20,7 @@ from storage.items import Completion, Failure, NewItem
 from storage.keys import build_errors_key, build_output_key
 from storage.states import ItemState, JobState
 from storage.tables import Job
+from tasks.lines import build_line
 
 ENDPOINT = "/v1/chat/completions"
 
