@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -121,9 +122,10 @@ def test_chat_is_answered_through_the_queue_and_leaves_no_file(service: Service)
     before = len(service.client.files.list(purpose="batch_output").data)
     encoded = base64.b64encode((SAMPLES / "one.png").read_bytes()).decode()
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+    content: Any = [image, {"type": "text", "text": "Describe."}]
     answer = service.client.chat.completions.create(
         model="darkroom-tiny",
-        messages=[{"role": "user", "content": [image, {"type": "text", "text": "Describe."}]}],  # type: ignore[list-item]
+        messages=[{"role": "user", "content": content}],
         temperature=0,
         max_tokens=64,
     )
