@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from engine.errors import EngineFailure, ImageUnreadable
+from engine.errors import EngineFailure, MediaRefused
 from engine.request import CompletionOutput, FinishReason, Result, SamplingParams
 from tasks.app import TaskName
 from tasks.config import Config, MediaLimits
@@ -82,7 +82,8 @@ class InstantEngine:
             if "lose the device" in text:
                 raise DeviceLostError
             if "bad picture" in text:
-                yield Result.failed(prompt.name, ImageUnreadable())
+                refused = MediaRefused("The image is damaged.", code="image_unreadable")
+                yield Result.failed(prompt.name, refused)
             elif "bad luck" in text:
                 yield Result.failed(prompt.name, EngineFailure())
             elif "bad code" in text:
