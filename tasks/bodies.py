@@ -9,8 +9,9 @@ answer is ever ignored: a field that is not known is refused by its name.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
@@ -336,14 +337,30 @@ def _read_sampling(body: Mapping[str, Any]) -> dict[str, Any]:
             )
     if body.get("max_completion_tokens") is not None:
         sampling["max_tokens"] = body["max_completion_tokens"]
-    try:
-        SamplingParams(**{**_NO_LIMIT, **sampling})
-    except BadSamplingParams as error:
-        raise BadLineError("bad_sampling_params", str(error), param=error.param) from error
+    build_params(_PLAIN, sampling)
     return sampling
 
 
-_NO_LIMIT: Final[Mapping[str, Any]] = {"max_tokens": None}
+_PLAIN: Final = SamplingParams(max_tokens=None)
+
+
+def build_params(defaults: SamplingParams, sampling: Mapping[str, Any]) -> SamplingParams:
+    """
+    The parameters of one request: what it gives, and the defaults for the rest.
+
+    Raises:
+        BadLineError: a value is not allowed.
+    """
+    try:
+        return _build_params(defaults, json.dumps(sampling, sort_keys=True))
+    except BadSamplingParams as error:
+        raise BadLineError(error.code, str(error), param=error.param) from error
+
+
+@lru_cache(maxsize=1024)
+def _build_params(defaults: SamplingParams, sampling: str) -> SamplingParams:
+    # The lines of a job mostly say the same, and checking it took half of the time of a line.
+    return replace(defaults, **json.loads(sampling))
 
 
 def _check_message(message: object, where: str) -> Iterator[Mapping[str, Any]]:

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from storage.ids import JobId
 from tasks.app import CPU_QUEUE, TaskName, build_app, build_queue, name_gpu_queue
+from tasks.broker import build_client
 from tasks.config import Config
 
 logger = structlog.get_logger(__name__)
@@ -29,6 +30,7 @@ class Dispatcher:
 
     def __init__(self, config: Config, broker_url: str) -> None:
         self._app = build_app(config, broker_url)
+        self._client = build_client(broker_url, timeout_s=config.send_timeout_s)
         self._chunk_items = config.chunk_items
         self._app.conf.broker_transport_options = {
             "socket_connect_timeout": config.send_timeout_s,
@@ -69,14 +71,25 @@ class Dispatcher:
     def count_queued(self, model: str) -> int | None:
         """Permits that wait for a worker; None if the broker does not answer."""
         try:
-            with self._app.connection_for_write() as connection:
-                channel: Any = connection.default_channel
-                return int(channel.client.llen(name_gpu_queue(model)))
-        except (OperationalError, RedisError, OSError):
+            return int(self._client.llen(name_gpu_queue(model)))
+        except (RedisError, OSError):
             return None
+
+    def take_permit(self, model: str) -> bool:
+        """
+        Take a permit that waits, for a thread that has just finished with one.
+
+        Celery would hand it the next one too, but only when its loop looks again, up to a second
+        later. A permit says nothing beyond its queue, so the message is taken off and not read.
+        """
+        try:
+            return self._client.rpop(name_gpu_queue(model)) is not None
+        except (RedisError, OSError):
+            return False
 
     def close(self) -> None:
         self._app.close()
+        self._client.close()
 
     def _send(self, name: TaskName, queue: str, arguments: Mapping[str, Any]) -> bool:
         try:

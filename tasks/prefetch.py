@@ -9,10 +9,9 @@ wait or are fetched at a time, whatever its size.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from engine.errors import BadSamplingParams
 from engine.request import SamplingParams
 from media.errors import FetchFailedError, MediaError
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
@@ -24,6 +23,7 @@ from tasks.bodies import (
     IMAGE_PARTS,
     Body,
     ImagePolicy,
+    build_params,
     check_body,
     choose_images,
     parse_file_id,
@@ -146,10 +146,7 @@ class Preparer:
             limits=_COUNTED_BEFORE,
             image_policy=policy,
         )
-        try:
-            params = replace(self.defaults, **self._fill_in(body.sampling))
-        except BadSamplingParams as error:
-            raise BadLineError(error.code, str(error), param=error.param) from error
+        params = build_params(self.defaults, self._fill_in(body.sampling))
         draft = _Draft(item, body, params)
         draft.read_messages(self)
         return draft

@@ -6,7 +6,7 @@ leaves the engine idle. Results are committed in small groups while their chunk 
 of lease and attempt; no session is open while the engine works. A second thread renews the leases
 and learns which are lost, a third commits.
 
-Nothing here knows Celery: `tasks.worker` calls `run_chunk` for each permit and `drain` at the end.
+Nothing here knows Celery: `tasks.worker` calls `run_permits` for each permit and `drain` at the end.
 """
 
 import threading
@@ -177,6 +177,11 @@ class Runner:
         self._heart.join()
 
     # --- one permit ----------------------------------------------------------------------------------
+
+    def run_permits(self) -> None:
+        """Work on one permit, and then on those that wait, as long as there is work."""
+        while self.run_chunk() and self._dispatcher.take_permit(self._model):
+            pass
 
     def run_chunk(self) -> int:
         """

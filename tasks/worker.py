@@ -162,7 +162,7 @@ def _add_permit_task(app: Celery, runner: Runner) -> None:
     def run_chunk(model: str) -> None:
         del model  # the queue has said it; one that was sent to the wrong queue finds nothing
         with _logged(TaskName.RUN_CHUNK):
-            runner.run_chunk()
+            runner.run_permits()
 
 
 def _add_cpu_tasks(

@@ -82,9 +82,8 @@ class InstantEngine:
             if "lose the device" in text:
                 raise DeviceLostError
             if "bad picture" in text:
-                yield Result.failed(
-                    prompt.name, MediaRefused("Failed to load image.", code="image_unreadable")
-                )
+                refused = MediaRefused("The image is damaged.", code="image_unreadable")
+                yield Result.failed(prompt.name, refused)
             elif "bad luck" in text:
                 yield Result.failed(prompt.name, EngineFailure())
             elif "bad code" in text:

@@ -96,6 +96,9 @@ def test_sends_reach_their_queues_by_name(tmp_path: Path) -> None:
             assert 1 == client.llen(CPU_QUEUE)
             assert 3 == client.llen(name_gpu_queue("org/model"))
             assert 3 == dispatcher.count_queued("org/model")
+            assert dispatcher.take_permit("org/model")
+            assert 2 == dispatcher.count_queued("org/model")
+            assert not dispatcher.take_permit("other/model")
             client.flushall()  # a broker that forgot everything still takes and keeps what is sent
             assert 1 == dispatcher.send_permits("org/model", 1)
             assert 1 == client.llen(name_gpu_queue("org/model"))
