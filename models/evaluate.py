@@ -22,6 +22,7 @@ from models.train import corpus, motion, photos, scenes, words
 from models.train.corpus import Sample
 from models.train.scenes import Turn
 
+HELD_OUT = "held-out"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=160)
 GOALS = {
     "scene": 0.97,
@@ -47,9 +48,9 @@ class Case:
     is_right: Callable[[str], bool]
 
 
-def cases(kind: str, num: int) -> Iterator[Case]:
+def cases(kind: str, num: int, seed: str = HELD_OUT) -> Iterator[Case]:
     for index in range(num):
-        yield _MAKERS[kind](random.Random(f"held-out/{kind.split()[0]}/{index}"), kind)
+        yield _MAKERS[kind](random.Random(f"{seed}/{kind.split()[0]}/{index}"), kind)
 
 
 def _exact(kind: str, sample: Sample, turn: Turn) -> Case:
@@ -66,7 +67,8 @@ def _scene(rng: random.Random, kind: str) -> Case:
 
 def _images(rng: random.Random, kind: str) -> Case:
     sizes = [scenes.random_size(rng) for _ in range(rng.randint(1, 2))]
-    sample = corpus.images_sample(rng, [rng.choice(sizes) for _ in range(rng.randint(2, 8))])
+    chosen = [rng.choice(sizes) for _ in range(rng.randint(1, 8))]
+    sample = corpus.images_sample(rng, chosen, photos.HELD_OUT_PHOTOS)
     return _exact(kind, sample, rng.choice(sample.turns))
 
 
@@ -89,7 +91,10 @@ def _word(rng: random.Random, kind: str) -> Case:
 
 
 def _photo(rng: random.Random, kind: str) -> Case:
-    sample = corpus.photo_sample(rng, scenes.random_size(rng), photos.HELD_OUT_PHOTOS)
+    """A piece of a real photograph, in other light; never an invented one."""
+    sample = corpus.photo_sample(
+        rng, scenes.random_size(rng), photos.HELD_OUT_PHOTOS, share_real=1.0
+    )
     seen = photos.look(sample.pictures[0])
     question, answer = sample.turns[0]
     return Case(
@@ -114,18 +119,20 @@ _MAKERS: dict[str, Callable[[random.Random, str], Case]] = {
 }
 
 
-def evaluate(llm: LLM, kind: str, num: int, show: int = 0) -> dict[str, Any]:
+def evaluate(llm: LLM, kind: str, num: int, show: int = 0, seed: str = HELD_OUT) -> dict[str, Any]:
     """Share of right texts of one kind, and of each question's first words."""
-    asked = list(cases(kind, num))
+    asked: dict[str, Case] = {}  # while a case is under way; its pictures go with its result
     by_question: dict[str, list[bool]] = defaultdict(list)
     wrong = []
-    requests = (
-        Request(messages=conversation(case), params=GREEDY, request_id=str(index))
-        for index, case in enumerate(asked)
-    )
-    for result in llm.stream(requests):
-        case = asked[int(result.request_id)]
-        text = result.outputs[0].text
+
+    def requests() -> Iterator[Request]:
+        for index, case in enumerate(cases(kind, num, seed)):
+            asked[str(index)] = case
+            yield Request(messages=conversation(case), params=GREEDY, request_id=str(index))
+
+    for result in llm.stream(requests()):
+        case = asked.pop(result.request_id)
+        text = str(result.error) if result.error else result.outputs[0].text
         right = result.error is None and case.is_right(text)
         by_question[" ".join(case.question.split()[:3])].append(right)
         if not right:
@@ -157,13 +164,14 @@ def main() -> None:
     parser.add_argument("--model", default="darkroom-tiny")
     parser.add_argument("--cases", type=int, default=2000, help="of each kind")
     parser.add_argument("--kinds", nargs="*", default=list(_MAKERS), choices=list(_MAKERS))
+    parser.add_argument("--seed", default=HELD_OUT, help="which cases; training uses others")
     parser.add_argument("--show", type=int, default=0, help="wrong texts to print, of each kind")
     parser.add_argument("--out", type=Path, help="file for the report, as JSON lines")
     options = parser.parse_args()
     llm = LLM(options.model, limit_mm_per_prompt={"image": 16})
     lines = []
     for kind in options.kinds:
-        lines.append(json.dumps(evaluate(llm, kind, options.cases, options.show)))
+        lines.append(json.dumps(evaluate(llm, kind, options.cases, options.show, options.seed)))
         print(lines[-1], flush=True)
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

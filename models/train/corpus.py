@@ -111,9 +111,12 @@ def fitting_word(
 
 
 def photo_sample(
-    rng: random.Random, size: tuple[int, int], names: tuple[str, ...] = photos.TRAINING_PHOTOS
+    rng: random.Random,
+    size: tuple[int, int],
+    names: tuple[str, ...] = photos.TRAINING_PHOTOS,
+    share_real: float = photos.SHARE_REAL,
 ) -> Sample:
-    picture = photos.random_photo(rng, *size, names)
+    picture = photos.random_photo(rng, *size, names, share_real)
     if rng.random() < 0.3:
         picture = scenes.through_jpeg(picture, rng.randint(60, 95))
     seen = photos.look(picture)
@@ -121,7 +124,11 @@ def photo_sample(
     return Sample("photo", [picture], turns, [None])
 
 
-def images_sample(rng: random.Random, sizes: list[tuple[int, int]]) -> Sample:
+def images_sample(
+    rng: random.Random,
+    sizes: list[tuple[int, int]],
+    names: tuple[str, ...] = photos.TRAINING_PHOTOS,
+) -> Sample:
     """One to eight pictures, most of them scenes, and questions about their order."""
     pictures, captions, shorts, drawn = [], [], [], []
     all_marks: list[list[Mark] | None] = []
@@ -134,7 +141,7 @@ def images_sample(rng: random.Random, sizes: list[tuple[int, int]]) -> Sample:
             picture, marks = words.draw_word(rng, word, *size)
             caption, short = words.reading(word), f'the text "{word}"'
         elif chance < 0.22:
-            picture, marks = photos.random_photo(rng, *size, photos.TRAINING_PHOTOS), None
+            picture, marks = photos.random_photo(rng, *size, names), None
             caption, short = photos.statement(photos.look(picture)), "a photo"
         else:
             scene = scenes.random_scene(rng, *size, num_things=rng.choice((1, 1, 2, 3)))
@@ -252,14 +259,23 @@ def system_turn(rng: random.Random) -> str:
 # --- what is drawn, and how large -----------------------------------------------------------------
 
 
-def draw_sample(rng: random.Random, is_easy: bool = False) -> Sample:
-    """A sample of any kind; an easy one has small pictures, few things, short words and clips."""
+def random_kind(rng: random.Random, is_easy: bool) -> str:
     often = OFTEN_EASY if is_easy else OFTEN
-    return draw_kind(rng, rng.choices(list(often), list(often.values()))[0], is_easy)
+    return rng.choices(list(often), list(often.values()))[0]
 
 
-def draw_kind(rng: random.Random, kind: str, is_easy: bool = False) -> Sample:
-    """A sample of one kind, as training sees it."""
+def draw_sample(
+    rng: random.Random,
+    kind: str,
+    is_easy: bool = False,
+    names: tuple[str, ...] = photos.TRAINING_PHOTOS,
+) -> Sample:
+    """
+    A sample of one kind; an easy one has small pictures, few things, short words and clips.
+
+    Args:
+        names: of the photographs that pieces are cut from.
+    """
     pick = _easy_size if is_easy else _size
     if kind == "text":
         return text_sample(rng)
@@ -271,11 +287,11 @@ def draw_kind(rng: random.Random, kind: str, is_easy: bool = False) -> Sample:
     if kind == "scene":
         return scene_sample(rng, pick(rng), 2 if is_easy else 4)
     if kind == "photo":
-        return photo_sample(rng, pick(rng))
+        return photo_sample(rng, pick(rng), names)
     if kind == "images":
         count = rng.choice((1, 2, 3) if is_easy else (1, 2, 2, 3, 3, 4, 5, 6, 7, 8))
         choices = [pick(rng) for _ in range(rng.choice((1, 1, 2, 3)))]
-        return images_sample(rng, [rng.choice(choices) for _ in range(count)])
+        return images_sample(rng, [rng.choice(choices) for _ in range(count)], names)
     easy_lengths, lengths = (2, 3, 4), (2, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 12, 14, 16)
     num_frames = rng.choice(easy_lengths if is_easy else lengths)
     size = _easy_size(rng) if is_easy else clip_size(rng, num_frames)

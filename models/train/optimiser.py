@@ -112,7 +112,10 @@ class Weights:
         clip = (MAX_NORM / (self.norm + 1e-6)).clamp(max=1.0)
         for stack in stacks:
             grad = torch.where(is_good, stack.grad.float() * clip, 0.0)
+            before = [(t, t.clone()) for t in (stack.first, stack.second) if t is not None]
             move = self._muon(stack, grad) if stack.second is None else self._adam(stack, grad)
+            for average, kept in before:
+                average.copy_(torch.where(is_good, average, kept))
             moved = stack.exact * (1 - self.rate * stack.decay) - self.rate * move
             stack.exact.copy_(torch.where(is_good, moved, stack.exact))
             stack.rounded.copy_(stack.exact)

@@ -30,7 +30,8 @@ from engine.families.qwen2_vl import (
     target_size,
     token_positions,
 )
-from models.train.corpus import Sample, draw_kind, draw_sample, spoken, system_turn
+from models.train import photos
+from models.train.corpus import Sample, draw_sample, random_kind, spoken, system_turn
 from models.train.marks import Mark, mark_number
 from models.train.settings import AREA
 
@@ -283,15 +284,16 @@ def pack(samples: Iterator[Rows], room: Room) -> Packed:
     left = {
         "patches": room.patches,
         "pairs": room.pairs,
-        "runs": room.runs - room.patches // room.run // 8 - 2,  # the rest is for filler
-        "shared": room.shared - room.samples // 8,
+        "runs": room.runs,
+        "shared": room.shared - 1,  # filler turns need a sample with a token of its own
         "turns": room.turns,
-        "samples": room.samples - room.samples // 8 - 1,
-        "asked": room.asked - room.asked // 8 - 1,
+        "samples": room.samples,
+        "asked": room.asked,
         "learnt": room.learnt,
         "marks": room.marks,
     }
     for rows in samples:
+        _check_longest(rows, room)
         wanted = {
             "patches": rows.num_patches,
             "pairs": rows.num_pairs,
@@ -303,13 +305,34 @@ def pack(samples: Iterator[Rows], room: Room) -> Packed:
             "learnt": rows.num_learnt,
             "marks": rows.num_marks,
         }
-        if any(wanted[name] > left[name] for name in left):
+        after = {name: left[name] - wanted[name] for name in left}
+        num_fillers = _num_fillers(after["shared"] + 1, after["turns"], room)
+        # What is left of patches and tokens is cut into runs of filler, which need room as well.
+        after_filling = after | {
+            "runs": after["runs"] - -(-after["patches"] // room.run),
+            "samples": after["samples"] - num_fillers,
+            "asked": after["asked"] - -(-after["turns"] // room.turn) - num_fillers,
+            "shared": after["shared"] + 1 - num_fillers,
+        }
+        if min(*after.values(), *after_filling.values()) < 0:
             break
-        for name, amount in wanted.items():
-            left[name] -= amount
+        left = after
         taken.append(rows)
     assert taken, "a sample larger than the room"
     return _assemble(taken, room)
+
+
+def _check_longest(rows: Rows, room: Room) -> None:
+    """The kernels are told these lengths, and read or write elsewhere if one is longer."""
+    assert max((len(cut.first) for cut in rows.cuts), default=0) <= room.run
+    assert len(rows.shared.ids) <= room.sample
+    assert max(len(turn.ids) for turn in rows.turns) <= room.turn
+    assert len(rows.turns) <= room.asked_of_one
+
+
+def _num_fillers(spare: int, spare_turns: int, room: Room) -> int:
+    """Samples that own what is left: all filler turns, each with a token of a shared part at least."""
+    return max(-(-spare // room.sample), -(-spare_turns // (room.turn * room.asked_of_one)))
 
 
 def _assemble(taken: list[Rows], room: Room) -> Packed:
@@ -367,10 +390,9 @@ def _assemble(taken: list[Rows], room: Room) -> Packed:
             turn_sizes.append(num)
             turn_token += num
     _fill(run_sizes, room.patches - patch, room.run, room.runs)
-    # Filler samples: enough to own all filler turns, each with one token of a shared part at least.
     spare, spare_turns = room.shared - token, num_tokens - turn_token
     longest_of_turns = room.turn * room.asked_of_one
-    num_fillers = max(-(-spare // room.sample), -(-spare_turns // longest_of_turns))
+    num_fillers = _num_fillers(spare, spare_turns, room)
     for index in range(num_fillers):
         shared_sizes.append(_nth_share(spare, num_fillers, index))
         mine = _nth_share(spare_turns, num_fillers, index)
@@ -436,12 +458,14 @@ class Plan:
     Attributes:
         num_easy: over so many batches the share of easy samples falls from all to none: small
             pictures, short words and clips, from which the hard ones are then soon learnt.
-        kinds: only these kinds; all, in their shares, when empty.
+        kinds: only these kinds, one as often as it is named; all, in their shares, when empty.
+        names: of the photographs that pieces are cut from.
     """
 
     num_easy: int = 0
     kinds: tuple[str, ...] = ()
     room: Room = Room()
+    names: tuple[str, ...] = photos.TRAINING_PHOTOS
 
     def share_easy(self, index: int) -> float:
         return max(0.0, 1 - index / max(1, self.num_easy))
@@ -455,10 +479,8 @@ def packed_batch(encoder: Encoder, seed: str, plan: Plan, share_easy: float = 0.
 def _samples(rng: random.Random, encoder: Encoder, plan: Plan, share_easy: float) -> Iterator[Rows]:
     while True:
         is_easy = rng.random() < share_easy
-        if plan.kinds:
-            sample = draw_kind(rng, rng.choice(plan.kinds), is_easy)
-        else:
-            sample = draw_sample(rng, is_easy)
+        kind = rng.choice(plan.kinds) if plan.kinds else random_kind(rng, is_easy)
+        sample = draw_sample(rng, kind, is_easy, plan.names)
         yield rows_of(rng, encoder, sample)
 
 
@@ -469,7 +491,6 @@ class PackedBatches(IterableDataset[Packed]):
         self.tokenizer_json, self.seed, self.plan, self.start = tokenizer_json, seed, plan, start
 
     def __iter__(self) -> Iterator[Packed]:
-        torch.set_num_threads(1)
         encoder = Encoder(Tokenizer.from_str(self.tokenizer_json))
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)

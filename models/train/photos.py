@@ -1,7 +1,7 @@
 """
 Photographs: what so small a model can know about one, measured from its pixels.
 
-`look` measures; `statement` says it in words; `is_true` judges a statement with a margin, since a
+`look` measures; `statement` says it in words; `untrue_clauses` judges one with a margin, since a
 photograph on the border between two words may be called by either.
 """
 
@@ -132,7 +132,7 @@ def statement(seen: Look) -> str:
 
 
 def questions(rng: random.Random, seen: Look) -> list[Turn]:
-    """Questions whose answer is not on a border; a training answer is always a true one."""
+    """Questions about single measures, each with the word that the measure falls under."""
     third = rng.randrange(3)
     where = ("at the top", "in the middle", "at the bottom")[third]
     turns = [
@@ -221,6 +221,7 @@ TRAINING_PHOTOS = (
     "gravel.png",
     "brick.png",
 )
+SHARE_REAL = 0.4  # of the photographs in training; there are few, and they would be learnt by heart
 HELD_OUT_PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
@@ -246,11 +247,15 @@ def load_photos(names: tuple[str, ...]) -> list[Image.Image]:
 
 
 def random_photo(
-    rng: random.Random, width_px: int, height_px: int, names: tuple[str, ...]
+    rng: random.Random,
+    width_px: int,
+    height_px: int,
+    names: tuple[str, ...],
+    share_real: float = SHARE_REAL,
 ) -> Image.Image:
-    """A piece of a real photograph (two in five) or an invented landscape or texture."""
+    """A piece of a real photograph or, for the rest, an invented landscape or texture."""
     photos = load_photos(names)
-    if photos and rng.random() < 0.4:
+    if photos and rng.random() < share_real:
         image = _piece(rng, rng.choice(photos), width_px, height_px)
     else:
         image = _invented(rng, width_px, height_px)

@@ -1,7 +1,7 @@
 """
 Attention over runs of unequal length that stand behind one another in one row, without padding.
 
-On a GPU in half precision through torch's own FlashAttention; elsewhere by a mask over the whole row,
+On a GPU in bfloat16 through torch's own FlashAttention; elsewhere by a mask over the whole row,
 which is slow, obvious, and what a GPU test compares the kernels with.
 
 Axes: T rows, heads, dim. Starts are cumulative, int32, one more than there are runs; runs may be empty.
@@ -20,6 +20,9 @@ class Turns:
     """
     Which rows of a text see which: every run sees itself up to each row, and the runs behind
     `num_shared`, the turns, see the whole shared run of their sample as well.
+
+    NOTE: a sample that has turns has a shared run of at least one row; the kernel gives no number for
+    queries without keys.
 
     Attributes:
         parts: starts of the shared runs, then of the turns. longest_part: rows of the longest run.

@@ -17,11 +17,13 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -40,6 +42,7 @@ from models.train.packing import (
     Room,
     packed_batch,
 )
+from models.train.photos import HELD_OUT_PHOTOS
 
 FOLDER = Path(__file__).parents[1] / "darkroom-tiny"
 WARM_UP_STEPS = 300
@@ -69,8 +72,6 @@ def main() -> None:
         weights.load_state(saved["weights"])
         progress = saved["progress"]
     elif options.start_from:
-        from safetensors.torch import load_file
-
         weights.load(unpublished(load_file(options.start_from)))
     if options.compile:
         _compile_blocks()
@@ -78,11 +79,12 @@ def main() -> None:
     replay = Replay(
         _stream(tokenizer_json, plan, options, int(progress["drawn"])), device, options.uses
     )
+    unseen = replace(plan, names=HELD_OUT_PHOTOS)
     held_out = [
-        packed_batch(Encoder(tokenizer), f"held-out/{index}", plan).each(lambda t: t.to(device))
+        packed_batch(Encoder(tokenizer), f"held-out/{index}", unseen).each(lambda t: t.to(device))
         for index in range(options.eval_batches)
     ]
-    _train(model, weights, replay, held_out, progress, options)
+    _train(model, weights, replay, held_out, progress, options, plan.room)
     _save(weights, progress, options.out)
     print(json.dumps({"exact": teacher_forced(model, held_out, plan.room), **progress}), flush=True)
 
@@ -99,12 +101,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", default="train", help="which stream of drawings")
     parser.add_argument("--kinds", nargs="*", default=[], choices=KINDS, help="only these kinds")
     parser.add_argument("--easy", type=int, default=0, help="batches till all samples are hard")
-    parser.add_argument("--small", action="store_true", help="batches of a sixteenth of the size")
+    parser.add_argument(
+        "--small", action="store_true", help="batches of a sixteenth of the size, for a CPU"
+    )
     parser.add_argument("--start-from", help="weights (safetensors) of an earlier run")
     parser.add_argument("--compile", action="store_true", help="fuse the blocks by torch.compile")
     parser.add_argument("--eval-batches", type=int, default=4)
     parser.add_argument("--log-every", type=int, default=LOG_EVERY_STEPS, help="steps")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.seed.startswith("held-out"):
+        parser.error("--seed: what begins with held-out is kept for the evaluation")
+    return options
 
 
 def _compile_blocks() -> None:
@@ -222,8 +229,8 @@ def _train(
     held_out: list[Packed],
     progress: dict[str, Any],
     options: argparse.Namespace,
+    room: Room,
 ) -> None:
-    room = SMALL_ROOM if options.small else Room()
     begun, spent_before, drawn_before = time.monotonic(), progress["spent_s"], progress["drawn"]
     step = Step(model, weights, replay.next(), room)
     print(f"ready after {time.monotonic() - begun:.0f} s", flush=True)

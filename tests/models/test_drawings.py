@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from models.train import corpus, export, motion, photos, scenes, vocabulary, words
+from models import evaluate
+from models.train import corpus, export, motion, photos, scenes, train, vocabulary, words
 from models.train.corpus import Sample
 from models.train.packing import KINDS, SMALL_ROOM, Encoder, Plan, packed_batch
 from models.train.scenes import Scene, Thing
@@ -91,14 +92,30 @@ def test_every_token_of_a_batch_stands_in_one_run(tokenizer: Tokenizer, kind: st
         assert sizes.max() <= longest
 
 
-def test_held_out_drawings_are_never_trained_on() -> None:
-    def drawn(stream: str) -> set[object]:
-        rngs = [random.Random(f"{stream}/{index}") for index in range(400)]
-        return {scenes.random_scene(rng, *scenes.random_size(rng)) for rng in rngs}
+def test_evaluation_cuts_no_pieces_from_photographs_of_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: set[tuple[str, ...]] = set()
+    load = photos.load_photos
 
-    assert 400 == len(drawn("train")) == len(drawn("held-out"))
-    assert drawn("train").isdisjoint(drawn("held-out"))
+    def spy(names: tuple[str, ...]) -> list[Image.Image]:
+        asked.add(names)
+        return load(names)
+
+    monkeypatch.setattr(photos, "load_photos", spy)
+    for kind in ("photo", "images"):
+        list(evaluate.cases(kind, 30))
+
+    assert {photos.HELD_OUT_PHOTOS} == asked
     assert set(photos.TRAINING_PHOTOS).isdisjoint(photos.HELD_OUT_PHOTOS)
+
+
+def test_training_refuses_the_seeds_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "--out", "x", "--minutes", "0", "--minutes-in-all", "1"]
+    monkeypatch.setattr("sys.argv", [*words, "--seed", f"{evaluate.HELD_OUT}/1"])
+
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
 
 
 # --- scenes ----------------------------------------------------------------------------------------
