@@ -7,14 +7,15 @@ The environment is set before anything imports torch or transformers, which read
 import os
 import signal
 
-# Whoever starts the tests in the background has told them to ignore Ctrl-C; some tests press it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The bundled model is so small that on a large machine more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+
+# Whoever starts the tests in the background has told them to ignore Ctrl-C; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A first example may load a model, and CI machines stall: pytest-timeout watches the clock instead.
 settings.register_profile("darkroom", deadline=None, derandomize="CI" in os.environ)
