@@ -49,7 +49,7 @@ class Profile:
     timeout_s: float
 
 
-SHORT = Profile(num_items=900, num_kills=8, num_empties=2, delay_s=0.01, timeout_s=120)
+SHORT = Profile(num_items=900, num_kills=8, num_empties=2, delay_s=0.08, timeout_s=120)
 FULL = Profile(num_items=5000, num_kills=40, num_empties=3, delay_s=0.03, timeout_s=500)
 PROFILE = FULL if os.environ.get("DARKROOM_FAULT_PROFILE") == "full" else SHORT
 
