@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = structlog.get_logger(__name__)
 
 START_TRIES: Final = 5  # two starts may pick one port
+START_RETRY_S: Final = 0.5
 STOP_TIMEOUT_S: Final = 5.0
 
 
@@ -79,10 +80,10 @@ def open_broker(config: Config) -> Iterator[str]:
     Yield the URL of a broker that answers; one that we started ends with the block.
 
     Raises:
-        BrokerUnavailableError: the given one does not answer, or ours does not start.
+        BrokerUnavailableError: the given one does not answer for so long, or ours does not start.
     """
     if config.redis_url is not None:
-        ping(config.redis_url)
+        _await(config.redis_url, config.start_wait_s)
         yield config.redis_url
         return
     folder = config.home / "valkey"
@@ -108,6 +109,21 @@ def open_broker(config: Config) -> Iterator[str]:
                     with suppress(ProcessLookupError):
                         os.kill(found["pid"], signal.SIGTERM)
                 note.unlink(missing_ok=True)
+
+
+def _await(url: str, wait_s: float) -> None:
+    """Processes of a group start in any order, also after a crash: wait before giving up."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            ping(url)
+        except BrokerUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("broker_awaited", wait_s=wait_s)
+            time.sleep(START_RETRY_S)
+        else:
+            return
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Config(BaseSettings):
             twice what the engine runs at once, so that one's slow tail never leaves it idle.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
         lease_s, heartbeat_s: how long a claim lasts, and how often it is renewed.
+        start_wait_s: how long a process that starts waits for a given broker to answer.
         drain_s: how long a worker that is told to stop goes on with what it has begun.
         sweep_s: how often the sweeper looks.
         send_timeout_s: how long a send to the broker may take before the sweeper has to do it.
@@ -82,6 +83,7 @@ class Config(BaseSettings):
     lease_s: Seconds = 60.0
     heartbeat_s: Seconds = 15.0
     max_attempts: Count = 3
+    start_wait_s: Seconds = 30.0
     drain_s: Seconds = 30.0
     sweep_s: Seconds = 3.0
     send_timeout_s: Seconds = 0.2

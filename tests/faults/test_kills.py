@@ -122,6 +122,7 @@ def test_killed_workers_and_an_emptied_broker_lose_and_double_nothing(
             )
             took_s = time.monotonic() - started
             codes = stop([cpu, *workers])
+            assert {0} == set(codes), fleet.logs()
     finally:
         broker.stop()
 
@@ -131,7 +132,6 @@ def test_killed_workers_and_an_emptied_broker_lose_and_double_nothing(
     )
     assert done["kill"] >= PROFILE.num_kills // 2, "the job ended before the faults had begun"
     assert done["empty"] + done["broker"] >= 1
-    assert {0} == set(codes)
     found = find(database, job)
     assert (PROFILE.num_items, 0) == (found.num_completed, found.num_failed)
     lines = read_output(stores, found)

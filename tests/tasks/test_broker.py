@@ -78,7 +78,7 @@ def test_broker_that_forgets_is_refused(tmp_path: Path) -> None:
 def test_given_broker_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
     with (
         pytest.raises(BrokerUnavailableError),
-        open_broker(load_config(home=tmp_path, redis_url=NOBODY)),
+        open_broker(load_config(home=tmp_path, redis_url=NOBODY, start_wait_s=0.1)),
     ):
         pass
 
