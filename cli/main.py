@@ -311,6 +311,14 @@ for verb in (remote.submit, remote.status, remote.results, remote.cancel):
 app.add_typer(keys.app, name="keys")
 
 
+Limits = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIMITS",
+        help="Pictures and videos one prompt may hold, as image=4,video=1.",
+        show_default="DARKROOM_MODELS, DARKROOM_LIMIT_MM_PER_PROMPT",
+    ),
+]
 Host = Annotated[
     str, typer.Option(metavar="ADDRESS", envvar="DARKROOM_HOST", help="Address to listen on.")
 ]
@@ -338,14 +346,7 @@ def up(
     model: Model = BUNDLED_MODEL,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    limit_mm_per_prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIMITS",
-            help="Pictures and videos one prompt may hold, as image=4,video=1.",
-            show_default="image=1,video=1",
-        ),
-    ] = None,
+    limit_mm_per_prompt: Limits = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
@@ -393,14 +394,7 @@ def worker(
     cpu: Annotated[
         bool, typer.Option("--cpu", help="Serve no model but expand and finish jobs.")
     ] = False,
-    limit_mm_per_prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIMITS",
-            help="Pictures and videos one prompt may hold, as image=4,video=1.",
-            show_default="DARKROOM_MODELS, DARKROOM_LIMIT_MM_PER_PROMPT",
-        ),
-    ] = None,
+    limit_mm_per_prompt: Limits = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
