@@ -23,7 +23,11 @@ class ExitCode(IntEnum):
 
 
 class CannotStartError(Exception):
-    """The engine cannot be started as asked. The message says what to change."""
+    """The engine or the service cannot be started as asked. The message says what to change."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.USAGE) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EngineStoppedError(Exception):

@@ -1,19 +1,23 @@
 """
 API keys: made, listed and revoked in the database itself, on a host that may reach it.
 
-A key is shown once. What is kept is a hash of it, under a pepper that lies in the home folder.
+A key is shown once. What is kept is a hash of it, under a pepper that the servers have too.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.errors import CannotStartError
+from cli.service import prepare_database, reported
+
 if TYPE_CHECKING:
     from storage.db import Database
+    from tasks.config import Config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +28,9 @@ app = typer.Typer(
 Home = Annotated[
     Path,
     typer.Option(
-        metavar="FOLDER", envvar="DARKROOM_HOME", help="Where the pepper and the database lie."
+        metavar="FOLDER",
+        envvar="DARKROOM_HOME",
+        help="Where the pepper and the database of a service on one host lie.",
     ),
 ]
 DatabaseUrl = Annotated[
@@ -54,11 +60,20 @@ def create(
     home: Home = DEFAULT_HOME,
     database_url: DatabaseUrl = "",
 ) -> None:
-    """Make a key and write it to stdout. It cannot be had a second time."""
-    from storage import pepper, tenants
+    """
+    Make a key and write it to stdout. It cannot be had a second time.
 
-    secret = pepper.load(home.expanduser())
-    with open_database(home, database_url) as database, database.write() as session:
+    Servers with DARKROOM_DATABASE_URL know it by DARKROOM_PEPPER or DARKROOM_PEPPER_FILE: give the
+    same here.
+    """
+    from storage import tenants
+    from tasks.stores import load_pepper
+
+    with (
+        open_database(home, database_url) as (config, database),
+        database.write() as session,
+    ):
+        secret = load_pepper(config)
         owner = tenants.get_or_create(session, tenant)
         lifetime_s = None if days is None else days * 86400
         _, key = tenants.create_key(
@@ -75,7 +90,7 @@ def list_(
     """List a tenant's keys by their public part: id, name, since when, and whether it is good."""
     from storage import tenants
 
-    with open_database(home, database_url) as database, database.read() as session:
+    with open_database(home, database_url) as (_, database), database.read() as session:
         owner = tenants.find(session, tenant)
         rows = [] if owner is None else tenants.list_keys(session, owner.id)
     for row in rows:
@@ -100,7 +115,7 @@ def revoke(
 
     key_id = key.split("_")[1] if key.startswith("dk_") else key
     is_revoked = False
-    with open_database(home, database_url) as database, database.write() as session:
+    with open_database(home, database_url) as (_, database), database.write() as session:
         owner = tenants.find(session, tenant)
         if owner is not None:
             with suppress(NotFoundError):
@@ -113,21 +128,17 @@ def revoke(
 
 
 @contextmanager
-def open_database(home: Path, url: str) -> Iterator["Database"]:
-    """The service's database, brought up to date."""
-    from migrations.upgrade import upgrade
-    from storage.db import Database
-    from storage.errors import StorageError
-
-    if not url:
-        folder = home.expanduser().absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{folder / 'darkroom.sqlite3'}"
+def open_database(home: Path, url: str) -> "Iterator[tuple[Config, Database]]":
+    """The service's settings and its database."""
     try:
-        database = Database(url)
-        upgrade(database)
-        yield database
-        database.close()
-    except StorageError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(3) from error
+        with reported():
+            from storage.db import Database
+            from tasks.config import load_config
+
+            config = load_config(home=home, database_url=url)
+            prepare_database(config)
+            with closing(Database(config.database)) as database:
+                yield config, database
+    except CannotStartError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.code) from error

@@ -377,7 +377,7 @@ def _exit_after(run: Callable[[], int]) -> NoReturn:
         code = run()
     except CannotStartError as error:
         typer.echo(f"error: {error}", err=True)
-        code = ExitCode.USAGE
+        code = error.code
     raise typer.Exit(code)
 
 

@@ -17,8 +17,8 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from cli.errors import CannotStartError, ExitCode
-from cli.worker import prepare_database
+from cli.errors import ExitCode
+from cli.service import prepare_database, reported
 
 if TYPE_CHECKING:
     from tasks.config import Config
@@ -38,23 +38,22 @@ def run_api(host: str, port: int) -> ExitCode:
     Raises:
         CannotStartError: the message says what to change.
     """
-    with _reported():
+    with reported():
         from api.app import create_app
         from api.config import ApiConfig, ServedModel
         from api.server import build_server
-        from storage import pepper
         from tasks.broker import open_broker, ping
         from tasks.config import DEFAULT_TENANT, load_config
         from tasks.dispatch import Dispatcher
         from tasks.logs import configure_logging
-        from tasks.stores import open_stores
+        from tasks.stores import load_pepper, open_stores
 
         configure_logging()
         config = load_config()
         prepare_database(config)
         is_open = not config.database_url
         api_config = ApiConfig(
-            pepper=pepper.load(config.home),
+            pepper=load_pepper(config),
             is_open=is_open,
             open_tenant=DEFAULT_TENANT,
             models=tuple(ServedModel(name) for name in config.models),
@@ -87,7 +86,7 @@ def run_up(model: str, host: str, port: int, worker_options: Sequence[str]) -> E
     Raises:
         CannotStartError: the message says what to change.
     """
-    with _reported():
+    with reported():
         from tasks.broker import open_broker
         from tasks.config import load_config
         from tasks.logs import configure_logging
@@ -190,17 +189,3 @@ def _on_signals(act: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Turn what keeps a server from starting into a message for people."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise CannotStartError(
-            f"The service is not installed here ({error.name} is missing). "
-            "Run pip install -e '.[service]' in Darkroom's folder."
-        ) from error
-    except (ValueError, OSError) as error:
-        raise CannotStartError(str(error)) from error

@@ -96,6 +96,13 @@ class BadDatabaseUrlError(StorageError):
     fault: ClassVar[Fault] = Fault.OPERATOR
 
 
+class BadPepperError(StorageError, ValueError):
+    """The pepper is no hexadecimal number of 16 bytes or more. Make one with `openssl rand -hex 32`."""
+
+    code: ClassVar[str] = "bad_pepper"
+    fault: ClassVar[Fault] = Fault.OPERATOR
+
+
 # Blobs
 
 

@@ -1,7 +1,9 @@
 """
 The pepper: what hashes of API keys are made with, kept outside the database.
 
-Whoever gets at the database alone can check no guess without it. It is made once, and never shown.
+Whoever gets at the database alone can check no guess without it. Hosts that share a database share
+one pepper, which is handed to each of them; a service on one host makes its own, once, and never
+shows it.
 """
 
 import os
@@ -9,17 +11,47 @@ import secrets
 from pathlib import Path
 from typing import Final
 
+from storage.errors import BadPepperError
+
 FILENAME: Final = "pepper"
 PEPPER_BYTES: Final = 32
+MIN_PEPPER_BYTES: Final = 16
 
 
 def load(home: Path) -> bytes:
-    """The pepper of this home folder; made, for its owner's eyes only, where there is none."""
+    """
+    The pepper of this home folder; made, for its owner's eyes only, where there is none.
+
+    Raises:
+        BadPepperError: something else lies in its place.
+    """
     path = home / FILENAME
     if not path.exists():
         home.mkdir(parents=True, exist_ok=True)
         _make(path)
-    return bytes.fromhex(path.read_text().strip())
+    return read(path)
+
+
+def read(path: Path) -> bytes:
+    """Read a pepper from a file, such as a mounted secret. Raises `BadPepperError`."""
+    try:
+        return parse(path.read_text(encoding="ascii"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadPepperError(
+            "The file with the pepper cannot be read. Check that it is there, that this process may "
+            "read it, and that it holds hexadecimal digits."
+        ) from error
+
+
+def parse(text: str) -> bytes:
+    """Read a pepper as people hand it over: hexadecimal digits. Raises `BadPepperError`."""
+    try:
+        pepper = bytes.fromhex(text.strip())
+    except ValueError as error:
+        raise BadPepperError from error
+    if len(pepper) < MIN_PEPPER_BYTES:
+        raise BadPepperError
+    return pepper
 
 
 def _make(path: Path) -> None:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
@@ -45,6 +53,8 @@ class Config(BaseSettings):
         database_url: sqlite:///PATH or postgresql://…; by default a file under `home`.
         blobs: a folder, or s3://bucket/prefix; by default a folder under `home`.
         redis_url: of a broker that is there; by default we start one of our own.
+        pepper, pepper_file: what API keys are hashed with, in hexadecimal digits, or a file that
+            holds it; the same on every host. By default, without `database_url`, a file under `home`.
         models: limits of the models that are served, by name, as JSON.
         limit_mm_per_prompt: limits of every other model, as `image=4,video=1`.
         chunk_items: how many items one permit leases.
@@ -70,6 +80,8 @@ class Config(BaseSettings):
     s3_region: str | None = None
     s3_checksums: bool = True
     redis_url: str | None = None
+    pepper: SecretStr = SecretStr("")
+    pepper_file: Path | None = None
 
     models: dict[str, MediaLimits] = Field(default_factory=dict)
     limit_mm_per_prompt: Annotated[MediaLimits, NoDecode] = MediaLimits()
@@ -107,6 +119,11 @@ class Config(BaseSettings):
             raise ValueError("give redis://HOST:PORT/0, rediss://… or redis+socket:///PATH")
         return url or None
 
+    @field_validator("pepper_file", mode="before")
+    @classmethod
+    def _unset_empty_path(cls, path: object) -> object:
+        return path or None  # a variable that is set to nothing would name the current folder
+
     @field_validator("blobs")
     @classmethod
     def _check_blobs(cls, place: str) -> str:
@@ -121,6 +138,12 @@ class Config(BaseSettings):
                 f"{PREFIX}HEARTBEAT_S must be at most half of {PREFIX}LEASE_S: a beat that is "
                 "late must not cost the lease"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pepper(self) -> Self:
+        if self.pepper.get_secret_value() and self.pepper_file is not None:
+            raise ValueError(f"{PREFIX}PEPPER and {PREFIX}PEPPER_FILE are both set: unset one")
         return self
 
     @property

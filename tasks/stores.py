@@ -1,14 +1,17 @@
 """
-The database and the blobs that a process works on, opened from its settings.
+The database and the blobs that a process works on, and the pepper, opened from its settings.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from storage import pepper
 from storage.blobs import Blobs, FolderBlobs, S3Blobs, S3Config
 from storage.db import Database
+from storage.errors import BadPepperError
 from tasks.config import Config
+from tasks.errors import BadSettingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +54,30 @@ def open_blobs(config: Config, *, max_connections: int = 16) -> Blobs:
             max_connections=max_connections,
             is_checksummed=config.s3_checksums,
         )
+    )
+
+
+def load_pepper(config: Config) -> bytes:
+    """
+    What API keys are hashed with: as it was given, or that of the home folder.
+
+    Raises:
+        BadSettingError: it cannot be read; or there is a database that other hosts may share and
+            no pepper, so that each host would make its own and refuse the keys of the others.
+    """
+    given = config.pepper.get_secret_value()
+    try:
+        if given:
+            return pepper.parse(given)
+        if config.pepper_file is not None:
+            return pepper.read(config.pepper_file.expanduser())
+        if not config.database_url:
+            return pepper.load(config.home)
+    except BadPepperError as error:
+        name = "PEPPER" if given else "PEPPER_FILE" if config.pepper_file else "HOME"
+        raise BadSettingError(f"DARKROOM_{name}: {error}") from error
+    raise BadSettingError(
+        "DARKROOM_PEPPER or DARKROOM_PEPPER_FILE must be set beside DARKROOM_DATABASE_URL: every "
+        "host checks API keys with the same one. Make it once with `openssl rand -hex 32`, or name "
+        f"the file {pepper.FILENAME!r} in DARKROOM_HOME that keys were made with before."
     )

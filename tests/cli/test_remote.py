@@ -1,4 +1,4 @@
-"""submit, status, results, cancel and keys, as processes against a running server."""
+"""submit, status, results and cancel, as processes against a running server."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from api.schemas import parse_job_id
-from storage import pepper
 from storage.ids import JobId
 from tests.api.conftest import (
     Client,
@@ -129,29 +128,3 @@ def test_refusal_is_told_in_the_servers_words(sqlite_service: Service, client: C
 
     assert (1, "") == (asked.returncode, asked.stdout)
     assert "nothing under this id" in asked.stderr
-
-
-def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
-    home = {"DARKROOM_HOME": str(tmp_path)}
-    made = run_darkroom("keys", "create", "night run", **home)
-    listed = run_darkroom("keys", "list", **home)
-    revoked = run_darkroom("keys", "revoke", made.stdout.strip(), **home)
-    after = run_darkroom("keys", "list", **home)
-    twice = run_darkroom("keys", "revoke", made.stdout.strip(), **home)
-
-    key_id = made.stdout.split("_")[1]
-    assert made.stdout.startswith("dk_")
-    assert key_id in listed.stdout
-    assert "night run" in listed.stdout
-    assert made.stdout.split("_")[2].strip() not in listed.stdout
-    assert (0, 1) == (revoked.returncode, twice.returncode)
-    assert "revoked" in after.stdout
-
-
-def test_pepper_is_made_once_for_its_owner_only(tmp_path: Path) -> None:
-    first, second = pepper.load(tmp_path / "home"), pepper.load(tmp_path / "home")
-
-    assert first == second
-    assert 32 == len(first)
-    assert 0o600 == (tmp_path / "home" / "pepper").stat().st_mode & 0o777
-    assert ["pepper"] == [path.name for path in (tmp_path / "home").iterdir()]
