@@ -1,7 +1,9 @@
 """
 OpenAI's own client, in strict mode, against a running API: the wire's promises, one test each.
 
-Webhooks (a signed call that the client unwraps) are not built, and so not here.
+A stand-in does the work, so that every state can be held and looked at, on both databases;
+tests/acceptance/test_conformance.py asks a whole service for the same. Webhooks (a signed call that
+the client unwraps) are not built, and so not here.
 """
 
 import time
@@ -11,16 +13,20 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types import Batch
 from sqlalchemy import text
 
 from storage import jobs
 from storage.states import ItemState
 from tests.api.conftest import Client, Service
 from tests.api.inputs import (
+    BAD_LIMITS,
+    BAD_LINES,
+    BAD_METADATA,
     ENDPOINT,
+    UNKNOWN_FILES,
     build_jsonl,
     build_line,
+    count,
     create,
     job_of,
     read_lines,
@@ -29,9 +35,6 @@ from tests.api.inputs import (
 )
 from tests.api.server import MAX_BATCH_BYTES, MAX_BATCH_LINES, MODEL
 from tests.storage.rows import let_window_end
-
-SENDS = 3  # what the client tries by itself
-
 
 # 1: files and batches
 
@@ -136,7 +139,7 @@ def test_batches_are_listed_newest_first_in_pages(client: Client) -> None:
 
 
 def test_unknown_file_is_refused(client: Client) -> None:
-    for file in ("file-abc123", f"file-{'0' * 32}", "../x"):
+    for file in UNKNOWN_FILES:
         with pytest.raises(openai.BadRequestError) as caught:
             create(client, file)
         assert "input_file_id" == caught.value.param
@@ -156,19 +159,7 @@ def test_file_of_another_purpose_is_refused(client: Client) -> None:
 # 4, 5: inputs that do not validate
 
 
-@pytest.mark.parametrize(
-    ("lines", "bad"),
-    [
-        pytest.param([build_line(1), build_line(1), build_line(1)], [2, 3], id="custom_id twice"),
-        pytest.param([build_line(1), "{", "[]"], [2, 3], id="no JSON"),
-        pytest.param([build_line(1), "", build_line(2)], [2], id="blank line"),
-        pytest.param([build_line(1, url="/v1/embeddings"), build_line(2)], [1], id="url"),
-        pytest.param([build_line(1, method="GET"), build_line(2)], [1], id="method"),
-        pytest.param(
-            [build_line(1), build_line(2, body={"model": "other", "messages": []})], [2], id="model"
-        ),
-    ],
-)
+@pytest.mark.parametrize(("lines", "bad"), BAD_LINES)
 def test_every_bad_line_is_named(
     service: Service, client: Client, lines: list[Any], bad: list[int]
 ) -> None:
@@ -305,7 +296,7 @@ def test_deleting_the_input_changes_nothing(service: Service, client: Client) ->
 # 11, 12: bad parameters
 
 
-@pytest.mark.parametrize("limit", [0, -1, 101, 10**30])
+@pytest.mark.parametrize("limit", BAD_LIMITS)
 def test_bad_limit_is_refused(client: Client, limit: int) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.api.batches.list(limit=limit)
@@ -320,16 +311,7 @@ def test_unknown_cursor_is_refused(client: Client) -> None:
     assert "after" == caught.value.param
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        pytest.param({str(n): "x" for n in range(17)}, id="pairs"),
-        pytest.param({"x" * 65: "x"}, id="key"),
-        pytest.param({"x": "x" * 513}, id="value"),
-        pytest.param({"x": 1}, id="number"),
-        pytest.param({"x": "\0"}, id="NUL"),
-    ],
-)
+@pytest.mark.parametrize("metadata", BAD_METADATA)
 def test_metadata_over_its_limits_is_refused(client: Client, metadata: Any) -> None:
     file = upload(client, build_jsonl(build_line(1)))
 
@@ -441,9 +423,3 @@ def test_content_of_an_expired_file_is_not_found(service: Service, client: Clien
         client.api.files.content(file.id)
 
     assert ("not_found", "not_found_error") == (caught.value.code, caught.value.type)
-
-
-def count(batch: Batch) -> tuple[int, int, int]:
-    counts = batch.request_counts
-    assert counts is not None
-    return counts.total, counts.completed, counts.failed

@@ -1,0 +1,81 @@
+"""`darkroom up` as a process, for tests that use the whole service."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import openai
+
+ROOT = Path(__file__).parents[2]
+START_S = 90.0
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+class Service:
+    """`darkroom up` in a home of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.port = home, free_port()
+        self.log = home / "up.log"
+        settings = {k: v for k, v in os.environ.items() if not k.startswith("DARKROOM_")}
+        self.env = settings | {
+            "DARKROOM_HOME": str(home),
+            "DARKROOM_SERVER": f"http://127.0.0.1:{self.port}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cli", "up", "--port", str(self.port), "--device", "cpu"],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+            )
+        self.client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1",
+            api_key="EMPTY",
+            _strict_response_validation=True,
+        )
+
+    def says(self, words: str) -> int:
+        return self.log.read_text(encoding="utf-8", errors="replace").count(words)
+
+    def darkroom(self, *args: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "cli", *args],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def children(self) -> list[int]:
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return [int(pid) for pid in found.stdout.split()]
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
