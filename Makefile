@@ -15,10 +15,10 @@ demo test gpu-test: export HF_HUB_OFFLINE := 1
 PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types fmt bench eval train gpu-test clean
+.PHONY: help setup demo test lint types fmt bench bench-queue eval train gpu-test clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/ready ## make the environment in .venv, with everything for development
 
@@ -42,6 +42,9 @@ fmt: .venv/ready ## format the code and mend what ruff can mend
 
 bench: .venv/ready ## benchmark the engine on this machine; ARGS="--help" lists the options
 	@$(BIN)/python -m bench.engine $(ARGS)
+
+bench-queue: .venv/ready ## benchmark jobs through the whole service, with an engine that answers at once
+	@$(BIN)/python -m bench.queue $(ARGS)
 
 eval: .venv/ready ## measure how often the bundled model is right
 	@$(BIN)/python -m models.evaluate $(ARGS)

@@ -34,6 +34,10 @@ class PostgreSQL:
     def url(self, database: str) -> str:
         return f"postgresql://{SUPERUSER}@/{database}?host={self.socket_folder}"
 
+    def read_pid(self) -> int:
+        """The number of the server's first process, the parent of all its sessions."""
+        return int((self.socket_folder / "data" / "postmaster.pid").read_text().splitlines()[0])
+
     def make_template(self, build: Callable[[str], None]) -> str:
         """
         Make a database that others are cloned from.
@@ -89,7 +93,13 @@ def _find_wheel_binaries() -> list[Path]:
 
 
 @contextmanager
-def start_postgresql(binaries: Path) -> Iterator[PostgreSQL]:
+def start_postgresql(binaries: Path, *, is_durable: bool = False) -> Iterator[PostgreSQL]:
+    """
+    Start a server, and stop it when the block ends.
+
+    Args:
+        is_durable: with the server's own settings for what survives a power cut, which cost time.
+    """
     # A path for a socket has some 100 characters at most, so not pytest's own folders.
     folder = Path(tempfile.mkdtemp(prefix="darkroom-pg-"))
     user = _find_other_user()
@@ -111,10 +121,11 @@ def start_postgresql(binaries: Path) -> Iterator[PostgreSQL]:
 
     try:
         run("initdb", "-U", SUPERUSER, "-A", "trust", "-E", "UTF8", "--no-sync")
-        settings = (
-            f"-c listen_addresses='' -k {folder} -c max_connections=60 -c fsync=off "
-            "-c full_page_writes=off -c wal_level=minimal -c max_wal_senders=0 -c timezone=UTC"
-        )
+        settings = f"-c listen_addresses='' -k {folder} -c max_connections=100 -c timezone=UTC"
+        if not is_durable:
+            settings += (
+                " -c fsync=off -c full_page_writes=off -c wal_level=minimal -c max_wal_senders=0"
+            )
         run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", settings, "start")
         try:
             yield PostgreSQL(folder)

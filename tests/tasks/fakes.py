@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from bench import instant
+from bench.instant import text_of
 from engine.errors import EngineFailure, MediaRefused
-from engine.request import CompletionOutput, FinishReason, Result, SamplingParams
+from engine.request import Result
 from tasks.app import TaskName
-from tasks.config import Config, MediaLimits
+from tasks.config import Config
 from tasks.dispatch import Dispatcher
 from tasks.engines import Prompt
 from tasks.errors import DeviceLostError
@@ -48,9 +50,9 @@ def build_request(
     }
 
 
-class InstantEngine:
+class InstantEngine(instant.InstantEngine):
     """
-    Answers each prompt with its own text, at once or after a while; some words do harm.
+    The benchmark's, which answers each prompt with its own text; here some words do harm.
 
     Args:
         delay_s: between two results of a stream.
@@ -63,14 +65,6 @@ class InstantEngine:
         self.delay_s = delay_s
         self.on_prompt = on_prompt
         self.prompts: list[Prompt] = []
-
-    @property
-    def limits(self) -> MediaLimits:
-        return MediaLimits(image=2)
-
-    @property
-    def defaults(self) -> SamplingParams:
-        return SamplingParams(temperature=0.0)
 
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
         for prompt in prompts:
@@ -89,17 +83,4 @@ class InstantEngine:
             elif "bad code" in text:
                 raise RuntimeError("a bug")
             else:
-                output = CompletionOutput(
-                    0, f"> {text}", (1, 2, 3), finish_reason=FinishReason.STOP
-                )
-                yield Result(prompt.name, text, (1,) * 7, outputs=(output,))
-
-    def close(self) -> None:
-        pass
-
-
-def text_of(prompt: Prompt) -> str:
-    content = prompt.messages[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part["type"] == "text")
+                yield self.answer(prompt)
