@@ -265,7 +265,7 @@ class S3Blobs:
     """
     Blobs in a bucket. One object a process: threads share its client.
 
-    Keys are written with If-None-Match, which AWS, moto and SeaweedFS enforce. 412 means that the
+    Keys are written with If-None-Match, which AWS and SeaweedFS enforce. 412 means that the
     key is taken, perhaps by our own first try whose answer was lost: it is compared, not failed.
     """
 

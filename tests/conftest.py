@@ -6,6 +6,8 @@ The environment is set before anything imports torch or transformers, which read
 
 import os
 import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The bundled model is so small that on a large machine more threads only wait for each other.
@@ -13,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.services import S3Server
 
 # Whoever starts the tests in the background has told them to ignore Ctrl-C; some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,3 +40,31 @@ def has_cuda_device() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator["S3Server"]:
+    """One for all rooms, so whoever kills it starts it again."""
+    # Imported here: where only the engine is installed there is no psycopg, and no need of it.
+    from tests.services import start_s3
+
+    with start_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_settings(s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """
+    The environment of processes whose blobs lie under a new prefix, by its variables' names.
+
+    This process has it too, so `load_config` finds the bucket and children inherit it.
+    """
+    settings = {
+        **s3_server.env,
+        "DARKROOM_BLOBS": f"s3://{s3_server.bucket}/{s3_server.make_prefix()}",
+        "DARKROOM_S3_ENDPOINT_URL": s3_server.endpoint_url,
+        "DARKROOM_S3_REGION": s3_server.region,
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return settings

