@@ -16,7 +16,9 @@ from storage.db import Database
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 MAX_AGE_S: Final = 5.0
-"""Open work is counted at most this often, however many ask: a million items take a while."""
+"""Open work is counted at most this often, however many ask: a hundred thousand take a while."""
+
+MAX_COUNTED: Final = 100_000
 
 _BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0)
 
@@ -42,7 +44,7 @@ class Metrics:
         )
         self._items = Gauge(
             "darkroom_waiting_items",
-            "Items that may be leased now.",
+            f"Items that may be leased now; of each model no more than {MAX_COUNTED} are counted.",
             ["model"],
             registry=self._registry,
         )
@@ -63,7 +65,7 @@ class Metrics:
     def _read_open_work(self, database: Database) -> None:
         with database.read() as session:
             num_jobs = jobs.count_open(session)
-            num_items = items.count_waiting(session)
+            num_items = items.count_waiting(session, limit=MAX_COUNTED)
         self._jobs.clear()
         self._items.clear()
         for state, count in num_jobs.items():

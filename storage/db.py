@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import psycopg
+import structlog
 from sqlalchemy import Connection, Double, Engine, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
@@ -39,10 +40,15 @@ from storage.errors import (
     StorageError,
 )
 
+logger = structlog.get_logger(__name__)
+
 BUSY_TIMEOUT_S: Final = 10.0
 """How long a writer waits for the others. A transaction of ours takes milliseconds."""
 
 STATEMENT_TIMEOUT_S: Final = 60.0
+MAX_LOGGED_CHARS: Final = 400
+"""Of a statement that the database refused."""
+
 CONNECT_TIMEOUT_S: Final = 5.0
 
 _CONSTRAINT_TEXT: Final = "The database refused a row: a constraint does not allow it."
@@ -160,6 +166,7 @@ def _build_sqlite_engine(url: URL, pool_size: int) -> Engine:
     engine = create_engine(
         url.set(drivername="sqlite+pysqlite"),
         pool_size=pool_size,
+        hide_parameters=True,
         # The driver's own transactions are switched off: `_begin` sends ours.
         connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None},
     )
@@ -190,6 +197,7 @@ def _build_postgresql_engine(url: URL, pool_size: int) -> Engine:
     return create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_size=pool_size,
+        hide_parameters=True,  # clients' texts: never in an error, a traceback or a log
         pool_pre_ping=True,  # a restarted server costs a reconnect instead of an error
         connect_args={
             "connect_timeout": int(CONNECT_TIMEOUT_S),
@@ -223,13 +231,33 @@ def _translate(error: SQLAlchemyError, *, is_commit: bool) -> StorageError:
         return DatabaseRefusedError()
     if error.connection_invalidated:
         return CommitUnknownError() if is_commit else DatabaseUnavailableError()
-    if isinstance(error, IntegrityError):
-        return DatabaseRefusedError(_CONSTRAINT_TEXT)
     if _is_busy(error):
         return DatabaseBusyError()
-    if isinstance(error, OperationalError):
+    if _is_unavailable(error):
         return DatabaseUnavailableError()
+    _log_refusal(error)
+    if isinstance(error, IntegrityError):
+        return DatabaseRefusedError(_CONSTRAINT_TEXT)
     return DatabaseRefusedError()
+
+
+def _is_unavailable(error: DBAPIError) -> bool:
+    """SQLite says "operational" of a missing table too: that is a refusal, and no waiting mends it."""
+    return isinstance(error, OperationalError) and (
+        getattr(error.orig, "sqlite_errorname", "") != "SQLITE_ERROR"
+    )
+
+
+def _log_refusal(error: DBAPIError) -> None:
+    """Whoever mends it needs the statement, which no error's text holds. Never its parameters."""
+    name = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "sqlite_errorname", None)
+    diag = getattr(error.orig, "diag", None)
+    logger.error(
+        "statement_refused",
+        reason=name,
+        constraint=getattr(diag, "constraint_name", None),
+        statement=" ".join((error.statement or "").split())[:MAX_LOGGED_CHARS],
+    )
 
 
 def _is_busy(error: DBAPIError) -> bool:

@@ -384,20 +384,33 @@ def renew(
     return frozenset(rows)
 
 
-def count_waiting(session: Session) -> dict[str, int]:
-    """Items that may run now, by model: how many permits there should be."""
-    rows = session.execute(
-        select(Job.model, func.count())
-        .join(Item, Item.job_id == Job.id)
-        .where(
-            Job.state == JobState.IN_PROGRESS,
-            Job.expires_at > clock(),
-            Item.state == ItemState.PENDING,
-            Item.not_before <= clock(),
+def count_waiting(session: Session, *, limit: int) -> dict[str, int]:
+    """
+    Items that may run now, by model: how many permits there should be.
+
+    Args:
+        limit: of each model no more are counted than this; a backlog of millions costs no more.
+    """
+    running = (Job.state == JobState.IN_PROGRESS, Job.expires_at > clock())
+    counts = {}
+    for model in session.scalars(select(Job.model).where(*running).distinct()).all():
+        waiting = (
+            select(literal(1))
+            .select_from(Job)
+            .join(Item, Item.job_id == Job.id)
+            .where(
+                *running,
+                Job.model == model,
+                Item.state == ItemState.PENDING,
+                Item.not_before <= clock(),
+            )
+            .limit(limit)
+            .subquery()
         )
-        .group_by(Job.model)
-    )
-    return dict(rows.all())
+        count = session.scalar(select(func.count()).select_from(waiting)) or 0
+        if count:
+            counts[model] = count
+    return counts
 
 
 # Ends

@@ -6,16 +6,9 @@ client's faults go to clients; those of the operator's name the variable that ha
 """
 
 import inspect
-from enum import StrEnum
 from typing import ClassVar
 
-
-class Fault(StrEnum):
-    """Who can put it right."""
-
-    CLIENT = "client"
-    OPERATOR = "operator"
-    SERVICE = "service"
+from storage.errors import Fault
 
 
 class TaskError(Exception):

@@ -44,6 +44,9 @@ PURPOSE: Final = "batch"
 
 MIN_WINDOW_S: Final = 10 * 60
 MAX_WINDOW_S: Final = 30 * 24 * 3600
+MANIFEST_LIFETIME_S: Final = 30 * 24 * 3600
+"""Of the file that inline requests become, as of an upload. A job that runs longer keeps its blob."""
+
 _WINDOW: Final = re.compile(r"([0-9]{1,6})([hm])")
 _FILE_ID: Final = re.compile(r"(?:file-)?([0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12})")
 
@@ -201,6 +204,10 @@ def _open_manifest(stores: Stores, tenant: TenantId, submission: Submission) -> 
         file_id = _parse_file_id(submission.input_file_id or "")
         with stores.database.read() as session:
             file = files.get(session, tenant, file_id)
+        if file.purpose != PURPOSE:
+            raise BadSubmissionError(
+                f"input_file_id: This file's purpose is {file.purpose}, and {PURPOSE} is needed."
+            )
         assert submission.model is not None, "checked with the submission"
         return _Manifest(file_id, file.blob_key, submission.model)
     model = submission.model or _model_of(submission.requests[0])
@@ -208,7 +215,13 @@ def _open_manifest(stores: Stores, tenant: TenantId, submission: Submission) -> 
     file_id = FileId(new_uuid())
     key = build_file_key(tenant, file_id)
     stat = stores.blobs.put(key, content)
-    return _Manifest(file_id, key, model, {"num_bytes": stat.num_bytes, "sha256": stat.sha256})
+    row = {
+        "num_bytes": stat.num_bytes,
+        "num_lines": len(submission.requests),
+        "sha256": stat.sha256,
+        "lifetime_s": MANIFEST_LIFETIME_S,
+    }
+    return _Manifest(file_id, key, model, row)
 
 
 def _create(

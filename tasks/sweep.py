@@ -141,7 +141,9 @@ class Sweeper:
     def _send_permits(self) -> None:
         """As many as make up for those that were lost: what waits, less what is queued."""
         with self._stores.database.read() as session:
-            waiting = items.count_waiting(session)
+            waiting = items.count_waiting(
+                session, limit=MAX_PERMITS_AT_ONCE * self._config.chunk_items
+            )
         for model, num_items in waiting.items():
             queued = self._dispatcher.count_queued(model)
             if queued is None:

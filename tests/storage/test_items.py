@@ -544,9 +544,11 @@ def test_waiting_items_are_counted_by_model(database: Database) -> None:
     lease(database, 2)
 
     with database.read() as session:
-        waiting = items.count_waiting(session)
+        waiting = items.count_waiting(session, limit=100)
+        bounded = items.count_waiting(session, limit=5)
 
     assert {MODEL: 3, "another": 7} == waiting
+    assert {MODEL: 3, "another": 5} == bounded
 
 
 @pytest.mark.parametrize("num_failures", [0, 1, 5, 9, 1000])

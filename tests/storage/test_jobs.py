@@ -3,9 +3,11 @@
 import hashlib
 import threading
 import time
+import traceback
 from typing import Any
 
 import pytest
+import structlog.testing
 from sqlalchemy import text
 
 from storage import events, files, items, jobs, tenants
@@ -13,6 +15,7 @@ from storage.db import Database
 from storage.errors import (
     BadDatabaseUrlError,
     CommitUnknownError,
+    DatabaseRefusedError,
     DatabaseUnavailableError,
     IdempotencyConflictError,
     NotFoundError,
@@ -495,6 +498,22 @@ def test_database_that_does_not_answer_is_said_to_be_unavailable(tmp_path: Any) 
 
     with pytest.raises(DatabaseUnavailableError):
         database.ping()
+
+
+def test_refused_statement_is_logged_without_what_the_client_wrote(database: Database) -> None:
+    row = {"a": "secret".upper()}  # a trace shows lines of the source too
+    with (
+        structlog.testing.capture_logs() as logs,
+        pytest.raises(DatabaseRefusedError) as refused,
+        database.write() as session,
+    ):
+        session.execute(text("INSERT INTO nowhere (a) VALUES (:a)"), row)
+
+    assert ["statement_refused"] == [line["event"] for line in logs]
+    assert "INSERT INTO nowhere" in logs[0]["statement"]
+    trace = "".join(traceback.format_exception(refused.value))
+    assert "nowhere" in trace
+    assert "SECRET" not in trace + str(logs)
 
 
 def test_connection_lost_at_the_commit_leaves_the_outcome_open_and_the_pool_usable(

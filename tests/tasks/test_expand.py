@@ -22,7 +22,7 @@ from tasks.expand import LineChecker, expand
 from tasks.manifest import Line
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
-from tests.storage.rows import new_job
+from tests.storage.rows import make_file, make_tenant, new_job
 from tests.tasks.fakes import MODEL, RecordingDispatcher, build_request
 
 TOO_MANY = "At most 1 image(s) may be provided in one prompt."
@@ -289,6 +289,27 @@ def test_submission_is_one_job_however_often_it_comes(
     other = parse_submission({**given, "priority": 1}, default_key="message-1")
     with pytest.raises(IdempotencyConflictError):
         submit(stores, dispatcher, other)
+
+
+def test_submission_counts_with_all_its_lines_before_one_is_read(
+    stores: Stores, dispatcher: RecordingDispatcher
+) -> None:
+    given = {"requests": [build_request(f"r-{n}") for n in range(3)]}
+
+    job = submit(stores, dispatcher, parse_submission(given)).job
+
+    with stores.database.read() as session:
+        assert 3 == jobs.measure_open_work(session, job.tenant_id).num_items
+
+
+def test_submission_of_a_file_that_is_no_input_is_refused(
+    stores: Stores, dispatcher: RecordingDispatcher
+) -> None:
+    file = make_file(stores.database, make_tenant(stores.database, "default"), purpose="vision")
+    given = {"input_file_id": f"file-{file.hex}", "model": MODEL}
+
+    with pytest.raises(BadSubmissionError, match="vision"):
+        submit(stores, dispatcher, parse_submission(given))
 
 
 def test_submission_of_another_tenants_file_finds_nothing(
