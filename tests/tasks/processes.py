@@ -37,6 +37,10 @@ class Fleet:
         self.processes.append(process)
         return process
 
+    def log_of(self, process: subprocess.Popen[bytes]) -> Path:
+        number = self.processes.index(process)
+        return next(self._folder.glob(f"worker-{number}-*.log"))
+
     def logs(self) -> str:
         return "\n".join(
             f"--- {path.name}\n{path.read_text()[-3000:]}"

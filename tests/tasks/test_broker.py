@@ -66,6 +66,18 @@ def test_broker_of_a_killed_owner_is_adopted_and_stopped(tmp_path: Path) -> None
     pytest.fail("the adopted broker still runs")
 
 
+def test_broker_that_answers_at_our_old_address_is_not_ours(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    with open_broker(load_config(home=there)) as other:
+        (here / "valkey").mkdir(parents=True)
+        left_behind = (there / "valkey" / "darkroom.json").read_text()
+        (here / "valkey" / "darkroom.json").write_text(left_behind)
+
+        with open_broker(load_config(home=here)) as url:
+            assert other != url
+        ping(other)
+
+
 def test_broker_that_forgets_is_refused(tmp_path: Path) -> None:
     with open_broker(load_config(home=tmp_path)) as url:
         with build_client(url) as client:

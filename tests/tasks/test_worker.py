@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
 from tests.tasks.fakes import MODEL, build_request
 from tests.tasks.processes import Fleet, open_fleet, wait_until
+from tests.tasks.worker import TOOK_FIRST
 
 pytestmark = pytest.mark.services
 
@@ -113,11 +113,12 @@ def start_slow_job(
     """A job of which some items are in the engine when this returns."""
     fleet.start("cpu")
     fleet.start("gpu", str(delay_s))
+    log = fleet.log_of(fleet.processes[-1])
     dispatcher = Dispatcher(config, broker)
     requests = [build_request(f"r-{n}") for n in range(num_items)]
     job = submit(stores, dispatcher, parse_submission({"requests": requests})).job.id
     dispatcher.close()
-    wait_until(lambda: count(stores, job).get(ItemState.LEASED, 0) > 0, fleet, timeout_s=60)
+    wait_until(lambda: TOOK_FIRST in log.read_text(), fleet, timeout_s=60)
     return job
 
 
@@ -129,18 +130,17 @@ def count(stores: Stores, job: JobId) -> dict[ItemState, int]:
 def test_worker_that_is_told_to_stop_gives_back_its_leases_uncharged(
     tmp_path: Path, stores: Stores, config: Config, broker: str
 ) -> None:
-    with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="10")) as fleet:
+    with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="30")) as fleet:
         job = start_slow_job(stores, config, broker, fleet, delay_s=0.3, num_items=64)
         worker = fleet.processes[-1]
-        started = time.monotonic()
         worker.send_signal(signal.SIGTERM)
 
         assert 0 == worker.wait(timeout=20), fleet.logs()
 
-        assert time.monotonic() - started < 5
         states = count(stores, job)
         assert ItemState.LEASED not in states, fleet.logs()
         assert 64 == sum(states.values())
+        assert states[ItemState.COMPLETED] < 48, "it went on with what it had not begun"
     with stores.database.write() as session:
         chunk = items.lease(session, model=MODEL, worker="w", max_items=64)
     assert chunk is not None
@@ -153,12 +153,10 @@ def test_deadline_ends_a_worker_whose_engine_does_not_come_back(
     with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="1")) as fleet:
         job = start_slow_job(stores, config, broker, fleet, delay_s=60, num_items=20)
         worker = fleet.processes[-1]
-        started = time.monotonic()
         worker.send_signal(signal.SIGTERM)
 
-        assert 75 == worker.wait(timeout=20), fleet.logs()
+        assert 75 == worker.wait(timeout=20), fleet.logs()  # and the engine takes a minute
 
-        assert time.monotonic() - started < 1 + 2 + 1  # the deadline, its grace, a busy machine
         assert {ItemState.PENDING: 20} == count(stores, job), fleet.logs()
 
 
@@ -175,10 +173,13 @@ def test_frozen_worker_that_wakes_up_commits_nothing(
         wait_until(lambda: is_over(stores, job), fleet, timeout_s=60)
         before = find_job(stores, job)
         frozen.send_signal(signal.SIGCONT)
-        time.sleep(1.5)
+        log = fleet.log_of(frozen)
+        lost = ("leases_lost", "results_fenced")
+        wait_until(lambda: any(word in log.read_text() for word in lost), fleet, timeout_s=30)
+        frozen.send_signal(signal.SIGTERM)
+        assert 0 == frozen.wait(timeout=30), fleet.logs()
 
         after = find_job(stores, job)
-        assert frozen.poll() is None, fleet.logs()
 
     assert (12, JobState.COMPLETED) == (after.num_completed, after.state)
     assert before.version == after.version

@@ -7,12 +7,16 @@ A worker whose engine answers at once, as a process of its own; settings come fr
 
 import os
 import sys
+from collections.abc import Callable
 
 from tasks.broker import open_broker
 from tasks.config import load_config
 from tasks.logs import configure_logging
 from tasks.worker import run_cpu_worker, run_gpu_worker
 from tests.tasks.fakes import MODEL, InstantEngine
+
+TOOK_FIRST = "the engine took its first item"
+"""In the log of a worker of this kind, once that has happened."""
 
 
 def main(kind: str, delay_s: float = 0.0) -> int:
@@ -22,7 +26,18 @@ def main(kind: str, delay_s: float = 0.0) -> int:
     with open_broker(config) as url:
         if kind == "cpu":
             return run_cpu_worker(config, url, env=env)
-        return run_gpu_worker(config, url, InstantEngine(delay_s), MODEL, env=env)
+        return run_gpu_worker(config, url, InstantEngine(delay_s, tell_first()), MODEL, env=env)
+
+
+def tell_first() -> Callable[[str], None]:
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        if not told:
+            print(TOOK_FIRST, flush=True)  # noqa: T201 - tests read it in the log
+        told.append(text)
+
+    return tell
 
 
 if __name__ == "__main__":
