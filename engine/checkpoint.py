@@ -149,6 +149,10 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
     model_class = FAMILIES[checkpoint.config.model_type][1]
     # A config that names our attention could not build a second model, so the model gets a copy.
     config = copy.deepcopy(checkpoint.config)
+    if engine.load_format == "dummy":
+        model = draw_model(model_class, config, checkpoint)
+        prepare_model(model, checkpoint)
+        return model
     with _without_bars():
         model, report = _read(
             "weights in safetensors that fit its config and",
@@ -168,6 +172,27 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
             f"{min(report['missing_keys'])} among them. Get a complete copy."
         )
     prepare_model(model, checkpoint)
+    return model
+
+
+def draw_model(model_class: type[Any], config: Any, checkpoint: Checkpoint) -> Any:
+    """
+    Build a model with random weights, the same ones each time, on the device and in its dtype.
+
+    Never converted: a buffer of frequencies cast to 16 bits would stand elsewhere than a loaded one.
+    """
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = checkpoint.dtype
+    devices = [checkpoint.device] if checkpoint.device.type == "cuda" else []
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(checkpoint.dtype)
+    try:
+        with torch.random.fork_rng(devices), checkpoint.device:
+            torch.manual_seed(0)
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(was)
+    model.tie_weights()
     return model
 
 

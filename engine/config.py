@@ -19,6 +19,7 @@ BUNDLED_MODEL = "darkroom-tiny"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / BUNDLED_MODEL
 MODALITIES = ("image", "video")
 LIMIT_OPTIONS = ("count", "width", "height", "num_frames")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float", "half")
 DEFAULT_LIMITS = {"image": 1, "video": 1}
 ABSENT_MODALITIES = ("audio", "vision_chunk")  # vLLM's; a limit of 0 for them asks for nothing
@@ -53,7 +54,6 @@ UNUSED_WORDS = (
     "hf_token",
     "interleave_mm_strings",
     "kv_cache_dtype",
-    "load_format",
     "logprobs_mode",
     "max_logprobs",
     "max_lora_rank",
@@ -119,6 +119,8 @@ class EngineConfig:
         tokenizer: folder or hub id of another tokenizer; None for the model's own.
         revision: of a hub id.
         trust_remote_code: whether code that lies beside the weights may run.
+        load_format: "dummy" draws random weights on the device instead of reading any: for measuring
+            speed, which does not depend on what a model has learned. Otherwise safetensors.
         dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU, where it is exact.
         device: "auto" is the GPU where there is one.
         seed: of random draws whose request names none.
@@ -139,6 +141,7 @@ class EngineConfig:
     tokenizer: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    load_format: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
@@ -157,6 +160,10 @@ class EngineConfig:
             raise BadConfig("model must name a checkpoint folder, a hub id, or darkroom-tiny.")
         if self.dtype not in DTYPES:
             raise BadConfig(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.load_format not in LOAD_FORMATS:
+            raise BadConfig(
+                f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}."
+            )
         for name in (
             "max_model_len",
             "kv_cache_memory_bytes",

@@ -103,6 +103,8 @@ class Engine:
             SlabAllocator(rows), config.max_num_seqs, config.max_num_batched_tokens
         )
         self._runner = Runner(checkpoint, model, rows)
+        self.meter = self._runner.meter
+        self.max_num_seqs = config.max_num_seqs
         vocab_size = checkpoint.config.text_config.vocab_size
         self._sampler = Sampler(vocab_size, checkpoint.device)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")

@@ -46,6 +46,8 @@ class LLM:
             and `fps` of encoded clips. What a call, a request, a prompt or a part says goes first,
             key by key, the innermost before all.
         media_io_kwargs: `{"video": {"num_frames": 32, "fps": 1}}`, the same in vLLM's other place.
+        load_format: "dummy" for random weights, drawn on the device: they cost no download and no
+            file, and answer nonsense at full speed.
         gpu_memory_utilization: share of the GPU to use. kv_cache_memory_bytes: KV memory, instead.
         seed: of draws whose request names none; None for another one each time. The stamp of a
             result names what its own were made with.
@@ -68,6 +70,7 @@ class LLM:
         *,
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
+        load_format: str = "auto",
         dtype: str = "auto",
         device: str = "auto",
         revision: str | None = None,
@@ -93,6 +96,7 @@ class LLM:
             tokenizer=tokenizer,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            load_format=load_format,
             dtype=str(dtype).removeprefix("torch."),
             device=device,
             seed=secrets.randbits(63) if seed is None else seed,

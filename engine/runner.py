@@ -16,6 +16,7 @@ from engine.attention import TextContext, can_use_flash, using
 from engine.checkpoint import Checkpoint
 from engine.families.qwen2_vl import Visual
 from engine.kv import KVRows, KVShape
+from engine.meter import Meter, Work
 from engine.sequence import Sequence
 
 MAX_ENCODER_PATCHES = 32_768  # of one encoder call; a larger picture gets a call alone
@@ -37,6 +38,7 @@ class Runner:
         self._head = model.lm_head
         shape = KVShape.of(checkpoint.config.text_config, self.dtype)
         self._rows = KVRows(shape, num_rows, self.device)
+        self.meter = Meter(self.device)
         self._uses_flash = can_use_flash(self.device, self.dtype, shape.dim)
 
     def encode(self, sequences: Many[Sequence]) -> None:
@@ -47,7 +49,10 @@ class Runner:
         visuals = [content for content in contents if isinstance(content, Visual)]
         encoded: list[Tensor] = []
         for call in _calls([visual.grid.num_patches for visual in visuals]):
-            encoded += self._family.encode([visuals[i] for i in call])
+            picked = [visuals[i] for i in call]
+            num_patches = sum(visual.grid.num_patches for visual in picked)
+            with self.meter.span(Work.ENCODE, num_patches):
+                encoded += self._family.encode(picked)
         features = iter(encoded)
         for sequence in waiting:  # NOTE: only now, so that a call that fails can be repeated
             sequence.features.extend(
@@ -66,6 +71,11 @@ class Runner:
             Logits after each prompt's last token: (num_seqs, vocab).
         """
         self.encode(sequences)
+        num_tokens = sum(sequence.num_prompt_tokens for sequence in sequences)
+        with self.meter.span(Work.PREFILL, num_tokens):
+            return self._prefill(sequences)
+
+    def _prefill(self, sequences: Many[Sequence]) -> Tensor:
         lens = [sequence.num_prompt_tokens for sequence in sequences]
         ids = np.concatenate([sequence.prepared.token_ids for sequence in sequences])
         x = self._embed(torch.from_numpy(ids).to(self.device))
@@ -95,6 +105,10 @@ class Runner:
         Returns:
             Logits for the next token: (num_seqs, vocab).
         """
+        with self.meter.span(Work.DECODE, len(sequences)):
+            return self._decode(sequences)
+
+    def _decode(self, sequences: Many[Sequence]) -> Tensor:
         lens = [sequence.num_rows for sequence in sequences]
         ids = torch.tensor([sequence.output_ids[-1] for sequence in sequences], device=self.device)
         rows = np.array([_start(s) + n - 1 for s, n in zip(sequences, lens, strict=True)])

@@ -1,0 +1,182 @@
+"""
+Model folders at full size without a download: config, processor, tokenizer and chat template.
+
+Speed does not depend on what weights have learned, so they are drawn on the device
+(`load_format="dummy"`). The tokenizer has one token a byte, fillers up to the first special id, and
+the special tokens at their real ids, on which placeholders and the size of the embedding depend.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ('image', 'image_url') -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part['type'] in ('video', 'video_url') -%}
+<|vision_start|><|video_pad|><|vision_end|>
+{%- elif 'text' in part -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{{ '' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{{ '' }}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a Qwen2-VL, in transformers' own words."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    num_text_ids: int  # ids before the first special token
+    tie_word_embeddings: bool
+    mrope_section: tuple[int, int, int]
+    vision_depth: int
+    vision_embed_dim: int
+    vision_num_heads: int
+    max_position_embeddings: int = 32768
+
+
+SHAPES: Mapping[str, Shape] = {
+    "qwen2-vl-2b": Shape(1536, 8960, 28, 12, 2, 151936, 151643, True, (16, 24, 24), 32, 1280, 16),
+    "qwen2-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, 151643, False, (16, 24, 24), 32, 1280, 16),
+    "tiny-50m": Shape(512, 1408, 6, 8, 2, 32768, 32700, True, (8, 12, 12), 8, 384, 6),
+    "tiny-1m": Shape(64, 128, 2, 4, 2, 512, 400, True, (2, 3, 3), 2, 64, 2, 8192),
+}
+
+
+def write_model(name: str, folder: Path) -> Path:
+    """Write everything but the weights of a model in SHAPES; return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = SHAPES[name]
+    tokenizer = build_tokenizer(shape.num_text_ids)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for file, content in _configs(shape, tokenizer).items():
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+    return folder
+
+
+def build_tokenizer(num_text_ids: int) -> Tokenizer:
+    """One token a byte, fillers, then SPECIAL_TOKENS from the id `num_text_ids` on."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fillers = [f"<filler_{n}>" for n in range(num_text_ids - len(symbols))]
+    vocab = {symbol: i for i, symbol in enumerate([*symbols, *fillers])}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+def _configs(shape: Shape, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    return {
+        "config.json": {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "dtype": "bfloat16",
+            "image_token_id": ids["<|image_pad|>"],
+            "video_token_id": ids["<|video_pad|>"],
+            "vision_start_token_id": ids["<|vision_start|>"],
+            "vision_end_token_id": ids["<|vision_end|>"],
+            "tie_word_embeddings": shape.tie_word_embeddings,
+            "text_config": {
+                "model_type": "qwen2_vl_text",
+                "dtype": "bfloat16",
+                "vocab_size": shape.vocab_size,
+                "hidden_size": shape.hidden_size,
+                "intermediate_size": shape.intermediate_size,
+                "num_hidden_layers": shape.num_hidden_layers,
+                "num_attention_heads": shape.num_attention_heads,
+                "num_key_value_heads": shape.num_key_value_heads,
+                "max_position_embeddings": shape.max_position_embeddings,
+                "rms_norm_eps": 1e-6,
+                "bos_token_id": ids["<|endoftext|>"],
+                "eos_token_id": ids["<|im_end|>"],
+                "tie_word_embeddings": shape.tie_word_embeddings,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e6,
+                    "mrope_section": list(shape.mrope_section),
+                },
+            },
+            "vision_config": {
+                "model_type": "qwen2_vl_vision",
+                "depth": shape.vision_depth,
+                "embed_dim": shape.vision_embed_dim,
+                "hidden_size": shape.hidden_size,
+                "mlp_ratio": 4,
+                "num_heads": shape.vision_num_heads,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        "generation_config.json": {
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+            "pad_token_id": ids["<|endoftext|>"],
+            "do_sample": False,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": shape.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        },
+    }

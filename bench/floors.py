@@ -1,0 +1,101 @@
+"""
+The least time that a workload can take on a device, from what must be multiplied and read.
+
+Serial: encoder, then prefill, then decode, each at the device's sustained rate, nothing between.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PATCH_PX, MERGE = 14, 2
+PATCH_VALUES = 3 * PATCH_PX**2
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of large bf16 matrix products, multiplications and additions counted, and of memory."""
+
+    flops: float
+    bytes_s: float
+
+
+# Sustained and not peak: 798 TFLOP/s is the best that products of these shapes reached on an H100
+# at full clocks, and nine tenths of the published bandwidth.
+RATES: Mapping[str, Rates] = {"H100": Rates(798e12, 3.0e12), "H200": Rates(798e12, 4.3e12)}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One prompt, counted: patches of each of its pictures, and tokens."""
+
+    pictures: Sequence[int]
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Milliseconds a prompt."""
+
+    encode: float
+    prefill: float
+    decode: float
+
+    @property
+    def total(self) -> float:
+        return self.encode + self.prefill + self.decode
+
+
+def find_rates(device_name: str) -> Rates | None:
+    """What is known of a device; None for those that nobody has looked at."""
+    return next((rates for name, rates in RATES.items() if name in device_name), None)
+
+
+def floor(config: Any, asked: Sequence[Asked], batch: int, rates: Rates, bytes_each: int) -> Floor:
+    """
+    Args:
+        config: a Qwen2-VL's, of transformers.
+        asked: the prompts of a run.
+        batch: sequences that decode together; the weights are read once for all of them.
+        bytes_each: of a weight, and of a number in the KV rows.
+    """
+    num = len(asked)
+    text = config.text_config
+    encode = sum(_encoder_flops(config.vision_config, n) for one in asked for n in one.pictures)
+    head_dim = text.hidden_size // text.num_attention_heads
+    kv_width = text.num_key_value_heads * head_dim
+    layer = text.hidden_size * (2 * text.hidden_size + 2 * kv_width + 3 * text.intermediate_size)
+    layers = layer * text.num_hidden_layers
+    head = text.vocab_size * text.hidden_size
+    prefill = sum(
+        2 * layers * one.num_prompt_tokens
+        + 2 * head
+        # causal: half of two products of tokens x tokens x width
+        + 2 * one.num_prompt_tokens**2 * text.hidden_size * text.num_hidden_layers
+        for one in asked
+    )
+    row_bytes = 2 * text.num_hidden_layers * kv_width * bytes_each
+    decode_bytes = sum(
+        one.num_output_tokens
+        * (
+            (layers + head) * bytes_each / min(batch, num)
+            + (one.num_prompt_tokens + one.num_output_tokens / 2) * row_bytes
+        )
+        for one in asked
+    )
+    return Floor(
+        encode / rates.flops / num * 1000,
+        prefill / rates.flops / num * 1000,
+        decode_bytes / rates.bytes_s / num * 1000,
+    )
+
+
+def _encoder_flops(vision: Any, num_patches: int) -> float:
+    width, hidden = vision.embed_dim, vision.hidden_size
+    block = 2 * num_patches * width**2 * (4 + 2 * vision.mlp_ratio)
+    attention = 4 * num_patches**2 * width
+    merged = MERGE**2 * width
+    merger = 2 * (num_patches / MERGE**2) * merged * (merged + hidden)
+    embedding = 2 * num_patches * PATCH_VALUES * width
+    return float(vision.depth * (block + attention) + merger + embedding)

@@ -1,0 +1,97 @@
+"""The measuring tool: it counts what is there, and its floors are those of the arithmetic."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from bench import engine
+from bench.configs import SHAPES, SPECIAL_TOKENS, build_tokenizer, write_model
+from bench.floors import RATES, Asked, floor
+from bench.profiles import Span, summarise
+from bench.workloads import Line, build_prompts, read_work
+
+
+def test_floor_of_captions_is_what_the_arithmetic_says(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(write_model("qwen2-vl-2b", tmp_path))
+    caption = Asked([1564], 421, 64)
+    frames = Asked([576] * 16, 2364, 128)
+
+    of_caption = floor(config, [caption] * 1024, 256, RATES["H100"], 2)
+    of_frames = floor(config, [frames] * 192, 192, RATES["H100"], 2)
+
+    # worked out by hand, in milliseconds: 2.40, 1.12 and 12.6, 6.7 TFLOP, 1.60 and 11.0 GB
+    assert pytest.approx((3.0, 1.4, 0.53), rel=0.03) == (
+        of_caption.encode,
+        of_caption.prefill,
+        of_caption.decode,
+    )
+    assert pytest.approx((15.8, 8.4, 3.7), rel=0.03) == (
+        of_frames.encode,
+        of_frames.prefill,
+        of_frames.decode,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_special_tokens_stand_at_their_ids_inside_the_vocabulary(name: str) -> None:
+    shape = SHAPES[name]
+    tokenizer = build_tokenizer(shape.num_text_ids)
+
+    assert shape.num_text_ids == tokenizer.token_to_id(SPECIAL_TOKENS[0])
+    assert tokenizer.get_vocab_size() <= shape.vocab_size
+    assert 2 * sum(shape.mrope_section) == shape.hidden_size // shape.num_attention_heads
+
+
+def test_spans_that_overlap_count_once_and_gaps_are_named() -> None:
+    spans = [Span("a", 0, 40), Span("b", 20, 60), Span("a", 80, 100)]
+    found = summarise(spans)
+
+    assert 0.8 == found["busy_share"]
+    assert 0.75 == found["steady_busy_share"]
+    assert [("a", 2), ("b", 1)] == [(k["name"], k["count"]) for k in found["kernels"]]
+    assert [(0.02, "b", "a")] == [(g["ms"], g["after"], g["before"]) for g in found["gaps"]]
+
+
+def test_work_may_be_a_file_and_a_bad_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"sizes": [[64, 48]], "max_tokens": 3}\n{"sizes": [], "max_tokens": 2}\n')
+    lines, num = read_work(str(path))
+    path.write_text('{"sizes": [[64, 48]], "max_tokens": 3}\n{"sizes": [[0, 1]], "max_tokens": 2}')
+
+    assert ([Line(((64, 48),), 3), Line((), 2)], 2) == (lines, num)
+    with pytest.raises(ValueError, match="line 2"):
+        read_work(str(path))
+
+
+def test_pictures_of_another_run_are_others() -> None:
+    lines = [Line(((64, 48),), 1), Line((), 1)]
+    first, again, other = (build_prompts(lines, 3, start) for start in (0, 0, 2))
+
+    assert [1, 0, 1] == [len(prompt.pictures) for prompt in first]
+    assert first == again
+    assert not {p for one in first for p in one.pictures} & {
+        p for one in other for p in one.pictures
+    }
+
+
+def test_a_run_prints_its_figures_and_those_of_the_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(
+        '{"sizes": [[84, 56]], "max_tokens": 3}\n{"sizes": [[56, 56], [28, 56]], "max_tokens": 5}\n'
+    )
+    words = f"--work {path} --model-config tiny-1m --device cpu --num 4 --runs 1 --warm-up 1"
+    monkeypatch.setattr(sys, "argv", ["engine", *words.split(), "--peer", "transformers"])
+    engine.main()
+    run, summary = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+
+    assert 4 == run["prompts"]
+    assert run["images_s"] == pytest.approx(run["prompts_s"] * 1.5, rel=0.01)
+    assert run["output_tokens_s"] == pytest.approx(run["prompts_s"] * 4, rel=0.01)
+    assert run["calls"]["decode"] >= 4
+    assert set(run["ms_a_prompt"]) == {"all", "encode", "prefill", "decode", "idle"}
+    assert summary["ratio"] > 0
