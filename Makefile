@@ -22,7 +22,7 @@ help: ## list the verbs
 
 setup: .venv/ready ## make the environment in .venv, with everything for development
 
-demo: .venv/ready-to-run ## caption the sample pictures with the bundled model; ARGS=--check fails if one is wrong
+demo: .venv/ready-to-run ## send the sample pictures through a service with the bundled model; ARGS=--check fails if one is wrong
 	@$(BIN)/darkroom demo $(ARGS)
 
 test: .venv/ready ## run every test that needs no GPU; ARGS="tests/engine -x" narrows it
@@ -68,8 +68,8 @@ clean: ## remove caches and built packages; .venv stays
 .venv/ready-to-run: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "Installing torch into .venv: the large one, a minute or more ..."
 	@$(PIP_INSTALL) $(TORCH_ARGS) torch
-	@echo "Installing Darkroom with its engine ..."
-	@$(PIP_INSTALL) -e ".[engine,video]"
+	@echo "Installing Darkroom with its engine and its service ..."
+	@$(PIP_INSTALL) -e ".[engine,service,video]"
 	@touch $@
 
 .venv/ready: .venv/ready-to-run

@@ -37,7 +37,8 @@ def answer_job(
 async def wait_for_change(request: Request, here: Services, job: Job, seconds: float) -> None:
     """Wait until the job changes; at once over if it has ended, and before the client gives up."""
     if job.state not in TERMINAL_JOB_STATES:
-        await here.watcher.wait(job.id, job.version, min(seconds, read_patience_s(request)))
+        seconds = min(seconds, read_patience_s(request))
+        await here.watcher.wait(job.id, job.version, seconds, is_poll=True)
 
 
 def read_patience_s(request: Request) -> float:

@@ -31,10 +31,23 @@ class Watcher:
         self._database = database
         self._waiting: defaultdict[JobId, set[tuple[int, asyncio.Event]]] = defaultdict(set)
         self._task: asyncio.Task[None] | None = None
+        self._polls: set[asyncio.Event] = set()
+        self._are_polls_let_go = False
 
-    async def wait(self, job: JobId, version: int, timeout_s: float) -> None:
-        """Return when the job has another version than this, or the time is over."""
+    async def wait(
+        self, job: JobId, version: int, timeout_s: float, *, is_poll: bool = False
+    ) -> None:
+        """
+        Return when the job has another version than this, or the time is over.
+
+        Args:
+            is_poll: return also when the server is told to stop: who polls can ask again elsewhere.
+        """
+        if is_poll and self._are_polls_let_go:
+            return
         waiter = (version, asyncio.Event())
+        if is_poll:
+            self._polls.add(waiter[1])
         self._waiting[job].add(waiter)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._watch())
@@ -42,9 +55,16 @@ class Watcher:
             with suppress(TimeoutError):
                 await asyncio.wait_for(waiter[1].wait(), timeout_s)
         finally:
+            self._polls.discard(waiter[1])
             self._waiting[job].discard(waiter)
             if not self._waiting[job]:
                 del self._waiting[job]
+
+    def let_polls_go(self) -> None:
+        """Send back who polls: the server stops, and would wait for them."""
+        self._are_polls_let_go = True
+        for changed in self._polls:
+            changed.set()
 
     async def close(self) -> None:
         """Send everybody back who waits: the server stops."""

@@ -106,17 +106,24 @@ class Client:
             while piece := answer.read(PIECE_BYTES):
                 yield piece
 
-    def read_results(self, batch: str) -> Iterator[bytes]:
-        """Results so far, in the order in which they came."""
-        after = "0"
+    def read_results(self, batch: str, *, after: int = 0) -> Iterator[bytes]:
+        """Results so far, in the order in which they came; `after` is the `seq` of a known line."""
         while True:
             path = f"/v1/batches/{quote(batch, safe='')}/results?after={after}"
             with self._open("GET", path) as answer:
-                content, last = answer.read(), answer.headers["x-last-line"]
+                content, last = answer.read(), int(answer.headers["x-last-line"])
             if not content:
                 return
             yield content
             after = last
+
+    def is_ready(self) -> bool:
+        """Whether the server and all that it stands on answer."""
+        try:
+            with self._open("GET", "/readyz"):
+                return True
+        except (UnreachableError, ServerError):
+            return False
 
     def _poll(self, path: str, headers: Mapping[str, str]) -> Polled | None:
         with self._open("GET", path, headers=headers) as answer:

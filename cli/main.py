@@ -297,13 +297,18 @@ def demo(
     check: Annotated[
         bool, typer.Option("--check", help="Exit with 1 if a drawn picture is described wrongly.")
     ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask the engine in this process, without a service.")
+    ] = False,
 ) -> None:
     """
     Caption the sample pictures with the bundled model and mark what is right.
 
-    Drawn pictures have one true sentence each, so the demo knows.
+    Drawn pictures have one true sentence each, so the demo knows. The samples go through a whole
+    service, started for them and stopped again: its database and files stay in a new folder, or in
+    DARKROOM_HOME where it is set.
     """
-    raise typer.Exit(run_demo(device, must_be_right=check))
+    raise typer.Exit(run_demo(device, must_be_right=check, is_offline=offline))
 
 
 for verb in (remote.submit, remote.status, remote.results, remote.cancel):

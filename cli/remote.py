@@ -8,13 +8,11 @@ failed or the server refused, 2 usage, 3 the server is out of reach.
 import json
 import sys
 import tempfile
-from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from mimetypes import guess_type
 from pathlib import Path
-from typing import IO, Annotated, Any, Final
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +21,7 @@ from rich.progress import Progress
 from cli.client import DEFAULT_SERVER, Client, Polled, ServerError, UnreachableError
 from cli.errors import ExitCode
 from cli.inputs import Refused, find_pictures
+from cli.lines import build_line, build_picture
 from cli.questions import PICTURE_PROMPT
 from engine.config import BUNDLED_MODEL
 
@@ -39,8 +38,6 @@ BatchId = Annotated[str, typer.Argument(metavar="ID", help="batch_…, as `submi
 AsJson = Annotated[
     bool, typer.Option("--json", envvar="DARKROOM_JSON", help="Write JSON, an object a line.")
 ]
-
-MAX_CUSTOM_ID_CHARS: Final = 256
 
 
 class ImagePolicy(StrEnum):
@@ -205,28 +202,12 @@ def open_manifest(
                 continue
             num_lines += 1
             path = Path(found.path)
-            line = build_line(f"{num_lines}:{path.name}", path, prompt, model)
-            file.write(json.dumps(line).encode() + b"\n")
+            file.write(build_line(f"{num_lines}:{path.name}", model, build_picture(path), prompt))
         if num_lines == 0:
             raise typer.Exit(ExitCode.USAGE)
         num_bytes = file.tell()
         file.seek(0)
         yield file, num_bytes, "pictures.jsonl"
-
-
-def build_line(custom_id: str, path: Path, prompt: str, model: str) -> dict[str, Any]:
-    kind = guess_type(path.name)[0] or "image/jpeg"
-    picture = b64encode(path.read_bytes()).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{picture}"}},
-        {"type": "text", "text": prompt},
-    ]
-    return {
-        "custom_id": custom_id[:MAX_CUSTOM_ID_CHARS],
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {"model": model, "messages": [{"role": "user", "content": content}]},
-    }
 
 
 # What people see

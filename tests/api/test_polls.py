@@ -2,11 +2,12 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from api import polls
-from tests.api.conftest import Client, Service
+from tests.api.conftest import Client, Service, open_client, start_service
 from tests.api.inputs import build_line, job_of, submit
 
 
@@ -107,3 +108,26 @@ def test_many_wait_at_once(service: Service, client: Client) -> None:
         thread.join(timeout=20)
 
     assert ["in_progress"] * 60 == states
+
+
+def test_server_that_stops_sends_waiting_polls_back(sqlite_template: bytes, tmp_path: Path) -> None:
+    (tmp_path / "darkroom.sqlite3").write_bytes(sqlite_template)
+    answers = []
+
+    with (
+        start_service(f"sqlite:///{tmp_path / 'darkroom.sqlite3'}", tmp_path) as service,
+        open_client(service, "waits") as client,
+    ):
+        batch = submit(client, build_line(1))
+
+        def wait() -> None:
+            answers.append(client.http.get(f"/v1/batches/{batch.id}?wait=50"))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.5)  # until it waits there
+        service.process.terminate()
+        thread.join()
+
+    (answer,) = answers
+    assert (200, "validating") == (answer.status_code, answer.json()["status"])

@@ -1,4 +1,8 @@
-"""`darkroom demo`, and the samples that it shows."""
+"""
+What `darkroom demo` says of the samples, and the samples themselves.
+
+Here the engine is a fake, in this process; tests/acceptance/test_demo.py goes through a service.
+"""
 
 import json
 import re
@@ -34,7 +38,7 @@ def test_true_sentences_are_marked_right(
     llm.texts = answers(expected).values()
     num_drawn = sum(sentence != PHOTO for sentence in expected.values())
 
-    result = darkroom("demo")
+    result = darkroom("demo", "--offline")
 
     words = " ".join(result.stdout.split())
     assert 0 == result.exit_code
@@ -58,13 +62,27 @@ def test_wrong_sentence_is_shown_with_the_true_one_and_fails_a_check(
     first, *_ = expected
     llm.texts = (answers(expected) | {first: "A cat."}).values()
 
-    result = darkroom("demo", *options)
+    result = darkroom("demo", "--offline", *options)
 
     wrong, truth, *_ = result.stdout.splitlines()
     assert exit_code == result.exit_code
     assert ["WRONG", first, "A", "cat."] == wrong.split()
     assert "expected" == truth.split()[0]
     assert expected[first][:20] in truth
+
+
+def test_service_that_is_not_installed_is_done_without(
+    darkroom: Invoke, llm: FakeLLM, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+    llm.texts = answers(expected).values()
+    monkeypatch.setattr("cli.demo.find_missing", lambda: "celery")
+
+    result = darkroom("demo", "--check")
+
+    assert 0 == result.exit_code
+    assert "10 of 10 drawn samples are right" in result.stdout
+    assert "The service is not installed here (celery is missing)" in result.stderr
 
 
 def test_model_that_fails_on_a_photograph_fails_the_demo(
@@ -74,7 +92,7 @@ def test_model_that_fails_on_a_photograph_fails_the_demo(
     llm.texts = answers(expected).values()
     llm.give_up_after = len(expected) - 1
 
-    result = darkroom("demo")
+    result = darkroom("demo", "--offline")
 
     assert 1 == result.exit_code
     assert "error: The device is gone." in result.stderr
@@ -137,6 +155,6 @@ def test_samples_folder_that_is_missing_is_one_line(
 ) -> None:
     monkeypatch.setattr("cli.demo.FOLDER", tmp_path)
 
-    result = darkroom("demo")
+    result = darkroom("demo", "--offline")
 
     assert (2, "error: The samples are not installed here.\n") == (result.exit_code, result.stderr)

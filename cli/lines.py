@@ -1,0 +1,48 @@
+"""
+Lines of a batch's input, as OpenAI's wire has them: what is asked about one picture or clip.
+
+The media go inside the line, so the server needs no access to the files.
+"""
+
+import json
+from base64 import b64encode
+from mimetypes import guess_type
+from pathlib import Path
+from typing import Any, Final
+
+MAX_CUSTOM_ID_CHARS: Final = 256
+
+
+def build_line(
+    custom_id: str, model: str, media: dict[str, Any], prompt: str, **sampling: Any
+) -> bytes:
+    """
+    Args:
+        custom_id: the client's name for the item; what is too long is cut.
+        media: a part of the message, of `build_picture` or `build_clip`.
+        sampling: `max_tokens` and the like.
+    """
+    content = [media, {"type": "text", "text": prompt}]
+    line = {
+        "custom_id": custom_id[:MAX_CUSTOM_ID_CHARS],
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": model, "messages": [{"role": "user", "content": content}], **sampling},
+    }
+    return json.dumps(line).encode() + b"\n"
+
+
+def build_picture(path: Path) -> dict[str, Any]:
+    """Raises OSError: the file cannot be read. What it holds is for the server to find out."""
+    return {"type": "image_url", "image_url": {"url": _encode(path, "image/jpeg")}}
+
+
+def build_clip(path: Path, num_frames: int) -> dict[str, Any]:
+    """As `build_picture`; the server looks at so many frames."""
+    url = {"url": _encode(path, "video/mp4")}
+    return {"type": "video_url", "video_url": url, "num_frames": num_frames}
+
+
+def _encode(path: Path, usual_type: str) -> str:
+    kind = guess_type(path.name)[0] or usual_type
+    return f"data:{kind};base64,{b64encode(path.read_bytes()).decode()}"
