@@ -5,15 +5,15 @@ A key is shown once. What is kept is a hash of it, under a pepper that the serve
 """
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli import service
 from cli.errors import CannotStartError
-from cli.service import prepare_database, reported
 
 if TYPE_CHECKING:
     from storage.db import Database
@@ -131,13 +131,12 @@ def revoke(
 def open_database(home: Path, url: str) -> "Iterator[tuple[Config, Database]]":
     """The service's settings and its database."""
     try:
-        with reported():
-            from storage.db import Database
+        with service.reported():
             from tasks.config import load_config
 
             config = load_config(home=home, database_url=url)
-            prepare_database(config)
-            with closing(Database(config.database)) as database:
+            service.prepare_database(config)
+            with service.open_database(config) as database:
                 yield config, database
     except CannotStartError as error:
         typer.echo(f"error: {error}", err=True)

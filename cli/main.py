@@ -441,6 +441,32 @@ def worker(
 
 
 @app.command()
+def migrate(
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Change nothing; exit with 1 if the schema is another one."),
+    ] = False,
+) -> None:
+    """
+    Bring the database of DARKROOM_DATABASE_URL to this version's schema, once for all hosts.
+
+    API and workers do not start on any other schema; a service without DARKROOM_DATABASE_URL
+    migrates its own by itself. It may run while others work, and twice at once: one waits for
+    the other. It gives up, with nothing changed, if others hold a table for too long.
+
+    \b
+    Exit codes:
+      0    the schema is up to date
+      1    with --check: it is not
+      2    it cannot be, with this version or these settings
+      3    the database does not answer, or is too busy
+    """
+    from cli.migrate import run_migrate
+
+    _exit_after(lambda: run_migrate(is_check=check))
+
+
+@app.command()
 def version() -> None:
     """Show the versions of Darkroom and of what it runs on."""
     typer.echo(f"darkroom {find_version('darkroom')}")

@@ -2,22 +2,27 @@
 What the verbs of the service share: how they open things, and what they say when they cannot start.
 """
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from cli.errors import CannotStartError, ExitCode
 from engine.errors import EngineError
-from storage.errors import StorageError
-from tasks.errors import TaskError
+from storage.errors import BadDatabaseUrlError, DatabaseUnavailableError, StorageError
+from tasks.errors import BadSettingError, TaskError
 
 if TYPE_CHECKING:
+    from storage.db import Database
     from tasks.config import Config
 
 ENGINE_PACKAGES: Final = frozenset(
     {"huggingface_hub", "jinja2", "safetensors", "tokenizers", "torch", "tqdm", "transformers"}
 )
 """What only the extra `engine` brings, as it is imported."""
+
+RETRY_S: Final = 0.5
 
 
 @contextmanager
@@ -49,15 +54,65 @@ def reported() -> Iterator[None]:
 
 def prepare_database(config: "Config") -> None:
     """
-    Bring our own database to the newest schema.
+    See that the schema is the one that this program was written for.
 
-    One that was given is the operator's to migrate, before the workers start: `alembic upgrade head`.
+    Our own database is brought to it. One that was given is the operator's to migrate, once for all
+    hosts: `darkroom migrate`.
+
+    Raises:
+        SchemaOutdatedError, SchemaNewerError: it is another one.
+        DatabaseUnavailableError: the database does not answer.
     """
-    if config.database_url:
-        return
-    from migrations.upgrade import upgrade
+    from migrations.upgrade import check, upgrade
+
+    with open_database(config) as database:
+        if config.database_url:
+            check(database)
+        else:
+            upgrade(database)
+
+
+@contextmanager
+def open_database(config: "Config") -> "Iterator[Database]":
+    """
+    The database, once it answers; in its folder, if it is our own.
+
+    Raises:
+        BadSettingError: its URL makes no sense.
+        DatabaseUnavailableError: it does not answer for so long; the text says what the driver said.
+    """
     from storage.db import Database
 
-    config.home.mkdir(parents=True, exist_ok=True)
-    with closing(Database(config.database)) as database:
-        upgrade(database)
+    if not config.database_url:
+        config.home.mkdir(parents=True, exist_ok=True)
+    try:
+        database = Database(config.database)
+    except BadDatabaseUrlError as error:
+        raise BadSettingError(f"DARKROOM_DATABASE_URL: {error}") from error
+    with closing(database):
+        _await(database, config.start_wait_s)
+        yield database
+
+
+def _await(database: "Database", wait_s: float) -> None:
+    """Processes of a group start in any order, also after a crash: wait before giving up."""
+    from storage.db import explain
+
+    deadline = time.monotonic() + wait_s
+    is_told = False
+    while True:
+        try:
+            database.ping()
+        except DatabaseUnavailableError as error:
+            reason = explain(error)
+            if time.monotonic() > deadline:
+                raise DatabaseUnavailableError(
+                    "The database does not answer. Start it, or correct DARKROOM_DATABASE_URL. "
+                    f"The driver says: {reason}"
+                ) from error
+            if not is_told:
+                print(f"darkroom: waiting for the database: {reason}", file=sys.stderr)
+                is_told = True
+            time.sleep(RETRY_S)
+        else:
+            return

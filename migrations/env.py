@@ -18,6 +18,9 @@ LOCK_TIMEOUT_MS = 5_000
 
 STATEMENT_TIMEOUT_MS = 10 * 60_000
 
+TURN_TIMEOUT_MS = 15 * 60_000
+"""How long to wait for another process that is migrating: longer than a statement of it may take."""
+
 LOCK_KEY = 0x6461726B  # "dark"; one number for all migrations of Darkroom on a server's database
 
 
@@ -33,10 +36,13 @@ def run(connection: Connection) -> None:
     )
     with context.begin_transaction():
         if not is_sqlite:
-            connection.execute(text(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}"))
-            connection.execute(text(f"SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}"))
+            # Waiting for one's turn blocks nobody, waiting for a table blocks everybody.
+            connection.execute(text(f"SET LOCAL lock_timeout = {TURN_TIMEOUT_MS}"))
+            connection.execute(text(f"SET LOCAL statement_timeout = {TURN_TIMEOUT_MS}"))
             # Released with the transaction. A second process waits, and finds nothing to do.
             connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK_KEY})"))
+            connection.execute(text(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}"))
+            connection.execute(text(f"SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}"))
         context.run_migrations()
 
 

@@ -130,6 +130,12 @@ class Database:
         with _translated(), self._engine.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
+    @contextmanager
+    def migrating(self) -> Iterator[Connection]:
+        """A connection for migrations, which have their own transaction and timeouts."""
+        with _translated(), self._engine.execution_options(is_write=True).connect() as connection:
+            yield connection
+
     def ping(self) -> None:
         """Raise `DatabaseUnavailableError` unless the database answers."""
         with self.read() as session:
@@ -151,6 +157,18 @@ def build_engine(url: str, *, pool_size: int = 5) -> Engine:
         case "postgresql":
             return _build_postgresql_engine(parsed, pool_size)
     raise BadDatabaseUrlError
+
+
+def explain(error: StorageError) -> str:
+    """
+    What the driver said, in one line, where a driver was asked; else "".
+
+    For the operator's eyes only: it may name hosts and users, and never a password.
+    """
+    cause = error.__cause__
+    said = cause.orig if isinstance(cause, DBAPIError) else cause
+    lines = str(said or "").strip().splitlines()
+    return lines[0] if lines else ""
 
 
 def is_sqlite(session: Session) -> bool:

@@ -96,6 +96,20 @@ class BadDatabaseUrlError(StorageError):
     fault: ClassVar[Fault] = Fault.OPERATOR
 
 
+class SchemaOutdatedError(StorageError):
+    """The database's schema is older than this Darkroom. Run `darkroom migrate` once."""
+
+    code: ClassVar[str] = "schema_outdated"
+    fault: ClassVar[Fault] = Fault.OPERATOR
+
+
+class SchemaNewerError(StorageError):
+    """A newer Darkroom has migrated the database. Start that version here too."""
+
+    code: ClassVar[str] = "schema_newer"
+    fault: ClassVar[Fault] = Fault.OPERATOR
+
+
 class BadPepperError(StorageError, ValueError):
     """The pepper is no hexadecimal number of 16 bytes or more. Make one with `openssl rand -hex 32`."""
 

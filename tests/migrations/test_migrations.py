@@ -1,19 +1,25 @@
 """The migrations lead from an empty database to what the models say, on both databases."""
 
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from migrations.upgrade import build_config, upgrade
+from migrations import upgrade as upgrades
+from migrations.upgrade import build_config, check, find_head, find_revision, upgrade
 from storage.db import Database
+from storage.errors import DatabaseBusyError, SchemaNewerError, SchemaOutdatedError
 from storage.tables import Base
 from tests.services import PostgreSQL
 
@@ -106,6 +112,76 @@ def test_downgrade_leaves_nothing_behind(empty_databases: list[Database]) -> Non
         command.downgrade(config, "base")
 
     assert read_schema(untouched) == read_schema(database)
+
+
+@contextmanager
+def next_version(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Darkroom as it may be next year: with one migration more, and little patience in tests."""
+    scripts = folder / "migrations"
+    if not scripts.exists():
+        shutil.copytree(Path(upgrades.__file__).parent, scripts)
+        (scripts / "versions" / "2099_01_01_next.py").write_text(
+            "import sqlalchemy as sa\nfrom alembic import op\n"
+            f"revision = 'next'\ndown_revision = {find_head()!r}\n"
+            "def upgrade():\n    op.add_column('items', sa.Column('mark', sa.Integer()))\n"
+        )
+        env = scripts / "env.py"
+        env.write_text(env.read_text().replace("TIMEOUT_MS = 5_000", "TIMEOUT_MS = 50"))
+
+    def build_next() -> Config:
+        config = build_config()
+        config.set_main_option("script_location", str(scripts).replace("%", "%%"))
+        return config
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upgrades, "build_config", build_next)
+        patch.setattr(upgrades, "RETRY_S", 0.01)
+        yield
+
+
+def test_only_the_schema_of_this_very_version_is_good(
+    empty_databases: list[Database], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = empty_databases[0]
+    with pytest.raises(SchemaOutdatedError, match="Run `darkroom migrate` once"):
+        check(database)
+    upgrade(database)
+    check(database)
+    head = find_head()
+
+    with next_version(tmp_path, monkeypatch):
+        with pytest.raises(SchemaOutdatedError, match=f"is {head} and this Darkroom needs next"):
+            check(database)
+        upgrade(database)
+        check(database)
+    with pytest.raises(SchemaNewerError, match=f"is next, and .* none after {head}"):
+        check(database)
+    with pytest.raises(SchemaNewerError):
+        upgrade(database)
+
+    assert "next" == find_revision(database)
+
+
+def test_migration_gives_up_where_others_hold_a_table_and_changes_nothing(
+    postgresql_server: PostgreSQL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with postgresql_server.clone() as url:
+        database = Database(url)
+        upgrade(database)
+        before = read_schema(database)
+
+        with next_version(tmp_path, monkeypatch):
+            with database.read() as session:
+                session.execute(text("SELECT count(*) FROM items"))
+                with pytest.raises(DatabaseBusyError):
+                    upgrade(database)
+                during = read_schema(database)
+            upgrade(database)
+            after = read_schema(database)
+        database.close()
+
+    assert before == during
+    assert len(before) < len(after)
 
 
 def read_schema(database: Database) -> list[Any]:
