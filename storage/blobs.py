@@ -14,8 +14,9 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Final, Literal, Protocol, Self
@@ -46,6 +47,10 @@ class BlobStat:
 
     num_bytes: int
     sha256: bytes
+
+
+class _Readable(Protocol):
+    def read(self, num_bytes: int | None = ..., /) -> bytes: ...
 
 
 class BlobWriter(Protocol):
@@ -111,6 +116,9 @@ class FolderBlobs:
 
     A file is written beside its place, synced, and linked to its name, which fails if the name is
     taken: so it appears whole or not at all, also when the power fails.
+
+    The folder for unfinished files tells a folder that is there from one whose mount was lost: only
+    where it stands is a blob missing that is not found.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,22 +134,22 @@ class FolderBlobs:
 
     def open_writer(self, key: str) -> BlobWriter:
         with _file_errors_translated():
-            return _FileWriter(self._path(key), self._unfinished)
+            return _FileWriter(self._folder, check_key(key), self._unfinished)
 
     def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        with _file_errors_translated(), self._path(key).open("rb") as file:
+        with _file_errors_translated(), self._open(key) as file:
             file.seek(offset)
             return file.read(-1 if length is None else length)
 
     def stream(self, key: str, *, offset: int = 0) -> Iterator[bytes]:
-        with _file_errors_translated(), self._path(key).open("rb") as file:
+        with _file_errors_translated(), self._open(key) as file:
             file.seek(offset)
             while chunk := file.read(READ_BYTES):
                 yield chunk
 
     def count_bytes(self, key: str) -> int:
-        with _file_errors_translated():
-            return self._path(key).stat().st_size
+        with _file_errors_translated(), self._open(key) as file:
+            return os.fstat(file.fileno()).st_size
 
     def delete(self, key: str) -> None:
         with _file_errors_translated():
@@ -164,12 +172,20 @@ class FolderBlobs:
     def _path(self, key: str) -> Path:
         return self._folder / check_key(key)
 
+    def _open(self, key: str) -> IO[bytes]:
+        try:
+            return self._path(key).open("rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            self._unfinished.stat()  # raises where the whole folder is gone
+            raise BlobMissingError from error
+
 
 class _FileWriter:
     stat: BlobStat
 
-    def __init__(self, path: Path, unfinished: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path, key: str, unfinished: Path) -> None:
+        self._folder = folder
+        self._path = folder / key
         self._temporary = unfinished / secrets.token_hex(16)
         self._file: IO[bytes] = self._temporary.open("xb")
         self._sha256 = hashlib.sha256()
@@ -194,8 +210,11 @@ class _FileWriter:
                 with _file_errors_translated():
                     self._finish()
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            # On a full disk closing fails too: it tries once more to write what is buffered.
+            with suppress(OSError):
+                self._file.close()
+            with suppress(OSError):  # the sweeper takes what stays
+                self._temporary.unlink()
 
     def _finish(self) -> None:
         self._file.flush()
@@ -208,11 +227,13 @@ class _FileWriter:
             with self._path.open("rb") as there:
                 if hashlib.file_digest(there, "sha256").digest() != self.stat.sha256:
                     raise BlobConflictError from None
-        _sync_folder(self._path.parent)
+        # Every folder on the way may be new, and may be another writer's that has not synced it yet.
+        for folder in self._path.relative_to(self._folder).parents:
+            _sync_folder(self._folder / folder)
 
 
 def _sync_folder(folder: Path) -> None:
-    """A file's name lasts only when its folder was synced too."""
+    """A name lasts only when the folder that holds it was synced too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -224,10 +245,15 @@ def _sync_folder(folder: Path) -> None:
 def _file_errors_translated() -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
-        raise BlobMissingError from error
     except PermissionError as error:
-        raise BlobsRefusedError("The folder for blobs may not be written to or read.") from error
+        raise BlobsRefusedError(
+            "The folder for blobs may not be written to or read, or takes no hard links. Give "
+            "DARKROOM_BLOBS another one, or its owner the right."
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BlobsRefusedError(
+            "A file stands where the folder for blobs, or one inside it, should be."
+        ) from error
     except OSError as error:  # a full disk, a lost mount: both may pass
         raise BlobsUnavailableError from error
 
@@ -271,7 +297,13 @@ class S3Blobs:
 
     def __init__(self, config: S3Config) -> None:
         self._config = config
-        self._client = _build_client(config)
+        with _s3_errors_translated():
+            try:
+                self._client = _build_client(config)
+            except ValueError as error:
+                raise BlobsRefusedError(
+                    "DARKROOM_S3_ENDPOINT_URL is no URL. Give http://HOST:PORT or https://HOST."
+                ) from error
 
     def put(self, key: str, content: bytes) -> BlobStat:
         with self.open_writer(key) as writer:
@@ -284,25 +316,23 @@ class S3Blobs:
     def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         if length == 0:
             return b""
-        with _s3_errors_translated():
-            try:
-                answer = self._get(key, offset, length)
-                with answer["Body"] as body:
-                    content: bytes = body.read()
-            except _client_error() as error:
-                if _code(error) == "InvalidRange":  # the offset lies behind the end
-                    return b""
-                raise
+        with _s3_errors_translated(), self._open(key, offset, length) as body:
+            content: bytes = body.read()
             return content
 
     def stream(self, key: str, *, offset: int = 0) -> Iterator[bytes]:
-        with _s3_errors_translated(), self._get(key, offset, None)["Body"] as body:
+        with _s3_errors_translated(), self._open(key, offset, None) as body:
             while chunk := body.read(READ_BYTES):
                 yield chunk
 
     def count_bytes(self, key: str) -> int:
         with _s3_errors_translated():
-            head = self._client.head_object(Bucket=self._config.bucket, Key=self._key(key))
+            try:
+                head = self._client.head_object(Bucket=self._config.bucket, Key=self._key(key))
+            except _client_error() as error:
+                if _code(error) == "404":  # a HEAD does not say what is missing
+                    self.ping()
+                raise
         return head["ContentLength"]
 
     def delete(self, key: str) -> None:
@@ -314,7 +344,7 @@ class S3Blobs:
         oldest = time.time() - older_than_s
         with _s3_errors_translated():
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self._config.bucket, Prefix=self._config.prefix
+                Bucket=self._config.bucket, Prefix=self._prefix
             )
             for page in pages:
                 for upload in page.get("Uploads", []):
@@ -329,18 +359,39 @@ class S3Blobs:
 
     def ping(self) -> None:
         with _s3_errors_translated():
-            self._client.head_bucket(Bucket=self._config.bucket)
+            try:
+                self._client.head_bucket(Bucket=self._config.bucket)
+            except _client_error() as error:
+                if _code(error) == "404":
+                    raise BlobsRefusedError(_REFUSALS["NoSuchBucket"]) from error
+                raise
 
-    def _get(self, key: str, offset: int, length: int | None) -> Any:
+    @contextmanager
+    def _open(self, key: str, offset: int, length: int | None) -> Iterator[_Readable]:
         place: Any = {"Bucket": self._config.bucket, "Key": self._key(key)}
-        if offset == 0 and length is None:
-            return self._client.get_object(**place)
-        end = "" if length is None else str(offset + length - 1)
-        return self._client.get_object(**place, Range=f"bytes={offset}-{end}")
+        if offset or length is not None:
+            end = "" if length is None else str(offset + length - 1)
+            place["Range"] = f"bytes={offset}-{end}"
+        try:
+            answer = self._client.get_object(**place)
+        except _client_error() as error:
+            if _code(error) != "InvalidRange":
+                raise
+            yield BytesIO()  # the offset lies behind the end
+            return
+        # Not the body as a context: that gives what lies under it, which looks at no checksum and
+        # raises urllib3's errors.
+        with closing(answer["Body"]) as body:
+            yield body
+
+    @property
+    def _prefix(self) -> str:
+        """Ends with a slash, or `darkroom` would also be `darkroom-of-somebody-else`."""
+        prefix = self._config.prefix.strip("/")
+        return f"{prefix}/" if prefix else ""
 
     def _key(self, key: str) -> str:
-        prefix = self._config.prefix.strip("/")
-        return f"{prefix}/{check_key(key)}" if prefix else check_key(key)
+        return self._prefix + check_key(key)
 
 
 class _S3Writer:
@@ -365,7 +416,8 @@ class _S3Writer:
         rest = memoryview(chunk)
         while rest:
             room = self._config.part_bytes - self._part.tell()
-            self._part.write(rest[:room])
+            with _file_errors_translated():  # it may be on a disk, which may be full
+                self._part.write(rest[:room])
             rest = rest[room:]
             if rest:  # more follows, so this part is not the last
                 with _s3_errors_translated():
@@ -387,7 +439,8 @@ class _S3Writer:
                 with _s3_errors_translated():
                     self._finish()
         finally:
-            self._part.close()
+            with suppress(OSError):
+                self._part.close()
             # Also after a refused completion: that leaves the upload open, and it costs money.
             if self._upload_id is not None:
                 with suppress(StorageError), _s3_errors_translated():
@@ -412,7 +465,8 @@ class _S3Writer:
             try:
                 self._write_once()
             except _client_error() as error:
-                if _code(error) in ("PreconditionFailed", "412"):
+                # An upload that is not there any more: the answer to our first try was lost.
+                if _code(error) in ("PreconditionFailed", "412", "NoSuchUpload"):
                     self._verify()
                     return
                 is_race = _code(error) in ("ConditionalRequestConflict", "409")
@@ -439,7 +493,13 @@ class _S3Writer:
     def _verify(self) -> None:
         """Equal bytes under the key are our own, written before. Read: ETags are no checksums."""
         sha256, num_bytes = hashlib.sha256(), 0
-        with self._client.get_object(**self._place)["Body"] as body:
+        try:
+            answer = self._client.get_object(**self._place)
+        except _client_error() as error:
+            if _code(error) in _MISSING:  # deleted since, or the upload was aborted: not written
+                raise BlobsUnavailableError from error
+            raise
+        with closing(answer["Body"]) as body:
             while chunk := body.read(READ_BYTES):
                 sha256.update(chunk)
                 num_bytes += len(chunk)
@@ -455,7 +515,9 @@ def _build_client(config: S3Config) -> "S3Client":
     checksums: Literal["when_supported", "when_required"] = (
         "when_supported" if config.is_checksummed else "when_required"
     )
-    client: S3Client = boto3.client(
+    # A session of its own: boto's default one keeps the keys that it found first, and making two
+    # clients of it at once is not safe.
+    client: S3Client = boto3.Session().client(
         "s3",
         endpoint_url=config.endpoint_url,
         region_name=config.region,
@@ -490,24 +552,39 @@ _PASSING: Final = frozenset(
         "SlowDown",
         "RequestTimeout",
         "ConditionalRequestConflict",
+        "NoSuchUpload",  # a sweep found it too old
     }
 )
+_REFUSALS: Final = {
+    "NoSuchBucket": "There is no such bucket. Create it, or correct DARKROOM_BLOBS.",
+    "InvalidAccessKeyId": "The bucket's service does not know AWS_ACCESS_KEY_ID. Correct it.",
+    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not fit AWS_ACCESS_KEY_ID. Correct it.",
+    "AccessDenied": "The bucket does not allow this with these keys. Give them the permission.",
+    "RequestTimeTooSkewed": "The clock of this host is wrong, so the bucket refuses its requests.",
+    "PermanentRedirect": "The bucket is in another region. Set DARKROOM_S3_REGION.",
+    "AuthorizationHeaderMalformed": "The bucket is in another region. Set DARKROOM_S3_REGION.",
+}
 
 
 @contextmanager
 def _s3_errors_translated() -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore import exceptions as boto
 
     try:
         yield
-    except ClientError as error:
+    except boto.ClientError as error:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if _code(error) in _MISSING:
             raise BlobMissingError from error
         if status >= 500 or status == 429 or _code(error) in _PASSING:
             raise BlobsUnavailableError from error
-        raise BlobsRefusedError from error
-    except NoCredentialsError as error:
-        raise BlobsRefusedError from error
-    except BotoCoreError as error:  # timeouts, lost connections, bodies that broke off
+        raise BlobsRefusedError(_REFUSALS.get(_code(error))) from error
+    except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
+        raise BlobsRefusedError(
+            "There are no keys for the bucket. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "give the host a role."
+        ) from error
+    except boto.ParamValidationError as error:
+        raise BlobsRefusedError("DARKROOM_BLOBS names no possible bucket.") from error
+    except boto.BotoCoreError as error:  # timeouts, lost connections, bodies that broke off
         raise BlobsUnavailableError from error

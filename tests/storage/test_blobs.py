@@ -1,7 +1,12 @@
 """What holds for blobs wherever they lie: the same tests for a folder and for a bucket."""
 
 import hashlib
+import os
+import resource
+import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +25,26 @@ from storage.errors import (
 )
 from storage.ids import FileId, JobId, TenantId, new_uuid
 from storage.keys import build_errors_key, build_file_key, build_output_key, check_key
-from tests.services import S3Server
+from tests.services import S3Server, find_free_ports
 
 PART_BYTES = 5 * 1024 * 1024
 
 
+@pytest.fixture(scope="module")
+def client(s3_server: S3Server) -> Any:
+    """boto reads half a megabyte of descriptions for each; one will do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.env.items():
+            patch.setenv(name, value)
+        return S3Blobs(build_config(s3_server))._client
+
+
 @pytest.fixture
-def bucket(s3_server: S3Server, s3_settings: dict[str, str]) -> S3Blobs:
-    return S3Blobs(build_config(s3_server, prefix=s3_settings["DARKROOM_BLOBS"].split("/")[-1]))
+def bucket(s3_server: S3Server, s3_settings: dict[str, str], client: Any) -> S3Blobs:
+    blobs = S3Blobs.__new__(S3Blobs)
+    blobs._config = build_config(s3_server, prefix=s3_settings["DARKROOM_BLOBS"].split("/")[-1])
+    blobs._client = client
+    return blobs
 
 
 def build_config(server: S3Server, **other: Any) -> S3Config:
@@ -61,6 +78,7 @@ def test_what_was_put_is_read_back_whole_and_by_ranges(blobs: Blobs) -> None:
     assert b"" == blobs.read("tenant/file", offset=3, length=0)
     assert b"" == blobs.read("tenant/file", offset=10, length=5)
     assert b"56789" == b"".join(blobs.stream("tenant/file", offset=5))
+    assert b"" == b"".join(blobs.stream("tenant/file", offset=10))
     assert 10 == blobs.count_bytes("tenant/file")
 
 
@@ -88,6 +106,15 @@ def test_missing_blob_is_said_to_be_missing(blobs: Blobs) -> None:
         next(iter(blobs.stream("nothing")))
     with pytest.raises(BlobMissingError):
         blobs.count_bytes("nothing")
+
+
+def test_name_of_a_folder_is_no_blob(blobs: Blobs) -> None:
+    blobs.put("tenant/job/output", b"lines")
+
+    with pytest.raises(BlobMissingError):
+        blobs.read("tenant/job")
+    with pytest.raises(BlobMissingError):
+        blobs.read("tenant/job/output/more")
 
 
 def test_deleting_twice_is_as_good_as_once(blobs: Blobs) -> None:
@@ -134,12 +161,13 @@ def test_writer_that_raises_leaves_nothing(blobs: Blobs) -> None:
     assert 0 == blobs.sweep(older_than_s=-60.0)
 
 
-def test_of_writers_that_race_one_wins_and_no_bytes_mix(blobs: Blobs) -> None:
+@pytest.mark.parametrize("num_bytes", [100_000, PART_BYTES + 100_000])
+def test_of_writers_that_race_one_wins_and_no_bytes_mix(blobs: Blobs, num_bytes: int) -> None:
     outcomes: list[str] = []
 
     def write(letter: bytes) -> None:
         try:
-            blobs.put("key", letter * 100_000)
+            blobs.put("key", letter * num_bytes)
             outcomes.append("written")
         except BlobConflictError:
             outcomes.append("conflict")
@@ -152,6 +180,8 @@ def test_of_writers_that_race_one_wins_and_no_bytes_mix(blobs: Blobs) -> None:
 
     assert ["conflict", "conflict", "written"] == sorted(outcomes)
     assert 1 == len(set(blobs.read("key")))
+    assert num_bytes == blobs.count_bytes("key")
+    assert 0 == blobs.sweep(older_than_s=-60.0)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +219,90 @@ def test_sweep_removes_what_a_dead_writer_left(tmp_path: Path) -> None:
     old = folder.sweep(older_than_s=-1.0)
 
     assert (0, 1) == (young, old)
+
+
+@contextmanager
+def files_limited_to(num_bytes: int) -> Iterator[None]:
+    """A disk that is full after so many bytes, as far as this process can see."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("num_bytes", [66_000, 2_000_000])  # full at the end, and on the way
+def test_full_disk_takes_nothing_leaves_nothing_and_may_pass(
+    tmp_path: Path, num_bytes: int
+) -> None:
+    folder = FolderBlobs(tmp_path)
+
+    with files_limited_to(65_536), pytest.raises(BlobsUnavailableError):
+        folder.put("key", b"x" * num_bytes)
+    left = list((tmp_path / ".unfinished").iterdir())
+    with pytest.raises(BlobMissingError):
+        folder.read("key")
+    again = folder.put("key", b"x" * num_bytes)
+
+    assert [] == left
+    assert num_bytes == again.num_bytes == folder.count_bytes("key")
+
+
+def test_unfinished_file_that_vanished_is_no_missing_blob(tmp_path: Path) -> None:
+    folder = FolderBlobs(tmp_path)
+
+    with pytest.raises(BlobsUnavailableError), folder.open_writer("key") as writer:  # noqa: PT012 - the block is the subject
+        writer.write(b"bytes")
+        for path in (tmp_path / ".unfinished").iterdir():
+            path.unlink()
+    folder.put("key", b"others")
+
+    assert b"others" == folder.read("key")
+
+
+def test_folder_whose_mount_was_lost_misses_no_blob(tmp_path: Path) -> None:
+    place, elsewhere = tmp_path / "mount", tmp_path / "elsewhere"
+    folder = FolderBlobs(place)
+    folder.put("key", b"bytes")
+    place.rename(elsewhere)
+    place.mkdir()
+
+    for fail in (folder.read, folder.count_bytes, lambda key: folder.put(key, b"bytes")):
+        with pytest.raises(BlobsUnavailableError):
+            fail("key")
+    with pytest.raises(BlobsUnavailableError):
+        folder.ping()
+    assert [] == list(place.iterdir())
+    place.rmdir()
+    elsewhere.rename(place)
+
+    assert b"bytes" == folder.read("key")
+
+
+def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "blobs").write_bytes(b"")
+
+    with pytest.raises(BlobsRefusedError, match="A file stands"):
+        FolderBlobs(tmp_path / "blobs")
+
+
+def test_new_folders_are_synced_up_to_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        sync(descriptor)
+
+    folder = FolderBlobs(tmp_path)
+    monkeypatch.setattr(os, "fsync", note)
+    folder.put("tenant/job/output", b"lines")
+
+    assert ".unfinished" in synced[0]
+    assert [str(tmp_path / name) for name in ("tenant/job", "tenant", "")] == synced[1:]
 
 
 # Bucket
@@ -256,14 +370,197 @@ def test_errors_of_the_bucket_say_whether_trying_again_helps(
         bucket.put("key", b"x")
 
 
-def test_checksums_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    blobs = S3Blobs(S3Config("photographs", region="us-east-1", is_checksummed=False))
+@pytest.mark.services
+def test_completion_that_was_repeated_by_itself_is_a_success(bucket: S3Blobs) -> None:
+    """boto asks again when the answer to the first try was lost; by then the upload is gone."""
 
-    config = blobs._client.meta.config
+    class TwiceClient(ForgetfulClient):
+        def __getattr__(self, name: str) -> Any:
+            call = getattr(self._client, name)
+            if name != "complete_multipart_upload":
+                return call
+            return lambda **arguments: (call(**arguments), call(**arguments))[1]
 
-    assert "when_required" == config.request_checksum_calculation  # type: ignore[attr-defined]
+    client: Any = TwiceClient(bucket._client, "", RuntimeError())
+    bucket._client = client
+    bucket.put("key", b"x" * (PART_BYTES + 1))
+
+    assert PART_BYTES + 1 == bucket.count_bytes("key")
+
+
+@pytest.mark.services
+def test_upload_that_a_sweep_ended_may_be_written_again(bucket: S3Blobs) -> None:
+    with pytest.raises(BlobsUnavailableError), bucket.open_writer("key") as writer:  # noqa: PT012 - the block is the subject
+        writer.write(b"x" * (PART_BYTES + 1))
+        assert 1 == bucket.sweep(older_than_s=-60.0)
+
+    assert 5 == bucket.put("key", b"other").num_bytes
+
+
+@pytest.mark.services
+def test_sweep_leaves_neighbours_alone_and_young_uploads_too(
+    s3_server: S3Server, bucket: S3Blobs
+) -> None:
+    neighbour, namesake = (
+        S3Blobs(build_config(s3_server, prefix=prefix))
+        for prefix in (f"{bucket._config.prefix}-too", "test")
+    )
+    with neighbour.open_writer("key") as theirs, bucket.open_writer("key") as ours:
+        theirs.write(b"x" * (PART_BYTES + 1))
+        ours.write(b"x" * (PART_BYTES + 1))
+
+        assert 0 == bucket.sweep(older_than_s=3600.0)
+        assert 0 == namesake.sweep(older_than_s=-60.0)
+
+    assert PART_BYTES + 1 == neighbour.count_bytes("key") == bucket.count_bytes("key")
+
+
+def list_ways(blobs: S3Blobs) -> list[Callable[[], object]]:
+    return [
+        blobs.ping,
+        lambda: blobs.put("key", b"bytes"),
+        lambda: blobs.put("key", b"x" * (PART_BYTES + 1)),
+        lambda: blobs.read("key"),
+        lambda: next(blobs.stream("key")),
+        lambda: blobs.count_bytes("key"),
+        lambda: blobs.delete("key"),
+        lambda: blobs.sweep(older_than_s=0.0),
+    ]
+
+
+@pytest.mark.services
+def test_missing_bucket_is_no_missing_blob(s3_server: S3Server, bucket: S3Blobs) -> None:
+    for way in list_ways(S3Blobs(build_config(s3_server, bucket="paintings"))):
+        with pytest.raises(BlobsRefusedError, match="no such bucket"):
+            way()
+
+
+@pytest.mark.services
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("AWS_SECRET_ACCESS_KEY", "does not fit"), ("AWS_ACCESS_KEY_ID", "does not know")],
+)
+def test_wrong_keys_are_told_from_a_passing_fault(
+    s3_server: S3Server,
+    bucket: S3Blobs,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    text: str,
+) -> None:
+    monkeypatch.setenv(name, "wrong")
+    blobs = S3Blobs(build_config(s3_server))
+
+    for way in list_ways(blobs):
+        with pytest.raises(BlobsRefusedError):
+            way()
+    with pytest.raises(BlobsRefusedError, match=text):
+        blobs.put("key", b"bytes")
+
+
+@pytest.mark.services
+def test_no_keys_and_impossible_names_are_said(
+    s3_server: S3Server, bucket: S3Blobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BlobsRefusedError, match="no possible bucket"):
+        S3Blobs(build_config(s3_server, bucket="a b")).ping()
+    with pytest.raises(BlobsRefusedError, match="no URL"):
+        S3Blobs(build_config(s3_server, endpoint_url="photographs"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(BlobsRefusedError, match="no keys"):
+        S3Blobs(build_config(s3_server)).ping()
+
+
+@pytest.mark.services
+def test_server_that_is_gone_or_silent_may_come_back(s3_server: S3Server, bucket: S3Blobs) -> None:
+    gone = S3Blobs(
+        build_config(
+            s3_server, endpoint_url=f"http://127.0.0.1:{find_free_ports(1)[0]}", max_tries=1
+        )
+    )
+    silent = S3Blobs(build_config(s3_server, read_timeout_s=0.2, max_tries=1))
+
+    for way in list_ways(gone):
+        with pytest.raises(BlobsUnavailableError):
+            way()
+    s3_server.freeze()
+    try:
+        for way in list_ways(silent)[:2]:
+            with pytest.raises(BlobsUnavailableError):
+                way()
+    finally:
+        s3_server.thaw()
+    silent.put("again", b"bytes")
+
+    assert b"bytes" == silent.read("again")
+
+
+class BrokenServer:
+    """Answers every request with the same bytes, and hangs up."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._answer = answer
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection:
+                    connection.recv(65_536)
+                    connection.sendall(self._answer)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.mark.services
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: 20",  # of which eight come
+        b"Content-Length: 8\r\nx-amz-checksum-crc32: AAAAAA==",  # of other bytes
+    ],
+)
+def test_answer_that_broke_off_or_was_garbled_is_never_taken_for_the_blob(
+    s3_server: S3Server, bucket: S3Blobs, head: bytes
+) -> None:
+    server = BrokenServer(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + b"12345678")
+    blobs = S3Blobs(build_config(s3_server, endpoint_url=server.url, max_tries=1))
+
+    with pytest.raises(BlobsUnavailableError):
+        blobs.read("key")
+    with pytest.raises(BlobsUnavailableError):
+        list(blobs.stream("key"))
+    server.close()
+
+
+@pytest.mark.services
+def test_checksums_can_be_switched_off(s3_server: S3Server, bucket: S3Blobs) -> None:
+    without = S3Blobs(build_config(s3_server, prefix=bucket._config.prefix, is_checksummed=False))
+    sent: dict[S3Blobs, set[str]] = {bucket: set(), without: set()}
+    for blobs, names in sent.items():
+
+        def note(request: Any, names: set[str] = names, **_: Any) -> None:
+            names.update(name.lower() for name in request.headers)
+
+        blobs._client.meta.events.register("before-send.s3", note)
+        blobs.put(f"small-{len(sent[blobs])}", b"bytes")
+        blobs.put(f"large-{len(sent[blobs])}", b"x" * (PART_BYTES + 1))
+
+    assert "x-amz-checksum-crc32" in sent[bucket]
+    assert {"x-amz-checksum-mode", "if-none-match"} & sent[bucket]
+    assert not [name for name in sent[without] if "checksum" in name]
+    assert "if-none-match" in sent[without]
+
+
+@pytest.mark.services
+def test_tries_are_said_and_not_left_to_boto(bucket: S3Blobs) -> None:
+    config = bucket._client.meta.config
+
     assert {"mode": "standard", "total_max_attempts": 5} == config.retries  # type: ignore[attr-defined]
 
 
