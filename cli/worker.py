@@ -21,7 +21,7 @@ def run_worker(
 
     Args:
         model: None for a worker of the cpu queue.
-        limits: as `image=4`; None for those of the settings.
+        limits, max_model_len: limits as `image=4`; None for what the settings say.
 
     Raises:
         CannotStartError: the message says what to change.
@@ -45,6 +45,7 @@ def run_worker(
                 if limits is None
                 else MediaLimits.model_validate(parse_limits(limits))
             )
-            options = EngineOptions(model, chosen, max_model_len, device, dtype)
+            length = max_model_len or config.max_model_len_of(model)
+            options = EngineOptions(model, chosen, length, device, dtype)
             with closing(load_engine(options)) as engine:
                 return run_gpu_worker(config, url, engine, model, env=env)

