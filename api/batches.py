@@ -19,7 +19,7 @@ from api.errors import (
     MissingError,
     translate_validation_error,
 )
-from api.manifests import Manifest, drop_manifest, find_manifest, write_manifest
+from api.manifests import Manifest, drop_blob, find_manifest, write_manifest
 from api.polls import answer_job, is_current, wait_for_change
 from api.quotas import Quota
 from api.schemas import (
@@ -122,7 +122,7 @@ class Submission:
                 job, is_new = self._make_job(session, manifest)
         finally:
             if manifest.is_ours and not is_new:
-                drop_manifest(self._here, manifest)
+                drop_blob(self._here, manifest.file, manifest.key)
         if is_new:
             self._here.tell_created(job.id)
         return job, is_new

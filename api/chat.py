@@ -31,7 +31,7 @@ from api.errors import (
     TooSlowError,
     translate_validation_error,
 )
-from api.manifests import drop_manifest, write_manifest
+from api.manifests import drop_blob, write_manifest
 from api.polls import read_patience_s
 from api.quotas import Quota
 from api.schemas import CHAT_ENDPOINT, MAX_MODEL_CHARS, check_text
@@ -144,7 +144,7 @@ def _queue(here: Services, asker: Caller, body: Body, patience_s: float) -> Job:
             )
     finally:
         if not is_made:
-            drop_manifest(here, manifest)
+            drop_blob(here, manifest.file, manifest.key)
     here.tell_created(job.id)
     return job
 

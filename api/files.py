@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
-import structlog
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
@@ -21,6 +20,7 @@ from api.auth import Asker, Caller
 from api.bodies import refuse_length
 from api.config import MEBIBYTE, ApiConfig
 from api.errors import InvalidRequestError, MissingError, TooLargeError, translate_validation_error
+from api.manifests import drop_blob
 from api.multipart import Form, open_form
 from api.schemas import (
     PURPOSES,
@@ -42,7 +42,6 @@ from storage.ids import FileId, new_uuid
 from storage.keys import build_file_key
 from storage.tables import File
 
-log = structlog.get_logger()
 router = APIRouter(prefix="/v1/files", tags=["Files"])
 
 PIECE_BYTES: Final = MEBIBYTE
@@ -159,10 +158,8 @@ def _name_upload(
                 blob_key=upload.key,
                 lifetime_s=lifetime_s,
             )
-    except StorageError as error:
-        # The commit may have happened although its answer was lost. Then the row needs the blob; a
-        # blob without a row is only a matter for the sweeper.
-        log.warning("upload_without_row", key=upload.key, code=error.code)
+    except StorageError:
+        drop_blob(here, file, upload.key)
         raise
 
 

@@ -110,15 +110,15 @@ def write_manifest(
     return Manifest(file, key, stat.num_bytes, len(lines), stat.sha256, model, is_ours=True)
 
 
-def drop_manifest(here: Services, manifest: Manifest) -> None:
-    """Remove a manifest that no job came of. If that fails, the sweeper finds it."""
+def drop_blob(here: Services, file: FileId, key: str) -> None:
+    """Remove a blob that got no row. If that fails, the sweeper finds it."""
     try:
         with here.database.read() as session:  # a commit whose answer was lost may need it
-            is_named = files.is_named(session, manifest.file)
+            is_named = files.is_named(session, file)
         if not is_named:
-            here.blobs.delete(manifest.key)
+            here.blobs.delete(key)
     except StorageError as error:
-        log.warning("manifest_left", key=manifest.key, code=error.code)
+        log.warning("blob_left", key=key, code=error.code)
 
 
 def _complete(request: Any, endpoint: str) -> Any:

@@ -1,8 +1,10 @@
 """Uploads as other clients send them: in pieces, out of order, broken off, too large, very large."""
 
+import resource
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +22,7 @@ PURPOSE = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r
 FILE = b'--b\r\nContent-Disposition: form-data; name="file"; filename="in.jsonl"\r\n\r\n'
 END = b"\r\n--b--\r\n"
 MEBIBYTE = 1024 * 1024
+LARGE = b"x" * (4 * MEBIBYTE - 1000)
 
 
 def list_blobs(service: Service, client: Client) -> list[Path]:
@@ -81,6 +84,40 @@ def test_refused_upload_leaves_nothing(service: Service, client: Client) -> None
 
     assert [] == list_blobs(service, client)
     assert [] == list_unfinished(service)
+
+
+@contextmanager
+def full_disk(service: Service, num_bytes: int) -> Iterator[None]:
+    """No file of this server may grow beyond so many bytes, which is what a full disk comes to."""
+    before = resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.services
+def test_upload_to_a_full_disk_is_a_503_and_leaves_nothing(postgresql_service: Service) -> None:
+    service = postgresql_service  # SQLite's own files would be in the way
+    with open_client(service, "of a full disk") as client:
+        with full_disk(service, 3 * MEBIBYTE):
+            refused = client.http.post(
+                "/v1/files", content=PURPOSE + FILE + LARGE + END, headers=FORM
+            )
+            small = client.http.post(
+                "/v1/files", content=PURPOSE + FILE + b"{}" + END, headers=FORM
+            )
+
+        assert (503, "blobs_unavailable") == (
+            refused.status_code,
+            refused.json()["error"]["code"],
+        )
+        assert refused.headers["retry-after"]
+        assert 200 == small.status_code
+        assert [] == list_unfinished(service)
+        assert [small.json()["id"]] == [file.id for file in client.api.files.list()]
+        assert 1 == len(list_blobs(service, client))
 
 
 @pytest.mark.parametrize("is_announced", [True, False])
