@@ -83,6 +83,30 @@ def _clock_on_sqlite(element: clock, compiler: SQLCompiler, **options: Any) -> s
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
+HEAD: Final = 20
+
+
+class head_of(FunctionElement[Any]):  # noqa: N801 - as `clock`
+    """The first `HEAD` entries of a column that holds a JSON array; null where it is null."""
+
+    inherit_cache = True
+    name = "head_of"
+
+
+@compiles(head_of, "postgresql")
+def _head_on_postgresql(element: head_of, compiler: SQLCompiler, **options: Any) -> str:
+    return f"jsonb_path_query_array({compiler.process(element.clauses)}, '$[0 to {HEAD - 1}]')"
+
+
+@compiles(head_of, "sqlite")
+def _head_on_sqlite(element: head_of, compiler: SQLCompiler, **options: Any) -> str:
+    column = compiler.process(element.clauses)
+    return (  # no text of anybody's: a column's name and a number
+        f"CASE WHEN {column} IS NOT NULL THEN (SELECT json_group_array(json(value)) "  # noqa: S608
+        f"FROM (SELECT value FROM json_each({column}) LIMIT {HEAD})) END"
+    )
+
+
 class Database:
     """
     One process's way to one database. Threads share it; sessions are never shared.

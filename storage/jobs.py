@@ -10,14 +10,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, case, delete, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, case, delete, func, select, type_coerce, update
+from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm.attributes import set_committed_value
 
-from storage.db import clock, insert_or_skip, is_sqlite
+from storage.db import clock, head_of, insert_or_skip, is_sqlite
 from storage.errors import IdempotencyConflictError, NotFoundError, StateConflictError
 from storage.ids import FileId, JobId, TenantId, new_uuid
 from storage.states import TERMINAL_JOB_STATES, ItemState, JobState
-from storage.tables import File, Item, Job
+from storage.tables import JSONS, File, Item, Job
 
 PAGE: Final = 100
 
@@ -204,18 +205,25 @@ def list_page(
     """
     A tenant's jobs but those of the fast lane, newest first, and whether there are more.
 
+    Of a job's errors only the first `HEAD` are there: a job may have 50,000, and a page 100 jobs.
+
     Args:
         after: the last job of the page before; jobs that are made meanwhile shift nothing.
 
     Raises:
         NotFoundError: `after` is no job of this tenant.
     """
-    query = select(Job).where(Job.tenant_id == tenant, Job.priority > FAST_LANE)
+    head = type_coerce(head_of(Job.errors), JSONS)
+    query = select(Job, head).options(defer(Job.errors, raiseload=True))
+    query = query.where(Job.tenant_id == tenant, Job.priority > FAST_LANE)
     query = query.order_by(Job.id.desc()).limit(limit + 1)
     if after is not None:
         get(session, tenant, after)
         query = query.where(Job.id < after)
-    page = list(session.scalars(query))
+    page = []
+    for job, errors in session.execute(query):
+        set_committed_value(job, "errors", errors)
+        page.append(job)
     return page[:limit], len(page) > limit
 
 

@@ -11,7 +11,7 @@ import structlog.testing
 from sqlalchemy import text
 
 from storage import events, files, items, jobs, tenants
-from storage.db import Database
+from storage.db import HEAD, Database
 from storage.errors import (
     BadDatabaseUrlError,
     CommitUnknownError,
@@ -280,6 +280,22 @@ def test_pages_cover_each_job_once_while_others_are_made(database: Database) -> 
         make_job(database, 0, tenant=tenant, is_started=False)
 
     assert made[::-1] == seen
+
+
+def test_page_holds_the_first_errors_of_a_job_and_the_job_has_all(database: Database) -> None:
+    tenant = make_tenant(database)
+    errors = [{"code": "blank_line", "message": "é", "param": None, "line": n} for n in range(100)]
+    made = make_job(database, 0, tenant=tenant, is_started=False)
+    sound = make_job(database, 0, tenant=tenant)
+    with database.write() as session:
+        jobs.reject(session, made, errors)
+    with database.read() as session:
+        page, _ = jobs.list_page(session, tenant)
+    with database.read() as session:
+        whole = jobs.get(session, tenant, made)
+
+    assert [(sound, None), (made, errors[:HEAD])] == [(job.id, job.errors) for job in page]
+    assert errors == whole.errors
 
 
 def test_pages_of_files_run_both_ways_and_leave_out_the_deleted(database: Database) -> None:
