@@ -7,6 +7,7 @@ from importlib import metadata
 from fastapi import FastAPI
 
 from api import batches, chat, errors, files, health, jobs, models
+from api.bodies import HeldBytes
 from api.config import ApiConfig
 from api.edge import Edge
 from api.metrics import Metrics
@@ -45,6 +46,7 @@ def create_app(
         notify_cancelled=notify_cancelled,
         metrics=metrics,
         watcher=Watcher(database),
+        held=HeldBytes(config.max_held_bytes),
         pings=dict(pings or {}),
     )
 

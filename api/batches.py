@@ -5,6 +5,7 @@ Creating one is safe to repeat: by an idempotency key, or, without one, by the b
 sends again because an answer was lost.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -13,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.answers import answer_json, describe_body, describe_json
 from api.auth import Asker, Caller
-from api.bodies import Body, read_json
+from api.bodies import read_json
 from api.errors import (
     InvalidRequestError,
     MissingError,
@@ -36,6 +37,7 @@ from storage import files, jobs
 from storage.db import Session
 from storage.errors import NotFoundError
 from storage.tables import Job
+from tasks.identity import hash_submission
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"])
 
@@ -54,17 +56,19 @@ async def create_batch(
 ) -> Response:
     key = _check_key(idempotency_key)
     is_resent = (x_stainless_retry_count or "0") != "0"
-    body = await read_json(request, max_bytes=here.config.max_body_bytes)
-    try:
-        wish = CreateBatch.model_validate(body.fields)
-    except ValidationError as error:
-        raise translate_validation_error(error) from error
-    if (wish.input_file_id is None) == (wish.requests is None):
-        raise InvalidRequestError(
-            "Give either input_file_id or requests.", param="input_file_id", code="invalid_value"
-        )
-    submission = Submission(here, asker, body, wish, key, is_resent=is_resent)
-    job, is_new = await run_in_threadpool(submission.submit)
+    async with read_json(request, here.config, here.held) as fields:
+        try:
+            wish = CreateBatch.model_validate(fields)
+        except ValidationError as error:
+            raise translate_validation_error(error) from error
+        if (wish.input_file_id is None) == (wish.requests is None):
+            raise InvalidRequestError(
+                "Give either input_file_id or requests.",
+                param="input_file_id",
+                code="invalid_value",
+            )
+        submission = Submission(here, asker, fields, wish, key, is_resent=is_resent)
+        job, is_new = await run_in_threadpool(submission.submit)
     return answer_job(job, headers={} if is_new else {"idempotent-replayed": "true"})
 
 
@@ -87,7 +91,7 @@ class Submission:
         self,
         here: Services,
         asker: Caller,
-        body: Body,
+        fields: Mapping[str, Any],
         wish: CreateBatch,
         key: str | None,
         *,
@@ -95,7 +99,7 @@ class Submission:
     ) -> None:
         self._here = here
         self._asker = asker
-        self._body = body
+        self._fields = fields
         self._wish = wish
         self._key = key
         self._is_resent = is_resent
@@ -108,6 +112,7 @@ class Submission:
         Raises:
             InvalidRequestError, QuotaExceededError: nothing was made.
         """
+        self._sha256 = hash_submission(self._fields)
         # 1. A replay is answered first: its input file may be gone by now.
         with self._here.database.read() as session:
             earlier = self._find_earlier(session)
@@ -128,7 +133,7 @@ class Submission:
         return job, is_new
 
     def _find_earlier(self, session: Session) -> Job | None:
-        tenant, sha256 = self._asker.tenant, self._body.sha256
+        tenant, sha256 = self._asker.tenant, self._sha256
         if self._key is not None:
             return jobs.find_replayed(session, tenant, self._key, sha256)
         if not self._is_resent:
@@ -153,7 +158,7 @@ class Submission:
     def _make_job(self, session: Session, manifest: Manifest) -> tuple[Job, bool]:
         tenant, wish = self._asker.tenant, self._wish
         if self._key is None:
-            jobs.lock_body(session, tenant, self._body.sha256)
+            jobs.lock_body(session, tenant, self._sha256)
             earlier = self._find_earlier(session)
             if earlier is not None:
                 return earlier, False
@@ -170,7 +175,7 @@ class Submission:
                 manifest_key=manifest.key,
                 model=manifest.model,
                 endpoint=wish.endpoint,
-                body_sha256=self._body.sha256,
+                body_sha256=self._sha256,
                 idempotency_key=self._key,
                 priority=wish.priority,
                 window_s=read_window_s(wish.completion_window),

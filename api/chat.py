@@ -9,7 +9,8 @@ item out of the queue.
 import asyncio
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
@@ -22,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from api.answers import answer_json, describe_body, describe_json
 from api.auth import Asker, Caller
-from api.bodies import Body, read_json
+from api.bodies import read_json
 from api.errors import (
     ApiError,
     FailedInternallyError,
@@ -89,21 +90,36 @@ class ChatCompletion(BaseModel):
     CHAT_ENDPOINT, responses=describe_json(ChatCompletion), openapi_extra=describe_body(ChatRequest)
 )
 async def create_completion(request: Request, asker: Asker, here: Here) -> Response:
-    body = await read_json(request, max_bytes=here.config.max_body_bytes)
-    try:
-        wish = ChatRequest.model_validate(body.fields)
-    except ValidationError as error:
-        raise translate_validation_error(error) from error
-    _check_model(wish.model, here)
     patience_s = min(here.config.chat_timeout_s, read_patience_s(request))
-    job = await run_in_threadpool(_queue, here, asker, body, patience_s)
+    job, form = await _accept(request, asker, here, patience_s)
     completion = await _wait_for_answer(request, here, job, patience_s)
-    if not wish.stream:
+    if not form.is_stream:
         return answer_json(completion)
-    has_usage = wish.stream_options is not None and wish.stream_options.include_usage
     return StreamingResponse(
-        cut_chunks(completion, has_usage=has_usage), media_type="text/event-stream"
+        cut_chunks(completion, has_usage=form.has_usage), media_type="text/event-stream"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the answer is wanted: all that is kept of the body while it is waited for."""
+
+    is_stream: bool
+    has_usage: bool
+
+
+async def _accept(
+    request: Request, asker: Caller, here: Services, patience_s: float
+) -> tuple[Job, Form]:
+    async with read_json(request, here.config, here.held) as fields:
+        try:
+            wish = ChatRequest.model_validate(fields)
+        except ValidationError as error:
+            raise translate_validation_error(error) from error
+        _check_model(wish.model, here)
+        options = wish.stream_options or StreamOptions()
+        job = await run_in_threadpool(_queue, here, asker, fields, patience_s)
+        return job, Form(bool(wish.stream), options.include_usage)
 
 
 def _check_model(model: str, here: Services) -> None:
@@ -117,8 +133,8 @@ def _check_model(model: str, here: Services) -> None:
         )
 
 
-def _queue(here: Services, asker: Caller, body: Body, patience_s: float) -> Job:
-    prompt = {key: value for key, value in body.fields.items() if not key.startswith("stream")}
+def _queue(here: Services, asker: Caller, fields: Mapping[str, Any], patience_s: float) -> Job:
+    prompt = {key: value for key, value in fields.items() if not key.startswith("stream")}
     line = {"custom_id": CUSTOM_ID, "body": prompt}
     manifest = write_manifest(here, asker.tenant, [line], endpoint=CHAT_ENDPOINT)
     window_s = math.ceil(patience_s) + _GRACE_S
@@ -135,7 +151,7 @@ def _queue(here: Services, asker: Caller, body: Body, patience_s: float) -> Job:
                     manifest_key=manifest.key,
                     model=manifest.model,
                     endpoint=CHAT_ENDPOINT,
-                    body_sha256=body.sha256,
+                    body_sha256=manifest.sha256,
                     priority=jobs.FAST_LANE,
                     window_s=window_s,
                     options={"image_policy": "reject", "on_invalid": "fail"},

@@ -35,6 +35,8 @@ class ApiConfig:
         max_file_bytes: of one upload.
         max_batch_bytes, max_batch_lines: of the input of one batch. More makes the batch `failed`.
         max_body_bytes: of a JSON body, inline requests included; it is held in memory.
+        max_held_bytes: of all JSON bodies that are held at a time.
+        body_timeout_s: how long the next piece of a body may take to come.
         max_open_items, max_open_bytes: what a tenant may have open where its row does not say.
         batch_file_lifetime_s: of uploads for batches that do not say when they expire.
         chat_timeout_s: how long a chat completion may take, queue included.
@@ -48,6 +50,8 @@ class ApiConfig:
     max_batch_bytes: int = 200 * MEBIBYTE
     max_batch_lines: int = 50_000
     max_body_bytes: int = 32 * MEBIBYTE
+    max_held_bytes: int = 256 * MEBIBYTE
+    body_timeout_s: float = 60.0
     max_open_items: int | None = None
     max_open_bytes: int | None = None
     batch_file_lifetime_s: int = 30 * 24 * 3600

@@ -92,6 +92,14 @@ class ConflictError(ApiError):
     headers: ClassVar[Mapping[str, str]] = NO_RETRY
 
 
+class StalledError(ApiError):
+    """No more of the body came. Send the whole request again."""
+
+    status: ClassVar[int] = 408
+    code: ClassVar[str | None] = "stalled"
+    headers: ClassVar[Mapping[str, str]] = {"connection": "close"}  # the rest may still come
+
+
 class TooLargeError(ApiError):
     """The request is larger than this server takes."""
 
@@ -122,6 +130,12 @@ class UnavailableError(ApiError):
     status: ClassVar[int] = 503
     type: ClassVar[str] = "server_error"
     headers: ClassVar[Mapping[str, str]] = {"retry-after": str(BUSY_RETRY_S)}
+
+
+class TooBusyError(UnavailableError):
+    """The server holds as many requests as it has memory for. Try again."""
+
+    code: ClassVar[str | None] = "too_busy"
 
 
 class TooSlowError(ApiError):

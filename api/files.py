@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.answers import answer_json, describe_json
 from api.auth import Asker, Caller
-from api.bodies import refuse_length
+from api.bodies import read_pieces, refuse_length
 from api.config import MEBIBYTE, ApiConfig
 from api.errors import InvalidRequestError, MissingError, TooLargeError, translate_validation_error
 from api.manifests import drop_blob
@@ -76,7 +76,7 @@ async def create_file(request: Request, asker: Asker, here: Here) -> Response:
     upload = Upload(here.blobs, build_file_key(asker.tenant, file))
     await run_in_threadpool(upload.open)
     try:
-        async for piece in request.stream():
+        async for piece in read_pieces(request, here.config.body_timeout_s):
             form.feed(piece)
             _check_size(upload.num_bytes + form.num_pending, here.config)
             if form.num_pending >= PIECE_BYTES:

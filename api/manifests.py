@@ -21,6 +21,7 @@ from storage.db import Session
 from storage.errors import BlobMissingError, NotFoundError, StorageError
 from storage.ids import FileId, TenantId, new_uuid
 from storage.keys import build_file_key
+from tasks.identity import complete_line
 
 log = structlog.get_logger()
 
@@ -101,7 +102,7 @@ def write_manifest(
     here: Services, tenant: TenantId, requests: Sequence[Any], *, endpoint: str
 ) -> Manifest:
     """Write inline requests as the file that they would have been."""
-    lines = [orjson.dumps(_complete(request, endpoint)) for request in requests]
+    lines = [orjson.dumps(complete_line(request, endpoint)) for request in requests]
     content = b"\n".join([*lines, b""])
     file = FileId(new_uuid())
     key = build_file_key(tenant, file)
@@ -119,13 +120,6 @@ def drop_blob(here: Services, file: FileId, key: str) -> None:
             here.blobs.delete(key)
     except StorageError as error:
         log.warning("blob_left", key=key, code=error.code)
-
-
-def _complete(request: Any, endpoint: str) -> Any:
-    """`method` and `url` may be left out. What is no object stays: its line will be refused."""
-    if not isinstance(request, dict):
-        return request
-    return {"method": "POST", "url": endpoint, **request}
 
 
 def _find_model(blobs: Blobs, key: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import structlog
 from fastapi import Depends, Request
 
+from api.bodies import HeldBytes
 from api.config import ApiConfig
 from api.metrics import Metrics
 from api.watch import Watcher
@@ -36,6 +37,7 @@ class Services:
     notify_cancelled: Notify
     metrics: Metrics
     watcher: Watcher
+    held: HeldBytes
     pings: Mapping[str, Ping] = field(default_factory=dict)
 
     def tell_created(self, job: JobId) -> None:

@@ -6,7 +6,6 @@ idempotent by its key: the same submission twice is one job.
 """
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -34,12 +33,11 @@ from storage.tables import Job
 from tasks.config import DEFAULT_TENANT
 from tasks.dispatch import Dispatcher
 from tasks.errors import BadSubmissionError
+from tasks.identity import complete_line, find_model, hash_submission
 from tasks.stores import Stores
 
 logger = structlog.get_logger(__name__)
 
-METHOD: Final = "POST"
-ENDPOINT: Final = "/v1/chat/completions"
 PURPOSE: Final = "batch"
 
 MIN_WINDOW_S: Final = 10 * 60
@@ -48,6 +46,7 @@ MANIFEST_LIFETIME_S: Final = 30 * 24 * 3600
 """Of the file that inline requests become, as of an upload. A job that runs longer keeps its blob."""
 
 _WINDOW: Final = re.compile(r"([0-9]{1,6})([hm])")
+_NO_JSON: Final = "requests: hold what no JSON may hold."  # NaN, half of a surrogate pair
 _FILE_ID: Final = re.compile(r"(?:file-)?([0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12})")
 
 
@@ -145,7 +144,7 @@ def submit(stores: Stores, dispatcher: Dispatcher, submission: Submission) -> Su
         NotFoundError: the tenant has no such file.
         StorageError: try again; the key makes that safe.
     """
-    body_sha256 = hash_body(submission)
+    body_sha256 = _hash(submission)
     with stores.database.write() as session:
         tenant = tenants.get_or_create(session, submission.tenant).id
     earlier = _find_earlier(stores.database, tenant, submission.idempotency_key, body_sha256)
@@ -165,11 +164,15 @@ def submit(stores: Stores, dispatcher: Dispatcher, submission: Submission) -> Su
     return Submitted(job, is_new=True)
 
 
-def hash_body(submission: Submission) -> bytes:
-    """Of the submission in a canonical form, without its key."""
-    content = submission.model_dump(mode="json", exclude={"idempotency_key"})
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).digest()
+def _hash(submission: Submission) -> bytes:
+    fields = submission.model_dump()
+    found = _FILE_ID.fullmatch(submission.input_file_id or "")
+    if found is not None:  # as REST has it: a file's id may be written in several ways here
+        fields["input_file_id"] = f"file-{UUID(found[1]).hex}"
+    try:
+        return hash_submission(fields)
+    except ValueError as error:
+        raise BadSubmissionError(_NO_JSON) from error
 
 
 def _find_earlier(
@@ -210,8 +213,8 @@ def _open_manifest(stores: Stores, tenant: TenantId, submission: Submission) -> 
             )
         assert submission.model is not None, "checked with the submission"
         return _Manifest(file_id, file.blob_key, submission.model)
-    model = submission.model or _model_of(submission.requests[0])
-    content = b"".join(_encode_lines(submission.requests, model, submission.endpoint))
+    model = submission.model or _read_model(submission.requests[0])
+    content = _encode_lines(submission.requests, model, submission.endpoint)
     file_id = FileId(new_uuid())
     key = build_file_key(tenant, file_id)
     stat = stores.blobs.put(key, content)
@@ -276,26 +279,23 @@ class _MadeBeforeError(Exception):
     """The same submission came first by another way; nothing of this one is kept."""
 
 
-def _model_of(request: Mapping[str, Any]) -> str:
-    body = request.get("body")
-    model = body.get("model") if isinstance(body, dict) else None
+def _read_model(request: Mapping[str, Any]) -> str:
+    model = find_model(request)
     if not isinstance(model, str) or not 1 <= len(model) <= 256:
         raise BadSubmissionError("model: give it, or give it in the first request's body.")
     return model
 
 
-def _encode_lines(requests: Sequence[Mapping[str, Any]], model: str, endpoint: str) -> list[bytes]:
-    lines = []
-    for request in requests:
-        line = {"method": METHOD, "url": endpoint, **request}
-        if isinstance(line.get("body"), dict):
-            line["body"] = {"model": model, **line["body"]}
-        try:
-            text = json.dumps(line, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-            lines.append(text.encode() + b"\n")
-        except ValueError as error:  # NaN, or half of a surrogate pair
-            raise BadSubmissionError("requests: hold what no JSON may hold.") from error
-    return lines
+def _encode_lines(requests: Sequence[Mapping[str, Any]], model: str, endpoint: str) -> bytes:
+    lines = [complete_line(request, endpoint, model) for request in requests]
+    try:
+        texts = (
+            json.dumps(line, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            for line in lines
+        )
+        return b"".join(text.encode() + b"\n" for text in texts)
+    except ValueError as error:
+        raise BadSubmissionError(_NO_JSON) from error
 
 
 def _parse_file_id(given: str) -> FileId:

@@ -1,15 +1,27 @@
 """A submission that comes again: by its key, or by its body when an answer was lost."""
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx2
 import openai
 import pytest
 
+from api.schemas import show_job_id
 from storage import jobs
+from storage.errors import IdempotencyConflictError
+from tasks.config import load_config
+from tasks.dispatch import Dispatcher
+from tasks.stores import Stores
+from tasks.submit import Submitted, parse_submission
+from tasks.submit import submit as submit_message
 from tests.api.conftest import Client, Service, open_client
 from tests.api.inputs import ENDPOINT, build_line, job_of, submit
+from tests.api.server import MODEL
 
 INLINE = {"requests": [build_line(1)], "endpoint": ENDPOINT, "completion_window": "24h"}
 NUM_AT_ONCE = 200
@@ -114,3 +126,99 @@ def test_lost_answer_costs_no_second_batch(client: Client) -> None:
     assert ["0", "1"] == counts
     assert 2 == len(client.api.batches.list().data)
     assert job_of(batch)
+
+
+# The same submission by way of Redis
+
+
+@pytest.fixture
+def submit_by_redis(service: Service, tmp_path: Path) -> Iterator[Callable[..., Submitted]]:
+    """What a message on the broker ends in."""
+    config = load_config(home=tmp_path)
+    with closing(Dispatcher(config, "redis://127.0.0.1:1/0")) as dispatcher:
+        stores = Stores(service.database, service.blobs)
+        yield lambda **fields: submit_message(stores, dispatcher, parse_submission(fields))
+
+
+MESSAGES = build_line(1)["body"]["messages"]
+SHORT_LINE = {"custom_id": "r-1", "body": build_line(1)["body"]}
+
+
+@pytest.mark.parametrize(
+    ("by_rest", "by_redis"),
+    [
+        pytest.param(INLINE, {"requests": [build_line(1)]}, id="with defaults left out"),
+        pytest.param(
+            {**INLINE, "requests": [SHORT_LINE]}, {"requests": [build_line(1)]}, id="short"
+        ),
+        pytest.param(
+            {**INLINE, "priority": 0, "on_invalid": "fail", "metadata": None},
+            {"requests": [SHORT_LINE], "model": MODEL},
+            id="with defaults",
+        ),
+        pytest.param(
+            {**INLINE, "priority": 3, "metadata": {"a": "b"}, "completion_window": "30m"},
+            {
+                "requests": [{"custom_id": "r-1", "body": {"messages": MESSAGES}}],
+                "model": MODEL,
+                "priority": 3,
+                "metadata": {"a": "b"},
+                "completion_window": "30m",
+            },
+            id="with options, and the model once for all",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_rest_first", [True, False])
+def test_one_key_over_rest_and_redis_is_one_job(
+    client: Client,
+    submit_by_redis: Callable[..., Submitted],
+    by_rest: dict[str, Any],
+    by_redis: dict[str, Any],
+    is_rest_first: bool,
+) -> None:
+    message = {**by_redis, "tenant": client.tenant, "idempotency_key": "both"}
+    made = None if is_rest_first else submit_by_redis(**message)
+
+    answer = post(client, by_rest, **{"Idempotency-Key": "both"})
+    submitted = submit_by_redis(**message)
+
+    assert 200 == answer.status_code, answer.text
+    assert (made is not None) == ("idempotent-replayed" in answer.headers)
+    assert not submitted.is_new
+    assert answer.json()["id"] == show_job_id(submitted.job.id)
+
+
+def test_one_key_over_rest_and_redis_is_one_job_of_a_file(
+    client: Client, submit_by_redis: Callable[..., Submitted]
+) -> None:
+    batch = submit(client, build_line(1), extra_headers={"Idempotency-Key": "file"})
+    message = {"model": MODEL, "tenant": client.tenant, "idempotency_key": "file"}
+
+    for shown in (batch.input_file_id, str(UUID(batch.input_file_id.removeprefix("file-")))):
+        assert job_of(batch) == submit_by_redis(input_file_id=shown, **message).job.id
+    with pytest.raises(IdempotencyConflictError):
+        submit_by_redis(input_file_id=batch.input_file_id, priority=1, **message)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"requests": [build_line(2)]},
+        {"priority": 1},
+        {"completion_window": "1h"},
+        {"on_invalid": "skip"},
+        {"model": "other"},
+    ],
+)
+def test_other_submission_by_redis_is_a_conflict(
+    client: Client, submit_by_redis: Callable[..., Submitted], changes: dict[str, Any]
+) -> None:
+    post(client, INLINE, **{"Idempotency-Key": "both"})
+
+    with pytest.raises(IdempotencyConflictError):
+        submit_by_redis(
+            **{"requests": [build_line(1)], **changes},
+            tenant=client.tenant,
+            idempotency_key="both",
+        )
