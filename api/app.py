@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from importlib import metadata
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from api import batches, chat, errors, files, health, jobs, models
 from api.bodies import HeldBytes
@@ -55,7 +56,8 @@ def create_app(
         yield
         await services.watcher.close()
 
-    app = FastAPI(
+    # FastAPI's own page would load its scripts from a public network.
+    app = FastAPIOffline(
         title="Darkroom",
         version=metadata.version("darkroom"),
         description="Batch inference for vision-language models, on OpenAI's Files and Batches wire.",

@@ -43,7 +43,7 @@ def admit(request: Request, services: Here, _shown: _Described) -> Caller:
     """
     key = _read_key(request)
     if services.config.is_open:
-        _check_origin(request)
+        check_origin(request)
         # OpenAI's client cannot do without a key. One that is not ours stands for none.
         if key is None or not key.startswith(_KEY_PREFIX):
             return Caller(_open_tenant(services), None)
@@ -74,9 +74,14 @@ def _open_tenant(services: Services) -> TenantId:
     return found.id
 
 
-def _check_origin(request: Request) -> None:
-    host = urlsplit(f"//{request.headers.get('host', '')}")
-    origin = request.headers.get("origin")
-    is_own_page = origin is None or urlsplit(origin).netloc == host.netloc
-    if host.hostname not in LOOPBACK_NAMES or not is_own_page:
+def check_origin(request: Request) -> None:
+    """Raises `ForbiddenError` for another host's name, and for what its pages send."""
+    try:
+        host = urlsplit(f"//{request.headers.get('host', '')}")
+        origin = request.headers.get("origin")
+        is_own_page = origin is None or urlsplit(origin).netloc == host.netloc
+        is_own_host = host.hostname in LOOPBACK_NAMES
+    except ValueError:  # brackets that do not match, and the like
+        is_own_page = is_own_host = False
+    if not (is_own_host and is_own_page):
         raise ForbiddenError("Without API keys this server answers its own host only.")

@@ -14,11 +14,15 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import FailedInternallyError, build_answer
+from api.errors import FailedInternallyError, InvalidRequestError, build_answer
 from api.metrics import Metrics
 
 log = structlog.get_logger()
 
+_TWO_LENGTHS: Final = InvalidRequestError(
+    "The request has both a Content-Length and a Transfer-Encoding.",
+    headers={"connection": "close"},
+)
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -48,7 +52,7 @@ class Edge:
 
         with structlog.contextvars.bound_contextvars(request=request_id):
             try:
-                await self._app(scope, receive, send_stamped)
+                await self._choose(scope)(scope, receive, send_stamped)
             except ClientDisconnect:
                 pass  # nobody is left to be told
             except Exception:  # the edge of the process: the client gets an envelope, we the trace
@@ -68,3 +72,10 @@ class Edge:
                     status=status,
                     ms=round(seconds * 1000, 1),
                 )
+
+    def _choose(self, scope: Scope) -> ASGIApp:
+        """A proxy before us may see the end of such a body elsewhere, and what follows as a request."""
+        names = {name for name, _ in scope["headers"]}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            return build_answer(_TWO_LENGTHS)
+        return self._app

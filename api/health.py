@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from api.answers import ERRORS, answer_json
+from api.auth import check_origin
 from api.errors import ForbiddenError, UnavailableError
 from api.metrics import CONTENT_TYPE
 from api.services import Here, Ping
@@ -60,6 +61,8 @@ def show_metrics(request: Request, here: Here) -> Response:
     """For a Prometheus on this host. What came through a proxy is refused: counts tell of others."""
     if not _is_local(request):
         raise ForbiddenError("Metrics are for this host only.")
+    if here.config.is_open:
+        check_origin(request)
     return Response(here.metrics.expose(here.database), media_type=CONTENT_TYPE)
 
 

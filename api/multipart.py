@@ -15,10 +15,13 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from api.errors import InvalidRequestError
 
 MAX_FIELD_BYTES: Final = 4 * 1024
-MAX_PARTS: Final = 32
 MAX_FILENAME_CHARS: Final = 255
+MAX_SHOWN_CHARS: Final = 64
 
 FILE_FIELD: Final = "file"
+FIELDS: Final = frozenset(
+    {"purpose", "expires_after[anchor]", "expires_after[seconds]", FILE_FIELD}
+)
 
 
 class Form:
@@ -33,7 +36,6 @@ class Form:
         self.filename: str | None = None
         self.num_pending = 0
         self._pending: list[bytes] = []
-        self._num_parts = 0
         self._is_complete = False
         self._header_name = bytearray()
         self._header_value = bytearray()
@@ -77,9 +79,6 @@ class Form:
             raise InvalidRequestError("The form has no file.", param=FILE_FIELD)
 
     def _begin_part(self) -> None:
-        self._num_parts += 1
-        if self._num_parts > MAX_PARTS:
-            raise InvalidRequestError(f"The form has more than {MAX_PARTS} parts.")
         self._headers = {}
         self._value = bytearray()
         self._is_in_file = False
@@ -100,6 +99,11 @@ class Form:
         if kind != b"form-data" or b"name" not in options:
             raise _malformed()
         self._name = options[b"name"].decode(errors="replace")
+        if self._name not in FIELDS:
+            shown = "".join(filter(str.isprintable, self._name))[:MAX_SHOWN_CHARS]
+            raise InvalidRequestError(
+                f"Unknown parameter: {shown}.", param=shown, code="unknown_parameter"
+            )
         if self._name == FILE_FIELD:
             if self.filename is not None:
                 raise InvalidRequestError("The form has more than one file.", param=FILE_FIELD)

@@ -24,8 +24,8 @@ def open_service(
         yield service
 
 
-def get(service: Service, **headers: str) -> httpx2.Response:
-    return httpx2.get(f"{service.url}/v1/batches", headers=headers, trust_env=False)
+def get(service: Service, path: str = "/v1/batches", **headers: str) -> httpx2.Response:
+    return httpx2.get(f"{service.url}{path}", headers=headers, trust_env=False)
 
 
 def test_revoked_key_is_refused_at_once(service: Service, client: Client) -> None:
@@ -76,15 +76,21 @@ def test_open_server_still_knows_a_key(open_service: Service) -> None:
         {"host": "evil.example"},
         {"host": "darkroom.evil.example:80"},
         {"host": "10.0.0.7:8000"},
+        {"host": "[::1"},
+        {"host": "127.0.0.1@evil.example"},
+        {"host": "evil.example#127.0.0.1"},
+        {"host": ""},
+        {"origin": "http://[evil"},
         {"origin": "https://evil.example"},
         {"origin": "null"},
         {"origin": "http://127.0.0.1:1"},
     ],
 )
 def test_open_server_answers_no_other_page(open_service: Service, headers: dict[str, str]) -> None:
-    answer = get(open_service, **headers)
+    for path in ("/v1/batches", "/metrics"):
+        answer = get(open_service, path, **headers)
 
-    assert (403, "permission_error") == (answer.status_code, answer.json()["error"]["type"])
+        assert (403, "permission_error") == (answer.status_code, answer.json()["error"]["type"])
 
 
 def test_open_server_answers_its_own_page(open_service: Service) -> None:

@@ -1,5 +1,6 @@
 """What /openapi.json promises is asked for by a fuzzer: nothing may crash, or answer otherwise."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 def test_description_is_shown_and_names_every_route(service: Service) -> None:
-    described = httpx2.get(f"{service.url}/openapi.json", trust_env=False).json()
+    described = httpx2.get(f"{service.url}/openapi.json", trust_env=False)
     page = httpx2.get(f"{service.url}/docs", trust_env=False)
 
     assert 200 == page.status_code
+    assert 200 == described.status_code
     assert {
         "/v1/files",
         "/v1/files/{file_id}",
@@ -31,7 +33,17 @@ def test_description_is_shown_and_names_every_route(service: Service) -> None:
         "/healthz",
         "/readyz",
         "/metrics",
-    } == set(described["paths"])
+    } == set(described.json()["paths"])
+
+
+def test_page_of_the_description_loads_nothing_from_elsewhere(service: Service) -> None:
+    page = httpx2.get(f"{service.url}/docs", trust_env=False).text
+    places = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", page)
+
+    assert 3 <= len(places)
+    for place in places:
+        assert place.startswith("/"), place
+        assert 200 == httpx2.get(service.url + place, trust_env=False).status_code
 
 
 def test_fuzzer_finds_no_crash_and_no_other_answer(

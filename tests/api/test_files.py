@@ -120,6 +120,16 @@ def test_upload_to_a_full_disk_is_a_503_and_leaves_nothing(postgresql_service: S
         assert 1 == len(list_blobs(service, client))
 
 
+def test_unknown_field_of_the_form_is_refused_by_its_name(client: Client) -> None:
+    form = {"purpose": "batch", "expires_after[second]": "7200"}
+
+    answer = client.http.post("/v1/files", data=form, files={"file": b"{}"})
+
+    error = answer.json()["error"]
+    assert (400, "unknown_parameter") == (answer.status_code, error["code"])
+    assert "expires_after[second]" == error["param"]
+
+
 @pytest.mark.parametrize("is_announced", [True, False])
 def test_file_that_is_too_large_is_refused_and_sent_once(
     service: Service, client: Client, is_announced: bool
