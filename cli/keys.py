@@ -34,7 +34,7 @@ Home = Annotated[
     ),
 ]
 DatabaseUrl = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="URL",
         envvar="DARKROOM_DATABASE_URL",
@@ -58,7 +58,7 @@ def create(
         typer.Option(min=0.01, envvar="DARKROOM_DAYS", help="After how many days it ends."),
     ] = None,
     home: Home = DEFAULT_HOME,
-    database_url: DatabaseUrl = "",
+    database_url: DatabaseUrl = None,
 ) -> None:
     """
     Make a key and write it to stdout. It cannot be had a second time.
@@ -85,7 +85,7 @@ def create(
 
 @app.command("list")
 def list_(
-    tenant: Tenant = DEFAULT_TENANT, home: Home = DEFAULT_HOME, database_url: DatabaseUrl = ""
+    tenant: Tenant = DEFAULT_TENANT, home: Home = DEFAULT_HOME, database_url: DatabaseUrl = None
 ) -> None:
     """List a tenant's keys by their public part: id, name, since when, and whether it is good."""
     from storage import tenants
@@ -107,7 +107,7 @@ def revoke(
     key: Annotated[str, typer.Argument(metavar="KEY", help="The key, or its id from the list.")],
     tenant: Tenant = DEFAULT_TENANT,
     home: Home = DEFAULT_HOME,
-    database_url: DatabaseUrl = "",
+    database_url: DatabaseUrl = None,
 ) -> None:
     """End a key at once."""
     from storage import tenants
@@ -128,13 +128,14 @@ def revoke(
 
 
 @contextmanager
-def open_database(home: Path, url: str) -> "Iterator[tuple[Config, Database]]":
+def open_database(home: Path, url: str | None) -> "Iterator[tuple[Config, Database]]":
     """The service's settings and its database."""
     try:
         with service.reported():
             from tasks.config import load_config
 
-            config = load_config(home=home, database_url=url)
+            given = {} if url is None else {"database_url": url}
+            config = load_config(home=home, **given)
             service.prepare_database(config)
             with service.open_database(config) as database:
                 yield config, database

@@ -100,6 +100,7 @@ def run_up(model: str, host: str, port: int, worker_options: Sequence[str]) -> E
                 "DARKROOM_REDIS_URL": url,
                 "DARKROOM_MODELS": _models(config, model),
             }
+            env.pop("DARKROOM_REDIS_URL_FILE", None)  # it was read, and said the same
             group = Group(env)
             group.add("api", "--host", host, "--port", str(port))
             group.add("worker", "--cpu")

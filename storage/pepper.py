@@ -29,18 +29,10 @@ def load(home: Path) -> bytes:
     if not path.exists():
         home.mkdir(parents=True, exist_ok=True)
         _make(path)
-    return read(path)
-
-
-def read(path: Path) -> bytes:
-    """Read a pepper from a file, such as a mounted secret. Raises `BadPepperError`."""
     try:
         return parse(path.read_text(encoding="ascii"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadPepperError(
-            "The file with the pepper cannot be read. Check that it is there, that this process may "
-            "read it, and that it holds hexadecimal digits."
-        ) from error
+    except UnicodeDecodeError as error:
+        raise BadPepperError from error
 
 
 def parse(text: str) -> bytes:

@@ -6,6 +6,7 @@ A value that makes no sense stops the start and names its variable.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +25,15 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
+from storage import pepper
 from tasks.errors import BadSettingError
 
 PREFIX: Final = "DARKROOM_"
 DEFAULT_TENANT: Final = "default"
 """Whose work it is where nobody says: an open server on loopback, a producer that names no tenant."""
+
+SECRETS: Final = ("database_url", "redis_url", "pepper")
+"""What holds a secret may also come from a file, such as a mounted one: DARKROOM_PEPPER_FILE, …"""
 
 MEBIBYTE: Final = 1024 * 1024
 
@@ -65,8 +70,8 @@ class Config(BaseSettings):
         database_url: sqlite:///PATH or postgresql://…; by default a file under `home`.
         blobs: a folder, or s3://bucket/prefix; by default a folder under `home`.
         redis_url: of a broker that is there; by default we start one of our own.
-        pepper, pepper_file: what API keys are hashed with, in hexadecimal digits, or a file that
-            holds it; the same on every host. By default, without `database_url`, a file under `home`.
+        pepper: what API keys are hashed with, in hexadecimal digits, the same on every host; by
+            default, without `database_url`, a file under `home`.
         models: the models that are served, by name, as JSON: {"M": {"image": 4, "max_model_len": 4096}}.
         limit_mm_per_prompt: limits of every other model, as `image=4,video=1` or as JSON.
         chunk_items: how many items one permit leases.
@@ -93,7 +98,6 @@ class Config(BaseSettings):
     s3_checksums: bool = True
     redis_url: str | None = None
     pepper: SecretStr = SecretStr("")
-    pepper_file: Path | None = None
 
     models: dict[str, ModelSettings] = Field(default_factory=dict)
     limit_mm_per_prompt: Annotated[MediaLimits, NoDecode] = MediaLimits()
@@ -131,10 +135,12 @@ class Config(BaseSettings):
             raise ValueError("give redis://HOST:PORT/0, rediss://… or redis+socket:///PATH")
         return url or None
 
-    @field_validator("pepper_file", mode="before")
+    @field_validator("pepper")
     @classmethod
-    def _unset_empty_path(cls, path: object) -> object:
-        return path or None  # a variable that is set to nothing would name the current folder
+    def _check_pepper(cls, text: SecretStr) -> SecretStr:
+        if text.get_secret_value():
+            pepper.parse(text.get_secret_value())
+        return text
 
     @field_validator("blobs")
     @classmethod
@@ -150,12 +156,6 @@ class Config(BaseSettings):
                 f"{PREFIX}HEARTBEAT_S must be at most half of {PREFIX}LEASE_S: a beat that is "
                 "late must not cost the lease"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_pepper(self) -> Self:
-        if self.pepper.get_secret_value() and self.pepper_file is not None:
-            raise ValueError(f"{PREFIX}PEPPER and {PREFIX}PEPPER_FILE are both set: unset one")
         return self
 
     @property
@@ -186,24 +186,47 @@ def load_config(**values: Any) -> Config:
     Raises:
         BadSettingError: a value makes no sense; the text names its variable.
     """
+    names = {name: PREFIX + name.upper() for name in Config.model_fields}
+    for name in SECRETS:
+        if name not in values and (text := _read_secret(names[name])) is not None:
+            values[name] = text
+            names[name] += "_FILE"
     try:
         return Config(**values)
     except ValidationError as error:
-        raise BadSettingError("; ".join(map(_describe, error.errors()))) from error
+        problems = (_describe(problem, names) for problem in error.errors())
+        raise BadSettingError("; ".join(problems)) from error
     except SettingsError as error:  # JSON that cannot be parsed; pydantic names the field only
         found = re.search(r'field "(\w+)"', str(error))
-        name = PREFIX + found[1].upper() if found else "a variable"
-        raise BadSettingError(f"{name} is not readable: give JSON.") from error
+        variable = names[found[1]] if found else "a variable"
+        raise BadSettingError(f"{variable} is not readable: give JSON.") from error
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
+def _read_secret(variable: str) -> str | None:
+    """What the file holds that this variable's twin names; None where it names none."""
+    path = os.environ.get(f"{variable}_FILE")
+    if not path:
+        return None
+    if os.environ.get(variable):
+        raise BadSettingError(f"{variable} and {variable}_FILE are both set: unset one.")
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise BadSettingError(f"{variable}_FILE: {path} cannot be read: {why}.") from error
+    if not text:
+        raise BadSettingError(f"{variable}_FILE: {path} is empty.")
+    return text
+
+
+def _describe(problem: Mapping[str, Any], names: Mapping[str, str]) -> str:
     # The value itself is left out: a URL may hold a password.
     text = str(problem["msg"]).removeprefix("Value error, ")
     place = [str(part) for part in problem["loc"]]
     if not place:
         return f"{text}."
     inside = f" ({'.'.join(place[1:])})" if place[1:] else ""
-    return f"{PREFIX}{place[0].upper()}{inside}: {text}."
+    return f"{names[place[0]]}{inside}: {text}."
 
 
 def parse_limits(text: str) -> dict[str, int]:

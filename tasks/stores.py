@@ -66,18 +66,15 @@ def load_pepper(config: Config) -> bytes:
             no pepper, so that each host would make its own and refuse the keys of the others.
     """
     given = config.pepper.get_secret_value()
+    if given:
+        return pepper.parse(given)
+    if config.database_url:
+        raise BadSettingError(
+            "DARKROOM_PEPPER or DARKROOM_PEPPER_FILE must be set beside DARKROOM_DATABASE_URL: every "
+            "host checks API keys with the same one. Make it once with `openssl rand -hex 32`, or "
+            f"name the file {pepper.FILENAME!r} in DARKROOM_HOME that keys were made with before."
+        )
     try:
-        if given:
-            return pepper.parse(given)
-        if config.pepper_file is not None:
-            return pepper.read(config.pepper_file.expanduser())
-        if not config.database_url:
-            return pepper.load(config.home)
+        return pepper.load(config.home)
     except BadPepperError as error:
-        name = "PEPPER" if given else "PEPPER_FILE" if config.pepper_file else "HOME"
-        raise BadSettingError(f"DARKROOM_{name}: {error}") from error
-    raise BadSettingError(
-        "DARKROOM_PEPPER or DARKROOM_PEPPER_FILE must be set beside DARKROOM_DATABASE_URL: every "
-        "host checks API keys with the same one. Make it once with `openssl rand -hex 32`, or name "
-        f"the file {pepper.FILENAME!r} in DARKROOM_HOME that keys were made with before."
-    )
+        raise BadSettingError(f"DARKROOM_HOME ({pepper.FILENAME}): {error}") from error

@@ -75,6 +75,8 @@ def test_limits_that_make_no_sense_are_refused(text: str) -> None:
         ("MODELS", '{"m": {"length": 9}}'),
         ("REDIS_URL", "http://:secret@localhost"),
         ("BLOBS", "ftp://bucket"),
+        ("PEPPER", "secret"),
+        ("PEPPER", "5ec4e7"),
     ],
 )
 def test_bad_value_names_its_variable(
@@ -86,6 +88,60 @@ def test_bad_value_names_its_variable(
         load_config()
 
     assert "secret" not in str(caught.value)
+
+
+def test_secrets_are_read_from_mounted_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "DATABASE_URL": "postgresql://u:p@h/n",
+        "REDIS_URL": "rediss://:p@h/0",
+        "PEPPER": "5e" * 32,
+    }
+    for name, value in given.items():
+        (tmp_path / name).write_text(f"{value}\n")
+        monkeypatch.setenv(f"DARKROOM_{name}_FILE", str(tmp_path / name))
+
+    config = load_config()
+
+    assert given["DATABASE_URL"] == config.database
+    assert given["REDIS_URL"] == config.redis_url
+    assert given["PEPPER"] == config.pepper.get_secret_value()
+    assert given["PEPPER"] not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("REDIS_URL", b"http://:secret@localhost"),
+        ("PEPPER", b"secret"),
+        ("PEPPER", b"\xff"),
+        ("DATABASE_URL", b"\n"),
+        ("DATABASE_URL", None),
+    ],
+)
+def test_bad_secret_names_the_variable_of_its_file(
+    name: str, content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    monkeypatch.setenv(f"DARKROOM_{name}_FILE", "file")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(BadSettingError, match=f"DARKROOM_{name}_FILE: ") as caught:
+        load_config()
+
+    assert "secret" not in str(caught.value)
+
+
+def test_secret_that_is_given_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_PEPPER", "5e" * 32)
+    monkeypatch.setenv("DARKROOM_PEPPER_FILE", "/run/secrets/pepper")
+
+    with pytest.raises(BadSettingError, match="both set") as caught:
+        load_config()
+
+    assert "5e5e" not in str(caught.value)
 
 
 def test_safe_settings_are_taken() -> None:
