@@ -197,6 +197,7 @@ def open_service(database: str, *, max_lines: int, **settings: str) -> Iterator[
             "HOME": str(folder),
             "DATABASE_URL": url,
             "REDIS_URL": broker,
+            "PEPPER": secret.hex(),
             "MODELS": f'{{"{MODEL}": {{"image": 2}}}}',
             "MAX_LINES": str(max_lines),
             **settings,
