@@ -54,7 +54,7 @@ def _tell(notify: Notify, job: JobId) -> None:
         log.warning("notify_failed", job=str(job), exc_info=error)
 
 
-def _find_services(request: Request) -> Services:
+async def _find_services(request: Request) -> Services:  # or it would be a trip through a thread
     services: Services = request.app.state.services
     return services
 
