@@ -25,6 +25,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    text,
     union_all,
     update,
 )
@@ -34,7 +35,7 @@ from storage.db import clock, is_sqlite
 from storage.errors import StaleExpansionError
 from storage.ids import ItemId, JobId, LeaseId, TenantId, new_uuid
 from storage.states import ItemState, JobState
-from storage.tables import Item, Job, Result
+from storage.tables import Item, Job, Result, in_state
 
 LEASE_S: Final = 60.0
 MAX_ATTEMPTS: Final = 3
@@ -51,6 +52,23 @@ BACKOFF_MAX_S: Final = 15 * 60.0
 
 PAGE: Final = 500
 """Rows that one transaction of a sweep touches at most."""
+
+_IS_OPEN: Final = or_(
+    in_state(Item.state, ItemState.PENDING), in_state(Item.state, ItemState.LEASED)
+)
+
+
+def _unestimated(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """
+    The same in a form that leads PostgreSQL to no index, and whose frequency it does not guess.
+
+    For rows that are found by their ids or lines. What it knows of states is a minute old, when no
+    item was leased and none had ended: it would look for such few among all that are.
+    """
+    return case((condition, literal(True)), else_=literal(False))
+
+
+_IS_LEASED: Final = _unestimated(in_state(Item.state, ItemState.LEASED))
 
 _MAX_CANDIDATES: Final = 16  # jobs that one lease looks at; the next lease looks again
 
@@ -236,6 +254,17 @@ def _copy_in(session: Session, rows: Iterable[tuple[Any, ...]]) -> None:
             copy.write_row(row)
 
 
+def refresh_statistics(session: Session) -> None:
+    """
+    Tell PostgreSQL's planner how many items there are by now.
+
+    It would find out by itself within a minute or so; until then it takes the table for a small one,
+    and reads all of it for each lease. Where another process is at it, nothing is done.
+    """
+    if not is_sqlite(session):
+        session.execute(text("ANALYZE (SKIP_LOCKED) items"))
+
+
 # Leasing
 
 
@@ -276,13 +305,24 @@ class _Candidate:
 
 
 def _find_candidates(session: Session, model: str) -> list[_Candidate]:
-    waiting = exists().where(
-        Item.job_id == Job.id, Item.state == ItemState.PENDING, Item.not_before <= clock()
-    )
+    # Asked in the order of ix_items_pending, so that no plan walks along items that have ended.
+    earliest = [
+        select(Item.not_before)
+        .where(
+            Item.job_id == Job.id,
+            in_state(Item.state, ItemState.PENDING),
+            Item.is_suspect.is_(is_suspect),
+        )
+        .order_by(Item.not_before)
+        .limit(1)
+        .scalar_subquery()
+        for is_suspect in (False, True)
+    ]
+    waiting = or_(*(not_before <= clock() for not_before in earliest))
     rows = session.execute(
         select(Job.id, Job.tenant_id, Job.manifest_key, Job.priority)
         .where(
-            Job.state == JobState.IN_PROGRESS,
+            in_state(Job.state, JobState.IN_PROGRESS),
             Job.model == model,
             Job.expires_at > clock(),
             waiting,
@@ -301,7 +341,7 @@ def _count_in_flight(session: Session) -> Counter[TenantId]:
     rows = session.execute(
         select(Job.tenant_id, func.count())
         .join(Item, Item.job_id == Job.id)
-        .where(Item.state == ItemState.LEASED)
+        .where(in_state(Item.state, ItemState.LEASED))
         .group_by(Job.tenant_id)
     )
     return Counter(dict(rows.all()))
@@ -315,7 +355,7 @@ def _claim(
         select(Item.id)
         .where(
             Item.job_id == job.id,
-            Item.state == ItemState.PENDING,
+            in_state(Item.state, ItemState.PENDING),
             Item.is_suspect.is_(is_suspect),
             Item.not_before <= clock(),
         )
@@ -326,7 +366,7 @@ def _claim(
     )
     rows = session.execute(
         update(Item)
-        .where(Item.id == picked.c.id, Item.state == ItemState.PENDING)
+        .where(Item.id == picked.c.id, _unestimated(in_state(Item.state, ItemState.PENDING)))
         .values(claim)
         .returning(
             Item.id,
@@ -373,7 +413,7 @@ def renew(
     rows = session.scalars(
         update(Item)
         .where(
-            Item.state == ItemState.LEASED,
+            in_state(Item.state, ItemState.LEASED),
             Item.lease_id.in_(list(leases)),
             Item.lease_until > clock(),
         )
@@ -391,7 +431,7 @@ def count_waiting(session: Session, *, limit: int) -> dict[str, int]:
     Args:
         limit: of each model no more are counted than this; a backlog of millions costs no more.
     """
-    running = (Job.state == JobState.IN_PROGRESS, Job.expires_at > clock())
+    running = (in_state(Job.state, JobState.IN_PROGRESS), Job.expires_at > clock())
     counts = {}
     for model in session.scalars(select(Job.model).where(*running).distinct()).all():
         waiting = (
@@ -401,7 +441,7 @@ def count_waiting(session: Session, *, limit: int) -> dict[str, int]:
             .where(
                 *running,
                 Job.model == model,
-                Item.state == ItemState.PENDING,
+                in_state(Item.state, ItemState.PENDING),
                 Item.not_before <= clock(),
             )
             .limit(limit)
@@ -535,7 +575,7 @@ def expire_leases(session: Session, *, limit: int = PAGE) -> Outcome:
     Rows that others hold are skipped, so that no row can starve the later ones.
     """
     over = session.execute(
-        _HELD.where(Item.state == ItemState.LEASED, Item.lease_until <= clock())
+        _HELD.where(in_state(Item.state, ItemState.LEASED), Item.lease_until <= clock())
         .order_by(Item.lease_until, Item.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -557,7 +597,7 @@ def end_page(session: Session, job: JobId, state: ItemState, *, limit: int = PAG
     assert state in (ItemState.CANCELLED, ItemState.EXPIRED), state
     page = (
         select(Item.id)
-        .where(Item.job_id == job, Item.state.in_((ItemState.PENDING, ItemState.LEASED)))
+        .where(Item.job_id == job, _IS_OPEN)
         .order_by(Item.id)
         .limit(limit)
         .with_for_update()
@@ -567,7 +607,7 @@ def end_page(session: Session, job: JobId, state: ItemState, *, limit: int = PAG
         update(Item)
         .where(
             Item.id == page.c.id,
-            Item.state.in_((ItemState.PENDING, ItemState.LEASED)),
+            _IS_OPEN,
             exists().where(Job.id == Item.job_id, _may_end(state)),
         )
         .values(state=state, lease_id=None, lease_until=None, ended_at=clock())
@@ -582,8 +622,8 @@ def end_page(session: Session, job: JobId, state: ItemState, *, limit: int = PAG
 
 def _may_end(state: ItemState) -> ColumnElement[bool]:
     if state is ItemState.CANCELLED:
-        return Job.state == JobState.CANCELLING
-    return and_(Job.state == JobState.IN_PROGRESS, Job.expires_at <= clock())
+        return in_state(Job.state, JobState.CANCELLING)
+    return and_(in_state(Job.state, JobState.IN_PROGRESS), Job.expires_at <= clock())
 
 
 # What has ended
@@ -621,7 +661,7 @@ def list_by_line(
         .where(
             Item.job_id == job,
             Item.line > after_line,
-            Item.state.not_in((ItemState.PENDING, ItemState.LEASED)),
+            _unestimated(~_IS_OPEN),
         )
         .order_by(Item.line)
         .limit(limit)
@@ -649,7 +689,7 @@ def list_by_commit(
         Result.job_id == job, Result.seq > after_seq
     )
     failed = select(Item.id, Item.seq).where(
-        Item.job_id == job, Item.state == ItemState.FAILED, Item.seq > after_seq
+        Item.job_id == job, in_state(Item.state, ItemState.FAILED), Item.seq > after_seq
     )
     if custom_id is not None:
         completed = completed.join(Item, Item.id == Result.item_id)
@@ -716,7 +756,7 @@ def _is_fenced(fences: Iterable[Fence]) -> ColumnElement[bool]:
     for fence in fences:
         groups.setdefault((fence.lease, fence.attempt), []).append(fence.item)
     return and_(
-        Item.state == ItemState.LEASED,
+        _IS_LEASED,
         Item.lease_until > clock(),
         or_(
             *(
@@ -743,7 +783,7 @@ def _update_fenced(
     held = in_order.cte("held")
     rows = session.execute(
         update(Item)
-        .where(Item.id == held.c.id, _is_fenced(fences))
+        .where(Item.id == held.c.id, _IS_LEASED)
         .values(values)
         .returning(Item.id, Item.job_id)
         .execution_options(synchronize_session=False)
@@ -765,7 +805,7 @@ def _give_back(
         return
     session.execute(
         update(Item)
-        .where(Item.id.in_(ids), Item.state == ItemState.LEASED)
+        .where(Item.id.in_(ids), in_state(Item.state, ItemState.LEASED))
         .values(
             state=ItemState.PENDING,
             lease_id=None,
@@ -819,7 +859,7 @@ def _end_failed(
             code, message = failed[item]
             session.execute(
                 update(Item)
-                .where(Item.id == item, Item.state == ItemState.LEASED)
+                .where(Item.id == item, in_state(Item.state, ItemState.LEASED))
                 .values(
                     state=ItemState.FAILED,
                     lease_id=None,

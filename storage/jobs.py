@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, case, delete, func, select, type_coerce, update
+from sqlalchemy import ColumnElement, Select, case, delete, func, or_, select, type_coerce, update
 from sqlalchemy.orm import Session, defer
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -18,7 +18,7 @@ from storage.db import clock, head_of, insert_or_skip, is_sqlite
 from storage.errors import IdempotencyConflictError, NotFoundError, StateConflictError
 from storage.ids import FileId, JobId, TenantId, new_uuid
 from storage.states import TERMINAL_JOB_STATES, ItemState, JobState
-from storage.tables import JSONS, File, Item, Job
+from storage.tables import JSONS, File, Item, Job, in_state
 
 PAGE: Final = 100
 
@@ -374,7 +374,7 @@ def list_unexpanded(session: Session, *, older_than_s: float, limit: int = PAGE)
     """Jobs that have waited for their expansion too long: the message was lost, or its process."""
     return _list(
         session,
-        Job.state == JobState.VALIDATING,
+        in_state(Job.state, JobState.VALIDATING),
         Job.created_at < clock() - older_than_s,
         limit=limit,
     )
@@ -382,15 +382,16 @@ def list_unexpanded(session: Session, *, older_than_s: float, limit: int = PAGE)
 
 def list_ended(session: Session, *, limit: int = PAGE) -> list[JobId]:
     """Jobs whose items have all ended, but which have not."""
-    open_states = (JobState.IN_PROGRESS, JobState.FINALIZING, JobState.CANCELLING)
-    return _list(session, Job.state.in_(open_states), _NUM_OPEN == 0, limit=limit)
+    begun = (JobState.IN_PROGRESS, JobState.FINALIZING, JobState.CANCELLING)
+    is_begun = or_(*(in_state(Job.state, state) for state in begun))
+    return _list(session, is_begun, _NUM_OPEN == 0, limit=limit)
 
 
 def list_past_window(session: Session, *, limit: int = PAGE) -> list[JobId]:
     """Jobs whose window is over while items are open: `items.end_page` with EXPIRED."""
     return _list(
         session,
-        Job.state == JobState.IN_PROGRESS,
+        in_state(Job.state, JobState.IN_PROGRESS),
         Job.expires_at <= clock(),
         _NUM_OPEN > 0,
         limit=limit,
@@ -399,7 +400,7 @@ def list_past_window(session: Session, *, limit: int = PAGE) -> list[JobId]:
 
 def list_cancelling(session: Session, *, limit: int = PAGE) -> list[JobId]:
     """Cancelled jobs with open items: `items.end_page` with CANCELLED."""
-    return _list(session, Job.state == JobState.CANCELLING, _NUM_OPEN > 0, limit=limit)
+    return _list(session, in_state(Job.state, JobState.CANCELLING), _NUM_OPEN > 0, limit=limit)
 
 
 def _list(session: Session, *conditions: ColumnElement[bool], limit: int) -> list[JobId]:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
+    ColumnElement,
     Double,
     Enum,
     ForeignKey,
@@ -30,10 +31,11 @@ from sqlalchemy import (
     UniqueConstraint,
     Uuid,
     false,
+    literal,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 
 from storage.ids import FileId, ItemId, JobId, LeaseId, TenantId, WebhookId
 from storage.states import FileState, ItemState, JobState
@@ -61,6 +63,19 @@ def _state(kind: type[StrEnum], name: str) -> Enum:
         length=16,
         values_callable=lambda states: [state.value for state in states],
     )
+
+
+def in_state(
+    column: InstrumentedAttribute[ItemState] | InstrumentedAttribute[JobState],
+    state: ItemState | JobState,
+) -> ColumnElement[bool]:
+    """
+    Whether a row is in this state, with the state in the statement itself.
+
+    PostgreSQL keeps the plan of a statement that comes again and again, whatever its parameters: a
+    state among those would never lead it to the partial indexes below.
+    """
+    return column == literal(state, column.type, literal_execute=True)
 
 
 class Base(DeclarativeBase):

@@ -121,6 +121,9 @@ def _expand(stores: Stores, dispatcher: Dispatcher, config: Config, job: Job) ->
         return
     if page:
         insert()
+    if num_inserted > PAGE:
+        with stores.database.write() as session:
+            items.refresh_statistics(session)
     with stores.database.write() as session:
         if checker.errors:
             jobs.note_errors(session, job.id, checker.errors)
