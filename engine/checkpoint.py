@@ -26,6 +26,7 @@ from engine.config import EngineConfig
 from engine.errors import BadConfig, BadSamplingParams
 from engine.families.qwen2_vl import Qwen2VL
 from engine.request import SamplingParams
+from engine.swaps import fuse
 
 Loaded = TypeVar("Loaded")
 
@@ -214,6 +215,7 @@ def prepare_model(model: Any, checkpoint: Checkpoint) -> None:
     # Set after construction: from_pretrained would look for an installed flash-attn by this name.
     model.config.text_config._attn_implementation = TEXT_ATTENTION
     model.config.vision_config._attn_implementation = VISION_ATTENTION
+    fuse(model)
     checkpoint.family.attach(model)
 
 

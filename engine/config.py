@@ -49,7 +49,6 @@ UNUSED_WORDS = (
     "enable_mm_embeds",
     "enable_prefix_caching",
     "enable_sleep_mode",
-    "enforce_eager",
     "generation_config",
     "hf_token",
     "interleave_mm_strings",
@@ -135,6 +134,10 @@ class EngineConfig:
         chat_template: Jinja text instead of the tokenizer's own.
         num_media_threads: threads that decode and resample; None for the cores that are there.
             Callables that fetch pictures wait in threads of their own.
+        encoder_cache_bytes: memory for encoded pictures that are kept, so that many prompts about
+            one picture encode it once; 0 keeps none.
+        uses_graphs: whether a GPU gets each decode step as one CUDA graph; False launches it one
+            kernel at a time, which is slower.
     """
 
     model: str
@@ -154,6 +157,8 @@ class EngineConfig:
     media: MediaOptions = field(default_factory=MediaOptions)
     chat_template: str | None = None
     num_media_threads: int | None = None
+    encoder_cache_bytes: int = 256 << 20
+    uses_graphs: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -172,6 +177,11 @@ class EngineConfig:
             _check_positive(name, getattr(self, name), may_be_none=True)
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             _check_positive(name, getattr(self, name), may_be_none=False)
+        kept = self.encoder_cache_bytes
+        if isinstance(kept, bool) or not isinstance(kept, numbers.Integral) or kept < 0:
+            raise BadConfig(
+                f"encoder_cache_bytes must be a whole number of 0 or more, got {kept!r}."
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise BadConfig(f"seed must be a whole number, got {self.seed!r}.")
         share = self.gpu_memory_utilization

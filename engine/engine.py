@@ -29,17 +29,27 @@ from engine.inputs import Request, may_fetch, text_of
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
-from engine.sampler import NO_TOKEN, Sampler, TokenLogprobs, mix_seed
-from engine.scheduler import Batch, Scheduler
+from engine.sampler import (
+    NO_TOKEN,
+    Sampled,
+    Sampler,
+    TokenLogprobs,
+    is_plain,
+    mix_seed,
+    reads_history,
+)
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
 from engine.text import Detokenizer, decode_token
+from engine.uploads import Download
 
 logger = logging.getLogger(__name__)
 
-Chosen = tuple[Sequence, int, TokenLogprobs | None]  # whose, the token, its log-probabilities
-
 NUM_PREPARED_AHEAD = 32  # requests of a stream in media threads or waiting, beside those that run
+MAX_PREPARED_BYTES = 1 << 30  # pixels that wait for the encoder; over it only so many are ahead
+GPU_FLIGHTS = 2  # batches that a GPU may have before the tokens of the first are read
+GPU_PATIENCE = 16  # decode steps for which a prefill may wait to be a full one
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +63,9 @@ class _Ticket:
     arrived: float  # perf_counter
     prepared: Prepared | None = None
     sequences: list[Sequence] = field(default_factory=list)
+    feed: "_Feed | None" = None
+    num_bytes: int = 0  # of pixels that wait for the encoder
+    is_counted: bool = False  # as one that waits, in its feed
     seed: int | None = None
     wait_ms: float = 0.0  # how long the device had nothing to do but wait for it
     queued_ts: float | None = None
@@ -80,9 +93,25 @@ class _Feed:
     source: Iterator[Request]
     sink: deque[Result] = field(default_factory=deque)
     open: set[int] = field(default_factory=set)  # tickets without a result
+    num_waiting: int = 0  # of these, those that the device has not seen yet
     is_exhausted: bool = False  # by its source, which may have raised
     is_closed: bool = False  # by its reader
     error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """
+    A batch that was launched and whose tokens have not been read.
+
+    Attributes:
+        parts: the batch, in the pieces in which it ran: whose, and what was chosen for them.
+        launched: perf_counter.
+    """
+
+    parts: list[tuple[list[Sequence], Download, Sampled]]
+    is_prefill: bool
+    launched: float
 
 
 class Engine:
@@ -99,10 +128,28 @@ class Engine:
         self._config = config
         num_threads = config.num_media_threads or _num_cores()
         self._processor = Processor(config, checkpoint, num_threads)
+        is_cuda = checkpoint.device.type == "cuda"
         self._scheduler = Scheduler(
-            SlabAllocator(rows), config.max_num_seqs, config.max_num_batched_tokens
+            SlabAllocator(rows),
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            GPU_PATIENCE if is_cuda else 0,
         )
-        self._runner = Runner(checkpoint, model, rows)
+        checkpoint.family.uses_keys = config.encoder_cache_bytes > 0
+        self._runner = Runner(
+            checkpoint,
+            model,
+            rows,
+            max_num_seqs=config.max_num_seqs,
+            cache_bytes=config.encoder_cache_bytes,
+            uses_graphs=config.uses_graphs,
+        )
+        # Batches in the air, the oldest first. On a CPU nothing flies: a call is its own result.
+        self._flights: deque[_Flight] = deque()
+        self._max_flights = GPU_FLIGHTS if is_cuda else 0
+        self._last_landed = 0.0  # perf_counter
+        self._num_ahead = 2 * config.max_num_seqs if is_cuda else NUM_PREPARED_AHEAD
+        self._prepared_bytes = 0
         self.meter = self._runner.meter
         self.max_num_seqs = config.max_num_seqs
         vocab_size = checkpoint.config.text_config.vocab_size
@@ -114,6 +161,7 @@ class Engine:
             NUM_PREPARED_AHEAD, thread_name_prefix="media-fetch"
         )
         self._preparing: dict[Future[Prepared], _Ticket] = {}
+        self._prepared: deque[Future[Prepared]] = deque()  # those of them that are done
         self._tickets: dict[int, _Ticket] = {}
         self._numbers = itertools.count()
         self._has_told_cut_off = False
@@ -184,7 +232,7 @@ class Engine:
                 with self._news:
                     if request is None or feed.is_closed:
                         return
-                    feed.open.add(self.add(request, feed.sink))
+                    feed.open.add(self.add(request, feed.sink, feed))
                     del request  # its pictures may be let go before the next one comes
         except BaseException as error:  # noqa: BLE001 - raised again, in the thread that reads results
             feed.error = error
@@ -197,16 +245,18 @@ class Engine:
         """Results that nobody takes count too: a reader that pauses stops its source."""
         if feed.is_closed or self._is_closed:  # then the source is asked whether that was all
             return True
-        tickets = [self._tickets.get(number) for number in feed.open]
-        num_waiting = sum(t is not None and t.scheduled_ts is None for t in tickets)
-        return num_waiting + len(feed.sink) < NUM_PREPARED_AHEAD
+        num_ahead = self._num_ahead
+        if self._prepared_bytes > MAX_PREPARED_BYTES:
+            num_ahead = NUM_PREPARED_AHEAD
+        return feed.num_waiting + len(feed.sink) < num_ahead
 
     def _has_news(self, feed: _Feed) -> bool:
         """Whether the thread of a stream has anything to do."""
         return bool(
             feed.sink
             or self._scheduler.has_work
-            or any(future.done() for future in self._preparing)
+            or self._flights
+            or self._prepared
             or (feed.is_exhausted and not (feed.open & self._tickets.keys()))
         )
 
@@ -221,7 +271,7 @@ class Engine:
             self._lock.release()
             self._sweep()
 
-    def add(self, request: Request, sink: deque[Result]) -> int:
+    def add(self, request: Request, sink: deque[Result], feed: _Feed | None = None) -> int:
         """
         Take one request; its result will be appended to `sink`. Returns its ticket.
 
@@ -239,8 +289,16 @@ class Engine:
             future = pool.submit(self._processor.prepare, request)
             self._tickets[number] = ticket
             self._preparing[future] = ticket
-            future.add_done_callback(self._tell)
-            return number
+            if feed is not None:
+                ticket.feed, ticket.is_counted = feed, True
+                feed.num_waiting += 1
+        future.add_done_callback(self._note_prepared)
+        return number
+
+    def _note_prepared(self, future: Future[Prepared]) -> None:
+        with self._news:
+            self._prepared.append(future)
+            self._news.notify_all()
 
     def _tell(self, _: object = None) -> None:
         """Wake whoever waits for something to do, or for room."""
@@ -279,7 +337,10 @@ class Engine:
             for future in [f for f, t in self._preparing.items() if t is ticket]:
                 future.cancel()
                 del self._preparing[future]
+        for sequence in ticket.sequences:  # what flies with them is not for anybody
+            sequence.finish_reason = sequence.finish_reason or FinishReason.ABORT
         self._scheduler.finish(ticket.sequences)
+        self._uncount(ticket)
 
     def _end_all(self) -> None:
         with self._news:
@@ -290,17 +351,24 @@ class Engine:
     # --- one step ------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Admit what is ready, run one batch, take its tokens, and hand out what is finished."""
+        """Admit what is ready, launch one batch, and hand out what the ones before it have finished."""
         self._collect()
-        if self._scheduler.has_work:
-            self._run(self._scheduler.schedule())
+        was_launched = self._launch()
+        while self._flights and (not was_launched or len(self._flights) > self._max_flights):
+            self._land(self._flights.popleft())
+            was_launched = True  # one at a time where there is nothing else to do
+        if not self._scheduler.has_work:
             self._idle_since = time.perf_counter()
 
     def _collect(self) -> None:
         """Queue what the media threads have prepared."""
+        ready = []
         with self._news:
-            done = [future for future in self._preparing if future.done()]
-            ready = [(self._preparing.pop(future), future) for future in done]
+            while self._prepared:
+                future = self._prepared.popleft()
+                ticket = self._preparing.pop(future, None)
+                if ticket is not None:  # it may have left meanwhile
+                    ready.append((ticket, future))
         was_idle = not self._scheduler.has_work
         for ticket, future in ready:
             if was_idle:
@@ -316,6 +384,8 @@ class Engine:
             ticket.request, prompt=ticket.prompt, messages=None, multi_modal_data=None
         )
         ticket.queued_ts = time.perf_counter()
+        ticket.num_bytes = prepared.num_pixel_bytes
+        self._prepared_bytes += ticket.num_bytes
         params = prepared.params
         if not params.greedy:
             ticket.seed = params.seed
@@ -336,42 +406,78 @@ class Engine:
             ticket.sequences.append(sequence)
             self._scheduler.add(sequence)
 
-    def _run(self, batch: Batch) -> None:
+    def _launch(self) -> bool:
+        """Launch the next batch, if there is one."""
+        if not self._scheduler.has_work:
+            return False
+        batch = self._scheduler.schedule(may_come=bool(self._preparing))
+        sequences = batch.sequences
+        if not batch.is_prefill:
+            sequences = [sequence for sequence in sequences if sequence.wants_token]
+        if not sequences:
+            return False
+        if not batch.is_prefill and any(reads_history(s.prepared.params) for s in sequences):
+            while self._flights:  # their tokens decide what is chosen next
+                self._land(self._flights.popleft())
+            sequences = [sequence for sequence in sequences if sequence.wants_token]
         started = time.perf_counter()
-        run = self._runner.prefill if batch.is_prefill else self._runner.decode
-        for sequence, token_id, logprobs in self._guarded(run, batch.sequences):
-            ticket = self._tickets.get(sequence.ticket)
-            if ticket is None:
-                continue  # its request has just failed with another of its outputs
-            with self._contained(ticket):
-                self._take(sequence, token_id, logprobs)
-        took_ms = (time.perf_counter() - started) * 1000 / max(1, len(batch.sequences))
-        for sequence in batch.sequences:
-            ticket = self._tickets.get(sequence.ticket)
-            if ticket is None:
-                continue
-            if batch.is_prefill:
-                ticket.scheduled_ts = ticket.scheduled_ts or started
-                ticket.prefill_ms += took_ms
-            else:
-                ticket.decode_ms += took_ms
-        self._hand_out(batch.sequences)
+        if batch.is_prefill:
+            for sequence in sequences:
+                self._note_scheduled(sequence, started)
+        run = self._prefill if batch.is_prefill else self._decode
+        flight = _Flight(self._guarded(run, sequences), batch.is_prefill, started)
+        if flight.parts:
+            self._flights.append(flight)
+        return True
+
+    def _note_scheduled(self, sequence: Sequence, now: float) -> None:
+        ticket = self._tickets.get(sequence.ticket)
+        if ticket is not None and ticket.scheduled_ts is None:
+            ticket.scheduled_ts = now
+            self._uncount(ticket)
+
+    def _uncount(self, ticket: _Ticket) -> None:
+        """It waits no more: there is room for another."""
+        with self._news:
+            self._prepared_bytes -= ticket.num_bytes
+            ticket.num_bytes = 0
+            if ticket.is_counted and ticket.feed is not None:
+                ticket.is_counted = False
+                ticket.feed.num_waiting -= 1
+                self._news.notify_all()
+
+    def _prefill(self, sequences: list[Sequence]) -> Sampled:
+        return self._choose(sequences, self._runner.prefill(sequences))
+
+    def _decode(self, sequences: list[Sequence]) -> Sampled:
+        are_plain = all(is_plain(sequence.prepared.params) for sequence in sequences)
+        replayed = self._runner.replay(sequences, keeps_logits=not are_plain)
+        if replayed is None:
+            return self._choose(sequences, self._runner.decode(sequences))
+        if replayed.logits is None:  # chosen and kept inside the graph
+            return Sampled(replayed.token_ids)
+        return self._choose(sequences, replayed.logits)
+
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> Sampled:
+        sampled = self._sampler.sample(logits, [s.sampling_row() for s in sequences])
+        self._runner.keep(sequences, sampled.token_ids)
+        return sampled
 
     def _guarded(
-        self, run: Callable[[list[Sequence]], Tensor], sequences: list[Sequence]
-    ) -> list[Chosen]:
+        self, run: Callable[[list[Sequence]], Sampled], sequences: list[Sequence]
+    ) -> list[tuple[list[Sequence], Download, Sampled]]:
         """
-        Run a batch and choose its tokens; where that fails, its halves, down to the one that cannot.
+        Launch a batch; where that fails, its halves, down to the one that cannot.
 
-        Every call may be repeated: it writes the same rows with the same values, and no sequence has
-        taken its token yet.
+        Every call may be repeated: it writes the same rows with the same values, and no sequence
+        counts its token before.
         """
         sequences = [s for s in sequences if not s.is_finished]  # one may end with its request
         if not sequences:
             return []
         try:
-            sampled = self._sampler.sample(run(sequences), [s.sampling_row() for s in sequences])
-            return list(zip(sequences, sampled.tolist(), sampled.logprobs(), strict=True))
+            sampled = run(sequences)
+            download = Download(sampled.token_ids)
         except Exception:
             # The edge of the device: out of memory, or a request that breaks a kernel. Torch and
             # drivers raise too many types to name; the log has the trace.
@@ -384,24 +490,69 @@ class Engine:
             logger.warning("batch_halved num_sequences=%d", len(sequences), exc_info=True)
             if self.checkpoint.device.type == "cuda":
                 torch.cuda.empty_cache()
+        else:
+            for sequence in sequences:
+                sequence.num_launched += 1
+            return [(sequences, download, sampled)]
         middle = len(sequences) // 2
         return [
             *self._guarded(run, sequences[:middle]),
             *self._guarded(run, sequences[middle:]),
         ]
 
+    def _land(self, flight: _Flight) -> None:
+        """Read the tokens of a batch, and hand out what they finish."""
+        landed: list[Sequence] = []
+        for sequences, download, sampled in flight.parts:
+            try:
+                token_ids = download.wait().tolist()
+                logprobs = sampled.logprobs()
+            except Exception:
+                # The edge of the device again: what went wrong in a queue is told when it is read.
+                logger.exception("flight_failed num_sequences=%d", len(sequences))
+                for sequence in sequences:
+                    ticket = self._tickets.get(sequence.ticket)
+                    if ticket is not None:
+                        self._fail(ticket, EngineFailure())
+                continue
+            for sequence, token_id, of_token in zip(sequences, token_ids, logprobs, strict=True):
+                ticket = self._tickets.get(sequence.ticket)
+                if ticket is None or sequence.is_finished:
+                    continue  # it ended while this was in the air
+                try:
+                    self._take(sequence, token_id, of_token)
+                except Exception as error:  # noqa: BLE001 - the edge of one request
+                    self._contain(ticket, error)
+            landed += sequences
+        now = time.perf_counter()
+        took_ms = (now - max(flight.launched, self._last_landed)) * 1000 / max(1, len(landed))
+        self._last_landed = now
+        for sequence in landed:
+            ticket = self._tickets.get(sequence.ticket)
+            if ticket is None:
+                continue
+            if flight.is_prefill:
+                ticket.prefill_ms += took_ms
+            else:
+                ticket.decode_ms += took_ms
+        self._hand_out(landed, now)
+
     @contextmanager
     def _contained(self, ticket: _Ticket) -> Iterator[None]:
         """What goes wrong with one request ends that request, and none of the others."""
         try:
             yield
-        except EngineError as error:
+        except Exception as error:  # noqa: BLE001 - the edge of one request
+            self._contain(ticket, error)
+
+    def _contain(self, ticket: _Ticket, error: Exception) -> None:
+        if isinstance(error, EngineError):
             self._fail(ticket, error)
-        except Exception:
-            # The edge of one request: a fault of ours, of a library or of a callable. The log has the
-            # trace, the client gets no part of it.
-            logger.exception("request_failed request=%s", ticket.request.request_id)
-            self._fail(ticket, EngineFailure())
+            return
+        # A fault of ours, of a library or of a callable. The log has the trace, the client gets
+        # no part of it.
+        logger.error("request_failed request=%s", ticket.request.request_id, exc_info=error)
+        self._fail(ticket, EngineFailure())
 
     def _take(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         if token_id == NO_TOKEN:
@@ -416,8 +567,7 @@ class Engine:
 
     # --- results ---------------------------------------------------------------------------------------
 
-    def _hand_out(self, sequences: list[Sequence]) -> None:
-        now = time.perf_counter()
+    def _hand_out(self, sequences: list[Sequence], now: float) -> None:
         self._scheduler.finish([s for s in sequences if s.is_finished and s.start is not None])
         for sequence in sequences:
             ticket = self._tickets.get(sequence.ticket)
@@ -473,6 +623,7 @@ class Engine:
         # In this order: a stream whose tickets are gone and that has no results left is over.
         ticket.sink.append(result)
         del self._tickets[ticket.number]
+        self._uncount(ticket)
 
     def _metrics(self, ticket: _Ticket, num_tokens: int) -> Metrics:
         first = ticket.first_token_ts
@@ -501,6 +652,11 @@ class Engine:
             seed=seed,
             trust_remote_code=self._config.trust_remote_code,
         )
+
+    def reset_cache(self) -> None:
+        """Forget the encoded pictures that were kept."""
+        with self._turn():
+            self._runner.cache.clear()
 
     def close(self) -> None:
         """

@@ -54,6 +54,9 @@ class LLM:
         chat_template: Jinja text, or the path of a file that holds it.
         device: "auto", "cpu" or "cuda".
         tensor_parallel_size: only 1.
+        encoder_cache_bytes: memory for encoded pictures, so that many prompts about one picture
+            encode it once; 0 keeps none. `reset_mm_cache` empties it.
+        enforce_eager: no CUDA graphs: a GPU gets each decode step one kernel at a time.
 
     The other words are `EngineConfig`'s, and vLLM's. A word of vLLM's that has no use here is said
     once in the log.
@@ -86,6 +89,8 @@ class LLM:
         chat_template: str | Path | None = None,
         tensor_parallel_size: int = 1,
         num_media_threads: int | None = None,
+        encoder_cache_bytes: int = 256 << 20,
+        enforce_eager: bool = False,
         **words: Any,
     ) -> None:
         _check_words(words)
@@ -108,6 +113,8 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             chat_template=_template_text(chat_template),
             num_media_threads=num_media_threads,
+            encoder_cache_bytes=encoder_cache_bytes,
+            uses_graphs=not enforce_eager,
             media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
         )
         checkpoint = checkpoints.read_checkpoint(config)
@@ -229,7 +236,8 @@ class LLM:
         return self.engine.checkpoint.tokenizer
 
     def reset_mm_cache(self) -> None:
-        """Nothing to do: no picture is kept from one prompt to the next. For programs that call it."""
+        """Forget the encoded pictures that were kept for prompts to come."""
+        self.engine.reset_cache()
 
     def close(self) -> None:
         """

@@ -112,6 +112,13 @@ class Prepared:
     max_tokens: int
     preprocess_ms: float
 
+    @property
+    def num_pixel_bytes(self) -> int:
+        """What its pictures and clips hold of the host's memory."""
+        return sum(
+            content.pixels.numel() for _, content in self.media if isinstance(content, Visual)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _FramesTaken:

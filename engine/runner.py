@@ -2,22 +2,29 @@
 All that touches the device: the encoder, packed prefill over many prompts, decode over many slabs.
 
 Axes: T tokens of one call, num_seqs, vocab. The text model is called on one row of tokens, (1, T,
-hidden); engine/attention.py knows whose they are.
+hidden); engine/attention.py knows whose they are. Nothing here waits for the device.
 """
 
 from collections.abc import Sequence as Many
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.attention import TextContext, can_use_flash, using
 from engine.checkpoint import Checkpoint
 from engine.families.qwen2_vl import Visual
+from engine.features import FeatureCache
+from engine.graphs import Graphs, Replayed
 from engine.kv import KVRows, KVShape
 from engine.meter import Meter, Work
+from engine.sampler import argmax
 from engine.sequence import Sequence
+from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots
+from engine.swaps import find_argmax, find_decode_attention
+from engine.uploads import upload
 
 MAX_ENCODER_PATCHES = 32_768  # of one encoder call; a larger picture gets a call alone
 CPU_KV_BYTES = 1 << 29
@@ -28,9 +35,21 @@ class Runner:
     Args:
         checkpoint: with the encoder attached to `model`.
         num_rows: KV rows to hold, scratch included.
+        max_num_seqs: sequences that decode together at most.
+        cache_bytes: of encoded pictures that are kept for prompts to come.
+        uses_graphs: whether decode steps become CUDA graphs, on a GPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, num_rows: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        num_rows: int,
+        *,
+        max_num_seqs: int,
+        cache_bytes: int = 0,
+        uses_graphs: bool = True,
+    ) -> None:
         self.device, self.dtype = checkpoint.device, checkpoint.dtype
         self._family = checkpoint.family
         self._text = model.model.language_model
@@ -39,28 +58,67 @@ class Runner:
         shape = KVShape.of(checkpoint.config.text_config, self.dtype)
         self._rows = KVRows(shape, num_rows, self.device)
         self.meter = Meter(self.device)
+        self.cache = FeatureCache(cache_bytes)
+        self._slots = Slots(max_num_seqs, self.device)
         self._uses_flash = can_use_flash(self.device, self.dtype, shape.dim)
+        self._decode_kernel = find_decode_attention(self.device, self.dtype)
+        self._argmax = find_argmax(self.device) or argmax
+        self._graphs: Graphs | None = None
+        if uses_graphs and self._uses_flash:
+            self._graphs = Graphs(
+                self._step,
+                self._choose,
+                device=self.device,
+                max_num_seqs=max_num_seqs,
+                max_rows=checkpoint.max_model_len,
+                scratch=self._slots.scratch,
+            )
+
+    # --- pictures ----------------------------------------------------------------------------------
 
     def encode(self, sequences: Many[Sequence]) -> None:
         """Give every sequence the features of its pictures; those that came as features stay."""
         # One of each request: its outputs share a list of features.
-        waiting = {id(s.features): s for s in sequences if not s.features}.values()
+        waiting = list({id(s.features): s for s in sequences if not s.features}.values())
         contents = [content for sequence in waiting for _, content in sequence.prepared.media]
         visuals = [content for content in contents if isinstance(content, Visual)]
-        encoded: list[Tensor] = []
-        for call in _calls([visual.grid.num_patches for visual in visuals]):
-            picked = [visuals[i] for i in call]
-            num_patches = sum(visual.grid.num_patches for visual in picked)
-            with self.meter.span(Work.ENCODE, num_patches):
-                encoded += self._family.encode(picked)
-        features = iter(encoded)
+        encoded = iter(self._encode(visuals))
         for sequence in waiting:  # NOTE: only now, so that a call that fails can be repeated
             sequence.features.extend(
                 content.to(self.device, self.dtype)
                 if isinstance(content, Tensor)
-                else next(features)
+                else next(encoded)
                 for _, content in sequence.prepared.media
             )
+
+    def _encode(self, visuals: Many[Visual]) -> list[Tensor]:
+        """Features of each; equal ones are encoded once, and those in the cache not at all."""
+        known: dict[bytes, Tensor | None] = {}
+        unknown: list[Visual] = []
+        for visual in visuals:
+            if visual.key is None:
+                unknown.append(visual)
+            elif visual.key not in known:
+                known[visual.key] = self.cache.find(visual.key)
+                if known[visual.key] is None:
+                    unknown.append(visual)
+        # Equal sizes stand together in one call: they make dense batches.
+        unknown.sort(key=lambda visual: (visual.unit, visual.grid.rows))
+        fresh: dict[int, Tensor] = {}
+        for call in _calls([visual.grid.num_patches for visual in unknown]):
+            picked = [unknown[i] for i in call]
+            num_patches = sum(visual.grid.num_patches for visual in picked)
+            with self.meter.span(Work.ENCODE, num_patches):
+                features = self._family.encode(picked)
+            for visual, feature in zip(picked, features, strict=True):
+                fresh[id(visual)] = feature
+                if visual.key is not None:
+                    known[visual.key] = feature
+                    self.cache.put(visual.key, feature)
+        found = (fresh.get(id(v), None if v.key is None else known[v.key]) for v in visuals)
+        return [feature for feature in found if feature is not None]
+
+    # --- prompts -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence]) -> Tensor:
@@ -77,25 +135,58 @@ class Runner:
 
     def _prefill(self, sequences: Many[Sequence]) -> Tensor:
         lens = [sequence.num_prompt_tokens for sequence in sequences]
-        ids = np.concatenate([sequence.prepared.token_ids for sequence in sequences])
-        x = self._embed(torch.from_numpy(ids).to(self.device))
+        starts = [_start(sequence) for sequence in sequences]
         first_rows = np.cumsum([0, *lens])
+        num_tokens = int(first_rows[-1])
+        # One table goes up: ids, three axes of positions, rows to write, and each prompt's last.
+        table = np.empty((5, num_tokens), dtype=np.int64)
+        for sequence, first, length, start in zip(
+            sequences, first_rows, lens, starts, strict=False
+        ):
+            columns = slice(int(first), int(first) + length)
+            table[0, columns] = sequence.prepared.token_ids
+            table[1:4, columns] = sequence.prepared.positions
+            table[4, columns] = np.arange(start, start + length)
+        on_device = upload(table, self.device)
+        x = self._embed(on_device[0])
         spans = [
             (int(first) + start, feature)
             for first, sequence in zip(first_rows, sequences, strict=False)
             for (start, _), feature in zip(sequence.prepared.media, sequence.features, strict=True)
         ]
-        for start, feature in spans:
-            x[start : start + len(feature)] = feature
-        positions = np.concatenate([s.prepared.positions for s in sequences], axis=1)
-        write_rows = np.concatenate(
-            [_start(s) + np.arange(length) for s, length in zip(sequences, lens, strict=True)]
+        if spans:
+            places = np.concatenate([np.arange(start, start + len(f)) for start, f in spans])
+            x.index_copy_(0, upload(places, self.device), torch.cat([f for _, f in spans]))
+        context = TextContext(
+            self._rows.keys,
+            self._rows.values,
+            on_device[4],
+            starts,
+            lens,
+            lens,
+            self._device_spans(starts, lens, lens) if self._uses_flash else None,
         )
-        hidden = self._run(x, positions, write_rows, sequences, lens, lens)
+        hidden = self._forward(x, on_device[1:4], context)
         for sequence in sequences:
             sequence.features = []  # another: outputs that have no rows yet still need the old one
-        last = torch.from_numpy(first_rows[1:] - 1).to(self.device)
-        return self._head(hidden[last])  # type: ignore[no-any-return]
+        return self._head(hidden[upload(first_rows[1:] - 1, self.device)])  # type: ignore[no-any-return]
+
+    # --- tokens ------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def replay(self, sequences: Many[Sequence], *, keeps_logits: bool) -> Replayed | None:
+        """
+        `decode` as one CUDA graph, with the likeliest tokens chosen and kept; None where there is none.
+
+        Args:
+            keeps_logits: whether somebody will look at them; the likeliest tokens need none.
+        """
+        size = self._graphs.find_size(len(sequences)) if self._graphs else None
+        if size is None or self._graphs is None:
+            return None
+        table = self._slots.table(sequences, size)
+        with self.meter.span(Work.DECODE, len(sequences)):
+            return self._graphs.replay(table, len(sequences), keeps_logits=keeps_logits)
 
     @torch.inference_mode()
     def decode(self, sequences: Many[Sequence]) -> Tensor:
@@ -106,51 +197,68 @@ class Runner:
             Logits for the next token: (num_seqs, vocab).
         """
         with self.meter.span(Work.DECODE, len(sequences)):
-            return self._decode(sequences)
+            table = self._slots.table(sequences, len(sequences))
+            starts, lens = table[START].tolist(), table[LEN].tolist()
+            return self._step(upload(table, self.device), max(lens), starts, lens)
 
-    def _decode(self, sequences: Many[Sequence]) -> Tensor:
-        lens = [sequence.num_rows for sequence in sequences]
-        ids = torch.tensor([sequence.output_ids[-1] for sequence in sequences], device=self.device)
-        rows = np.array([_start(s) + n - 1 for s, n in zip(sequences, lens, strict=True)])
-        at = np.array([n - 1 + s.prepared.rope_delta for s, n in zip(sequences, lens, strict=True)])
-        ones = [1] * len(sequences)
-        hidden = self._run(self._embed(ids), np.tile(at, (3, 1)), rows, sequences, lens, ones)
-        return self._head(hidden)  # type: ignore[no-any-return]
+    @torch.inference_mode()
+    def keep(self, sequences: Many[Sequence], token_ids: Tensor) -> None:
+        """Let the next step of these sequences begin with these tokens: (num_seqs,), int64, device."""
+        slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
+        self._slots.keep(upload(slots, self.device), token_ids)
 
-    def _run(
-        self,
-        x: Tensor,
-        positions: np.ndarray,
-        write_rows: np.ndarray,
-        sequences: Many[Sequence],
-        lens: Many[int],
-        num_queries: Many[int],
+    def _step(
+        self, table: Tensor, max_rows: int, starts: Many[int] = (), lens: Many[int] = ()
     ) -> Tensor:
-        """x: (T, hidden), positions: (3, T), write_rows: (T,) -> (T, hidden)."""
-        starts = [_start(sequence) for sequence in sequences]
+        """
+        One decode step over a table of `Slots.table` on the device, at most max_rows rows each.
+
+        Args:
+            starts, lens: the same on the host, for the loops of a CPU.
+        """
+        num = table.shape[1]
+        spans = None
+        if self._uses_flash:
+            query_starts = torch.arange(num + 1, dtype=torch.int32, device=self.device)
+            slab_starts = torch.nn.functional.pad(table[START].to(torch.int32), (0, 1))
+            spans = (query_starts, slab_starts, table[LEN].to(torch.int32))
         context = TextContext(
             self._rows.keys,
             self._rows.values,
-            torch.from_numpy(write_rows).to(self.device),
+            table[WRITE_ROW],
             starts,
             lens,
-            num_queries,
-            self._device_spans(starts, lens, num_queries) if self._uses_flash else None,
+            [1] * len(lens),
+            spans,
+            max_queries=1,
+            max_rows=max_rows,
+            decode_kernel=self._decode_kernel,
         )
+        x = self._embed(self._slots.tokens[table[SLOT]])
+        hidden = self._forward(x, table[POSITION].expand(3, -1), context)
+        return self._head(hidden)  # type: ignore[no-any-return]
+
+    def _choose(self, logits: Tensor, table: Tensor) -> Tensor:
+        token_ids = self._argmax(logits)
+        self._slots.keep(table[SLOT], token_ids)
+        return token_ids
+
+    def _forward(self, x: Tensor, positions: Tensor, context: TextContext) -> Tensor:
+        """x: (T, hidden), positions: (3, T) -> (T, hidden)."""
         with using(context):
             output = self._text(
-                inputs_embeds=x[None],
-                position_ids=torch.from_numpy(positions)[:, None].to(self.device),
-                use_cache=False,
+                inputs_embeds=x[None], position_ids=positions[:, None], use_cache=False
             )
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def _device_spans(
         self, starts: Many[int], lens: Many[int], num_queries: Many[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query_starts = np.cumsum([0, *num_queries])
-        table = [query_starts, [*starts, 0], [*lens, 0]]
-        packed = torch.tensor(np.array(table), dtype=torch.int32).to(self.device)
+        table: npt.NDArray[np.int32] = np.zeros((3, len(lens) + 1), dtype=np.int32)
+        table[0, 1:] = np.cumsum(num_queries)
+        table[1, :-1] = starts
+        table[2, :-1] = lens
+        packed = upload(table, self.device)
         return packed[0], packed[1], packed[2, :-1]
 
 

@@ -201,12 +201,12 @@ class Sampler:
     def sample_plain(self, logits: Tensor) -> Sampled:
         """For rows whose parameters all are plain (`is_plain`): one argmax, and no rows needed."""
         # No cast to float32 first: it is exact, so it could not change which is the largest.
-        return Sampled(_argmax(logits))
+        return Sampled(argmax(logits))
 
     def _choose(self, raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """raw: (num_rows, vocab), float32. Returns (num_rows,), int64."""
         logits = _penalise(_restrict(raw, rows), rows)
-        token_ids = _argmax(logits)
+        token_ids = argmax(logits)
         drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
         if drawn:
             choice = self._draw(_take(logits, drawn), [rows[i] for i in drawn])
@@ -294,7 +294,7 @@ def is_plain(params: SamplingParams) -> bool:
         and params.allowed_token_ids is None
         and not params.logit_bias
         and not params.min_tokens
-        and not _has_penalty(params)
+        and not reads_history(params)
         and not _asks_logprobs(params)
     )
 
@@ -317,7 +317,8 @@ def _is_before_min_tokens(row: SamplingRow) -> bool:
     return row.position < row.params.min_tokens
 
 
-def _has_penalty(params: SamplingParams) -> bool:
+def reads_history(params: SamplingParams) -> bool:
+    """Whether a draw depends on the tokens before it, so that they must have been read."""
     return (
         params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
@@ -347,7 +348,7 @@ def _num_logprobs(params: SamplingParams, vocab_size: int) -> int | None:
     return vocab_size if params.logprobs == ALL else min(params.logprobs, vocab_size)
 
 
-def _argmax(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     """(num_rows, vocab) -> (num_rows,), int64: the lowest id of the largest, or `NO_TOKEN`."""
     token_ids = logits.argmax(dim=-1)  # documented to give the first of equal ones; NaN is largest
     largest = logits.gather(-1, token_ids[:, None]).flatten()
@@ -380,7 +381,7 @@ def _restrict(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _penalise(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """The three penalties. Returns `logits` itself if no row has one."""
-    if not any(_has_penalty(row.params) for row in rows):
+    if not any(reads_history(row.params) for row in rows):
         return logits
     logits = logits.clone()
     for line, row in zip(logits, rows, strict=True):

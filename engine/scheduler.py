@@ -32,10 +32,22 @@ class Scheduler:
         slabs: the rows to hand out.
         max_num_seqs: sequences that decode together.
         max_prefill_tokens: prompt tokens of one prefill; a longer prompt runs alone.
+        patience: decode steps for which a prefill may wait to be a full one. On a GPU a small call
+            takes almost as long as a large one; 0 admits whoever can be at once.
     """
 
-    def __init__(self, slabs: SlabAllocator, max_num_seqs: int, max_prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        slabs: SlabAllocator,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        patience: int = 0,
+    ) -> None:
         self._slabs = slabs
+        self._patience = patience
+        self._num_steps_waited = 0
+        self._num_waiting_tokens = 0
+        self._free_slots = list(range(max_num_seqs))  # a heap: low ones first
         self._max_num_seqs = max_num_seqs
         self._max_prefill_tokens = max_prefill_tokens
         self._waiting: list[tuple[int, int, Sequence]] = []  # by priority, then by arrival
@@ -55,15 +67,33 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     def add(self, sequence: Sequence) -> None:
+        self._num_waiting_tokens += sequence.num_prompt_tokens
         heapq.heappush(self._waiting, (sequence.priority, next(self._arrivals), sequence))
 
-    def schedule(self) -> Batch:
-        """The next batch; empty only where there is no work."""
-        admitted = self._admit()
+    def schedule(self, *, may_come: bool = False) -> Batch:
+        """
+        The next batch; empty only where there is no work.
+
+        Args:
+            may_come: whether more sequences are on their way, so that it may pay to wait for them.
+        """
+        admitted = self._admit() if self._is_worth_it(may_come) else []
         if admitted:
+            self._num_steps_waited = 0
             self._running += admitted
             return Batch(admitted, is_prefill=True)
+        self._num_steps_waited += bool(self._waiting)
         return Batch(list(self._running), is_prefill=False)
+
+    def _is_worth_it(self, may_come: bool) -> bool:
+        """Whether to admit now, or to go on with those that run until more can be admitted."""
+        if not self._running or self._num_steps_waited >= self._patience:
+            return True
+        num_free = self._max_num_seqs - len(self._running)
+        if num_free >= len(self._waiting):
+            return not may_come or self._num_waiting_tokens >= self._max_prefill_tokens
+        average = self._num_waiting_tokens / len(self._waiting)
+        return num_free * average >= self._max_prefill_tokens
 
     def _admit(self) -> list[Sequence]:
         admitted: list[Sequence] = []
@@ -77,17 +107,27 @@ class Scheduler:
             if sequence.start is None:
                 break  # NOTE: first come, first served: a long one is not passed over for ever
             heapq.heappop(self._waiting)
+            self._num_waiting_tokens -= sequence.num_prompt_tokens
+            sequence.slot = heapq.heappop(self._free_slots)
             admitted.append(sequence)
         return admitted
 
     def finish(self, sequences: Collection[Sequence]) -> None:
-        """Take sequences out, wherever they are, in one pass, and give their rows back."""
+        """
+        Take sequences out, wherever they are, in one pass, and give their rows and slots back.
+
+        Steps that were launched with them may still run: what is launched later comes after those.
+        """
         leaving = set(sequences)
         self._running = [sequence for sequence in self._running if sequence not in leaving]
         if any(sequence.start is None for sequence in leaving):  # those that run have a slab
             self._waiting = [entry for entry in self._waiting if entry[2] not in leaving]
             heapq.heapify(self._waiting)
+            self._num_waiting_tokens = sum(entry[2].num_prompt_tokens for entry in self._waiting)
         for sequence in sequences:
             if sequence.start is not None:
                 self._slabs.free(sequence.start)
                 sequence.start = None
+            if sequence.slot is not None:
+                heapq.heappush(self._free_slots, sequence.slot)
+                sequence.slot = None

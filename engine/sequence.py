@@ -24,7 +24,9 @@ class Sequence:
         features: (num_tokens, hidden) for each picture or clip, once encoded; one list for all of a
             request's outputs, so that it is encoded once.
         start: first row of its slab; None while it has none.
-        output_ids: chosen so far.
+        slot: its place among those that decode together; None while it has none.
+        num_launched: tokens that the device was told to choose; some may not have been read yet.
+        output_ids: chosen so far, and read.
     """
 
     ticket: int
@@ -36,6 +38,8 @@ class Sequence:
     priority: int = 0
     features: list[Tensor] = field(default_factory=list)
     start: int | None = None
+    slot: int | None = None
+    num_launched: int = 0
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[Mapping[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
@@ -49,11 +53,16 @@ class Sequence:
     @property
     def num_rows(self) -> int:
         """KV rows in use once the newest token's own have been written."""
-        return self.num_prompt_tokens + len(self.output_ids)
+        return self.num_prompt_tokens + self.num_launched
 
     @property
     def num_rows_at_most(self) -> int:
         return self.num_prompt_tokens + self.prepared.max_tokens
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether another token is to be chosen, as far as is known before the last ones are read."""
+        return self.finish_reason is None and self.num_launched < self.prepared.max_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -63,7 +72,7 @@ class Sequence:
         return SamplingRow(
             params=self.prepared.params,
             seed=self.seed,
-            position=len(self.output_ids),
+            position=self.num_launched,
             prompt_token_ids=self.prepared.token_ids,
             output_token_ids=self.output_ids,
             eos_token_ids=self.eos_token_ids,

@@ -42,6 +42,20 @@ def decode(
     spaces_between_special_tokens: bool = True,
 ) -> str:
     """The text of these ids; ids without a token have none."""
+    return _decode_any(tokenizer, token_ids, skip_special_tokens, spaces_between_special_tokens)
+
+
+def decode_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """The text of one id, special ones included, for `Logprob.decoded_token`."""
+    return decode(tokenizer, [token_id], skip_special_tokens=False)
+
+
+def _decode_any(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    skip_special_tokens: bool,
+    spaces_between_special_tokens: bool,
+) -> str:
     known = {token_id for token_id in set(token_ids) if has_token(tokenizer, token_id)}
     return _decode_known(
         tokenizer,
@@ -49,11 +63,6 @@ def decode(
         skip_special_tokens,
         spaces_between_special_tokens,
     )
-
-
-def decode_token(tokenizer: Tokenizer, token_id: int) -> str:
-    """The text of one id, special ones included, for `Logprob.decoded_token`."""
-    return decode(tokenizer, [token_id], skip_special_tokens=False)
 
 
 def _decode_known(
@@ -99,7 +108,7 @@ class Detokenizer:
         self._params = params
         self._is_incremental = params.detokenize and (streaming or bool(params.stop_strings))
         self._num_tokens = 0
-        self._ids: list[int] = []  # those that have a token
+        self._ids: list[int] = []  # where it is incremental, those that have a token
         self._start = 0  # of the window, in tokens
         self._border = 0  # tokens up to here made whole characters
         self._num_read = 0  # characters of the window's text that stand in `text`
@@ -117,10 +126,11 @@ class Detokenizer:
         if self.stop_reason is not None:
             return ""
         self._num_tokens += 1
+        if not self._is_incremental:
+            self._ids.append(token_id)  # those without a token are left out once, in `finish`
+            return ""
         if has_token(self._tokenizer, token_id):
             self._ids.append(token_id)
-        if not self._is_incremental:
-            return ""
         self.text += self._read()
         self._search()
         return self._release(len(self.text) - self._num_held())
@@ -179,7 +189,8 @@ class Detokenizer:
         return piece
 
     def _decode(self, start: int) -> str:
-        return _decode_known(
+        read = _decode_known if self._is_incremental else _decode_any
+        return read(
             self._tokenizer,
             self._ids[start:],
             self._params.skip_special_tokens,

@@ -6,7 +6,10 @@ limits, cut into patches of 14 x 14 pixels, and MERGE x MERGE neighbouring patch
 The functions are arithmetic on sizes and uint8 pixels; `Qwen2VL` binds them to a checkpoint.
 """
 
+import hashlib
+import logging
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,8 +22,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.attention import VisionContext, using
+from engine.attention import VisionContext, can_use_flash, dense_kernels, using
 from engine.errors import BadConfig
+from engine.uploads import upload
+
+logger = logging.getLogger(__name__)
 
 PATCH_PX = 14
 MERGE = 2
@@ -28,6 +34,8 @@ TEMPORAL = 2  # frames that share one patch in a video; a still image is its own
 TOKEN_PX = PATCH_PX * MERGE
 MAX_ASPECT = 200
 MID_PIXEL = 128  # pixels less this are whole numbers below 2**8: exact in bfloat16 too
+MAX_DENSE_RUNS, MIN_DENSE_PICTURES = 4, 8  # of an encoder call whose pictures are dense batches
+MAX_KNOWN_GRIDS = 256  # sizes whose positions are kept on the device
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that the encoder was trained on
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -194,18 +202,22 @@ def square_grid(num_tokens: int) -> Grid:
     return Grid(1, rows * MERGE, num_tokens // rows * MERGE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Visual:
     """
-    One picture or clip, ready for the encoder.
+    One picture or clip, resampled and ready for the encoder, which cuts it where it runs.
 
     Attributes:
-        patches: uint8, host: (num_patches, 3 * PATCH_PX**2) for a picture, twice as wide for a clip.
-        grid: of these patches.
+        pixels: (num_frames, height_px, width_px, 3), uint8, host; one frame for a picture, TEMPORAL
+            times grid.times for a clip.
+        grid: of the patches that it is cut into.
+        key: what it is: equal for equal pixels of equal shape; None where nobody asked.
     """
 
-    patches: Patches
+    pixels: Tensor
     grid: Grid
+    is_clip: bool = False
+    key: bytes | None = None
 
     @property
     def unit(self) -> int:
@@ -247,10 +259,13 @@ class Qwen2VL:
         self.image_token_id: int = config.image_token_id
         self.video_token_id: int = config.video_token_id
         self.hidden_size: int = config.text_config.hidden_size
+        self._head_dim: int = vision.embed_dim // vision.num_heads
         self.image_area = _area_of(processor)
         self.video_area = _area_of(video_processor or processor)
         self.mean = tuple(processor.get("image_mean", CLIP_MEAN))
         self.std = tuple(processor.get("image_std", CLIP_STD))
+        self.uses_keys = False  # whether pictures are told apart, for a cache
+        self._pins = False
 
     def plan_grid(
         self, width_px: int, height_px: int, area: AreaLimits, num_frames: int = 1
@@ -267,26 +282,43 @@ class Qwen2VL:
 
     def cut_picture(self, image: Image.Image, area: AreaLimits) -> Visual:
         """
-        Resample an RGB picture and cut it.
+        Resample an RGB picture for the encoder.
 
         Raises:
             ImageTooNarrowError: one side is over MAX_ASPECT times the other.
         """
-        grid, pixels = self._fit(image, area)
-        return Visual(cut_patches(pixels), grid)
+        return self._build([image], area, is_clip=False)
 
     def cut_clip(self, frames: Sequence[Image.Image], area: AreaLimits) -> Visual:
-        """The same for a clip: all frames of one size, paired into temporal patches."""
-        fitted = [self._fit(frame, area) for frame in frames]
-        grid = fitted[0][0]
-        times = -(-len(frames) // TEMPORAL)
-        patches = pair_frames([cut_patches(pixels) for _, pixels in fitted])
-        return Visual(patches, Grid(times, grid.rows, grid.columns))
+        """The same for a clip, all frames of one size; an odd last frame is doubled."""
+        missing = [frames[-1]] * (-len(frames) % TEMPORAL)
+        return self._build([*frames, *missing], area, is_clip=True)
 
-    def _fit(self, image: Image.Image, area: AreaLimits) -> tuple[Grid, npt.NDArray[np.uint8]]:
-        height_px, width_px = target_size(image.height, image.width, area)
-        pixels = np.asarray(resample(image, height_px, width_px))
-        return Grid(1, height_px // PATCH_PX, width_px // PATCH_PX), pixels
+    def _build(self, frames: Sequence[Image.Image], area: AreaLimits, *, is_clip: bool) -> Visual:
+        height_px, width_px = target_size(frames[0].height, frames[0].width, area)
+        pixels = self._empty((len(frames), height_px, width_px, 3))
+        on_host = pixels.numpy()
+        for index, frame in enumerate(frames):
+            on_host[index] = np.asarray(resample(frame, height_px, width_px))
+        times = len(frames) // TEMPORAL if is_clip else 1
+        grid = Grid(times, height_px // PATCH_PX, width_px // PATCH_PX)
+        key = None
+        if self.uses_keys:
+            shape = f"{is_clip} {pixels.shape} ".encode()
+            digest = hashlib.sha256(shape)
+            digest.update(on_host.data)
+            key = digest.digest()
+        return Visual(pixels, grid, is_clip, key)
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory of the host; where the device copies from it, in a place that stays."""
+        if self._pins:
+            try:
+                return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                logger.warning("pinned_memory_is_out pictures go up more slowly", exc_info=True)
+                self._pins = False
+        return torch.empty(shape, dtype=torch.uint8)
 
     def positions(
         self, num_tokens: int, spans: Sequence[tuple[int, Grid]]
@@ -336,6 +368,13 @@ class Qwen2VL:
         bias = MID_PIXEL * scaled - exact * mean / std
         self._patch_bias = bias.flatten(1).sum(1).to(weight.dtype)
         self._visual.patch_embed = nn.Identity()
+        self._device, self._dtype = weight.device, weight.dtype
+        self._pins = weight.device.type == "cuda"
+        self._copies: torch.cuda.Stream | None = None
+        if self._pins:
+            self._copies = torch.cuda.Stream(weight.device)  # type: ignore[no-untyped-call]
+        self._has_varlen = can_use_flash(weight.device, weight.dtype, self._head_dim)
+        self._positions: OrderedDict[Grid, Tensor] = OrderedDict()
 
     @torch.inference_mode()
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
@@ -345,19 +384,27 @@ class Qwen2VL:
         Returns:
             For each, (num_tokens, hidden_size), on the model's device.
         """
-        order = sorted(range(len(visuals)), key=lambda i: (visuals[i].unit, visuals[i].grid.rows))
+        order = sorted(
+            range(len(visuals)),
+            key=lambda i: (visuals[i].is_clip, visuals[i].unit, visuals[i].grid.rows),
+        )
         packed = [visuals[i] for i in order]
-        embedded = torch.cat([self._embed(visual) for visual in packed])
-        device = embedded.device
-        positions = np.concatenate([patch_positions(visual.grid) for visual in packed])
         units = [unit for v in packed for unit in [v.unit] * v.grid.times]
+        runs = _runs(units)
         grids = torch.tensor([[v.grid.times, v.grid.rows, v.grid.columns] for v in packed])
-        with using(VisionContext(_runs(units))):
+        starts = upload(np.cumsum([0, *units], dtype=np.int32), self._device)
+        # A few large batches of equal pictures are fastest dense; others go through one kernel,
+        # which takes any sizes without having to be planned for each.
+        is_even = len(runs) <= MAX_DENSE_RUNS and min(runs)[0] >= MIN_DENSE_PICTURES
+        is_dense = is_even or not self._has_varlen
+        context = VisionContext(runs, None if is_dense else starts)
+        embedded = self._embed(packed)
+        with using(context), dense_kernels(self._device):
             features = self._visual(
                 embedded,
                 grid_thw=grids,
-                position_ids=torch.from_numpy(positions).to(device),
-                cu_seqlens=torch.tensor([0, *np.cumsum(units)], dtype=torch.int32, device=device),
+                position_ids=torch.cat([self._patch_positions(visual.grid) for visual in packed]),
+                cu_seqlens=starts,
                 max_seqlen=max(units),
             ).pooler_output
         pieces = features.split([visual.grid.num_tokens for visual in packed])
@@ -366,11 +413,84 @@ class Qwen2VL:
             found[index] = piece
         return found
 
-    def _embed(self, visual: Visual) -> Tensor:
-        is_clip = visual.patches.shape[1] == 3 * TEMPORAL * PATCH_PX**2
-        weight = self._clip_weight if is_clip else self._still_weight
-        pixels = torch.from_numpy(visual.patches).to(weight.device, non_blocking=True)
-        return F.linear(pixels.to(weight.dtype) - MID_PIXEL, weight, self._patch_bias)
+    def _patch_positions(self, grid: Grid) -> Tensor:
+        """`patch_positions` on the device, kept for the next picture of this size."""
+        found = self._positions.get(grid)
+        if found is None:
+            found = upload(patch_positions(grid), self._device)
+            self._positions[grid] = found
+            if len(self._positions) > MAX_KNOWN_GRIDS:
+                self._positions.popitem(last=False)
+        return found
+
+    def _embed(self, packed: Sequence[Visual]) -> Tensor:
+        """
+        Cut pixels into patches and embed them, all on the device.
+
+        Args:
+            packed: pictures before clips, equal sizes together.
+        """
+        embedded = []
+        pixels = self._upload(packed)
+        at = 0
+        for is_clip, of_kind in groupby(packed, key=lambda visual: visual.is_clip):
+            pieces = []
+            for shape, group in groupby(of_kind, key=lambda visual: visual.pixels.shape):
+                num_frames, height, width, _ = shape
+                num = num_frames * len(list(group))
+                end = at + num * height * width * 3
+                pieces.append(cut_on_device(pixels[at:end].view(num, height, width, 3), is_clip))
+                at = end
+            patches = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            weight = self._clip_weight if is_clip else self._still_weight
+            centred = patches.to(self._dtype).sub_(MID_PIXEL)
+            embedded.append(F.linear(centred, weight, self._patch_bias))
+        return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
+
+    def _upload(self, packed: Sequence[Visual]) -> Tensor:
+        """The pixels of all, one after the other, on the device: (bytes,), uint8."""
+        flat = [visual.pixels.view(-1) for visual in packed]
+        if self._copies is None:
+            return torch.cat(flat).to(self._device)
+        # On a stream of its own, so that it runs beside what was queued before.
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copies):
+            pixels = torch.empty(sum(map(len, flat)), dtype=torch.uint8, device=self._device)
+            at = 0
+            for piece in flat:
+                pixels[at : at + len(piece)].copy_(piece, non_blocking=True)
+                at += len(piece)
+        computing.wait_stream(self._copies)
+        pixels.record_stream(computing)
+        return pixels
+
+
+def cut_on_device(pixels: Tensor, is_clip: bool) -> Tensor:
+    """
+    `cut_patches` and `pair_frames` for many pictures of one size, or for the frames of clips.
+
+    Args:
+        pixels: (num_frames, height_px, width_px, 3), uint8, any device.
+
+    Returns:
+        (patches, 3 * PATCH_PX**2), or for clips (patches, 3 * TEMPORAL * PATCH_PX**2), uint8.
+    """
+    num_frames, height, width, _ = pixels.shape
+    together = TEMPORAL if is_clip else 1
+    blocks = pixels.view(
+        num_frames // together,
+        together,
+        height // TOKEN_PX,
+        MERGE,
+        PATCH_PX,
+        width // TOKEN_PX,
+        MERGE,
+        PATCH_PX,
+        3,
+    )
+    # times, token row, token column, patch row, patch column, channel, frame, pixel row and column
+    ordered = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return ordered.reshape(-1, 3 * together * PATCH_PX**2)
 
 
 def _runs(units: Sequence[int]) -> list[tuple[int, int]]:

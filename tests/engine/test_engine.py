@@ -431,6 +431,7 @@ def test_picture_that_breaks_the_encoder_fails_alone(
             raise PoisonError
         return encode(visuals)
 
+    llm.reset_mm_cache()  # or nothing would be encoded again
     monkeypatch.setattr(type(family), "encode", staticmethod(encode_poisoned))
     results = by_name(list(llm.stream(requests)))
     failed = {name for name, result in results.items() if result.error}

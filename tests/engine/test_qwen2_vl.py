@@ -25,6 +25,7 @@ from engine.families.qwen2_vl import (
     Grid,
     ImageTooNarrowError,
     Qwen2VL,
+    cut_on_device,
     cut_patches,
     double_frames,
     next_position,
@@ -332,3 +333,15 @@ def features_by(reference: Reference, picture: Image.Image) -> torch.Tensor:
     pixels = cut["pixel_values"].to(reference.model.dtype)
     features: torch.Tensor = visual(pixels, grid_thw=cut["image_grid_thw"]).pooler_output
     return features.double()
+
+
+def test_cutting_where_the_encoder_runs_is_cutting_on_the_host() -> None:
+    generator = np.random.default_rng(3)
+    frames = generator.integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
+    by_frame = [cut_patches(frame) for frame in frames]
+
+    stills = cut_on_device(torch.from_numpy(frames), is_clip=False)
+    clip = cut_on_device(torch.from_numpy(frames), is_clip=True)
+
+    np.testing.assert_array_equal(np.concatenate(by_frame), stills.numpy())
+    np.testing.assert_array_equal(pair_frames(by_frame), clip.numpy())

@@ -19,6 +19,7 @@ class Numbers:
     max_tokens: int = 10
     priority: int = 0
     start: int | None = None
+    slot: int | None = None
 
     @property
     def num_rows_at_most(self) -> int:
