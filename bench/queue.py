@@ -79,12 +79,13 @@ class Client:
             )["id"]
         )
 
-    def create(self, file_id: str) -> str:
+    def create(self, file_id: str, **more: Any) -> str:
         """Make a batch of an uploaded file; returns its id."""
         body = {
             "input_file_id": file_id,
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
+            **more,
         }
         headers = {"Content-Type": "application/json", "Idempotency-Key": os.urandom(8).hex()}
         return str(self._ask("POST", "/v1/batches", json.dumps(body).encode(), headers)["id"])
