@@ -65,7 +65,6 @@ async def create_batch(
             raise InvalidRequestError(
                 "Give either input_file_id or requests.",
                 param="input_file_id",
-                code="invalid_value",
             )
         submission = Submission(here, asker, fields, wish, key, is_resent=is_resent)
         job, is_new = await run_in_threadpool(submission.submit)
@@ -79,7 +78,6 @@ def _check_key(key: str | None) -> str | None:
         raise InvalidRequestError(
             f"Idempotency-Key: Give 1 to {MAX_KEY_CHARS} printable ASCII characters.",
             param="Idempotency-Key",
-            code="invalid_value",
         )
     return key
 

@@ -66,7 +66,8 @@ async def read_json(
         TooLargeError, TooBusyError, StalledError: it was not read to its end.
         InvalidRequestError: it is no clean JSON object.
     """
-    refuse_length(request, config.max_body_bytes)
+    if read_length(request) > config.max_body_bytes:
+        raise _too_large(config.max_body_bytes)
     pieces, num_bytes = [], 0
     try:
         async for piece in read_pieces(request, config.body_timeout_s):
@@ -101,11 +102,10 @@ async def read_pieces(request: Request, timeout_s: float) -> AsyncIterator[bytes
         yield piece
 
 
-def refuse_length(request: Request, max_bytes: int) -> None:
-    """Refuse by the length that the client announces, before anything is read."""
+def read_length(request: Request) -> int:
+    """What the client announces, before anything is read; 0 where it does not say."""
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+    return int(length[:20]) if length.isdecimal() else 0
 
 
 def _too_large(max_bytes: int) -> TooLargeError:
@@ -119,7 +119,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     _refuse_swarm(raw)
     try:
         parsed = json.loads(
-            raw,
+            raw.decode(),  # json would take UTF-16 too
             object_pairs_hook=_build_object,
             parse_constant=_refuse_constant,
             parse_int=_build_integer,

@@ -60,6 +60,8 @@ class ApiError(Exception):
 class InvalidRequestError(ApiError):
     """The request is not understood."""
 
+    code: ClassVar[str | None] = "invalid_value"
+
 
 class UnauthenticatedError(ApiError):
     """No valid API key was given. Send it as `Authorization: Bearer KEY`."""
@@ -75,6 +77,7 @@ class ForbiddenError(ApiError):
 
     status: ClassVar[int] = 403
     type: ClassVar[str] = "permission_error"
+    code: ClassVar[str | None] = "forbidden"
 
 
 class MissingError(ApiError):
@@ -121,6 +124,7 @@ class FailedInternallyError(ApiError):
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = "internal_error"
     headers: ClassVar[Mapping[str, str]] = NO_RETRY
 
 
@@ -213,7 +217,7 @@ def translate_validation_error(
             f"Unknown parameter: {where}.", param=where, code="unknown_parameter"
         )
     message = f"{where}: {text}" if where else text
-    return InvalidRequestError(message, param=places[0] if places else None, code="invalid_value")
+    return InvalidRequestError(message, param=places[0] if places else None)
 
 
 # For the framework

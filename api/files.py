@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.answers import answer_json, describe_json
 from api.auth import Asker, Caller
-from api.bodies import read_pieces, refuse_length
+from api.bodies import read_length, read_pieces
 from api.config import MEBIBYTE, ApiConfig
 from api.errors import InvalidRequestError, MissingError, TooLargeError, translate_validation_error
 from api.manifests import drop_blob
@@ -70,7 +70,8 @@ _UPLOAD_FORM: Final[dict[str, Any]] = {
 
 @router.post("", responses=describe_json(FileObject), openapi_extra=_UPLOAD_FORM)
 async def create_file(request: Request, asker: Asker, here: Here) -> Response:
-    refuse_length(request, here.config.max_file_bytes + _FORM_BYTES)
+    if read_length(request) > here.config.max_file_bytes + _FORM_BYTES:
+        raise _too_large(here.config)
     form = open_form(request)
     file = FileId(new_uuid())
     upload = Upload(here.blobs, build_file_key(asker.tenant, file))
@@ -96,7 +97,11 @@ async def create_file(request: Request, asker: Asker, here: Here) -> Response:
 
 def _check_size(num_bytes: int, config: ApiConfig) -> None:
     if num_bytes > config.max_file_bytes:
-        raise TooLargeError(f"A file has {config.max_file_bytes} bytes at most.")
+        raise _too_large(config)
+
+
+def _too_large(config: ApiConfig) -> TooLargeError:
+    return TooLargeError(f"A file has {config.max_file_bytes} bytes at most.", param="file")
 
 
 class Upload:
@@ -185,7 +190,9 @@ def read_fields(form: Form, config: ApiConfig) -> tuple[str, int | None]:
     except ValidationError as error:
         raise translate_validation_error(error, root="expires_after") from error
     except ValueError as error:  # thousands of digits
-        raise InvalidRequestError("expires_after.seconds is no number of seconds.") from error
+        raise InvalidRequestError(
+            "expires_after.seconds: This is no number of seconds.", param="expires_after"
+        ) from error
     return purpose, after.seconds
 
 

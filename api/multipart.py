@@ -76,7 +76,7 @@ class Form:
         if not self._is_complete:
             raise _malformed()
         if self.filename is None:
-            raise InvalidRequestError("The form has no file.", param=FILE_FIELD)
+            raise _refusal("The form has no file.", FILE_FIELD)
 
     def _begin_part(self) -> None:
         self._headers = {}
@@ -106,7 +106,7 @@ class Form:
             )
         if self._name == FILE_FIELD:
             if self.filename is not None:
-                raise InvalidRequestError("The form has more than one file.", param=FILE_FIELD)
+                raise _refusal("The form has more than one file.", FILE_FIELD)
             self.filename = clean_filename(options.get(b"filename", b"").decode(errors="replace"))
             self._is_in_file = True
 
@@ -117,13 +117,13 @@ class Form:
             return
         self._value += source[start:end]
         if len(self._value) > MAX_FIELD_BYTES:
-            raise InvalidRequestError("A field of the form is too long.")
+            raise _refusal("A field of the form is too long.", self._name)
 
     def _end_part(self) -> None:
         if self._is_in_file:
             return
         if self._name in self.fields:
-            raise InvalidRequestError("The form names a field twice.")
+            raise _refusal("The form names a field twice.", self._name)
         try:
             self.fields[self._name] = self._value.decode()
         except UnicodeDecodeError as error:
@@ -137,7 +137,7 @@ def open_form(request: Request) -> Form:
     """Raises `InvalidRequestError` if the request holds no multipart form."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise InvalidRequestError("Send the file as multipart/form-data.", param=FILE_FIELD)
+        raise _refusal("Send the file as multipart/form-data.", FILE_FIELD)
     return Form(options[b"boundary"])
 
 
@@ -148,4 +148,8 @@ def clean_filename(name: str) -> str:
 
 
 def _malformed() -> InvalidRequestError:
-    return InvalidRequestError("The multipart form is malformed or broke off.")
+    return _refusal("The multipart form is malformed or broke off.")
+
+
+def _refusal(message: str, param: str | None = None) -> InvalidRequestError:
+    return InvalidRequestError(message, param=param, code="invalid_form")

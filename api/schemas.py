@@ -329,6 +329,5 @@ def check_text(name: str, text: str, *, max_chars: int) -> str:
         raise InvalidRequestError(
             f"{name}: Give 1 to {max_chars} characters, without NUL.",
             param=name,
-            code="invalid_value",
         )
     return text
