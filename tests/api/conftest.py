@@ -1,6 +1,7 @@
 """One API process on SQLite and one on PostgreSQL for all tests; each test is a tenant of its own."""
 
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ __all__ = ["postgresql_server", "postgresql_template", "sqlite_template"]
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
+TLS = ssl.create_default_context()  # never used, yet each client would read all certificates
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,14 @@ def open_client(service: Service, tenant: str, **limits: int) -> Iterator[Client
             api_key=key,
             max_retries=2,
             timeout=60.0,
+            http_client=openai.DefaultHttpxClient(verify=TLS, trust_env=False),
             _strict_response_validation=True,
         ) as api,
         httpx2.Client(
             base_url=service.url,
             headers={"authorization": f"Bearer {key}"},
             timeout=60.0,
+            verify=TLS,
             trust_env=False,
         ) as http,
     ):

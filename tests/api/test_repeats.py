@@ -1,5 +1,6 @@
 """A submission that comes again: by its key, or by its body when an answer was lost."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -25,7 +26,6 @@ from tests.api.server import MODEL
 
 INLINE = {"requests": [build_line(1)], "endpoint": ENDPOINT, "completion_window": "24h"}
 NUM_AT_ONCE = 200
-NUM_THREADS = 32
 
 
 def post(client: Client, body: dict[str, Any], **headers: str) -> httpx2.Response:
@@ -35,11 +35,19 @@ def post(client: Client, body: dict[str, Any], **headers: str) -> httpx2.Respons
 def test_many_submissions_at_once_with_one_key_make_one_job(
     service: Service, client: Client
 ) -> None:
-    def send(_: int) -> httpx2.Response:
-        return post(client, INLINE, **{"Idempotency-Key": "once"})
+    headers = {"authorization": f"Bearer {client.key}", "Idempotency-Key": "once"}
+    limits = httpx2.Limits(max_connections=NUM_AT_ONCE)
+    all_are_there = threading.Barrier(NUM_AT_ONCE)
+    with httpx2.Client(
+        base_url=service.url, headers=headers, limits=limits, timeout=60.0, trust_env=False
+    ) as http:
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        answers = list(pool.map(send, range(NUM_AT_ONCE)))
+        def send(_: int) -> httpx2.Response:
+            all_are_there.wait()
+            return http.post("/v1/batches", json=INLINE)
+
+        with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+            answers = list(pool.map(send, range(NUM_AT_ONCE)))
 
     assert {200} == {answer.status_code for answer in answers}
     assert 1 == len({answer.json()["id"] for answer in answers})
