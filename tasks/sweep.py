@@ -34,7 +34,6 @@ RESEND_MAX_S: Final = 300.0
 FORCE_AFTER_S: Final = 600.0
 """After which a job that others seem to work on is taken from them."""
 
-FOLLOWER_S: Final = 30.0
 BLOBS_EVERY_S: Final = 3600.0
 BLOBS_OLDER_THAN_S: Final = 24 * 3600.0
 
@@ -67,7 +66,8 @@ class Sweeper:
                     while is_leader and not stop.is_set():
                         self.sweep()
                         stop.wait(self._config.sweep_s)
-                if time.monotonic() - followed_since > FOLLOWER_S:
+                # Leases must not wait for a frozen leader much longer than they last.
+                if time.monotonic() - followed_since > self._config.lease_s / 2:
                     self.sweep()
                     followed_since = time.monotonic()
             except StorageError as error:

@@ -16,7 +16,7 @@ from storage import files, jobs
 from storage.db import Database
 from storage.errors import DatabaseUnavailableError
 from storage.ids import FileId, JobId
-from storage.states import JobState
+from storage.states import ItemState, JobState
 from storage.tables import Item, Job
 from tasks.broker import build_client
 from tasks.config import load_config
@@ -136,6 +136,16 @@ def look_at(database: Database, job: JobId) -> Outcome:
         num_charged=sum(item.charged for item in items),
         num_suspects=sum(item.is_suspect for item in items),
     )
+
+
+def count_items_of(
+    database: Database, worker: "subprocess.Popen[bytes]", *, is_completed: bool = False
+) -> int:
+    """How many it claims, or has completed, dead or alive: its name holds its process id."""
+    state = ItemState.COMPLETED if is_completed else ItemState.LEASED
+    whose = Item.worker.like(f"%-{worker.pid}-%")
+    with database.read() as session:
+        return len(session.scalars(select(Item.id).where(Item.state == state, whose)).all())
 
 
 def assert_output_is_whole(stores: Stores, job: JobId, num_items: int) -> None:

@@ -14,16 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select
 
 from storage.blobs import FolderBlobs
 from storage.db import Database
-from storage.states import ItemState, JobState
-from storage.tables import Item
+from storage.states import JobState
 from tasks.stores import Stores
 from tests.faults.stack import (
     Broker,
     assert_output_is_whole,
+    count_items_of,
     find,
     hand_in,
     look_at,
@@ -31,7 +30,7 @@ from tests.faults.stack import (
     wait_until_begun,
     wait_until_completed,
 )
-from tests.tasks.processes import open_fleet
+from tests.tasks.processes import open_fleet, wait_until
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
@@ -61,10 +60,9 @@ PROFILE = FULL if os.environ.get("DARKROOM_FAULT_PROFILE") == "full" else SHORT
 
 
 def test_killed_workers_and_a_broker_that_forgot_lose_and_double_nothing(
-    tmp_path: Path, database: Database, database_url: str
+    tmp_path: Path, database: Database, database_url: str, broker: Broker
 ) -> None:
     chance = random.Random(SEED)
-    broker = Broker(tmp_path / "valkey")
     settings = {
         "HOME": str(tmp_path),
         "DATABASE_URL": database_url,
@@ -80,29 +78,27 @@ def test_killed_workers_and_a_broker_that_forgot_lose_and_double_nothing(
     chance.shuffle(faults)
     num_held = 0
     lost_keys: list[int] = []
-    try:
-        with open_fleet(tmp_path, **settings) as fleet:
-            cpu = fleet.start("cpu")
-            workers = [fleet.start("gpu", str(PROFILE.delay_s)) for _ in range(NUM_WORKERS)]
-            job = hand_in(stores, broker.url, tmp_path, PROFILE.num_items)
-            wait_until_begun(database, job, fleet)
-            started = time.monotonic()
-            for fault in faults:
-                time.sleep(chance.uniform(*PROFILE.pause_s))
-                assert find(database, job).state is JobState.IN_PROGRESS, "it ended too early"
-                if fault == "lose":
-                    lost_keys.append(broker.lose())
-                    continue
-                victim = chance.randrange(NUM_WORKERS)
-                kill(workers[victim])
-                num_held += count_leased(database, workers[victim])
-                workers[victim] = fleet.start("gpu", str(PROFILE.delay_s))
-            wait_until_completed(database, job, fleet, timeout_s=PROFILE.timeout_s)
-            took_s = time.monotonic() - started
-            codes = stop(cpu, *workers)
-            assert {0} == set(codes), fleet.logs()
-    finally:
-        broker.kill()
+    with open_fleet(tmp_path, **settings) as fleet:
+        cpu = fleet.start("cpu")
+        workers = [fleet.start("gpu", str(PROFILE.delay_s)) for _ in range(NUM_WORKERS)]
+        job = hand_in(stores, broker.url, tmp_path, PROFILE.num_items)
+        wait_until_begun(database, job, fleet)
+        started = time.monotonic()
+        for fault in faults:
+            time.sleep(chance.uniform(*PROFILE.pause_s))
+            assert find(database, job).state is JobState.IN_PROGRESS, "it ended too early"
+            if fault == "lose":
+                lost_keys.append(broker.lose())
+                continue
+            wait_until(lambda: find_busy(database, workers) != [], fleet, timeout_s=30)
+            victim = chance.choice(find_busy(database, workers) or range(NUM_WORKERS))
+            kill(workers[victim])
+            num_held += count_items_of(database, workers[victim])
+            workers[victim] = fleet.start("gpu", str(PROFILE.delay_s))
+        wait_until_completed(database, job, fleet, timeout_s=PROFILE.timeout_s)
+        took_s = time.monotonic() - started
+        codes = stop(cpu, *workers)
+        assert {0} == set(codes), fleet.logs()
 
     outcome = look_at(database, job)
     figures = {
@@ -126,14 +122,6 @@ def kill(worker: "subprocess.Popen[bytes]") -> None:
     worker.wait()
 
 
-def count_leased(database: Database, worker: "subprocess.Popen[bytes]") -> int:
-    """What the dead one still claims: its name holds its process id."""
-    with database.read() as session:
-        return (
-            session.scalar(
-                select(func.count())
-                .select_from(Item)
-                .where(Item.state == ItemState.LEASED, Item.worker.like(f"%-{worker.pid}-%"))
-            )
-            or 0
-        )
+def find_busy(database: Database, workers: "list[subprocess.Popen[bytes]]") -> list[int]:
+    """Those at work, by their places: one that is still starting has nothing to lose."""
+    return [n for n, worker in enumerate(workers) if count_items_of(database, worker)]

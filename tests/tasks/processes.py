@@ -23,6 +23,7 @@ class Fleet:
             **{f"DARKROOM_{name}": value for name, value in settings.items()},
         }
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._logs: dict[int, Path] = {}
 
     def start(self, *words: str, module: str = "tests.tasks.worker") -> subprocess.Popen[bytes]:
         log = self._folder / f"worker-{len(self.processes)}-{words[0]}.log"
@@ -35,7 +36,12 @@ class Fleet:
                 stderr=output,
             )
         self.processes.append(process)
+        self._logs[process.pid] = log
         return process
+
+    def count_logged(self, process: "subprocess.Popen[bytes]", words: str) -> int:
+        """How often this process has logged these words."""
+        return self._logs[process.pid].read_text(errors="replace").count(words)
 
     def log_of(self, process: subprocess.Popen[bytes]) -> Path:
         number = self.processes.index(process)

@@ -18,7 +18,7 @@ from tasks.dispatch import Dispatcher
 from tasks.ingest import DEAD, STREAM
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
-from tests.tasks.fakes import MODEL, build_request
+from tests.tasks.fakes import build_request
 from tests.tasks.processes import Fleet, open_fleet, wait_until
 from tests.tasks.worker import TOOK_FIRST
 
@@ -127,26 +127,6 @@ def count(stores: Stores, job: JobId) -> dict[ItemState, int]:
         return jobs.count_items(session, job)
 
 
-def test_worker_that_is_told_to_stop_gives_back_its_leases_uncharged(
-    tmp_path: Path, stores: Stores, config: Config, broker: str
-) -> None:
-    with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="30")) as fleet:
-        job = start_slow_job(stores, config, broker, fleet, delay_s=0.3, num_items=64)
-        worker = fleet.processes[-1]
-        worker.send_signal(signal.SIGTERM)
-
-        assert 0 == worker.wait(timeout=20), fleet.logs()
-
-        states = count(stores, job)
-        assert ItemState.LEASED not in states, fleet.logs()
-        assert 64 == sum(states.values())
-        assert states[ItemState.COMPLETED] < 48, "it went on with what it had not begun"
-    with stores.database.write() as session:
-        chunk = items.lease(session, model=MODEL, worker="w", max_items=64)
-    assert chunk is not None
-    assert {0} == {item.charged for item in chunk.items}
-
-
 def test_deadline_ends_a_worker_whose_engine_does_not_come_back(
     tmp_path: Path, stores: Stores, config: Config, broker: str
 ) -> None:
@@ -158,28 +138,3 @@ def test_deadline_ends_a_worker_whose_engine_does_not_come_back(
         assert 75 == worker.wait(timeout=20), fleet.logs()  # and the engine takes a minute
 
         assert {ItemState.PENDING: 20} == count(stores, job), fleet.logs()
-
-
-def test_frozen_worker_that_wakes_up_commits_nothing(
-    tmp_path: Path, stores: Stores, config: Config, broker: str
-) -> None:
-    with open_fleet(
-        tmp_path, **settings_of(config, broker, LEASE_S="1.5", HEARTBEAT_S="0.5")
-    ) as fleet:
-        job = start_slow_job(stores, config, broker, fleet, delay_s=0.2, num_items=12)
-        frozen = fleet.processes[-1]
-        frozen.send_signal(signal.SIGSTOP)
-        fleet.start("gpu")
-        wait_until(lambda: is_over(stores, job), fleet, timeout_s=60)
-        before = find_job(stores, job)
-        frozen.send_signal(signal.SIGCONT)
-        log = fleet.log_of(frozen)
-        lost = ("leases_lost", "results_fenced")
-        wait_until(lambda: any(word in log.read_text() for word in lost), fleet, timeout_s=30)
-        frozen.send_signal(signal.SIGTERM)
-        assert 0 == frozen.wait(timeout=30), fleet.logs()
-
-        after = find_job(stores, job)
-
-    assert (12, JobState.COMPLETED) == (after.num_completed, after.state)
-    assert before.version == after.version
