@@ -26,6 +26,7 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
 from engine.inputs import Request, may_fetch, text_of
+from engine.kv import KVShape
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
@@ -173,13 +174,21 @@ class Engine:
         self._is_closed = False
         self._aborted: deque[int] = deque()  # tickets to drop once the engine is free
         self._idle_since = time.perf_counter()
+        row_bytes = KVShape.of(checkpoint.config.text_config, checkpoint.dtype).row_bytes
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
         logger.info(
-            "engine_ready model=%s device=%s dtype=%s max_model_len=%d kv_rows=%d",
+            "engine_ready model=%s device=%s dtype=%s max_model_len=%d weights_mib=%d kv_rows=%d "
+            "kv_mib=%d num_seqs_of_max_len=%d max_num_seqs=%d encoder_cache_mib=%d",
             config.model,
             checkpoint.device,
             checkpoint.dtype,
             checkpoint.max_model_len,
+            weights >> 20,
             rows,
+            rows * row_bytes >> 20,
+            (rows - NUM_SCRATCH_ROWS) // checkpoint.max_model_len,
+            config.max_num_seqs,
+            config.encoder_cache_bytes >> 20,
         )
 
     # --- the stream ----------------------------------------------------------------------------------
