@@ -71,14 +71,15 @@ def check_binding(host: str, config: ApiConfig) -> None:
     Raises:
         BadApiConfigError: `host` is no loopback address.
     """
-    if config.is_open and not _is_loopback(host):
+    if config.is_open and not is_loopback(host):
         raise BadApiConfigError(
             f"Without API keys the server listens on a loopback address only, not on {host}. "
             "Make a key with `darkroom keys create`, or listen on 127.0.0.1."
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach a server that listens there."""
     if host in LOOPBACK_NAMES:
         return True
     try:

@@ -320,8 +320,26 @@ Limits = Annotated[
     str | None,
     typer.Option(
         metavar="LIMITS",
-        help="Pictures and videos one prompt may hold, as image=4,video=1.",
+        help="Pictures and videos one prompt may hold, as image=4,video=1 or as JSON.",
         show_default="DARKROOM_MODELS, DARKROOM_LIMIT_MM_PER_PROMPT",
+    ),
+]
+ServedModelName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        envvar="DARKROOM_SERVED_MODEL_NAME",
+        help="What jobs call the model.",
+        show_default="MODEL, as it is given",
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        envvar="DARKROOM_WORKERS",
+        help="Processes that run the model, one a GPU where there are any.",
     ),
 ]
 Host = Annotated[
@@ -355,26 +373,67 @@ def up(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
+    served_model_name: ServedModelName = None,
+    workers: Workers = 1,
 ) -> None:
     """
     Run a whole service on this machine: API, workers and a broker of its own. Ctrl-C stops it.
 
     Without DARKROOM_DATABASE_URL, DARKROOM_BLOBS and DARKROOM_REDIS_URL all data lies in
-    DARKROOM_HOME, by default ~/.darkroom.
+    DARKROOM_HOME, by default ~/.darkroom. Then requests from this host need no key; with another
+    --host all need one: see `darkroom keys create`.
+
+    Ctrl-C: what is begun goes on for DARKROOM_DRAIN_S. Twice: now. Nothing that was handed in is lost.
+
+    \b
+    Examples:
+      darkroom up
+      darkroom submit samples/ --wait      in another terminal
+    """
+    from cli.server import ServeOptions, run_up
+
+    options = ServeOptions(
+        model, served_model_name, limit_mm_per_prompt, max_model_len, device, dtype, workers
+    )
+    _exit_after(lambda: run_up(options, host, port))
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder of a checkpoint, its hub id if it is in the cache, or the bundled model.",
+        ),
+    ],
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    limit_mm_per_prompt: Limits = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    served_model_name: ServedModelName = None,
+    workers: Workers = 1,
+) -> None:
+    """
+    Serve one model, in the words of vLLM's `serve`: `darkroom up` for whoever comes from there.
 
     \b
     Example:
-      darkroom up &
-      darkroom submit samples/ --wait
+      darkroom serve Qwen/Qwen2-VL-2B-Instruct --limit-mm-per-prompt image=2 --max-model-len 4096
     """
-    from cli.server import run_up
-
-    options = ["--device", device, "--dtype", dtype]
-    if max_model_len is not None:
-        options += ["--max-model-len", str(max_model_len)]
-    if limit_mm_per_prompt is not None:
-        os.environ["DARKROOM_LIMIT_MM_PER_PROMPT"] = limit_mm_per_prompt
-    _exit_after(lambda: run_up(model, host, port, options))
+    up(
+        model,
+        host,
+        port,
+        limit_mm_per_prompt,
+        device,
+        dtype,
+        max_model_len,
+        served_model_name,
+        workers,
+    )
 
 
 def _exit_after(run: Callable[[], int]) -> NoReturn:
@@ -403,6 +462,7 @@ def worker(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
+    served_model_name: ServedModelName = None,
 ) -> None:
     """
     Serve jobs: of one model on this machine's device, or the work around them.
@@ -432,6 +492,7 @@ def worker(
     _exit_after(
         lambda: run_worker(
             model=None if cpu else model,
+            served_model_name=served_model_name,
             limits=limit_mm_per_prompt,
             max_model_len=max_model_len,
             device=device,

@@ -120,12 +120,12 @@ def _await(service: OwnService) -> None:
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     """Ask it to stop, and wait: it has a deadline of its own. Ctrl-C meanwhile asks again."""
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     while True:
         try:
             process.wait()
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
         else:
             return
 

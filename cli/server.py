@@ -1,31 +1,31 @@
 """
-`darkroom api` and `darkroom up`: the HTTP server, and a whole service on this machine.
+`darkroom api`, `up` and `serve`: the HTTP server, and a whole service on this machine.
 
-`up` starts the API, a worker for the cpu queue and one for a model, each as a process of its own, on
-one broker; it starts a worker again that ended by itself, and stops all of them when it is told to.
+`up` and `serve` start the API, a worker for the cpu queue and those of a model, each as a process of
+its own, on one broker.
 """
 
+import errno
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from cli.errors import ExitCode
+from cli.errors import CannotStartError, ExitCode
+from cli.group import Group, Member
 from cli.service import prepare_database, reported
 
 if TYPE_CHECKING:
     from tasks.config import Config
 
 API_THREADS: Final = 40
-WATCH_S: Final = 0.2
-RESTART_AFTER_S: Final = 2.0  # a worker that cannot start is not started hundreds of times a minute
+BACKLOG: Final = 2048
 STOP_GRACE_S: Final = 15.0  # beyond the workers' own deadline
 
 
@@ -33,14 +33,14 @@ def run_api(host: str, port: int) -> ExitCode:
     """
     Serve HTTP until the process is told to stop.
 
-    Requests need no key only where nothing is configured and only this host can ask.
+    Requests need no key only where no database is given and only this host can ask.
 
     Raises:
         CannotStartError: the message says what to change.
     """
     with reported():
         from api.app import create_app
-        from api.config import ApiConfig, ServedModel
+        from api.config import ApiConfig, ServedModel, is_loopback
         from api.server import build_server
         from tasks.broker import open_broker, ping
         from tasks.config import DEFAULT_TENANT, load_config
@@ -51,7 +51,7 @@ def run_api(host: str, port: int) -> ExitCode:
         configure_logging()
         config = load_config()
         prepare_database(config)
-        is_open = not config.database_url
+        is_open = not config.database_url and is_loopback(host)
         api_config = ApiConfig(
             pepper=load_pepper(config),
             is_open=is_open,
@@ -63,6 +63,7 @@ def run_api(host: str, port: int) -> ExitCode:
             open_broker(config) as url,
             closing(open_stores(config, num_threads=API_THREADS)) as stores,
             closing(Dispatcher(config, url)) as dispatcher,
+            open_listener(host, port) as listener,
         ):
             app = create_app(
                 api_config,
@@ -72,16 +73,39 @@ def run_api(host: str, port: int) -> ExitCode:
                 notify_cancelled=lambda _job: dispatcher.send_sweep(),
                 pings={"broker": partial(ping, url)},
             )
-            build_server(app, api_config, host=host, port=port).run()
+            build_server(app, api_config, host=host, port=port).run(sockets=[listener])
     return ExitCode.DONE
 
 
-def run_up(model: str, host: str, port: int, worker_options: Sequence[str]) -> ExitCode:
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """
+    What is served, as vLLM's `serve` calls it.
+
+    Attributes:
+        model: a checkpoint's folder, a hub id, or the bundled model.
+        served_model_name: what clients call it; None: `model` itself.
+        limits: as `image=4`; None: what the settings say.
+        max_model_len: in tokens; None: what the settings say, or the model allows.
+        num_workers: processes that run the model, one a GPU where there are any.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    limits: str | None = None
+    max_model_len: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    num_workers: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.served_model_name or self.model
+
+
+def run_up(options: ServeOptions, host: str, port: int) -> ExitCode:
     """
     Run a whole service until Ctrl-C.
-
-    Args:
-        worker_options: of `darkroom worker --model`, as they were given.
 
     Raises:
         CannotStartError: the message says what to change.
@@ -93,100 +117,105 @@ def run_up(model: str, host: str, port: int, worker_options: Sequence[str]) -> E
 
         configure_logging()
         config = load_config()
+        models = describe_models(config, options)
+        worker_envs = spread_workers(options.num_workers, options.device)
+        open_listener(host, port).close()  # before anything else is started for nothing
         prepare_database(config)
         with open_broker(config) as url:
-            env = {
-                **os.environ,
-                "DARKROOM_REDIS_URL": url,
-                "DARKROOM_MODELS": _models(config, model),
-            }
-            env.pop("DARKROOM_REDIS_URL_FILE", None)  # it was read, and said the same
+            env = {**os.environ, "DARKROOM_REDIS_URL": url, "DARKROOM_MODELS": models}
+            for name in ("DARKROOM_REDIS_URL_FILE", "DARKROOM_MAX_MODEL_LEN"):
+                env.pop(name, None)  # read by now, and said in another way
             group = Group(env)
-            group.add("api", "--host", host, "--port", str(port))
-            group.add("worker", "--cpu")
-            group.add("worker", "--model", model, *worker_options)
+            api_args = ("api", "--host", host, "--port", str(port))
+            group.add(Member("the API", api_args, hurry=signal.SIGINT))  # uvicorn's word for now
+            group.add(Member("the cpu worker", ("worker", "--cpu")))
+            for number, env in enumerate(worker_envs, 1):
+                which = f" {number}" if len(worker_envs) > 1 else ""
+                group.add(Member(f"worker{which} of {options.name}", _worker_args(options), env))
             print(
-                f"darkroom: http://{host}:{port}, data in {config.home}; Ctrl-C stops", flush=True
+                f"darkroom: {options.name} at {show_url(host, port)}, data in {config.home}; "
+                "Ctrl-C stops",
+                flush=True,
             )
-            group.run(stop_within_s=config.drain_s + STOP_GRACE_S)
-    return ExitCode.DONE
+            return group.run(stop_within_s=config.drain_s + STOP_GRACE_S)
 
 
-def _models(config: "Config", model: str) -> str:
-    """DARKROOM_MODELS with the served one in it, so that the API knows its name and limits."""
-    import json
+def describe_models(config: "Config", options: ServeOptions) -> str:
+    """DARKROOM_MODELS with the served one in it, as the options say and else the settings."""
+    from tasks.config import MediaLimits, parse_limits
 
-    known = {name: limits.model_dump() for name, limits in config.models.items()}
-    return json.dumps({model: config.limits_of(model).model_dump()} | known)
-
-
-@dataclass(slots=True)
-class Member:
-    """One process of a group; `not_before` is when it may be started again."""
-
-    args: tuple[str, ...]
-    process: "subprocess.Popen[bytes] | None" = None
-    not_before: float = 0.0
+    limits = config.limits_of(options.name)
+    if options.limits is not None:
+        try:
+            limits = MediaLimits(**parse_limits(options.limits))
+        except ValueError as error:
+            raise CannotStartError(f"--limit-mm-per-prompt: {error}.") from error
+    length = options.max_model_len or config.max_model_len_of(options.name)
+    known = {name: settings.model_dump() for name, settings in config.models.items()}
+    return json.dumps(known | {options.name: {**limits.model_dump(), "max_model_len": length}})
 
 
-@dataclass(slots=True)
-class Group:
-    """Processes of the `darkroom` command that run together."""
-
-    env: Mapping[str, str]
-    members: list[Member] = field(default_factory=list)
-    is_stopping: bool = False
-
-    def add(self, *args: str) -> None:
-        self.members.append(Member(args))
-
-    def run(self, *, stop_within_s: float) -> None:
-        """Keep all of them running until SIGINT or SIGTERM; then stop them, the hard way at last."""
-        with _on_signals(self._ask_to_stop):
-            try:
-                while not self.is_stopping:
-                    for member in self.members:
-                        self._keep_running(member)
-                    time.sleep(WATCH_S)
-            finally:
-                self._stop(time.monotonic() + stop_within_s)
-
-    def _ask_to_stop(self, _number: int, _frame: FrameType | None) -> None:
-        self.is_stopping = True
-
-    def _keep_running(self, member: Member) -> None:
-        now = time.monotonic()
-        if member.process is not None and member.process.poll() is None:
-            return
-        if member.process is not None:
-            code = member.process.returncode
-            print(f"darkroom: {' '.join(member.args)} ended with {code}", file=sys.stderr)
-            member.process, member.not_before = None, now + RESTART_AFTER_S
-            if code == ExitCode.USAGE:  # it will not start the next time either
-                self.is_stopping = True
-        if now >= member.not_before and not self.is_stopping:
-            # A group of its own: Ctrl-C reaches us alone, and we say who stops when.
-            member.process = subprocess.Popen(  # noqa: S603 - our own command
-                [sys.executable, "-m", "cli", *member.args], env=self.env, start_new_session=True
-            )
-
-    def _stop(self, deadline: float) -> None:
-        running = [m.process for m in self.members if m.process is not None]
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        for process in running:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def _worker_args(options: ServeOptions) -> tuple[str, ...]:
+    words = ["worker", "--model", options.model, "--device", options.device]
+    if options.served_model_name is not None:
+        words += ["--served-model-name", options.served_model_name]
+    return (*words, "--dtype", options.dtype)
 
 
-@contextmanager
-def _on_signals(act: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, act) for number in (signal.SIGINT, signal.SIGTERM)}
+def spread_workers(num_workers: int, device: str) -> list[dict[str, str]]:
+    """What each worker's environment has of its own: its GPU, or its share of the cores."""
+    if num_workers == 1:
+        return [{}]
+    gpus = [] if device == "cpu" else _find_gpus()
+    if gpus and num_workers > len(gpus):
+        raise CannotStartError(
+            f"--workers {num_workers} is more than the {len(gpus)} GPUs here, and a GPU has one."
+        )
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:num_workers]]
+    if "OMP_NUM_THREADS" in os.environ:
+        return [{} for _ in range(num_workers)]
+    share = max(1, (os.cpu_count() or 1) // num_workers)
+    return [{"OMP_NUM_THREADS": str(share)} for _ in range(num_workers)]
+
+
+def _find_gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them. Asking torch would take seconds."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        program = shutil.which("nvidia-smi")
+        if program is None:
+            return []
+        asked = subprocess.run(  # noqa: S603 - what is on the path
+            [program, "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        named = "" if asked.returncode else asked.stdout.replace("\n", ",")
+    return [gpu.strip() for gpu in named.split(",") if gpu.strip()]
+
+
+# Where it listens
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        CannotStartError: the port is taken, or the address is none of this host.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise CannotStartError(
+                f"Port {port} on {host} is taken. Stop what listens there, or give another --port."
+            ) from error
+        raise CannotStartError(
+            f"Cannot listen on {host}, port {port}: {error.strerror}."
+        ) from error
+
+
+def show_url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -11,6 +11,7 @@ from cli.service import prepare_database, reported
 def run_worker(
     *,
     model: str | None,
+    served_model_name: str | None,
     limits: str | None,
     max_model_len: int | None,
     device: str,
@@ -21,6 +22,7 @@ def run_worker(
 
     Args:
         model: None for a worker of the cpu queue.
+        served_model_name: what jobs call it; None: `model` itself.
         limits, max_model_len: limits as `image=4`; None for what the settings say.
 
     Raises:
@@ -40,12 +42,13 @@ def run_worker(
         with open_broker(config) as url:
             if model is None:
                 return run_cpu_worker(config, url, env=env)
+            name = served_model_name or model
             chosen = (
-                config.limits_of(model)
+                config.limits_of(name)
                 if limits is None
                 else MediaLimits.model_validate(parse_limits(limits))
             )
-            length = max_model_len or config.max_model_len_of(model)
+            length = max_model_len or config.max_model_len_of(name)
             options = EngineOptions(model, chosen, length, device, dtype)
             with closing(load_engine(options)) as engine:
-                return run_gpu_worker(config, url, engine, model, env=env)
+                return run_gpu_worker(config, url, engine, name, env=env)

@@ -1,4 +1,4 @@
-"""`darkroom up` as a process, for tests that use the whole service."""
+"""`darkroom up` or `serve` as a process, for tests that use the whole service."""
 
 import os
 import signal
@@ -30,9 +30,9 @@ def free_port() -> int:
 
 
 class Service:
-    """`darkroom up` in a home of its own."""
+    """A service in a home of its own, by default that of `darkroom up`."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *words: str) -> None:
         self.home, self.port = home, free_port()
         self.log = home / "up.log"
         settings = {k: v for k, v in os.environ.items() if not k.startswith("DARKROOM_")}
@@ -42,9 +42,10 @@ class Service:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
+        words = (*(words or ("up",)), "--port", str(self.port), "--device", "cpu")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cli", "up", "--port", str(self.port), "--device", "cpu"],
+                [sys.executable, "-m", "cli", *words],
                 env=self.env,
                 stdout=log,
                 stderr=log,
@@ -55,13 +56,20 @@ class Service:
             _strict_response_validation=True,
         )
 
+    def wait_for_workers(self, num_workers: int) -> None:
+        def are_ready() -> bool:
+            assert self.process.poll() is None, self.log.read_text(encoding="utf-8")[-2000:]
+            return self.says('"event": "worker_ready"') >= num_workers
+
+        wait_until(are_ready, START_S)
+
     def says(self, words: str) -> int:
         return self.log.read_text(encoding="utf-8", errors="replace").count(words)
 
-    def darkroom(self, *args: str) -> "subprocess.CompletedProcess[str]":
+    def darkroom(self, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, "-m", "cli", *args],
-            env=self.env,
+            env={**self.env, **env},
             capture_output=True,
             text=True,
             check=False,
@@ -79,3 +87,15 @@ class Service:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(60)
+
+    def end(self) -> None:
+        """Whatever has become of it."""
+        for _ in range(2):  # twice: now
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                continue
+            return
+        self.process.kill()
+        self.process.wait()

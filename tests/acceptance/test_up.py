@@ -1,7 +1,10 @@
-"""`darkroom up` as a newcomer uses it: one command, then pictures in and sentences out."""
+"""
+`darkroom serve` as users of vLLM start it: one command, then pictures in and sentences out.
+
+`darkroom up` is the same for the bundled model; test_demo.py runs it.
+"""
 
 import base64
-import contextlib
 import json
 import os
 import signal
@@ -9,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.acceptance.service import ROOT, START_S, Service, wait_until
@@ -16,18 +20,26 @@ from tests.acceptance.service import ROOT, START_S, Service, wait_until
 SAMPLES = ROOT / "samples"
 EXPECTED: dict[str, str] = json.loads((SAMPLES / "expected.json").read_text(encoding="utf-8"))
 
+SERVE = (
+    "serve",
+    str(ROOT / "models" / "darkroom-tiny"),
+    *("--served-model-name", "darkroom-tiny"),
+    *("--limit-mm-per-prompt", "image=2"),
+    *("--max-model-len", "2048"),
+    *("--workers", "2"),
+)
+
 pytestmark = pytest.mark.services
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = Service(tmp_path_factory.mktemp("up"))
+    service = Service(tmp_path_factory.mktemp("up"), *SERVE)
     try:
-        wait_until(lambda: service.says("worker_ready") >= 2, START_S)
+        service.wait_for_workers(3)
         yield service
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            service.process.kill()
+        service.end()
 
 
 def test_pictures_handed_in_come_back_as_sentences(service: Service) -> None:
@@ -64,6 +76,34 @@ def test_chat_is_answered_through_the_queue_and_leaves_no_file(service: Service)
     assert before == len(service.client.files.list(purpose="batch_output").data)
 
 
+def test_model_is_served_as_it_was_asked_for(service: Service) -> None:
+    encoded = base64.b64encode((SAMPLES / "one.png").read_bytes()).decode()
+    image: Any = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+
+    def ask(*parts: Any) -> int:
+        answer = service.client.chat.completions.create(
+            model="darkroom-tiny", messages=[{"role": "user", "content": parts}], max_tokens=8
+        )
+        assert answer.usage is not None
+        return answer.usage.prompt_tokens
+
+    with pytest.raises(openai.BadRequestError, match="At most 2 image"):
+        ask(image, image, image)
+    with pytest.raises(openai.BadRequestError, match="2048"):
+        ask({"type": "text", "text": "word " * 3000})
+    assert ["darkroom-tiny"] == [model.id for model in service.client.models.list()]
+    assert ask(image) < ask(image, image)
+    assert 2 == service.says("max_model_len=2048")
+
+
+def test_port_that_is_taken_is_said_at_once(service: Service, tmp_path: Path) -> None:
+    run = service.darkroom("up", "--port", str(service.port), DARKROOM_HOME=str(tmp_path))
+
+    assert (2, "") == (run.returncode, run.stdout)
+    assert f"error: Port {service.port} on 127.0.0.1 is taken." in run.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_worker_that_was_killed_is_started_again(service: Service) -> None:
     ready = service.says('"event": "worker_ready"')
     victim = service.children()[-1]
@@ -78,6 +118,6 @@ def test_worker_that_was_killed_is_started_again(service: Service) -> None:
 def test_ctrl_c_ends_everything(service: Service) -> None:
     children = service.children()
 
-    assert 3 <= len(children)
+    assert 4 <= len(children)
     assert 0 == service.stop()
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)

@@ -1,0 +1,135 @@
+"""Processes that run together: who is started again and when, and how all of them are stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cli.errors import ExitCode
+from cli.group import MAX_RESTART_S, STEADY_S, Group, Member
+
+STUBBORN = """
+import pathlib, signal, sys, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1) or pathlib.Path(sys.argv[2]).touch())
+pathlib.Path(sys.argv[1]).touch()
+while len(told) < int(sys.argv[3]):
+    time.sleep(0.01)
+"""
+
+
+def run(*members: Member) -> tuple[ExitCode, Group]:
+    group = Group(dict(os.environ), command=(sys.executable, "-c"), members=list(members))
+    return group.run(stop_within_s=60.0), group
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def in_thread(act: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=act)
+    thread.start()
+    return thread
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_who_ends_again_and_again_is_started_later_each_time() -> None:
+    member = Member("it", ())
+
+    delays = []
+    for _ in range(7):
+        member.started_at = time.monotonic()
+        delays.append(member.delay_restart())
+    member.started_at = time.monotonic() - STEADY_S
+    delays.append(member.delay_restart())
+
+    assert [2, 4, 8, 16, 32, MAX_RESTART_S, MAX_RESTART_S, 2] == delays
+
+
+def test_who_has_ended_is_reported_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cli.group.RESTART_S", 0.05)
+    program = "import os, pathlib, sys, time; p = pathlib.Path(sys.argv[1])\n"
+    program += "if (p / '2').exists(): (p / '3').touch(); time.sleep(60)\n"
+    program += "(p / ('2' if (p / '1').exists() else '1')).touch(); os.kill(os.getpid(), 9)"
+
+    def stop() -> None:
+        wait_for(tmp_path / "3")
+        press_ctrl_c()
+
+    thread = in_thread(stop)
+    code, _ = run(Member("the worker", (program, str(tmp_path))))
+    thread.join()
+
+    told = capfd.readouterr().err.splitlines()
+    assert ExitCode.DONE == code
+    assert "darkroom: the worker was ended by SIGKILL; starting it again in 0.05 s." == told[0]
+    assert (
+        "darkroom: the worker was ended by SIGKILL, 2 times in a row; starting it again in 0.1 s."
+        == told[1]
+    )
+
+
+def test_who_can_never_start_ends_all_of_them(capfd: pytest.CaptureFixture[str]) -> None:
+    code, group = run(
+        Member("the API", ("import time; time.sleep(60)",)),
+        Member("worker of nowhere", ("raise SystemExit(2)",)),
+    )
+
+    assert ExitCode.USAGE == code
+    assert "worker of nowhere cannot start: see the error above" in capfd.readouterr().err
+    assert [None, None] == [member.process for member in group.members]
+
+
+@pytest.mark.parametrize("num_needed", [2, 1000])
+def test_who_does_not_come_to_an_end_is_hurried_and_then_killed(
+    tmp_path: Path, num_needed: int
+) -> None:
+    is_up, is_told = tmp_path / "up", tmp_path / "told"
+
+    def stop() -> None:
+        wait_for(is_up)
+        press_ctrl_c()
+        wait_for(is_told)
+        press_ctrl_c()
+        if num_needed > 2:
+            time.sleep(0.3)  # or two signals may count as one
+            press_ctrl_c()
+
+    thread = in_thread(stop)
+    started = time.monotonic()
+    code, group = run(Member("it", (STUBBORN, str(is_up), str(is_told), str(num_needed))))
+    thread.join()
+
+    assert ExitCode.DONE == code
+    assert (2 if num_needed == 2 else 3) == group.num_asked
+    assert time.monotonic() - started < 30  # and not the 60 s that it had
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
+def test_who_is_left_behind_by_a_killed_group_is_told_to_end(tmp_path: Path) -> None:
+    program = "import sys; from cli.group import Group, Member\n"
+    program += "Group({}, (sys.executable, '-c'), [Member('it', (sys.argv[1], *sys.argv[2:]))])"
+    program += ".run(stop_within_s=9)"
+    words = (STUBBORN, str(tmp_path / "up"), str(tmp_path / "told"), "1")
+    group = subprocess.Popen([sys.executable, "-c", program, *words], cwd=Path(__file__).parents[2])
+    wait_for(tmp_path / "up")
+
+    group.kill()
+    group.wait()
+    wait_for(tmp_path / "told")
+
+    assert (tmp_path / "told").exists()
