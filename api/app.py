@@ -29,13 +29,14 @@ def create_app(
     blobs: Blobs,
     *,
     notify_created: Notify = _tell_nobody,
+    notify_chat_created: Notify = _tell_nobody,
     notify_cancelled: Notify = _tell_nobody,
     pings: Mapping[str, Ping] | None = None,
 ) -> FastAPI:
     """
     Args:
-        notify_created, notify_cancelled: called in a thread, after the commit; they should be quick,
-            and may fail: then the job waits for the next sweep.
+        notify_created, notify_chat_created, notify_cancelled: called in a thread, after the commit;
+            they should be quick, and may fail: then the job waits for the next sweep.
         pings: of dependencies beside the database and the blobs, for readiness.
     """
     metrics = Metrics()
@@ -44,6 +45,7 @@ def create_app(
         database=database,
         blobs=blobs,
         notify_created=notify_created,
+        notify_chat_created=notify_chat_created,
         notify_cancelled=notify_cancelled,
         metrics=metrics,
         watcher=Watcher(database),

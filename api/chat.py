@@ -161,7 +161,7 @@ def _queue(here: Services, asker: Caller, fields: Mapping[str, Any], patience_s:
     finally:
         if not is_made:
             drop_blob(here, manifest.file, manifest.key)
-    here.tell_created(job.id)
+    here.tell_chat_created(job.id)
     return job
 
 

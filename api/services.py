@@ -26,6 +26,7 @@ class Services:
     """
     Args:
         notify_created: called after the commit that made a job; sends what gets it going.
+        notify_chat_created: the same for a job of the fast lane.
         notify_cancelled: called after the commit that cancelled one.
         pings: by name, for readiness; each raises unless its dependency answers.
     """
@@ -34,6 +35,7 @@ class Services:
     database: Database
     blobs: Blobs
     notify_created: Notify
+    notify_chat_created: Notify
     notify_cancelled: Notify
     metrics: Metrics
     watcher: Watcher
@@ -42,6 +44,9 @@ class Services:
 
     def tell_created(self, job: JobId) -> None:
         _tell(self.notify_created, job)
+
+    def tell_chat_created(self, job: JobId) -> None:
+        _tell(self.notify_chat_created, job)
 
     def tell_cancelled(self, job: JobId) -> None:
         _tell(self.notify_cancelled, job)

@@ -70,6 +70,7 @@ def run_api(host: str, port: int) -> ExitCode:
                 stores.database,
                 stores.blobs,
                 notify_created=dispatcher.send_expand,
+                notify_chat_created=dispatcher.send_fast_expand,
                 notify_cancelled=lambda _job: dispatcher.send_sweep(),
                 pings={"broker": partial(ping, url)},
             )

@@ -116,6 +116,8 @@ class LeasedItem:
     body_length: int
     num_images: int
     charged: int
+    priority: int
+    """Its job's: lower runs first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,12 +271,21 @@ def refresh_statistics(session: Session) -> None:
 
 
 def lease(
-    session: Session, *, model: str, worker: str, max_items: int, lease_s: float = LEASE_S
+    session: Session,
+    *,
+    model: str,
+    worker: str,
+    max_items: int,
+    lease_s: float = LEASE_S,
+    max_priority: int | None = None,
 ) -> Chunk | None:
     """
     Lease the best chunk for a model: by priority, then the tenant with least in flight, then age.
 
     The items of a chunk belong to as few jobs as possible. Suspects come last in their job, alone.
+
+    Args:
+        max_priority: of jobs with this number or a lower one only.
     """
     lease_id = LeaseId(new_uuid())
     claim = {
@@ -285,7 +296,7 @@ def lease(
         "worker": worker,
     }
     leased: list[LeasedItem] = []
-    for job in _find_candidates(session, model):
+    for job in _find_candidates(session, model, max_priority):
         leased += _claim(session, job, claim, is_suspect=False, limit=max_items - len(leased))
         if not leased:
             suspects = _claim(session, job, claim, is_suspect=True, limit=1)
@@ -304,7 +315,7 @@ class _Candidate:
     priority: int
 
 
-def _find_candidates(session: Session, model: str) -> list[_Candidate]:
+def _find_candidates(session: Session, model: str, max_priority: int | None) -> list[_Candidate]:
     # Asked in the order of ix_items_pending, so that no plan walks along items that have ended.
     earliest = [
         select(Item.not_before)
@@ -325,6 +336,7 @@ def _find_candidates(session: Session, model: str) -> list[_Candidate]:
             in_state(Job.state, JobState.IN_PROGRESS),
             Job.model == model,
             Job.expires_at > clock(),
+            *([] if max_priority is None else [Job.priority <= max_priority]),
             waiting,
         )
         .order_by(Job.priority, Job.id)
@@ -394,6 +406,7 @@ def _claim(
                 row.body_length,
                 row.num_images,
                 row.charged,
+                job.priority,
             )
             for row in rows
         ),

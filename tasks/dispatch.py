@@ -18,6 +18,7 @@ from storage.ids import JobId
 from tasks.app import CPU_QUEUE, TaskName, build_app, build_queue, name_gpu_queue
 from tasks.broker import build_client
 from tasks.config import Config
+from tasks.fast import EXPAND_LIST, MAX_WAITING, name_permit_list
 
 logger = structlog.get_logger(__name__)
 
@@ -48,6 +49,14 @@ class Dispatcher:
             force: do not wait for another process that is at it: it may be frozen.
         """
         return self._send(TaskName.EXPAND, CPU_QUEUE, {"job": job.hex, "force": force})
+
+    def send_fast_expand(self, job: JobId) -> bool:
+        """As `send_expand`, for a job of the fast lane: it waits behind no other."""
+        return self._wake(EXPAND_LIST, job.hex)
+
+    def send_fast_permit(self, model: str) -> bool:
+        """Beside the permit in the model's queue: whichever is taken first does the work."""
+        return self._wake(name_permit_list(model), "1")
 
     def send_finish(self, job: JobId, *, force: bool = False) -> bool:
         """A job's last item has ended: write its artifacts. Arguments as in `send_expand`."""
@@ -90,6 +99,17 @@ class Dispatcher:
     def close(self) -> None:
         self._app.close()
         self._client.close()
+
+    def _wake(self, name: str, word: str) -> bool:
+        try:
+            with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.lpush(name, word)
+                pipeline.ltrim(name, 0, MAX_WAITING - 1)
+                pipeline.execute()
+        except (RedisError, OSError) as error:
+            logger.warning("send_failed", queue=name, error=type(error).__name__)
+            return False
+        return True
 
     def _send(self, name: TaskName, queue: str, arguments: Mapping[str, Any]) -> bool:
         try:

@@ -26,11 +26,13 @@ class Prompt:
     Args:
         name: comes back as the result's `request_id`.
         messages: in the form of `LLM.chat`; media as data URLs, bytes, or callables that give bytes.
+        priority: among the prompts that the engine holds: lower runs first.
     """
 
     name: str
     messages: Sequence[Mapping[str, Any]]
     params: SamplingParams
+    priority: int = 0
 
 
 class EnginePort(Protocol):
@@ -90,7 +92,12 @@ class LLMEngine:
         from engine import EngineError, Request
 
         requests = (
-            Request(messages=prompt.messages, params=prompt.params, request_id=prompt.name)
+            Request(
+                messages=prompt.messages,
+                params=prompt.params,
+                request_id=prompt.name,
+                priority=prompt.priority,
+            )
             for prompt in prompts
         )
         try:

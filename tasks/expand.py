@@ -133,6 +133,8 @@ def _expand(stores: Stores, dispatcher: Dispatcher, config: Config, job: Job) ->
     num_waiting = num_lines - checker.num_refused
     logger.info("job_expanded", job=str(job.id), num_items=num_lines, num_waiting=num_waiting)
     if num_waiting:
+        if job.priority <= jobs.FAST_LANE:
+            dispatcher.send_fast_permit(job.model)
         dispatcher.send_permits_for(job.model, num_waiting)
     else:
         dispatcher.send_finish(job.id)

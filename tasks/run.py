@@ -183,21 +183,28 @@ class Runner:
         while self.run_chunk() and self._dispatcher.take_permit(self._model):
             pass
 
-    def run_chunk(self) -> int:
+    def run_chunk(self, *, is_fast: bool = False) -> int:
         """
         Lease one chunk and see each of its items to its end.
+
+        Args:
+            is_fast: of the fast lane only, whatever else waits.
 
         Returns:
             The number of items that were leased; 0 where there was nothing to do.
         """
         if self.is_draining.is_set():
-            self._dispatcher.send_permits(self._model, 1)  # this one was meant for somebody else
+            # This one was meant for somebody else.
+            if is_fast:
+                self._dispatcher.send_fast_permit(self._model)
+            else:
+                self._dispatcher.send_permits(self._model, 1)
             return 0
         if time.monotonic() - self._last_beat > self._config.lease_s / 2:
             logger.warning("lease_refused", reason="the heartbeat is late")
             return 0
         try:
-            chunk = self._lease()
+            chunk = self._lease(jobs.FAST_LANE if is_fast else None)
         except StorageError as error:
             logger.warning("lease_failed", error=error.code)
             return 0
@@ -217,7 +224,7 @@ class Runner:
                 del self._flights[chunk.lease]
         return len(chunk.items)
 
-    def _lease(self) -> Chunk | None:
+    def _lease(self, max_priority: int | None) -> Chunk | None:
         with self._stores.database.write() as session:
             chunk = items.lease(
                 session,
@@ -225,6 +232,7 @@ class Runner:
                 worker=self._worker,
                 max_items=self._config.chunk_items,
                 lease_s=self._config.lease_s,
+                max_priority=max_priority,
             )
         if chunk is not None:
             self._learn_policies({item.job for item in chunk.items})

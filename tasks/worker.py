@@ -44,6 +44,7 @@ from tasks.dispatch import Dispatcher
 from tasks.engines import EnginePort
 from tasks.errors import BadSubmissionError
 from tasks.expand import expand
+from tasks.fast import EXPAND_LIST, FastLane, name_permit_list, serving
 from tasks.finish import finish
 from tasks.ingest import StreamIngest, bury
 from tasks.prefetch import Fetch, Preparer, refuse_to_fetch
@@ -55,6 +56,10 @@ from tasks.sweep import Sweeper
 logger = structlog.get_logger(__name__)
 
 CPU_THREADS: Final = 4
+FAST_CPU_THREADS: Final = 2
+FAST_GPU_THREADS: Final = 4
+"""Chunks of the fast lane that are in flight beside the others."""
+
 FETCH_THREADS: Final = 32
 EXIT_GRACE_S: Final = 1.0
 """From the deadline to the end of the process, whatever its threads are doing."""
@@ -96,7 +101,7 @@ def run_gpu_worker(
     refuse_unsafe(app, GPU_POOL, env, is_gpu=True)
     refuse_unsafe_broker(broker_url)
     with ExitStack() as open_things:
-        stores = open_stores(config, num_threads=config.chunks_in_flight + 4)
+        stores = open_stores(config, num_threads=config.chunks_in_flight + FAST_GPU_THREADS + 4)
         open_things.callback(stores.close)
         dispatcher = Dispatcher(config, broker_url)
         open_things.callback(dispatcher.close)
@@ -117,7 +122,11 @@ def run_gpu_worker(
         runner.start()
         logger.info("worker_ready", model=model, queue=name_gpu_queue(model))
         drain = Drain(runner, config.drain_s)
-        with _sweeping(stores, dispatcher, config):
+        lanes = [
+            FastLane(broker_url, name_permit_list(model), lambda _: runner.run_chunk(is_fast=True))
+            for _ in range(FAST_GPU_THREADS)
+        ]
+        with _sweeping(stores, dispatcher, config), serving(lanes, runner.is_draining):
             _serve(app, config.chunks_in_flight, drain.on_signal)
         drain.finish()
         runner.stop()
@@ -138,14 +147,24 @@ def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> E
     refuse_unsafe(app, GPU_POOL, env, is_gpu=False)
     refuse_unsafe_broker(broker_url)
     with ExitStack() as open_things:
-        stores = open_stores(config, num_threads=CPU_THREADS + 4)
+        stores = open_stores(config, num_threads=CPU_THREADS + FAST_CPU_THREADS + 4)
         open_things.callback(stores.close)
         dispatcher = Dispatcher(config, broker_url)
         open_things.callback(dispatcher.close)
         _add_cpu_tasks(app, stores, dispatcher, config, broker_url)
         ingest = StreamIngest(stores, dispatcher, config, broker_url, consumer=name_worker())
+
+        def expand_fast(job: str) -> None:
+            with _logged(TaskName.EXPAND, job=job):
+                expand(stores, dispatcher, config, JobId(UUID(job)))
+
+        lanes = [FastLane(broker_url, EXPAND_LIST, expand_fast) for _ in range(FAST_CPU_THREADS)]
         logger.info("worker_ready", queue=CPU_QUEUE)
-        with _sweeping(stores, dispatcher, config), _in_thread("ingest", ingest.run):
+        with (
+            _sweeping(stores, dispatcher, config),
+            _in_thread("ingest", ingest.run),
+            serving(lanes, threading.Event()),
+        ):
             _serve(app, CPU_THREADS, lambda: None)
     return ExitCode.DRAINED
 

@@ -130,3 +130,11 @@ def let_window_end(database: Database, job: JobId) -> None:
             text("UPDATE jobs SET expires_at = 1.0 WHERE id = :job"),
             {"job": job.hex},
         )
+
+
+def put_in_fast_lane(database: Database, job: JobId) -> None:
+    with database.write() as session:
+        session.execute(
+            text("UPDATE jobs SET priority = :priority WHERE id = :job"),
+            {"priority": jobs.FAST_LANE, "job": job.hex},
+        )

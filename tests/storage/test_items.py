@@ -125,6 +125,25 @@ def test_lower_priority_number_runs_first_and_age_decides_between_equals(
     assert [urgent, first, second, late] == order
 
 
+def test_fast_lane_can_be_leased_by_itself_and_goes_first_everywhere(database: Database) -> None:
+    make_job(database, 3, priority=-10)
+    chats = [make_job(database, 1, priority=jobs.FAST_LANE) for _ in range(2)]
+
+    with database.write() as session:
+        fast, none = (
+            items.lease(session, model=MODEL, worker="w", max_items=64, max_priority=jobs.FAST_LANE)
+            for _ in range(2)
+        )
+    late = make_job(database, 1, priority=jobs.FAST_LANE)
+    mixed = lease(database, 2)
+
+    assert fast is not None
+    assert none is None
+    assert {(job, jobs.FAST_LANE) for job in chats} == {(i.job, i.priority) for i in fast.items}
+    assert [late] == [item.job for item in mixed.items if item.priority == jobs.FAST_LANE]
+    assert 2 == len(mixed.items)
+
+
 def test_tenant_with_least_in_flight_comes_first(database: Database) -> None:
     large = make_job(database, 1000, tenant=make_tenant(database, "large"))
     small = make_job(database, 100, tenant=make_tenant(database, "small"))

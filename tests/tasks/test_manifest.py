@@ -50,7 +50,7 @@ def test_lines_are_the_same_for_any_split_of_the_bytes(content: bytes, cuts: lis
 def lease(offset: int, length: int, key: str, **values: Any) -> LeasedItem:
     fence = Fence(ItemId(offset), LeaseId(new_uuid()), 1)
     job, tenant = JobId(new_uuid()), TenantId(new_uuid())
-    return LeasedItem(fence, job, tenant, key, 1, "c", offset, length, 0, 0, **values)
+    return LeasedItem(fence, job, tenant, key, 1, "c", offset, length, 0, 0, 0, **values)
 
 
 def test_bodies_are_read_by_their_places_across_manifests(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from tasks.prefetch import Preparer
 from tasks.run import Runner
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
-from tests.storage.rows import let_backoff_end, let_leases_end
+from tests.storage.rows import let_backoff_end, let_leases_end, put_in_fast_lane
 from tests.tasks.fakes import MODEL, InstantEngine, RecordingDispatcher, build_request
 
 Fetch = Callable[[str, ImageLimits | VideoLimits], bytes]
@@ -43,6 +44,14 @@ class Rig:
     def make(self, *requests: dict[str, Any], **options: Any) -> JobId:
         given = {"requests": list(requests), **options}
         job = submit(self.stores, self.dispatcher, parse_submission(given)).job.id
+        expand(self.stores, self.dispatcher, self.config, job)
+        return job
+
+    def make_chat(self, text: str) -> JobId:
+        """A job of the fast lane, as the API makes one."""
+        given = parse_submission({"requests": [build_request("chat", text)]})
+        job = submit(self.stores, self.dispatcher, given).job.id
+        put_in_fast_lane(self.stores.database, job)
         expand(self.stores, self.dispatcher, self.config, job)
         return job
 
@@ -175,6 +184,34 @@ def test_chunks_share_the_engine_and_a_long_one_holds_up_no_other(rig: Rig) -> N
         slow.join()
 
     assert {ItemState.COMPLETED: 32} == rig.count(job)
+
+
+def test_fast_lane_does_not_wait_for_chunks_in_flight_and_goes_first_in_the_engine(
+    rig: Rig,
+) -> None:
+    rig.make(*(build_request(f"r-{n}", "bulk") for n in range(16)))
+    door = threading.Event()
+
+    def wait_in_bulk(text: str) -> None:
+        assert text == "hello" or door.wait(10)
+
+    engine = InstantEngine(on_prompt=wait_in_bulk)
+    with rig.runner(engine) as runner:
+        slow = threading.Thread(target=runner.run_chunk)
+        slow.start()
+        while not runner.num_in_flight:
+            pass
+        bulk = rig.make(*(build_request(f"r-{n}", "bulk") for n in range(3)))
+        chat = rig.make_chat("hello")
+
+        assert 1 == runner.run_chunk(is_fast=True)
+        assert {ItemState.COMPLETED: 1} == rig.count(chat)
+        assert 0 == runner.run_chunk(is_fast=True), "bulk is none of its business"
+        assert {ItemState.PENDING: 3} == rig.count(bulk)
+        door.set()
+        slow.join()
+
+    assert {jobs.FAST_LANE: 1, 0: 16} == Counter(prompt.priority for prompt in engine.prompts)
 
 
 def test_lost_leases_are_let_go_and_fenced(rig: Rig) -> None:

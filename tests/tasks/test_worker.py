@@ -18,7 +18,8 @@ from tasks.dispatch import Dispatcher
 from tasks.ingest import DEAD, STREAM
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
-from tests.tasks.fakes import build_request
+from tests.storage.rows import put_in_fast_lane
+from tests.tasks.fakes import RecordingDispatcher, build_request
 from tests.tasks.processes import Fleet, open_fleet, wait_until
 from tests.tasks.worker import TOOK_FIRST
 
@@ -99,6 +100,28 @@ def test_job_goes_through_real_workers_by_all_three_ways(
         with stores.database.read() as session:
             lines = items.list_by_line(session, job.id)
         assert [f"> text {n}" for n in range(40)] == [line.text for line in lines]
+
+
+def test_chat_passes_bulk_that_keeps_every_thread_busy(
+    tmp_path: Path,
+    stores: Stores,
+    config: Config,
+    broker: str,
+    dispatcher: RecordingDispatcher,
+) -> None:
+    with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="1")) as fleet:
+        # Three chunks of 16, each item 60 s in the engine: no thread of the pool comes back.
+        bulk = start_slow_job(stores, config, broker, fleet, delay_s=60, num_items=48)
+        wait_until(lambda: count(stores, bulk) == {ItemState.LEASED: 48}, fleet, timeout_s=30)
+        given = parse_submission({"requests": [build_request("chat", "answer at once")]})
+        chat = submit(stores, dispatcher, given).job.id  # and nothing was sent
+        put_in_fast_lane(stores.database, chat)
+        sender = Dispatcher(config, broker)
+        sender.send_fast_expand(chat)
+        sender.close()
+
+        wait_until(lambda: is_over(stores, chat), fleet, timeout_s=30)
+        assert {ItemState.LEASED: 48} == count(stores, bulk)
 
 
 def stop(fleet: Fleet) -> list[int]:
