@@ -28,7 +28,7 @@ from storage.errors import (
     BlobsUnavailableError,
     StorageError,
 )
-from storage.keys import check_key
+from storage.keys import check_key, is_ours
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -101,6 +101,13 @@ class Blobs(Protocol):
     def delete(self, key: str) -> None:
         """A blob that is not there is deleted."""
 
+    def list_keys(self, *, older_than_s: float) -> Iterator[str]:
+        """
+        Keys of ours whose bytes came so long ago or longer, in no order.
+
+        For finding what nobody needs, and nothing else: a listing may be behind the truth.
+        """
+
     def sweep(self, *, older_than_s: float) -> int:
         """Remove what writers left that died; returns how many."""
 
@@ -154,6 +161,17 @@ class FolderBlobs:
     def delete(self, key: str) -> None:
         with _file_errors_translated():
             self._path(key).unlink(missing_ok=True)
+
+    def list_keys(self, *, older_than_s: float) -> Iterator[str]:
+        newest = time.time() - older_than_s
+        for folder, subfolders, names in os.walk(self._folder):
+            if Path(folder) == self._folder and self._unfinished.name in subfolders:
+                subfolders.remove(self._unfinished.name)
+            for name in names:
+                path = Path(folder, name)
+                key = path.relative_to(self._folder).as_posix()
+                if is_ours(key) and _is_older(path, newest):
+                    yield key
 
     def sweep(self, *, older_than_s: float) -> int:
         count = 0
@@ -230,6 +248,12 @@ class _FileWriter:
         # Every folder on the way may be new, and may be another writer's that has not synced it yet.
         for folder in self._path.relative_to(self._folder).parents:
             _sync_folder(self._folder / folder)
+
+
+def _is_older(path: Path, newest: float) -> bool:
+    with _file_errors_translated(), suppress(FileNotFoundError):  # deleted meanwhile
+        return path.stat().st_mtime < newest
+    return False
 
 
 def _sync_folder(folder: Path) -> None:
@@ -339,16 +363,29 @@ class S3Blobs:
         with _s3_errors_translated():
             self._client.delete_object(Bucket=self._config.bucket, Key=self._key(key))
 
+    def list_keys(self, *, older_than_s: float) -> Iterator[str]:
+        newest = time.time() - older_than_s
+        with _s3_errors_translated():
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._config.bucket, Prefix=self._prefix
+            )
+            for page in pages:
+                for found in page.get("Contents", []):
+                    key = found["Key"].removeprefix(self._prefix)
+                    if is_ours(key) and found["LastModified"].timestamp() < newest:
+                        yield key
+
     def sweep(self, *, older_than_s: float) -> int:
         count = 0
-        oldest = time.time() - older_than_s
+        newest = time.time() - older_than_s
         with _s3_errors_translated():
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._config.bucket, Prefix=self._prefix
             )
             for page in pages:
                 for upload in page.get("Uploads", []):
-                    if upload["Initiated"].timestamp() < oldest:
+                    is_old = upload["Initiated"].timestamp() < newest
+                    if is_old and is_ours(upload["Key"].removeprefix(self._prefix)):
                         self._client.abort_multipart_upload(
                             Bucket=self._config.bucket,
                             Key=upload["Key"],

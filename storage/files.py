@@ -5,18 +5,19 @@ The blob is written first and its row afterwards, so that SQL never points to by
 there. A crash between the two leaves a blob that nobody names, which the sweeper removes.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import or_, select, update
+from sqlalchemy import exists, or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
 from storage.db import clock
 from storage.errors import NotFoundError
 from storage.ids import FileId, TenantId
-from storage.states import FileState
-from storage.tables import File
+from storage.states import TERMINAL_JOB_STATES, FileState
+from storage.tables import File, Job
 
 PAGE: Final = 100
 
@@ -125,6 +126,27 @@ def delete(session: Session, tenant: TenantId, file: FileId) -> None:
 def is_named(session: Session, file: FileId) -> bool:
     """Whether there is a row for this file, hidden or not."""
     return session.scalars(select(File.id).where(File.id == file)).one_or_none() is not None
+
+
+def find_unneeded(session: Session, keys: Sequence[str], *, grace_s: float) -> list[str]:
+    """
+    Those of these keys of blobs that nothing needs.
+
+    A blob is needed while a file names it that is not deleted or expired, or has not been for long,
+    and while a job that has not ended reads it.
+
+    Args:
+        grace_s: how long a file must have been gone: whoever found it before may still read.
+    """
+    gone = clock() - grace_s
+    is_live = or_(File.deleted_at.is_(None), File.deleted_at > gone) & or_(
+        File.expires_at.is_(None), File.expires_at > gone
+    )
+    is_read = exists().where(Job.input_file_id == File.id, Job.state.not_in(TERMINAL_JOB_STATES))
+    needed = set(
+        session.scalars(select(File.blob_key).where(File.blob_key.in_(keys), or_(is_live, is_read)))
+    )
+    return [key for key in keys if key not in needed]
 
 
 def forget(session: Session, file: FileId) -> None:

@@ -14,6 +14,8 @@ from storage.ids import FileId, JobId, TenantId
 
 MAX_KEY_CHARS: Final = 512  # S3 takes 1024 bytes; a prefix may come before ours
 
+_UUID: Final = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_OURS: Final = re.compile(rf"{_UUID}/(?:files/{_UUID}|{_UUID}/(?:output|errors)\.[0-9]+\.jsonl)")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -27,6 +29,11 @@ def build_output_key(tenant: TenantId, job: JobId, finish_attempt: int) -> str:
 
 def build_errors_key(tenant: TenantId, job: JobId, finish_attempt: int) -> str:
     return f"{tenant}/{job}/errors.{finish_attempt}.jsonl"
+
+
+def is_ours(key: str) -> bool:
+    """Whether a key is of a form that this file makes. What else lies beside it is not ours to touch."""
+    return _OURS.fullmatch(key) is not None
 
 
 def check_key(key: str) -> str:

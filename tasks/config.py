@@ -85,6 +85,8 @@ class Config(BaseSettings):
         send_timeout_s: how long a send to the broker may take before the sweeper has to do it.
         visibility_timeout_s: after which Redis hands out again what a cpu worker took and never
             acknowledged; three times the longest expansion.
+        blob_grace_s, collect_s: blobs that nothing needs are removed when they are so old, and looked
+            for so often. An upload must be over within that time.
         ingest_idle_s: after which an entry of the stream is taken from a consumer that is silent.
     """
 
@@ -116,6 +118,8 @@ class Config(BaseSettings):
     sweep_s: Seconds = 3.0
     send_timeout_s: Seconds = 0.2
     visibility_timeout_s: int = Field(default=3600, ge=60)
+    blob_grace_s: float = Field(default=24 * 3600.0, ge=3600.0, allow_inf_nan=False)
+    collect_s: Seconds = 3600.0
     ingest_idle_s: Seconds = 60.0
 
     @field_validator("home")

@@ -34,9 +34,6 @@ RESEND_MAX_S: Final = 300.0
 FORCE_AFTER_S: Final = 600.0
 """After which a job that others seem to work on is taken from them."""
 
-BLOBS_EVERY_S: Final = 3600.0
-BLOBS_OLDER_THAN_S: Final = 24 * 3600.0
-
 Kind = Literal["expand", "finish"]
 
 
@@ -55,7 +52,6 @@ class Sweeper:
         self._dispatcher = dispatcher
         self._config = config
         self._sent: dict[tuple[Kind, JobId], _Sent] = {}
-        self._blobs_at = time.monotonic() + BLOBS_EVERY_S
 
     def run(self, stop: threading.Event) -> None:
         """Sweep until `stop` is set: as the leader at each beat, otherwise now and then."""
@@ -90,9 +86,6 @@ class Sweeper:
         self._send_again("expand", self._list_unexpanded(), self._dispatcher.send_expand)
         self._send_again("finish", self._list_ended(), self._dispatcher.send_finish)
         self._send_permits()
-        if time.monotonic() > self._blobs_at:
-            self._blobs_at = time.monotonic() + BLOBS_EVERY_S
-            self._stores.blobs.sweep(older_than_s=BLOBS_OLDER_THAN_S)
 
     def _expire_leases(self) -> None:
         for _ in range(MAX_PAGES):

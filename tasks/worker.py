@@ -39,6 +39,7 @@ from tasks.app import (
     refuse_unsafe,
 )
 from tasks.broker import build_client, refuse_unsafe_broker
+from tasks.collect import Collector
 from tasks.config import Config
 from tasks.dispatch import Dispatcher
 from tasks.engines import EnginePort
@@ -158,11 +159,13 @@ def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> E
             with _logged(TaskName.EXPAND, job=job):
                 expand(stores, dispatcher, config, JobId(UUID(job)))
 
+        collector = Collector(stores, grace_s=config.blob_grace_s, every_s=config.collect_s)
         lanes = [FastLane(broker_url, EXPAND_LIST, expand_fast) for _ in range(FAST_CPU_THREADS)]
         logger.info("worker_ready", queue=CPU_QUEUE)
         with (
             _sweeping(stores, dispatcher, config),
             _in_thread("ingest", ingest.run),
+            _in_thread("collector", collector.run),
             serving(lanes, threading.Event()),
         ):
             _serve(app, CPU_THREADS, lambda: None)

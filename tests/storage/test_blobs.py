@@ -28,6 +28,8 @@ from storage.keys import build_errors_key, build_file_key, build_output_key, che
 from tests.services import S3Server, find_free_ports
 
 PART_BYTES = 5 * 1024 * 1024
+OURS = build_file_key(TenantId(new_uuid()), FileId(new_uuid()))
+"""A key of the form that a sweep may touch; it passes over others."""
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,38 @@ def test_bucket_refuses_such_keys_too(bucket: S3Blobs) -> None:
         bucket.put("../x", b"")
     with pytest.raises(BadBlobKeyError):
         bucket.read("../x")
+
+
+def test_listing_gives_our_own_old_keys(blobs: Blobs) -> None:
+    tenant, job = TenantId(new_uuid()), JobId(new_uuid())
+    ours = [
+        build_file_key(tenant, FileId(new_uuid())),
+        build_output_key(tenant, job, 3),
+        build_errors_key(tenant, job, 12),
+    ]
+    for key in (*ours, "somebody/elses", f"{tenant}/notes.txt"):
+        blobs.put(key, b"x")
+
+    assert sorted(ours) == sorted(blobs.list_keys(older_than_s=-60.0))
+    assert [] == list(blobs.list_keys(older_than_s=60.0))
+
+
+def test_neighbour_whose_prefix_begins_like_ours_is_not_listed(
+    s3_server: S3Server, bucket: S3Blobs
+) -> None:
+    there = S3Blobs(build_config(s3_server, prefix=f"{bucket._config.prefix}-2"))
+    there.put(OURS, b"x")
+
+    assert [] == list(bucket.list_keys(older_than_s=-60.0))
+    assert [OURS] == list(there.list_keys(older_than_s=-60.0))
+
+
+def test_upload_of_others_in_the_bucket_is_left_alone(s3_server: S3Server, bucket: S3Blobs) -> None:
+    key = f"{bucket._config.prefix}/holiday/films"
+    client = s3_server.build_client()
+    client.create_multipart_upload(Bucket=s3_server.bucket, Key=key)
+
+    assert 0 == bucket.sweep(older_than_s=-60.0)
 
 
 def test_ping_answers(blobs: Blobs) -> None:
@@ -390,11 +424,11 @@ def test_completion_that_was_repeated_by_itself_is_a_success(bucket: S3Blobs) ->
 
 @pytest.mark.services
 def test_upload_that_a_sweep_ended_may_be_written_again(bucket: S3Blobs) -> None:
-    with pytest.raises(BlobsUnavailableError), bucket.open_writer("key") as writer:  # noqa: PT012 - the block is the subject
+    with pytest.raises(BlobsUnavailableError), bucket.open_writer(OURS) as writer:  # noqa: PT012 - the block is the subject
         writer.write(b"x" * (PART_BYTES + 1))
         assert 1 == bucket.sweep(older_than_s=-60.0)
 
-    assert 5 == bucket.put("key", b"other").num_bytes
+    assert 5 == bucket.put(OURS, b"other").num_bytes
 
 
 @pytest.mark.services
@@ -405,14 +439,14 @@ def test_sweep_leaves_neighbours_alone_and_young_uploads_too(
         S3Blobs(build_config(s3_server, prefix=prefix))
         for prefix in (f"{bucket._config.prefix}-too", "test")
     )
-    with neighbour.open_writer("key") as theirs, bucket.open_writer("key") as ours:
+    with neighbour.open_writer(OURS) as theirs, bucket.open_writer(OURS) as ours:
         theirs.write(b"x" * (PART_BYTES + 1))
         ours.write(b"x" * (PART_BYTES + 1))
 
         assert 0 == bucket.sweep(older_than_s=3600.0)
         assert 0 == namesake.sweep(older_than_s=-60.0)
 
-    assert PART_BYTES + 1 == neighbour.count_bytes("key") == bucket.count_bytes("key")
+    assert PART_BYTES + 1 == neighbour.count_bytes(OURS) == bucket.count_bytes(OURS)
 
 
 def list_ways(blobs: S3Blobs) -> list[Callable[[], object]]:
