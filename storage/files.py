@@ -16,8 +16,8 @@ from sqlalchemy.sql.elements import ColumnElement
 from storage.db import clock
 from storage.errors import NotFoundError
 from storage.ids import FileId, TenantId
-from storage.states import TERMINAL_JOB_STATES, FileState
-from storage.tables import File, Job
+from storage.states import FileState
+from storage.tables import IS_OPEN, File, Job
 
 PAGE: Final = 100
 
@@ -142,7 +142,7 @@ def find_unneeded(session: Session, keys: Sequence[str], *, grace_s: float) -> l
     is_live = or_(File.deleted_at.is_(None), File.deleted_at > gone) & or_(
         File.expires_at.is_(None), File.expires_at > gone
     )
-    is_read = exists().where(Job.input_file_id == File.id, Job.state.not_in(TERMINAL_JOB_STATES))
+    is_read = exists().where(Job.input_file_id == File.id, IS_OPEN)
     needed = set(
         session.scalars(select(File.blob_key).where(File.blob_key.in_(keys), or_(is_live, is_read)))
     )

@@ -423,13 +423,21 @@ def renew(
     Returns:
         The items that are still ours. One that is missing was lost: stop working on it.
     """
-    rows = session.scalars(
-        update(Item)
+    # In the order of all others: an UPDATE by itself locks rows as its plan meets them.
+    held = (
+        select(Item.id)
         .where(
             in_state(Item.state, ItemState.LEASED),
             Item.lease_id.in_(list(leases)),
             Item.lease_until > clock(),
         )
+        .order_by(Item.id)
+        .with_for_update()
+        .cte("held")
+    )
+    rows = session.scalars(
+        update(Item)
+        .where(Item.id == held.c.id, _IS_LEASED)
         .values(lease_until=clock() + lease_s)
         .returning(Item.id)
         .execution_options(synchronize_session=False)
@@ -608,29 +616,35 @@ def end_page(session: Session, job: JobId, state: ItemState, *, limit: int = PAG
         The items ended; none when nothing is left.
     """
     assert state in (ItemState.CANCELLED, ItemState.EXPIRED), state
-    page = (
-        select(Item.id)
-        .where(Item.job_id == job, _IS_OPEN)
-        .order_by(Item.id)
-        .limit(limit)
-        .with_for_update()
-        .cte("page")
-    )
-    ended = session.scalars(
-        update(Item)
-        .where(
-            Item.id == page.c.id,
-            _IS_OPEN,
-            exists().where(Job.id == Item.job_id, _may_end(state)),
+    # What waits in the order of its index, or each page would walk along all that have ended: who
+    # else locks such rows, a lease, never waits for one. What is leased in the order of all others.
+    for before, order in (
+        (ItemState.PENDING, (Item.is_suspect, Item.not_before, Item.id)),
+        (ItemState.LEASED, (Item.id,)),
+    ):
+        page = (
+            select(Item.id)
+            .where(Item.job_id == job, in_state(Item.state, before))
+            .order_by(*order)
+            .limit(limit)
+            .with_for_update()
+            .cte("page")
         )
-        .values(state=state, lease_id=None, lease_until=None, ended_at=clock())
-        .returning(Item.id)
-        .execution_options(synchronize_session=False)
-    ).all()
-    if not ended:
-        return Outcome(frozenset())
-    _, is_over = _count_ends(session, job, state, len(ended))
-    return Outcome(frozenset(ended), (job,) if is_over else ())
+        ended = session.scalars(
+            update(Item)
+            .where(
+                Item.id == page.c.id,
+                _unestimated(in_state(Item.state, before)),
+                exists().where(Job.id == Item.job_id, _may_end(state)),
+            )
+            .values(state=state, lease_id=None, lease_until=None, ended_at=clock())
+            .returning(Item.id)
+            .execution_options(synchronize_session=False)
+        ).all()
+        if ended:
+            _, is_over = _count_ends(session, job, state, len(ended))
+            return Outcome(frozenset(ended), (job,) if is_over else ())
+    return Outcome(frozenset())
 
 
 def _may_end(state: ItemState) -> ColumnElement[bool]:

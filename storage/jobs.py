@@ -17,8 +17,8 @@ from sqlalchemy.orm.attributes import set_committed_value
 from storage.db import clock, head_of, insert_or_skip, is_sqlite
 from storage.errors import IdempotencyConflictError, NotFoundError, StateConflictError
 from storage.ids import FileId, JobId, TenantId, new_uuid
-from storage.states import TERMINAL_JOB_STATES, ItemState, JobState
-from storage.tables import JSONS, File, Item, Job, in_state
+from storage.states import ItemState, JobState
+from storage.tables import IS_OPEN, JSONS, File, Item, Job, in_state
 
 PAGE: Final = 100
 
@@ -431,7 +431,7 @@ def measure_open_work(session: Session, tenant: TenantId) -> OpenWork:
         ).where(
             File.id == Job.input_file_id,
             Job.tenant_id == tenant,
-            Job.state.not_in(TERMINAL_JOB_STATES),
+            IS_OPEN,
         )
     ).one()
     return OpenWork(int(row[0]), int(row[1]))
@@ -439,11 +439,7 @@ def measure_open_work(session: Session, tenant: TenantId) -> OpenWork:
 
 def count_open(session: Session) -> dict[JobState, int]:
     """Jobs of all tenants that have not ended, by state."""
-    rows = session.execute(
-        select(Job.state, func.count())
-        .where(Job.state.not_in(TERMINAL_JOB_STATES))
-        .group_by(Job.state)
-    )
+    rows = session.execute(select(Job.state, func.count()).where(IS_OPEN).group_by(Job.state))
     return dict(rows.all())
 
 

@@ -78,6 +78,9 @@ def in_state(
     return column == literal(state, column.type, literal_execute=True)
 
 
+_OPEN: Final = "'validating', 'in_progress', 'finalizing', 'cancelling'"
+
+
 class Base(DeclarativeBase):
     metadata = MetaData(naming_convention=NAMES)
     type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own form
@@ -224,12 +227,14 @@ class Job(Base):
             "state",
             "model",
             "priority",
-            postgresql_where=text(
-                "state IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
-            ),
-            sqlite_where=text("state IN ('validating', 'in_progress', 'finalizing', 'cancelling')"),
+            postgresql_where=text(f"state IN ({_OPEN})"),
+            sqlite_where=text(f"state IN ({_OPEN})"),
         ),
     )
+
+
+IS_OPEN: Final = text(f"jobs.state IN ({_OPEN})")
+"""Whether a job has not ended, in the words of `ix_jobs_open`: SQLite takes the index for no others."""
 
 
 class Item(Base):

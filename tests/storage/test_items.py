@@ -242,6 +242,34 @@ def test_heartbeat_keeps_a_lease_and_tells_which_are_lost(database: Database) ->
     assert {*(item.fence.item for item in mine.items), other.items[1].fence.item} == kept
 
 
+def test_renewal_locks_rows_in_the_order_of_all_others(database: Database) -> None:
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer")
+    make_job(database, 6)
+    first, second = lease(database, 3, lease_s=90.0), lease(database, 3, lease_s=60.0)
+    ids = [item.fence.item for chunk in (first, second) for item in chunk.items]
+    leases = [first.lease, second.lease]  # its index would lead to the second one's rows before
+    renewed: list[int] = []
+
+    def renew() -> None:
+        with database.write() as session:
+            renewed.append(len(items.renew(session, leases)))
+
+    with database.write() as session:
+        lock = text("SELECT id FROM items WHERE id = :id FOR UPDATE NOWAIT")
+        session.execute(lock, {"id": ids[0]})
+        thread = threading.Thread(target=renew)
+        thread.start()
+        waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        while not session.scalar(waiting):
+            assert thread.is_alive()
+
+        session.execute(lock, {"id": ids[-1]})  # else both would wait for each other
+    thread.join()
+
+    assert [6] == renewed
+
+
 def test_lease_that_is_over_cannot_be_renewed(database: Database) -> None:
     make_job(database, 2)
     chunk = lease(database, 2)

@@ -22,8 +22,8 @@ from storage.errors import (
     StateConflictError,
 )
 from storage.ids import JobId, new_uuid
-from storage.states import ITEM_MOVES, JOB_MOVES, ItemState, JobState
-from storage.tables import Job
+from storage.states import ITEM_MOVES, JOB_MOVES, TERMINAL_JOB_STATES, ItemState, JobState
+from storage.tables import IS_OPEN, Job
 from tests.storage.rows import (
     completions,
     lease,
@@ -495,6 +495,8 @@ def test_ids_sort_by_the_time_they_were_made() -> None:
 
 
 def test_states_that_have_no_way_out_are_the_terminal_ones() -> None:
+    open_states = {state for state in JobState if f"'{state}'" in str(IS_OPEN)}
+    assert open_states == set(JobState) - TERMINAL_JOB_STATES
     assert {"completed", "failed", "cancelled", "expired"} == {
         state for state, to in ITEM_MOVES.items() if not to
     }

@@ -10,11 +10,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, event, text
 
-from storage import items
+from storage import files, items, jobs
 from storage.db import Database
-from tests.storage.rows import completions, lease, make_job
+from storage.ids import TenantId
+from storage.states import ItemState
+from storage.tables import Job
+from tests.storage.rows import (
+    completions,
+    lease,
+    let_leases_end,
+    let_window_end,
+    make_job,
+    make_tenant,
+    new_job,
+)
 
 pytestmark = pytest.mark.services
 
@@ -30,12 +41,12 @@ def postgresql(database: Database) -> Database:
 
 
 @contextmanager
-def recorded(database: Database) -> Iterator[list[Statement]]:
+def recorded(database: Database, *, about: str = " items") -> Iterator[list[Statement]]:
     """What is sent meanwhile: statements about items, in the driver's form, with parameters."""
     found: list[Statement] = []
 
     def record(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if " items" in statement:
+        if about in statement:
             found.append((statement, parameters))
 
     event.listen(database.engine, "before_cursor_execute", record)
@@ -118,3 +129,67 @@ def test_page_of_an_artifact_reads_no_more_rows_than_the_page(postgresql: Databa
 
     assert 100 == len(page)
     assert 100 <= count_rows_read(postgresql, sent) <= 200
+
+
+def test_heart_and_sweep_read_no_more_rows_than_they_move(postgresql: Database) -> None:
+    job = make_job(postgresql, NUM_ITEMS)
+    with postgresql.write() as session:
+        items.refresh_statistics(session)
+    run_half(postgresql, NUM_ITEMS)
+    chunk = lease(postgresql, 50)
+    leases = {item.fence.lease for item in chunk.items}
+    read: dict[str, int] = {}
+
+    def measure(name: str, act: Any) -> None:
+        with recorded(postgresql) as sent, postgresql.write() as session:
+            assert act(session)
+            session.rollback()  # so that EXPLAIN finds the rows as they were
+        read[name] = count_rows_read(postgresql, sent)
+
+    measure("renew", lambda session: items.renew(session, leases))
+    fences = [item.fence for item in chunk.items]
+    measure("release", lambda session: items.release(session, fences).items)
+    measure("count", lambda session: items.count_waiting(session, limit=100))
+    let_leases_end(postgresql)
+    measure("expire", lambda session: items.expire_leases(session, limit=100).items)
+    let_window_end(postgresql, job)
+    measure("end", lambda session: items.end_page(session, job, ItemState.EXPIRED, limit=60).items)
+
+    assert {} == {name: count for name, count in read.items() if not 50 <= count <= 250}
+
+
+def test_what_a_tenant_has_open_is_read_without_the_jobs_that_have_ended(
+    postgresql: Database,
+) -> None:
+    tenant = make_tenant(postgresql)
+    make_job(postgresql, 3, tenant=tenant)
+    add_ended_jobs(postgresql, tenant, 3000)
+    with recorded(postgresql, about="jobs") as sent, postgresql.read() as session:
+        open_work = jobs.measure_open_work(session, tenant)
+        jobs.count_open(session)
+        unneeded = files.find_unneeded(session, ["a", "b"], grace_s=60.0)
+
+    assert (3, ["a", "b"]) == (open_work.num_items, unneeded)
+    assert count_rows_read(postgresql, sent) <= 10
+
+
+def add_ended_jobs(database: Database, tenant: TenantId, count: int) -> None:
+    """Of long ago, all from one file."""
+    with database.write() as session:
+        job = jobs.create(session, new_job(database, tenant))[0]
+        others = [
+            column.name for column in Job.__table__.columns if column.name not in ("id", "state")
+        ]
+        names = ", ".join(others)
+        session.execute(
+            text(
+                f"INSERT INTO jobs (id, state, {names}) "  # noqa: S608 - names of columns
+                f"SELECT CAST('0000' || substr(md5(n::text), 5) AS uuid), 'completed', {names} "
+                "FROM jobs, generate_series(1, :count) AS n WHERE id = :job"
+            ),
+            {"count": count, "job": job.id},
+        )
+        session.execute(
+            text("UPDATE jobs SET state = 'completed' WHERE id = :job"), {"job": job.id}
+        )
+        session.execute(text("ANALYZE jobs"))
