@@ -77,6 +77,8 @@ class Config(BaseSettings):
         chunk_items: how many items one permit leases.
         chunks_in_flight: permits that a worker works on at a time; their items together should be
             twice what the engine runs at once, so that one's slow tail never leaves it idle.
+        max_media_bytes: of lines, pictures and clips that a GPU worker holds at a time, as they came:
+            fetched, or about to be, until the engine has answered.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
         lease_s, heartbeat_s: how long a claim lasts, and how often it is renewed.
         start_wait_s: how long a process that starts waits for a given broker to answer.
@@ -108,6 +110,7 @@ class Config(BaseSettings):
 
     chunk_items: Count = 64
     chunks_in_flight: Count = 3
+    max_media_bytes: Count = 2048 * MEBIBYTE
     commit_items: Count = 64
     commit_s: Seconds = 0.2
     lease_s: Seconds = 60.0

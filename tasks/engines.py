@@ -50,7 +50,8 @@ class EnginePort(Protocol):
         """
         Yield one result for each prompt, the moment it is ready, in no order.
 
-        Closing the iterator drops what is in flight.
+        Closing the iterator drops what is in flight. `prompts` may wait until an earlier result was
+        taken, so it is not pulled in the thread that takes them, or only between two.
 
         Raises:
             DeviceLostError: nothing more will come from this process.

@@ -4,7 +4,8 @@ Leased items become prompts, their media on the way, ahead of the engine and wit
 Data URLs go to the engine as they are and uploaded files as callables: both are read in its media
 threads. What lies behind http is fetched here, several at a time, so that a slow host holds up no
 neighbour; a prompt is handed on when its last byte is there. At most `MAX_AHEAD` prompts of a chunk
-wait or are fetched at a time, whatever its size.
+wait or are fetched at a time, whatever its size, and all chunks together hold no more bytes than
+`tasks.budget` lets them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from tasks.bodies import (
     parse_json,
     read_source,
 )
+from tasks.budget import Hold
 from tasks.config import MediaLimits
 from tasks.engines import Prompt
 from tasks.errors import BadLineError
@@ -111,6 +113,7 @@ class Preparer:
         policies: Mapping[JobId, ImagePolicy],
         *,
         take: Callable[[LeasedItem], bool],
+        hold: Hold,
     ) -> Iterator[Ready | Refused]:
         """
         Yield each item when it is ready, in about the order of the manifest.
@@ -118,23 +121,31 @@ class Preparer:
         Args:
             policies: of the items' jobs.
             take: asked before an item is begun; one that is not ours any more is left out.
+            hold: what the items' bytes are counted with; the caller releases each when it has ended.
 
         Raises:
             StorageError: a manifest could not be read; the items not yet yielded are not begun.
         """
         fetching: dict[Future[Ready | Refused], None] = {}
         for item, content in read_bodies(self.stores.blobs, items):
-            if not take(item):
-                continue
             try:
                 draft = self._read(item, content, policies[item.job])
             except (BadLineError, NotFoundError) as error:
-                yield Refused(item, error)
+                if take(item):
+                    yield Refused(item, error)
+                continue
+            # What has come is handed on before we wait: it holds what we are waiting for.
+            while not hold.take(item.fence.item, draft.max_bytes, wait=not fetching):
+                if hold.is_closed:
+                    return
+                yield from _take_done(fetching, timeout=None)
+            if not take(item):  # also where a drain began while it waited
+                hold.release(item.fence.item)
                 continue
             if not draft.urls:
                 yield draft.build({})
                 continue
-            fetching[self.pool.submit(self._fetch_all, draft)] = None
+            fetching[self.pool.submit(self._fetch_all, draft, hold)] = None
             yield from _take_done(fetching, timeout=None if len(fetching) >= MAX_AHEAD else 0)
         while fetching:
             yield from _take_done(fetching, timeout=None)
@@ -147,7 +158,7 @@ class Preparer:
             image_policy=policy,
         )
         params = build_params(self.defaults, self._fill_in(body.sampling))
-        draft = _Draft(item, body, params)
+        draft = _Draft(item, body, params, len(content))
         draft.read_messages(self)
         return draft
 
@@ -157,11 +168,16 @@ class Preparer:
             return dict(sampling)
         return {"max_tokens": None, **sampling}
 
-    def open_file(self, tenant: TenantId, file_id: FileId) -> Callable[[], bytes]:
-        """Raises `NotFoundError` for a file that is not the tenant's."""
+    def open_file(self, tenant: TenantId, file_id: FileId) -> tuple[Callable[[], bytes], int]:
+        """
+        A way to read an uploaded file, and its size in bytes.
+
+        Raises:
+            NotFoundError: it is not the tenant's.
+        """
         with self.stores.database.read() as session:
-            key = files.get(session, tenant, file_id).blob_key
-        blobs = self.stores.blobs
+            file = files.get(session, tenant, file_id)
+        key, blobs = file.blob_key, self.stores.blobs
 
         def read() -> bytes:
             try:
@@ -173,9 +189,9 @@ class Preparer:
                     "An uploaded file could not be read just now.", retryable=True
                 ) from error
 
-        return read
+        return read, file.num_bytes
 
-    def _fetch_all(self, draft: "_Draft") -> Ready | Refused:
+    def _fetch_all(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
         try:
             fetched = {
                 url: self.fetch(url, VIDEO_LIMITS if is_video else IMAGE_LIMITS)
@@ -183,20 +199,37 @@ class Preparer:
             }
         except FetchFailedError as error:
             return Refused(draft.item, error)
+        hold.shrink(draft.item.fence.item, draft.num_bytes + sum(map(len, fetched.values())))
         return draft.build(fetched)
 
 
 class _Draft:
-    """A prompt whose media behind http have not come yet."""
+    """
+    A prompt whose media behind http have not come yet.
 
-    def __init__(self, item: LeasedItem, body: Body, params: SamplingParams) -> None:
+    Args:
+        num_bytes: of its line, data URLs included; uploaded files are added as they are met.
+    """
+
+    def __init__(
+        self, item: LeasedItem, body: Body, params: SamplingParams, num_bytes: int
+    ) -> None:
         self.item = item
+        self.num_bytes = num_bytes
         self.urls: dict[str, bool] = {}  # and whether a video is expected there
         self._body = body
         self._params = params
         self._messages: list[dict[str, Any]] = []
         self._num_given = 0
         self._num_used = 0
+
+    @property
+    def max_bytes(self) -> int:
+        """With all that may still come."""
+        return self.num_bytes + sum(
+            (VIDEO_LIMITS if is_video else IMAGE_LIMITS).max_bytes
+            for is_video in self.urls.values()
+        )
 
     def read_messages(self, preparer: Preparer) -> None:
         kinds = [
@@ -232,11 +265,9 @@ class _Draft:
         source = read_source(part)
         file_id = parse_file_id(source)
         if file_id is not None:
-            return {
-                "type": kind,
-                kind: preparer.open_file(self.item.tenant, file_id),
-                **options,
-            }
+            read, num_bytes = preparer.open_file(self.item.tenant, file_id)
+            self.num_bytes += num_bytes
+            return {"type": kind, kind: read, **options}
         if source[:5].lower() == "data:":
             return {"type": f"{kind}_url", f"{kind}_url": {"url": source}, **options}
         self.urls[source] = is_video

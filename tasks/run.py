@@ -21,10 +21,12 @@ import structlog
 
 from engine.request import CompletionOutput, Result, SamplingParams
 from storage import items, jobs
+from storage.db import Session
 from storage.errors import CommitUnknownError, StorageError
 from storage.ids import ItemId, JobId, LeaseId
 from storage.items import Chunk, Completion, Failure, Fence, LeasedItem, Outcome
 from tasks.bodies import ImagePolicy
+from tasks.budget import Budget, Hold
 from tasks.config import Config
 from tasks.dispatch import Dispatcher
 from tasks.engines import EnginePort, Prompt
@@ -158,6 +160,7 @@ class Runner:
         self._on_device_lost = on_device_lost
         self._device_lost = threading.Lock()
         self._gate = Gate()
+        self._budget = Budget(config.max_media_bytes)
         self._lock = threading.Lock()
         self._flights: dict[LeaseId, Flight] = {}
         self._policies: dict[JobId, ImagePolicy] = {}  # of jobs met; they never change
@@ -234,17 +237,16 @@ class Runner:
                 lease_s=self._config.lease_s,
                 max_priority=max_priority,
             )
-        if chunk is not None:
-            self._learn_policies({item.job for item in chunk.items})
+            if chunk is not None:  # before the commit: a lease that we know nothing of would expire
+                self._learn_policies(session, {item.job for item in chunk.items})
         return chunk
 
-    def _learn_policies(self, job_ids: set[JobId]) -> None:
+    def _learn_policies(self, session: Session, job_ids: set[JobId]) -> None:
         with self._lock:
             unknown = job_ids - self._policies.keys()
         if not unknown:
             return
-        with self._stores.database.read() as session:
-            found = [jobs.find(session, job) for job in unknown]
+        found = [jobs.find(session, job) for job in unknown]
         with self._lock:
             while len(self._policies) > MAX_JOBS_KNOWN:
                 self._policies.pop(next(iter(self._policies)))
@@ -265,11 +267,13 @@ class Runner:
         started = time.perf_counter()
         asked: dict[str, Ready] = {}
         fences = dict(flight.open)
-        stream = self._engine.stream(self._feed(chunk, flight, asked))
+        hold = Hold(self._budget)
+        stream = self._engine.stream(self._feed(chunk, flight, asked, hold))
         try:
             for result in stream:
                 ready = asked.pop(result.request_id)
                 fence = ready.item.fence
+                hold.release(fence.item)
                 if result.error is not None:
                     self._settle(flight, fence, judge(result.error))
                 else:
@@ -287,6 +291,7 @@ class Runner:
             for ready in asked.values():
                 self._settle(flight, ready.item.fence, judge(RuntimeError()))
         finally:
+            hold.close()
             close = getattr(stream, "close", None)
             if close is not None:
                 close()
@@ -299,10 +304,13 @@ class Runner:
             run_ms=round((time.perf_counter() - started) * 1000),
         )
 
-    def _feed(self, chunk: Chunk, flight: Flight, asked: dict[str, Ready]) -> Iterator[Prompt]:
+    def _feed(
+        self, chunk: Chunk, flight: Flight, asked: dict[str, Ready], hold: Hold
+    ) -> Iterator[Prompt]:
         policies = {item.job: self._policies[item.job] for item in chunk.items}
-        for found in self._preparer.prepare(chunk.items, policies, take=flight.take):
+        for found in self._preparer.prepare(chunk.items, policies, take=flight.take, hold=hold):
             if isinstance(found, Refused):
+                hold.release(found.item.fence.item)
                 self._settle(flight, found.item.fence, judge(found.error))
             else:
                 asked[found.prompt.name] = found
@@ -347,6 +355,11 @@ class Runner:
     @property
     def num_in_flight(self) -> int:
         return sum(len(flight.open) for flight in self._all_flights())
+
+    @property
+    def num_media_bytes(self) -> int:
+        """What `max_media_bytes` bounds."""
+        return self._budget.num_bytes
 
     def _all_flights(self) -> list[Flight]:
         with self._lock:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from media.errors import FetchFailedError
-from media.limits import ImageLimits, VideoLimits
+from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
 from storage.ids import JobId
 from storage.items import Ended
@@ -332,6 +333,41 @@ def test_images_come_from_urls_and_files_and_bad_ones_end_their_item_only(rig: R
     }
     assert {"type": "image", "image": b"https://host/a"} == parts["https://host/a"]
     assert rig.stores.blobs.read(upload.manifest_key) == parts[file_url]["image"]()
+
+
+def test_bytes_of_pictures_are_bounded_over_all_chunks_and_free_in_the_end(rig: Rig) -> None:
+    def image(number: int) -> list[Any]:
+        part = {"type": "image_url", "image_url": {"url": f"https://host/{number}"}}
+        return [{"role": "user", "content": [{"type": "text", "text": f"{number}"}, part]}]
+
+    job = rig.make(*(build_request(f"r-{n}", messages=image(n)) for n in range(32)))
+    room = 2 * (IMAGE_LIMITS.max_bytes + 1000)  # for two pictures that have not come yet
+    rig.config = rig.config.model_copy(update={"max_media_bytes": room})
+    now, most, held = 0, 0, []
+    lock = threading.Lock()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.002)
+        held.append(runner.num_media_bytes)
+        with lock:
+            now -= 1
+        return b"x" * 100
+
+    with rig.runner(InstantEngine(), fetch=fetch) as runner:
+        threads = [threading.Thread(target=runner.run_chunk) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert 0 == runner.num_media_bytes
+
+    assert {ItemState.COMPLETED: 32} == rig.count(job)
+    assert most <= 2
+    assert IMAGE_LIMITS.max_bytes < max(held) <= room
 
 
 def test_policy_leaves_images_out_and_says_so(rig: Rig) -> None:
