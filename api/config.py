@@ -39,6 +39,7 @@ class ApiConfig:
         body_timeout_s: how long the next piece of a body may take to come.
         max_open_items, max_open_bytes: what a tenant may have open where its row does not say.
         batch_file_lifetime_s: of uploads for batches that do not say when they expire.
+        metrics_from: networks that may read /metrics, besides this host.
         chat_timeout_s: how long a chat completion may take, queue included.
     """
 
@@ -55,6 +56,7 @@ class ApiConfig:
     max_open_items: int | None = None
     max_open_bytes: int | None = None
     batch_file_lifetime_s: int = 30 * 24 * 3600
+    metrics_from: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
     chat_timeout_s: float = 300.0
     model_ids: frozenset[str] = field(init=False)
 

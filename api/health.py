@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.answers import ERRORS, answer_json
 from api.auth import check_origin
+from api.config import ApiConfig
 from api.errors import ForbiddenError, UnavailableError
 from api.metrics import CONTENT_TYPE
 from api.services import Here, Ping
@@ -58,18 +59,21 @@ async def _ping(name: str, ping: Ping) -> bool:
 
 @router.get("/metrics", response_class=Response, responses=_TEXT)
 def show_metrics(request: Request, here: Here) -> Response:
-    """For a Prometheus on this host. What came through a proxy is refused: counts tell of others."""
-    if not _is_local(request):
-        raise ForbiddenError("Metrics are for this host only.")
+    """For a Prometheus that is known. What came through a proxy is refused: counts tell of others."""
+    if not _is_known(request, here.config):
+        raise ForbiddenError("Metrics are for this host and the networks that were named only.")
     if here.config.is_open:
         check_origin(request)
     return Response(here.metrics.expose(here.database), media_type=CONTENT_TYPE)
 
 
-def _is_local(request: Request) -> bool:
+def _is_known(request: Request, config: ApiConfig) -> bool:
     if request.client is None or {"forwarded", "x-forwarded-for"} & set(request.headers):
         return False
     try:
-        return ipaddress.ip_address(request.client.host).is_loopback
+        address = ipaddress.ip_address(request.client.host)
     except ValueError:
         return False
+    if address.version == 6 and address.ipv4_mapped is not None:  # a socket for both protocols
+        address = address.ipv4_mapped
+    return address.is_loopback or any(address in network for network in config.metrics_from)

@@ -58,6 +58,7 @@ def run_api(host: str, port: int) -> ExitCode:
             open_tenant=DEFAULT_TENANT,
             models=tuple(ServedModel(name) for name in config.models),
             max_batch_lines=config.max_lines,
+            metrics_from=config.metrics_from,
         )
         with (
             open_broker(config) as url,

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 from urllib.parse import urlsplit
@@ -39,6 +40,7 @@ MEBIBYTE: Final = 1024 * 1024
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Network = IPv4Network | IPv6Network
 
 
 class MediaLimits(BaseModel):
@@ -72,6 +74,7 @@ class Config(BaseSettings):
         redis_url: of a broker that is there; by default we start one of our own.
         pepper: what API keys are hashed with, in hexadecimal digits, the same on every host; by
             default, without `database_url`, a file under `home`.
+        metrics_from: networks that may read /metrics besides the host itself, as 10.0.0.0/8,fd00::/8.
         models: the models that are served, by name, as JSON: {"M": {"image": 4, "max_model_len": 4096}}.
         limit_mm_per_prompt: limits of every other model, as `image=4,video=1` or as JSON.
         chunk_items: how many items one permit leases.
@@ -102,6 +105,8 @@ class Config(BaseSettings):
     s3_checksums: bool = True
     redis_url: str | None = None
     pepper: SecretStr = SecretStr("")
+
+    metrics_from: Annotated[tuple[Network, ...], NoDecode] = ()
 
     models: dict[str, ModelSettings] = Field(default_factory=dict)
     limit_mm_per_prompt: Annotated[MediaLimits, NoDecode] = MediaLimits()
@@ -134,6 +139,15 @@ class Config(BaseSettings):
     @classmethod
     def _parse_limits(cls, given: object) -> object:
         return parse_limits(given) if isinstance(given, str) else given
+
+    @field_validator("metrics_from", mode="before")
+    @classmethod
+    def _split_networks(cls, given: object) -> object:
+        return (
+            [part.strip() for part in given.split(",") if part.strip()]
+            if isinstance(given, str)
+            else given
+        )
 
     @field_validator("redis_url")
     @classmethod

@@ -14,17 +14,20 @@ from api.config import ApiConfig
 from storage.blobs import FolderBlobs
 from storage.db import Database
 from storage.ids import JobId
+from tasks.config import load_config
 from tests.api.conftest import Client, Service
 from tests.api.inputs import ENDPOINT, build_line, submit
 
 ROOT = Path(__file__).parents[2]
 
 
-def ask(app: FastAPI, method: str, path: str, **options: object) -> httpx2.Response:
+def ask(
+    app: FastAPI, method: str, path: str, *, client: str = "127.0.0.1", **options: object
+) -> httpx2.Response:
     async def send() -> httpx2.Response:
-        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            return await client.request(method, path, **options)  # type: ignore[arg-type]
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False, client=(client, 4711))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as asker:
+            return await asker.request(method, path, **options)  # type: ignore[arg-type]
 
     return asyncio.run(send())
 
@@ -130,6 +133,31 @@ def test_metrics_count_requests_by_route_and_open_work(service: Service, client:
     )
     assert 'darkroom_open_jobs{state="validating"}' in text
     assert "batch_x" not in text
+
+
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("::1", 200),
+        ("10.1.2.3", 200),
+        ("::ffff:10.1.2.3", 200),
+        ("fd00::7", 200),
+        ("11.1.2.3", 403),
+        ("::ffff:11.1.2.3", 403),
+        ("fe80::7", 403),
+    ],
+)
+def test_metrics_are_for_the_networks_that_were_named(
+    address: str, status: int, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARKROOM_METRICS_FROM", "10.0.0.0/8, fd00::/8")
+    config = ApiConfig(pepper=b"x" * 16, metrics_from=load_config().metrics_from)
+    app = create_app(config, database, FolderBlobs(tmp_path))
+
+    assert status == ask(app, "GET", "/metrics", client=address).status_code
+    forwarded = {"x-forwarded-for": "127.0.0.1"}
+    assert 403 == ask(app, "GET", "/metrics", client=address, headers=forwarded).status_code
 
 
 def test_metrics_are_not_for_those_behind_a_proxy(service: Service) -> None:

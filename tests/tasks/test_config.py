@@ -75,6 +75,8 @@ def test_limits_that_make_no_sense_are_refused(text: str) -> None:
         ("MODELS", '{"m": {"length": 9}}'),
         ("REDIS_URL", "http://:secret@localhost"),
         ("BLOBS", "ftp://bucket"),
+        ("METRICS_FROM", "10.0.0.1/8"),
+        ("METRICS_FROM", "everywhere"),
         ("PEPPER", "secret"),
         ("PEPPER", "5ec4e7"),
     ],
