@@ -29,13 +29,15 @@ from api.schemas import (
     CreateBatch,
     build_batch,
     build_page,
+    parse_file_id,
     parse_job_id,
     read_window_s,
+    show_file_id,
 )
 from api.services import Here, Services
 from storage import files, jobs
 from storage.db import Session
-from storage.errors import NotFoundError
+from storage.errors import IdempotencyConflictError, NotFoundError
 from storage.tables import Job
 from tasks.identity import hash_submission
 
@@ -123,6 +125,12 @@ class Submission:
         try:
             with self._here.database.write() as session:
                 job, is_new = self._make_job(session, manifest)
+        except IdempotencyConflictError:  # somebody was quicker: with the same bytes?
+            with self._here.database.read() as session:
+                earlier = self._find_earlier(session)
+            if earlier is None:
+                raise
+            return earlier, False
         finally:
             if manifest.is_ours and not is_new:
                 drop_blob(self._here, manifest.file, manifest.key)
@@ -133,7 +141,13 @@ class Submission:
     def _find_earlier(self, session: Session) -> Job | None:
         tenant, sha256 = self._asker.tenant, self._sha256
         if self._key is not None:
-            return jobs.find_replayed(session, tenant, self._key, sha256)
+            try:
+                return jobs.find_replayed(session, tenant, self._key, sha256)
+            except IdempotencyConflictError:
+                earlier = self._find_same_bytes(session, self._key)
+                if earlier is None:
+                    raise
+                return earlier
         if not self._is_resent:
             return None
         return jobs.find_twin(
@@ -143,6 +157,22 @@ class Submission:
             body_sha256=sha256,
             within_s=TWIN_WITHIN_S,
         )
+
+    def _find_same_bytes(self, session: Session, key: str) -> Job | None:
+        """The job of this key, if all is the same but that its input was uploaded once more."""
+        tenant, given = self._asker.tenant, self._wish.input_file_id
+        earlier = jobs.find_by_key(session, tenant, key)
+        if earlier is None or given is None:
+            return None
+        fields = {**self._fields, "input_file_id": show_file_id(earlier.input_file_id)}
+        if hash_submission(fields) != earlier.body_sha256:
+            return None
+        try:
+            again = parse_file_id(given)
+        except MissingError:
+            return None
+        is_same = files.have_same_bytes(session, tenant, again, earlier.input_file_id)
+        return earlier if is_same else None
 
     def _bring_manifest(self) -> Manifest:
         wish = self._wish

@@ -123,6 +123,16 @@ def delete(session: Session, tenant: TenantId, file: FileId) -> None:
         raise NotFoundError
 
 
+def have_same_bytes(session: Session, tenant: TenantId, first: FileId, second: FileId) -> bool:
+    """Whether both are files of this tenant, hidden or not, and hold the same."""
+    rows = session.execute(
+        select(File.num_bytes, File.sha256).where(
+            File.id.in_((first, second)), File.tenant_id == tenant
+        )
+    ).all()
+    return len(rows) == len({first, second}) and len(set(rows)) == 1
+
+
 def is_named(session: Session, file: FileId) -> bool:
     """Whether there is a row for this file, hidden or not."""
     return session.scalars(select(File.id).where(File.id == file)).one_or_none() is not None

@@ -61,6 +61,25 @@ def test_many_submissions_at_once_with_one_key_make_one_job(
     assert 1 == len(list(folder.iterdir()))
 
 
+def test_same_bytes_uploaded_again_are_the_same_input(client: Client, stranger: Client) -> None:
+    def submit_with_key(asker: Client, *texts: str, **changes: Any) -> Any:
+        lines = [build_line(number, text) for number, text in enumerate(texts, 1)]
+        return submit(asker, *lines, extra_headers={"Idempotency-Key": "k"}, **changes)
+
+    first = submit_with_key(client, "a", "b")
+    again = submit_with_key(client, "a", "b")
+    client.api.files.delete(first.input_file_id)
+    after_deletion = submit_with_key(client, "a", "b")
+    theirs = submit_with_key(stranger, "a", "b")
+
+    assert first.id == again.id == after_deletion.id
+    assert first.id != theirs.id
+    with pytest.raises(openai.ConflictError):
+        submit_with_key(client, "a", "c")
+    with pytest.raises(openai.ConflictError):
+        submit_with_key(client, "a", "b", completion_window="1h")
+
+
 def test_other_body_with_the_same_key_is_a_conflict_that_is_sent_once(client: Client) -> None:
     sent: list[Any] = []
     client.api._client.event_hooks = {"request": [sent.append]}
