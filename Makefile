@@ -9,13 +9,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
 # Tests and the demo use only what is in the tree: a look at the hub would be a mistake.
-demo test faults gpu-test: export HF_HUB_OFFLINE := 1
+demo test faults acceptance gpu-test: export HF_HUB_OFFLINE := 1
 
 # Quiet, but errors are shown: -qq drops pip's progress and its warnings.
 PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint types fmt bench bench-queue eval train gpu-test clean
+.PHONY: help setup demo test faults acceptance lint types fmt bench bench-queue eval train gpu-test clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ test: .venv/ready ## run every test that needs no GPU; ARGS="tests/engine -x" na
 
 faults: .venv/ready ## kill workers and the broker under 5,000 items on each database; some minutes
 	@DARKROOM_FAULT_PROFILE=full $(BIN)/pytest -s tests/faults/test_kills.py $(ARGS)
+
+acceptance: .venv/ready ## 500 texts of the bundled model and 100,000 lines, both through a whole service; some minutes
+	@DARKROOM_ACCEPTANCE_ITEMS=500 $(BIN)/pytest -s tests/acceptance/test_texts.py $(ARGS)
+	@$(BIN)/python -m bench.queue --items 100000 --workers 4
 
 lint: .venv/ready ## format, lint rules and who may import whom
 	@$(BIN)/ruff format --check .

@@ -54,23 +54,28 @@ class Service:
     postmaster: int | None
     processes: list[tuple[str, "subprocess.Popen[bytes]"]] = field(default_factory=list)
 
-    def start(self, kind: str, *words: str) -> None:
-        """Start one process and wait until it says that it is ready."""
-        log = self.folder / f"{len(self.processes)}-{kind}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603 - our own programs
-                [sys.executable, "-m", *words],
-                cwd=ROOT,
-                env=self.env,
-                stdout=output,
-                stderr=output,
-            )
-        self.processes.append((kind, process))
+    def start(self, kind: str, *words: str, count: int = 1) -> None:
+        """Start so many processes of a kind, and wait until all of them say that they are ready."""
+        started = []
+        for _ in range(count):
+            log = self.folder / f"{len(self.processes)}-{kind}.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(  # noqa: S603 - our own programs
+                    [sys.executable, "-m", *words],
+                    cwd=ROOT,
+                    env=self.env,
+                    stdout=output,
+                    stderr=output,
+                )
+            self.processes.append((kind, process))
+            started.append((process, log))
         deadline = time.monotonic() + START_S
-        while not self._is_ready(kind, log):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{' '.join(words)} does not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.05)
+        for process, log in started:
+            while not self._is_ready(kind, log):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    text = log.read_text()[-3000:]
+                    raise RuntimeError(f"{' '.join(words)} does not start:\n{text}")
+                time.sleep(0.05)
 
     def _is_ready(self, kind: str, log: Path) -> bool:
         if kind != "api":

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +163,16 @@ def test_deadline_ends_a_worker_whose_engine_does_not_come_back(
         assert 75 == worker.wait(timeout=20), fleet.logs()  # and the engine takes a minute
 
         assert {ItemState.PENDING: 20} == count(stores, job), fleet.logs()
+
+
+def test_worker_without_a_model_says_what_to_give() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "cli", "worker"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+
+    assert 2 == run.returncode
+    assert "--cpu" in run.stderr
