@@ -1,0 +1,419 @@
+"""
+Swaps the layers of a loaded model for ones that pass over memory less often; weights stay.
+
+Queries, keys and values come from one matrix product, gates and what they gate from another; norms
+take the addition before them along; rotary positions are read from a table and applied in place.
+`engine/kernels` has the pieces. What a layer computes does not change: tests/engine/test_fuse.py
+compares each with the one it replaces.
+
+What it does not know it leaves as it is: another class, another activation, rotary positions that
+change with the length. It refuses to know batches and slabs; attention is called as transformers'
+own layers call it, by the name in the config.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation, SiLUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip import modeling_clip as clip
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+
+from engine.kernels import activations, norms, rope
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """
+    Attributes:
+        text, vision: whether to swap layers of the text model, and of the vision encoder.
+        rope_in_attention: text queries and keys reach the attention function before they are
+            rotated, with `merged=(heads, cos, sin)`: it calls `rope.rotate_and_store_`, which
+            rotates and fills KV rows in one pass. Only for a function that knows this keyword.
+    """
+
+    text: bool = True
+    vision: bool = True
+    rope_in_attention: bool = False
+
+
+class Carried(NamedTuple):
+    """Between two fused layers: what the next one's first norm will add up, of one shape."""
+
+    x: Tensor
+    delta: Tensor
+
+
+def apply(model: nn.Module, fusions: Fusions | None = None) -> Counter[str]:
+    """
+    Swap what can be swapped, in place, on whatever device the model lives.
+
+    Returns:
+        How many modules of each class were swapped. A model that has none of them is unchanged.
+    """
+    fusions = fusions or Fusions()
+    swapped: Counter[str] = Counter()
+    _swap_below(model, fusions, swapped)
+    return swapped
+
+
+def _swap_below(parent: nn.Module, fusions: Fusions, swapped: Counter[str]) -> None:
+    follower: nn.Module | None = None  # the layer behind, where the children are layers
+    for name, child in reversed(list(parent.named_children())):
+        build = _SWAPS.get(type(child))
+        is_last = not isinstance(follower, FusedDecoderLayer | FusedVisionBlock)
+        fused = build(child, fusions, is_last) if build else None
+        if fused is None:
+            _swap_below(child, fusions, swapped)
+        else:
+            setattr(parent, name, fused)
+            swapped[type(child).__name__] += 1
+        follower = (fused or child) if isinstance(parent, nn.ModuleList) else None
+
+
+# --- pieces ------------------------------------------------------------------------------------------
+
+
+def merge_linears(linears: list[nn.Linear]) -> nn.Linear:
+    """One Linear with the outputs of several, in order. A bias that one lacks is zero."""
+    weight = torch.cat([linear.weight for linear in linears])
+    merged = nn.Linear(
+        linears[0].in_features, len(weight), bias=False, device="meta", dtype=weight.dtype
+    )
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    if any(linear.bias is not None for linear in linears):
+        biases = [
+            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+            for linear in linears
+        ]
+        merged.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return merged
+
+
+class FusedRMSNorm(nn.Module):
+    """RMSNorm, also of a sum."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norms.rms_norm(x, self.weight, self.eps)
+
+    def add_(self, delta: Tensor, x: Tensor) -> Tensor:
+        """Of delta + x; delta keeps the sum."""
+        return norms.add_rms_norm_(delta, x, self.weight, self.eps)
+
+
+class FusedLayerNorm(nn.Module):
+    """LayerNorm, also of a sum."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norms.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add_(self, delta: Tensor, x: Tensor) -> Tensor:
+        """Of delta + x; delta keeps the sum."""
+        return norms.add_layer_norm_(delta, x, self.weight, self.bias, self.eps)
+
+
+def _enter(
+    norm: FusedRMSNorm | FusedLayerNorm, arriving: Tensor | Carried
+) -> tuple[Tensor, Tensor]:
+    """A layer's input, whole, and its norm."""
+    if isinstance(arriving, Carried):
+        return arriving.delta, norm.add_(arriving.delta, arriving.x)
+    return arriving, norm(arriving)
+
+
+def _leave(x: Tensor, delta: Tensor, is_last: bool) -> Tensor | Carried:
+    return delta.add_(x) if is_last else Carried(x, delta)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up in one product."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
+        self.down = mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(activations.silu_mul(self.gate_up(x)))  # type: ignore[no-any-return]
+
+
+class QuickGELUMLP(nn.Module):
+    """fc2(quick_gelu(fc1(x)))."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(activations.quick_gelu_(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+def _call_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+    """(1, heads, T, dim) each -> (1, T, heads, dim), by the function that the config names."""
+    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    attended, _ = attend(module, query, key, value, scaling=module.scaling, dropout=0.0, **more)
+    return attended  # type: ignore[no-any-return]
+
+
+# --- text --------------------------------------------------------------------------------------------
+
+
+class RotaryTable(nn.Module):
+    """
+    Angles by table instead of by sines and cosines of every call.
+
+    It gives (1, T, dim / 2) of float32, half of what transformers' own would, for fused attention.
+    """
+
+    def __init__(self, rotary: Any, num_positions: int) -> None:
+        super().__init__()
+        self.num_positions = num_positions
+        cos, sin = rope.build_table(rotary.inv_freq, num_positions, rotary.attention_scaling)
+        self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
+        sections = getattr(rotary, "mrope_section", [len(rotary.inv_freq)])
+        axis_of = [axis % 3 for axis, count in enumerate(sections) for _ in range(count)]
+        self.axis_of = nn.Buffer(
+            torch.tensor(axis_of, device=rotary.inv_freq.device), persistent=False
+        )
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids: (3, 1, T), or (1, T) where there is one axis."""
+        positions = position_ids.reshape(-1, position_ids.shape[-1])
+        cos, sin = rope.look_up(positions, self.axis_of, self.cos, self.sin)
+        return cos[None], sin[None]
+
+
+class FusedTextAttention(nn.Module):
+    """Attention of a text layer on one row of tokens, (1, T, width)."""
+
+    def __init__(self, attention: Any, *, rope_in_attention: bool) -> None:
+        super().__init__()
+        self.config, self.layer_idx = attention.config, attention.layer_idx
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.num_key_value_groups: int = attention.num_key_value_groups
+        self.sliding_window = getattr(attention, "sliding_window", None)
+        self.is_causal = True
+        self.rope_in_attention = rope_in_attention
+        self.kv_heads: int = attention.k_proj.out_features // self.head_dim
+        self.qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = attention.o_proj
+
+    def forward(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        heads = self.qkv(x).view(x.shape[1], -1, self.head_dim)
+        cos, sin = (angles[0] for angles in position_embeddings)
+        if self.rope_in_attention:
+            kwargs["merged"] = heads, cos, sin
+        else:
+            rope.rotate_(heads[:, : -self.kv_heads], cos, sin)
+        query, key, value = (
+            part.transpose(0, 1)[None]
+            for part in heads.tensor_split([-2 * self.kv_heads, -self.kv_heads], dim=1)
+        )
+        attended = _call_attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask=attention_mask,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.out(attended.reshape(1, x.shape[1], -1))  # type: ignore[no-any-return]
+
+
+class FusedDecoderLayer(nn.Module):
+    """A layer of a Llama-like text model. Only without transformers' own cache."""
+
+    def __init__(self, layer: Any, fusions: Fusions, is_last: bool) -> None:
+        super().__init__()
+        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention_norm = FusedRMSNorm(first.weight, first.variance_epsilon)
+        self.mlp_norm = FusedRMSNorm(second.weight, second.variance_epsilon)
+        self.attention = FusedTextAttention(
+            layer.self_attn, rope_in_attention=fusions.rope_in_attention
+        )
+        self.mlp = GatedMLP(layer.mlp)
+        self.is_last = is_last
+
+    def forward(
+        self,
+        hidden_states: Tensor | Carried,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: None = None,
+        use_cache: bool | None = False,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | Carried:
+        if past_key_values is not None:
+            raise ValueError("a fused layer keeps no cache: call the model with use_cache=False")
+        x, normed = _enter(self.attention_norm, hidden_states)
+        delta = self.attention(normed, position_embeddings, attention_mask, **kwargs)
+        normed = self.mlp_norm.add_(delta, x)
+        return _leave(delta, self.mlp(normed), self.is_last)
+
+
+def _fuse_decoder_layer(layer: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
+    if not (fusions.text and _is_silu(layer.mlp.act_fn)):
+        return None
+    return FusedDecoderLayer(layer, fusions, is_last)
+
+
+def _fuse_rms_norm(norm: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
+    return FusedRMSNorm(norm.weight, norm.variance_epsilon) if fusions.text else None
+
+
+def _fuse_rotary(rotary: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
+    # Other types change the frequencies with the length of the call.
+    if not fusions.text or rotary.rope_type != "default":
+        return None
+    return RotaryTable(rotary, rotary.config.max_position_embeddings)
+
+
+# --- vision ------------------------------------------------------------------------------------------
+
+
+class FusedVisionAttention(nn.Module):
+    """Attention of a Qwen2-VL encoder block on packed patches, (T, width)."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.config, self.scaling = attention.config, attention.scaling
+        self.num_heads: int = attention.num_heads
+        self.num_key_value_groups = 1
+        self.is_causal = False
+        self.qkv, self.out = attention.qkv, attention.proj
+
+    def forward(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> Tensor:
+        heads = self.qkv(x).view(len(x), 3 * self.num_heads, -1)
+        rope.rotate_(heads[:, : 2 * self.num_heads], *position_embeddings)
+        query, key, value = (
+            part.transpose(0, 1)[None] for part in heads.split(self.num_heads, dim=1)
+        )
+        attended = _call_attention(
+            self, query, key, value, attention_mask=None, is_causal=False, **kwargs
+        )
+        return self.out(attended.reshape(len(x), -1))  # type: ignore[no-any-return]
+
+
+class FusedVisionBlock(nn.Module):
+    """A block of Qwen2-VL's encoder."""
+
+    def __init__(self, block: Any, is_last: bool) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = (
+            FusedLayerNorm(block.norm1),
+            FusedLayerNorm(block.norm2),
+        )
+        self.attention = FusedVisionAttention(block.attn)
+        self.mlp = QuickGELUMLP(block.mlp)
+        self.is_last = is_last
+
+    def forward(
+        self,
+        hidden_states: Tensor | Carried,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        max_seqlen: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor | Carried:
+        x, normed = _enter(self.attention_norm, hidden_states)
+        # As transformers' own block hands them on; the attention function may know better.
+        delta = self.attention(
+            normed,
+            position_embeddings,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+            **kwargs,
+        )
+        normed = self.mlp_norm.add_(delta, x)
+        return _leave(delta, self.mlp(normed), self.is_last)
+
+
+class FusedCLIPAttention(nn.Module):
+    """Attention of a CLIP layer, (pictures, T, width)."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.config, self.scaling = attention.config, attention.scale
+        self.num_heads: int = attention.num_heads
+        self.num_key_value_groups = 1
+        self.is_causal = False
+        self.qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = attention.out_proj
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        shape = hidden_states.shape[:-1]
+        parts = self.qkv(hidden_states).view(*shape, 3, self.num_heads, -1)
+        query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
+        attended = _call_attention(self, query, key, value, attention_mask=attention_mask, **kwargs)
+        return self.out(attended.reshape(*shape, -1)), None
+
+
+def _fuse_vision_block(block: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
+    if not (fusions.vision and isinstance(block.mlp.act, QuickGELUActivation)):
+        return None
+    return FusedVisionBlock(block, is_last)
+
+
+def _fuse_layer_norm(norm: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
+    # NOTE: only encoders of the families above have LayerNorm with a weight and a bias.
+    if not fusions.vision or norm.weight is None or norm.bias is None:
+        return None
+    return FusedLayerNorm(norm) if len(norm.normalized_shape) == 1 else None
+
+
+def _fuse_clip_attention(attention: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
+    return FusedCLIPAttention(attention) if fusions.vision else None
+
+
+def _fuse_clip_mlp(mlp: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
+    if not (fusions.vision and isinstance(mlp.activation_fn, QuickGELUActivation)):
+        return None
+    return QuickGELUMLP(mlp)
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    return isinstance(activation, nn.SiLU | SiLUActivation)
+
+
+_Build = Callable[[Any, Fusions, bool], nn.Module | None]
+
+# CLIP's layers keep their class, because LLaVA asks transformers for the states between them.
+_SWAPS: dict[type[nn.Module], _Build] = {
+    qwen2_vl.Qwen2VLDecoderLayer: _fuse_decoder_layer,
+    qwen2_vl.Qwen2VLRMSNorm: _fuse_rms_norm,
+    qwen2_vl.Qwen2VLRotaryEmbedding: _fuse_rotary,
+    qwen2_vl.Qwen2VLVisionBlock: _fuse_vision_block,
+    llama.LlamaDecoderLayer: _fuse_decoder_layer,
+    llama.LlamaRMSNorm: _fuse_rms_norm,
+    llama.LlamaRotaryEmbedding: _fuse_rotary,
+    clip.CLIPAttention: _fuse_clip_attention,
+    clip.CLIPMLP: _fuse_clip_mlp,
+    nn.LayerNorm: _fuse_layer_norm,
+}

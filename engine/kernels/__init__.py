@@ -1,0 +1,42 @@
+"""
+The pieces between the matrix products, each in as few passes over memory as it can be.
+
+Every piece is a function with a plain torch form, its twin, which says what it means and runs on a
+CPU. On a GPU with Triton the same function calls a kernel of `engine.kernels.gpu`, which is imported
+only there. Functions whose name ends in `_` write over what they are given.
+
+It refuses to know models: engine/fuse.py puts the pieces into one.
+"""
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the kernels of `engine.kernels.gpu` run where this tensor lives."""
+    return x.is_cuda and _has_triton(x.device)
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    """
+    Try one kernel: Triton may be missing, or lack the compiler that its launchers need.
+
+    NOTE: the first call must not come while a CUDA graph is captured.
+    """
+    try:
+        from engine.kernels.gpu import probe
+    except ImportError as error:
+        logger.warning("kernels_missing device=%s error=%s", device, error)
+        return False
+    try:
+        probe.run(device)
+    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
+        logger.warning("kernels_unusable device=%s error=%s", device, error)
+        return False
+    return True

@@ -1,0 +1,241 @@
+"""Fused layers say what transformers' own layers say, in float32 to the last few bits."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
+
+from engine import fuse
+from engine.attention import VISION_ATTENTION, VisionContext, using
+from engine.fuse import Fusions
+from engine.kernels import rope
+from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
+
+NUM_TOKENS = 23
+# A merged product may sum in another order; the tiny weights are large, so states are too.
+NEAR = {"rtol": 1e-5, "atol": 1e-4}
+
+
+@pytest.fixture(params=[{}, ONE_KV_HEAD, ALL_KV_HEADS], ids=["two", "one", "all"])
+def qwen(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    shape: Shape = request.param
+    folder = write_tiny_qwen2_vl(tmp_path, seed=7, **shape)
+    return _frozen(Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
+
+
+@pytest.fixture
+def llava() -> Any:
+    torch.manual_seed(3)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=100,
+        max_position_embeddings=128,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return _frozen(model)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+def fused_copy(model: Any, fusions: Fusions | None = None) -> Any:
+    twin = copy.deepcopy(model)
+    fuse.apply(twin, fusions)
+    return twin
+
+
+def run_text(model: Any, num_tokens: int = NUM_TOKENS) -> Tensor:
+    """Hidden states of one causal row of tokens whose three axes differ."""
+    text = model.model.language_model
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, num_tokens, text.config.hidden_size, generator=generator)
+    positions = torch.randint(0, 90, (3, 1, num_tokens), generator=generator)
+    output = text(
+        inputs_embeds=x.to(model.dtype),
+        position_ids=positions if "mrope" in str(text.config.to_dict()) else positions[0],
+        use_cache=False,
+    )
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def run_vision(model: Any) -> Tensor:
+    """Features of two pictures of 2 x 4 patches and one of 4 x 6, packed."""
+    model.model.visual.config._attn_implementation = VISION_ATTENTION
+    grids = torch.tensor([[1, 2, 4], [1, 2, 4], [1, 4, 6]])
+    width = model.config.vision_config.in_channels * 2 * 14**2
+    patches = torch.randn(40, width, generator=torch.Generator().manual_seed(1))
+    with using(VisionContext([(2, 8), (1, 24)])):
+        return model.model.visual(patches.to(model.dtype), grid_thw=grids).pooler_output  # type: ignore[no-any-return]
+
+
+def test_text_layers_say_the_same(qwen: Any) -> None:
+    fused = fused_copy(qwen)
+
+    torch.testing.assert_close(run_text(fused), run_text(qwen), **NEAR)
+    torch.testing.assert_close(run_text(fused, 1), run_text(qwen, 1), **NEAR)
+
+
+def test_vision_blocks_say_the_same(qwen: Any) -> None:
+    torch.testing.assert_close(run_vision(fused_copy(qwen)), run_vision(qwen), **NEAR)
+
+
+def test_everything_of_qwen2_vl_is_swapped(qwen: Any) -> None:
+    depth = qwen.config.text_config.num_hidden_layers
+    blocks = qwen.config.vision_config.depth
+
+    expected = {
+        "Qwen2VLDecoderLayer": depth,
+        "Qwen2VLRMSNorm": 1,  # the last; the others went with their layers
+        "Qwen2VLRotaryEmbedding": 1,
+        "Qwen2VLVisionBlock": blocks,
+        "LayerNorm": 1,  # the merger's
+    }
+    weights = sum(parameter.numel() for parameter in qwen.parameters())
+
+    assert expected == dict(fuse.apply(qwen))
+    assert weights == sum(parameter.numel() for parameter in qwen.parameters())
+    assert {} == dict(fuse.apply(qwen))  # nothing is left to swap
+
+
+def test_one_side_alone_can_be_swapped(qwen: Any) -> None:
+    text, vision = copy.deepcopy(qwen), copy.deepcopy(qwen)
+
+    assert {"Qwen2VLVisionBlock", "LayerNorm"} == set(fuse.apply(vision, Fusions(text=False)))
+    assert "Qwen2VLVisionBlock" not in fuse.apply(text, Fusions(vision=False))
+    torch.testing.assert_close(run_vision(vision), run_vision(qwen), **NEAR)
+    torch.testing.assert_close(run_text(text), run_text(qwen), **NEAR)
+
+
+def test_bfloat16_is_no_worse_than_before(qwen: Any) -> None:
+    exact_text, exact_vision = run_text(qwen), run_vision(qwen)
+    plain = copy.deepcopy(qwen).bfloat16()
+    for ours, exact in (
+        (plain.model.language_model.rotary_emb, qwen.model.language_model.rotary_emb),
+        (plain.model.visual.rotary_pos_emb, qwen.model.visual.rotary_pos_emb),
+    ):
+        ours.inv_freq = exact.inv_freq.clone()  # `bfloat16()` casts it too, which no loader does
+    fused = fused_copy(plain)
+
+    for run, exact in ((run_text, exact_text), (run_vision, exact_vision)):
+        before = (run(plain).float() - exact).norm()
+        after = (run(fused).float() - exact).norm()
+
+        assert after <= 1.1 * before
+
+
+def test_the_input_of_the_first_layer_is_left_alone(qwen: Any) -> None:
+    fused = fused_copy(qwen).model.language_model
+    x = torch.randn(1, 5, fused.config.hidden_size)
+    before = x.clone()
+
+    fused(inputs_embeds=x, position_ids=torch.arange(5).expand(3, 1, 5), use_cache=False)
+
+    assert torch.equal(before, x)
+
+
+def test_attention_may_rotate_and_store_by_itself(qwen: Any) -> None:
+    config = qwen.config.text_config
+    shape = (64, config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+    stored: dict[int, Tensor] = {}
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, **kwargs: Any):  # type: ignore[no-untyped-def]
+        keys, values = torch.zeros(shape), torch.zeros(shape)
+        rows = torch.arange(16, 16 + NUM_TOKENS)
+        rope.rotate_and_store_(*kwargs["merged"], keys, values, rows)
+        stored[module.layer_idx] = keys
+        assert torch.equal(values[16 : 16 + NUM_TOKENS], v[0].transpose(0, 1))
+        in_rows = keys[16 : 16 + NUM_TOKENS].transpose(0, 1)[None]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, in_rows, v, is_causal=True, scale=kwargs["scaling"], enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("rotating_flash", attend)
+    fused = fused_copy(qwen, Fusions(rope_in_attention=True))
+    fused.model.language_model.config._attn_implementation = "rotating_flash"
+
+    actual = run_text(fused)
+
+    torch.testing.assert_close(actual, run_text(qwen), **NEAR)
+    assert len(stored) == config.num_hidden_layers
+
+
+def test_llava_says_the_same(llava: Any) -> None:
+    fused = copy.deepcopy(llava)
+    swapped = fuse.apply(fused)
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+
+    expected = llava.model.get_image_features(pixels).pooler_output
+    actual = fused.model.get_image_features(pixels).pooler_output
+
+    assert swapped["LlamaDecoderLayer"] == 3
+    assert swapped["CLIPAttention"] == swapped["CLIPMLP"] == 3
+    torch.testing.assert_close(run_text(fused), run_text(llava), **NEAR)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **NEAR)
+
+
+def test_what_is_not_known_is_left_alone(llava: Any) -> None:
+    text = llava.model.language_model
+    text.layers[1].mlp.act_fn = nn.ReLU()
+    text.rotary_emb.rope_type = "dynamic"
+    llava.model.vision_tower.encoder.layers[0].mlp.activation_fn = nn.GELU()
+    expected = run_text(llava)
+
+    swapped = fuse.apply(llava)
+
+    assert swapped["LlamaDecoderLayer"] == 2
+    assert swapped["CLIPMLP"] == 2
+    assert "LlamaRotaryEmbedding" not in swapped
+    torch.testing.assert_close(run_text(llava), expected, **NEAR)
+
+
+def test_a_cache_of_transformers_own_is_refused(qwen: Any) -> None:
+    fused = fused_copy(qwen)
+
+    with pytest.raises(ValueError, match="use_cache=False"):
+        fused(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True)
+
+
+def test_a_bias_that_one_part_lacks_is_zero() -> None:
+    parts = [nn.Linear(3, 2), nn.Linear(3, 4, bias=False)]
+    x = torch.randn(5, 3)
+
+    merged = fuse.merge_linears(parts)
+
+    torch.testing.assert_close(merged(x), torch.cat([part(x) for part in parts], dim=1))

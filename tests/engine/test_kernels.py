@@ -1,0 +1,173 @@
+"""
+The plain twins say what their docstrings say; tests/gpu/test_kernels.py compares the kernels with
+them.
+"""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+
+from engine import kernels
+from engine.kernels import activations, decode, greedy, norms, pixels, rope
+from engine.sampler import Sampler
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_cpu_has_no_kernels() -> None:
+    assert not kernels.has_kernels(torch.empty(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
+    theirs = qwen2_vl.Qwen2VLRMSNorm(48, eps=1e-5).to(dtype)
+    theirs.weight.data = drawn(48, seed=1).to(dtype)
+    x = drawn(2, 7, 48).to(dtype)
+
+    assert torch.equal(theirs(x), norms.rms_norm(x, theirs.weight, 1e-5))
+
+
+def test_norms_of_a_sum_keep_the_sum() -> None:
+    x, delta, weight, bias = (
+        drawn(7, 48),
+        drawn(7, 48, seed=1),
+        drawn(48, seed=2),
+        drawn(48, seed=3),
+    )
+    for_rms, for_layer = delta.clone(), delta.clone()
+
+    rms = norms.add_rms_norm_(for_rms, x, weight, 1e-6)
+    layer = norms.add_layer_norm_(for_layer, x, weight, bias, 1e-6)
+
+    assert torch.equal(x + delta, for_rms)
+    assert torch.equal(x + delta, for_layer)
+    assert torch.equal(norms.rms_norm(x + delta, weight, 1e-6), rms)
+    assert torch.equal(F.layer_norm(x + delta, (48,), weight, bias, 1e-6), layer)
+
+
+def test_silu_mul_takes_the_gates_first() -> None:
+    gate, up = drawn(3, 5), drawn(3, 5, seed=1)
+
+    assert torch.equal(F.silu(gate) * up, activations.silu_mul(torch.cat([gate, up], dim=-1)))
+
+
+def test_quick_gelu_writes_over_its_input() -> None:
+    x = drawn(3, 5)
+    expected = x * torch.sigmoid(1.702 * x)
+
+    returned = activations.quick_gelu_(x)
+
+    assert returned is x
+    assert torch.equal(expected, x)
+
+
+def test_rotation_is_that_of_transformers_for_text() -> None:
+    merged, angles = drawn(11, 6, 16), drawn(11, 8, seed=1).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    query, key = merged[:, :4], merged[:, 4:]
+    expected = [
+        x[0].transpose(0, 1)
+        for x in qwen2_vl.apply_rotary_pos_emb(
+            query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos[None], sin[None]
+        )
+    ]
+
+    rope.rotate_(merged, cos[:, :8], sin[:, :8])
+
+    assert torch.equal(torch.cat(expected, dim=1), merged)
+
+
+def test_rotation_is_that_of_transformers_for_vision() -> None:
+    heads, angles = drawn(11, 3, 20).bfloat16(), drawn(11, 10, seed=1).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    expected, _ = qwen2_vl.apply_rotary_pos_emb_vision(heads, heads, cos, sin)
+
+    rope.rotate_(heads, cos, sin)
+
+    assert torch.equal(expected, heads)
+
+
+def test_storing_fills_the_rows_of_the_call_and_no_other() -> None:
+    merged, angles = drawn(3, 4 + 2 * 2, 16), drawn(3, 8, seed=1)
+    keys, values = torch.full((9, 2, 16), 7.0), torch.full((9, 2, 16), 7.0)
+    rows = torch.tensor([8, 0, 4])
+    rotated = merged.clone()
+    rope.rotate_(rotated[:, :6], angles.cos(), angles.sin())
+
+    rope.rotate_and_store_(merged, angles.cos(), angles.sin(), keys, values, rows)
+
+    assert torch.equal(rotated, merged)
+    assert torch.equal(rotated[:, 4:6], keys[rows])
+    assert torch.equal(rotated[:, 6:], values[rows])
+    untouched = [1, 2, 3, 5, 6, 7]
+    assert keys[untouched].eq(7).all()
+    assert values[untouched].eq(7).all()
+
+
+def test_the_table_holds_what_each_axis_turns() -> None:
+    inv_freq = torch.tensor([1.0, 0.1, 0.01])
+    cos, sin = rope.build_table(inv_freq, 50, 2.0)
+    positions = torch.tensor([[3, 0], [40, 7], [5, 49]])
+
+    found = rope.look_up(positions, torch.tensor([0, 2, 1]), cos, sin)
+
+    angles = torch.tensor([[3.0, 0.5, 0.4], [0.0, 4.9, 0.07]])
+    torch.testing.assert_close(2 * angles.cos(), found[0])
+    torch.testing.assert_close(2 * angles.sin(), found[1])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (6, 1, 64), (3, 3, 8)])
+def test_decode_attention_reads_its_own_rows_alone(heads: int, kv_heads: int, dim: int) -> None:
+    rng = random.Random(dim)
+    lens = [1, 16, 0, 33, 100]
+    starts = [16 + 112 * slot for slot in rng.sample(range(5), 5)]
+    keys, values = torch.full((2, 640, kv_heads, dim), math.nan)  # rows of others
+    for start, length in zip(starts, lens, strict=True):
+        keys[start : start + length] = drawn(length, kv_heads, dim, seed=start)
+        values[start : start + length] = drawn(length, kv_heads, dim, seed=start + 1)
+    query = drawn(5, heads, dim)
+
+    found = decode.attend(
+        query, keys, values, torch.tensor(starts), torch.tensor(lens), 128, dim**-0.5
+    )
+
+    for index, (start, length) in enumerate(zip(starts, lens, strict=True)):
+        if not length:
+            assert found[index].eq(0).all()
+            continue
+        rows = slice(start, start + length)
+        for head in range(heads):
+            kv_head = head * kv_heads // heads
+            scores = keys[rows, kv_head] @ query[index, head] * dim**-0.5
+            expected = scores.softmax(0) @ values[rows, kv_head]
+            torch.testing.assert_close(expected, found[index, head])
+
+
+def test_argmax_is_the_samplers() -> None:
+    logits = drawn(7, 50).bfloat16()
+    logits[1] = -math.inf
+    logits[2, 20] = math.nan
+    logits[3, 5] = logits[3, 3] = 9.0
+    logits[4, 0] = math.inf
+    sampler = Sampler(50, "cpu")
+
+    found = greedy.argmax(logits)
+
+    assert sampler.sample_plain(logits).tolist() == found.tolist()
+    assert [-1, -1, 3, -1] == found.tolist()[1:5]
+
+
+def test_centred_pixels_are_padded_with_zeros() -> None:
+    patches = torch.tensor([[0, 128, 255], [1, 2, 3]], dtype=torch.uint8)
+
+    found = pixels.centre(patches, 128, 5, torch.bfloat16)
+
+    assert [[-128, 0, 127, 0, 0], [-127, -126, -125, 0, 0]] == found.tolist()
+    assert found.dtype == torch.bfloat16

@@ -1,0 +1,358 @@
+"""
+Every kernel says what its plain torch twin says, at every shape in use and at the odd ones.
+
+Needs torch and Triton, and no plugin of pytest:
+`python3 -m pytest -c /dev/null --rootdir . --noconftest tests/gpu/test_kernels.py -s -q`. With
+TRITON_INTERPRET=1 it runs without a GPU, on Triton's interpreter, at a smaller size.
+"""
+
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels import activations, decode, greedy, norms, rope
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+WIDTHS = (48, 1280) if IS_INTERPRETED else (48, 1024, 1280, 1536, 3584, 4096)
+NUM_ROWS = (1, 3) if IS_INTERPRETED else (1, 3, 257, 20_000)
+# The interpreter multiplies the bits of bfloat16 matrices instead of their numbers.
+HALF = torch.float16 if IS_INTERPRETED else torch.bfloat16
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = [pytest.mark.gpu]
+if not IS_INTERPRETED:
+    pytestmark.append(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+def kernel(name: str) -> Any:
+    """A module of kernels; not the function that may choose the twin."""
+    import importlib
+
+    return importlib.import_module(f"engine.kernels.gpu.{name}")
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def on_cpu(*tensors: Tensor) -> list[Tensor]:
+    """Copies on which the public functions choose the twin."""
+    return [tensor.detach().cpu().clone() for tensor in tensors]
+
+
+def assert_near(expected: Tensor, actual: Tensor, dtype: torch.dtype | None = None) -> None:
+    """
+    Within two of the type's last places; four on Triton's interpreter, which cuts off where a
+    device rounds.
+    """
+    dtype = dtype or actual.dtype
+    assert expected.shape == actual.shape
+    assert expected.dtype == actual.dtype
+    expected, actual = expected.double().cpu(), actual.double().cpu()
+    step = 4e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    allowed = (4 if IS_INTERPRETED else 2) * step * expected.abs().clamp(min=1.0)
+    apart = (expected - actual).abs() - allowed
+    assert apart.max().item() <= 0, f"{apart.max().item()} beyond"
+
+
+def assert_same_sum(expected: Tensor, actual: Tensor) -> None:
+    """Bit for bit, where bfloat16 is rounded."""
+    if IS_INTERPRETED and actual.dtype == torch.bfloat16:
+        assert_near(expected, actual)
+    else:
+        assert torch.equal(expected, actual.cpu())
+
+
+def test_the_public_functions_use_the_kernels_here() -> None:
+    if IS_INTERPRETED:
+        pytest.skip("the interpreter is nobody's choice")
+    from engine.kernels import has_kernels
+
+    assert has_kernels(torch.empty(1, device=DEVICE))
+    assert not has_kernels(torch.empty(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm(width: int, dtype: torch.dtype) -> None:
+    for num_rows in NUM_ROWS:
+        x = drawn(num_rows, width, dtype=dtype)
+        weight = drawn(width, dtype=dtype, seed=1)
+
+        expected = norms.rms_norm(*on_cpu(x, weight), 1e-6)
+
+        assert_near(expected, kernel("norms").norm(x, weight, None, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_add_rms_norm(width: int, dtype: torch.dtype) -> None:
+    for num_rows in NUM_ROWS:
+        x = drawn(1, num_rows, width, dtype=dtype)
+        delta = drawn(1, num_rows, width, dtype=dtype, seed=2)
+        weight = drawn(width, dtype=dtype, seed=1)
+        delta_copy, x_copy, weight_copy = on_cpu(delta, x, weight)
+
+        expected = norms.add_rms_norm_(delta_copy, x_copy, weight_copy, 1e-6)
+        actual = kernel("norms").add_norm_(delta, x, weight, None, 1e-6)
+
+        assert_near(expected, actual)
+        assert_same_sum(delta_copy, delta)
+        assert torch.equal(x_copy, x.cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm_alone_and_after_an_addition(width: int, dtype: torch.dtype) -> None:
+    for num_rows in NUM_ROWS:
+        x = drawn(num_rows, width, dtype=dtype) + 1
+        delta = drawn(num_rows, width, dtype=dtype, seed=2)
+        weight, bias = drawn(width, dtype=dtype, seed=1), drawn(width, dtype=dtype, seed=3)
+        delta_copy, x_copy, weight_copy, bias_copy = on_cpu(delta, x, weight, bias)
+
+        alone = norms.layer_norm(x_copy, weight_copy, bias_copy, 1e-6)
+        added = norms.add_layer_norm_(delta_copy, x_copy, weight_copy, bias_copy, 1e-6)
+
+        assert_near(alone, kernel("norms").norm(x, weight, bias, 1e-6))
+        assert_near(added, kernel("norms").add_norm_(delta, x, weight, bias, 1e-6))
+        assert_same_sum(delta_copy, delta)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [96, 2049, 8960])
+def test_silu_mul(width: int, dtype: torch.dtype) -> None:
+    for num_rows in NUM_ROWS:
+        x = 3 * drawn(1, num_rows, 2 * width, dtype=dtype)
+
+        assert_near(activations.silu_mul(*on_cpu(x)), kernel("activations").silu_mul(x))
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="seventy thousand rows")
+def test_silu_mul_of_more_rows_than_a_grid_has() -> None:
+    x = drawn(70_001, 2 * 64, dtype=torch.bfloat16)
+
+    assert_near(activations.silu_mul(*on_cpu(x)), kernel("activations").silu_mul(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 5120])
+def test_quick_gelu(width: int, dtype: torch.dtype) -> None:
+    for num_rows in NUM_ROWS:
+        x = 3 * drawn(num_rows, width, dtype=dtype)
+        exact = x.double().cpu()
+        expected = (exact * torch.sigmoid(1.702 * exact)).to(dtype)
+
+        returned = kernel("activations").quick_gelu_(x)
+
+        assert returned.data_ptr() == x.data_ptr()
+        assert_near(expected, x)
+
+
+HEADS = [(4, 2, 16), (12, 2, 128), (32, 32, 128), (16, 16, 80), (6, 1, 64), (3, 3, 8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_rotate(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, repeats: int) -> None:
+    """Angles come once for both halves of a head, or twice over as transformers has them."""
+    num_tokens = 5 if IS_INTERPRETED else 1001
+    merged = drawn(num_tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+    angles = drawn(num_tokens, dim // 2, seed=4).repeat(1, repeats)
+    cos, sin = angles.cos(), angles.sin()
+    copy, cos_copy, sin_copy = on_cpu(merged, cos, sin)
+
+    rope.rotate_(copy[:, : heads + kv_heads], cos_copy, sin_copy)
+    kernel("rope").rotate_(merged[:, : heads + kv_heads], cos, sin)
+
+    assert_near(copy, merged)
+    assert torch.equal(copy[:, heads + kv_heads :], merged[:, heads + kv_heads :].cpu())
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_rotate_and_store(
+    heads: int, kv_heads: int, dim: int, kv_dtype: torch.dtype | None
+) -> None:
+    num_tokens = 5 if IS_INTERPRETED else 1001
+    dtype = torch.bfloat16
+    merged = drawn(num_tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+    merged[0, -1, :4] = 1000.0  # more than fp8 holds
+    angles = drawn(num_tokens, dim // 2, seed=4)
+    shape = (2 * num_tokens, kv_heads, dim)
+    keys, values = (drawn(*shape, seed=s).to(kv_dtype or dtype) for s in (5, 6))
+    rows = torch.randperm(2 * num_tokens, generator=torch.Generator().manual_seed(7))
+    rows = rows[:num_tokens].to(DEVICE)
+    copies = on_cpu(merged, angles.cos(), angles.sin())
+    stored = [tensor.float().clone() for tensor in on_cpu(keys, values)]
+    for_rows = rows.cpu()
+
+    rope.rotate_(copies[0][:, : heads + kv_heads], copies[1], copies[2])
+    stored[0][for_rows] = copies[0][:, heads : heads + kv_heads].float()
+    stored[1][for_rows] = copies[0][:, heads + kv_heads :].float()
+    kernel("rope").rotate_and_store_(merged, angles.cos(), angles.sin(), keys, values, rows)
+
+    assert_near(copies[0], merged)
+    if kv_dtype is not None:
+        stored = [tensor.clamp(-448, 448).to(kv_dtype).float() for tensor in stored]
+    assert_near(stored[0], keys.float(), kv_dtype or dtype)
+    assert_near(stored[1], values.float(), kv_dtype or dtype)
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_look_up(axes: int) -> None:
+    half, num_positions = 40, 500
+    cos, sin = rope.build_table(torch.rand(half), num_positions, 1.25)
+    positions = torch.randint(0, num_positions, (axes, 77), generator=torch.Generator())
+    axis_of = torch.arange(half) % axes
+
+    expected = rope.look_up(positions, axis_of, cos, sin)
+    on_device = [tensor.to(DEVICE) for tensor in (positions, axis_of, cos, sin)]
+    actual = kernel("rope").look_up(*on_device)
+
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, actual, strict=True))
+
+
+def slabs(rng: random.Random, lens: list[int]) -> tuple[list[int], int]:
+    """Starts of slabs that lie in another order than their sequences, and rows in all."""
+    order = rng.sample(range(len(lens)), len(lens))
+    starts, at = [0] * len(lens), 16
+    for index in order:
+        starts[index] = at
+        at += -(-max(lens[index], 1) // 16) * 16
+    return starts, at
+
+
+def poisoned(starts: list[int], lens: list[int], shape: tuple[int, int, int]) -> list[Tensor]:
+    """Keys and values with NaN in every row that belongs to no sequence."""
+    made = []
+    for seed in (8, 9):
+        rows = drawn(*shape, dtype=torch.float32, seed=seed)
+        is_used = torch.zeros(shape[0], dtype=torch.bool, device=DEVICE)
+        for start, length in zip(starts, lens, strict=True):
+            is_used[start : start + length] = True
+        rows[~is_used] = float("nan")
+        made.append(rows)
+    return made
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+@pytest.mark.parametrize("split_rows", [128, 512])
+def test_decode_attention(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
+    split_rows: int,
+) -> None:
+    rng = random.Random(dim)
+    lens = [1, 16, 17, 64, 65, 127, 128, 129, 0, 300, 513]
+    if not IS_INTERPRETED:
+        lens += [rng.randint(1, 2500) for _ in range(50)] + [2500]
+    starts, num_rows = slabs(rng, lens)
+    keys, values = (
+        x.to(dtype).to(kv_dtype or dtype) for x in poisoned(starts, lens, (num_rows, kv_heads, dim))
+    )
+    query = drawn(len(lens), heads + 2, dim, dtype=dtype)[:, :heads]  # a view, as from a projection
+    start, length = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lens))
+    exact = [x.float().double() for x in on_cpu(query, keys, values)]
+
+    expected = decode.attend(*exact, start.cpu(), length.cpu(), max(lens), dim**-0.5)
+    actual = kernel("decode").attend(
+        query, keys, values, start, length, max(lens), dim**-0.5, split_rows
+    )
+
+    assert actual.is_contiguous()
+    allowed = 2e-5 if dtype == torch.float32 else 0.02
+    assert (expected - actual.double().cpu()).abs().max().item() < allowed
+
+
+def test_decode_attention_does_not_depend_on_neighbours_or_on_the_bound() -> None:
+    lens = [700, 3, 130, 512]
+    starts, num_rows = slabs(random.Random(1), lens)
+    keys, values = (drawn(num_rows, 2, 64, dtype=HALF, seed=s) for s in (1, 2))
+    query = drawn(4, 6, 64, dtype=HALF)
+    start, length = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lens))
+    attend = kernel("decode").attend
+
+    together = attend(query, keys, values, start, length, 700, 0.125, 128)
+    bounded = attend(query, keys, values, start, length, 4096, 0.125, 128)
+    alone = torch.cat(
+        [
+            attend(
+                query[i : i + 1], keys, values, start[i : i + 1], length[i : i + 1], 800, 0.125, 128
+            )
+            for i in range(4)
+        ]
+    )
+
+    assert torch.equal(together, bounded)
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="graphs need a device")
+def test_decode_attention_in_a_graph_reads_changed_lengths() -> None:
+    lens = [700, 3, 130, 0]
+    starts, num_rows = slabs(random.Random(1), [1024] * 4)
+    keys, values = (drawn(num_rows, 2, 128, dtype=HALF, seed=s) for s in (1, 2))
+    query = drawn(4, 12, 128, dtype=torch.bfloat16)
+    start, length = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lens))
+
+    def run() -> Tensor:
+        return decode.attend(query, keys, values, start, length, 1024, 0.1)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for changed in ([1, 1024, 0, 513], [1000, 0, 7, 512]):
+        length.copy_(torch.tensor(changed, dtype=torch.int32))
+        graph.replay()
+
+        assert torch.equal(run(), captured)
+        assert captured[changed.index(0)].abs().max().item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [7, 4096, 5000, 151_936])
+def test_argmax(vocab: int, dtype: torch.dtype) -> None:
+    logits = drawn(9, vocab, dtype=dtype)
+    logits[1] = -float("inf")
+    logits[2, vocab // 2] = float("nan")
+    logits[3, 5] = logits[3, 3] = 100.0  # the lower of two
+    logits[4, vocab - 1] = 100.0
+    logits[5, 0] = float("inf")
+    logits[6] = 0.0
+    logits[7, : vocab - 1] = -float("inf")
+
+    expected = greedy.argmax(*on_cpu(logits))
+    actual = kernel("greedy").argmax(logits)
+
+    assert expected.tolist() == actual.tolist()
+    assert [-1, -1, 3, vocab - 1, -1, 0, vocab - 1] == actual.tolist()[1:8]
+    assert (
+        greedy.argmax(*on_cpu(logits[:, :5])).tolist()
+        == kernel("greedy").argmax(logits[:, :5]).tolist()
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_pixels", "width"), [(588, 592), (1176, 1184), (12, 12)])
+def test_centre(num_pixels: int, width: int, dtype: torch.dtype) -> None:
+    patches = torch.randint(0, 256, (33, num_pixels), dtype=torch.uint8)
+
+    expected = F.pad(patches.to(dtype) - 128, (0, width - num_pixels))
+    actual = kernel("pixels").centre(patches.to(DEVICE), 128, width, dtype)
+
+    assert torch.equal(expected, actual.cpu())
