@@ -81,13 +81,13 @@ def _swap_below(parent: nn.Module, fusions: Fusions, swapped: Counter[str]) -> N
 
 def merge_linears(linears: list[nn.Linear]) -> nn.Linear:
     """One Linear with the outputs of several, in order. A bias that one lacks is zero."""
-    weight = torch.cat([linear.weight for linear in linears])
+    weight = torch.cat([linear.weight.data for linear in linears])
     merged = nn.Linear(
         linears[0].in_features, len(weight), bias=False, device="meta", dtype=weight.dtype
     )
     merged.weight = nn.Parameter(weight, requires_grad=False)
     if any(linear.bias is not None for linear in linears):
-        biases = [
+        biases: list[Tensor] = [
             linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
             for linear in linears
         ]

@@ -25,7 +25,7 @@ from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2
 
 NUM_TOKENS = 23
 # A merged product may sum in another order; the tiny weights are large, so states are too.
-NEAR = {"rtol": 1e-5, "atol": 1e-4}
+RTOL, ATOL = 1e-5, 1e-4
 
 
 @pytest.fixture(params=[{}, ONE_KV_HEAD, ALL_KV_HEADS], ids=["two", "one", "all"])
@@ -73,6 +73,10 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def assert_near(expected: Tensor, actual: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=RTOL, atol=ATOL)
+
+
 def fused_copy(model: Any, fusions: Fusions | None = None) -> Any:
     twin = copy.deepcopy(model)
     fuse.apply(twin, fusions)
@@ -106,12 +110,12 @@ def run_vision(model: Any) -> Tensor:
 def test_text_layers_say_the_same(qwen: Any) -> None:
     fused = fused_copy(qwen)
 
-    torch.testing.assert_close(run_text(fused), run_text(qwen), **NEAR)
-    torch.testing.assert_close(run_text(fused, 1), run_text(qwen, 1), **NEAR)
+    assert_near(run_text(qwen), run_text(fused))
+    assert_near(run_text(qwen, 1), run_text(fused, 1))
 
 
 def test_vision_blocks_say_the_same(qwen: Any) -> None:
-    torch.testing.assert_close(run_vision(fused_copy(qwen)), run_vision(qwen), **NEAR)
+    assert_near(run_vision(qwen), run_vision(fused_copy(qwen)))
 
 
 def test_everything_of_qwen2_vl_is_swapped(qwen: Any) -> None:
@@ -137,8 +141,8 @@ def test_one_side_alone_can_be_swapped(qwen: Any) -> None:
 
     assert {"Qwen2VLVisionBlock", "LayerNorm"} == set(fuse.apply(vision, Fusions(text=False)))
     assert "Qwen2VLVisionBlock" not in fuse.apply(text, Fusions(vision=False))
-    torch.testing.assert_close(run_vision(vision), run_vision(qwen), **NEAR)
-    torch.testing.assert_close(run_text(text), run_text(qwen), **NEAR)
+    assert_near(run_vision(qwen), run_vision(vision))
+    assert_near(run_text(qwen), run_text(text))
 
 
 def test_bfloat16_is_no_worse_than_before(qwen: Any) -> None:
@@ -176,7 +180,8 @@ def test_attention_may_rotate_and_store_by_itself(qwen: Any) -> None:
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, **kwargs: Any):  # type: ignore[no-untyped-def]
         keys, values = torch.zeros(shape), torch.zeros(shape)
         rows = torch.arange(16, 16 + NUM_TOKENS)
-        rope.rotate_and_store_(*kwargs["merged"], keys, values, rows)
+        heads, cos, sin = kwargs["merged"]
+        rope.rotate_and_store_(heads, cos, sin, keys, values, rows)
         stored[module.layer_idx] = keys
         assert torch.equal(values[16 : 16 + NUM_TOKENS], v[0].transpose(0, 1))
         in_rows = keys[16 : 16 + NUM_TOKENS].transpose(0, 1)[None]
@@ -191,7 +196,7 @@ def test_attention_may_rotate_and_store_by_itself(qwen: Any) -> None:
 
     actual = run_text(fused)
 
-    torch.testing.assert_close(actual, run_text(qwen), **NEAR)
+    assert_near(run_text(qwen), actual)
     assert len(stored) == config.num_hidden_layers
 
 
@@ -205,9 +210,9 @@ def test_llava_says_the_same(llava: Any) -> None:
 
     assert swapped["LlamaDecoderLayer"] == 3
     assert swapped["CLIPAttention"] == swapped["CLIPMLP"] == 3
-    torch.testing.assert_close(run_text(fused), run_text(llava), **NEAR)
+    assert_near(run_text(llava), run_text(fused))
     for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, **NEAR)
+        assert_near(other, one)
 
 
 def test_what_is_not_known_is_left_alone(llava: Any) -> None:
@@ -222,7 +227,7 @@ def test_what_is_not_known_is_left_alone(llava: Any) -> None:
     assert swapped["LlamaDecoderLayer"] == 2
     assert swapped["CLIPMLP"] == 2
     assert "LlamaRotaryEmbedding" not in swapped
-    torch.testing.assert_close(run_text(llava), expected, **NEAR)
+    assert_near(expected, run_text(llava))
 
 
 def test_a_cache_of_transformers_own_is_refused(qwen: Any) -> None:

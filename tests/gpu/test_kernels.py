@@ -86,7 +86,8 @@ def test_rms_norm(width: int, dtype: torch.dtype) -> None:
         x = drawn(num_rows, width, dtype=dtype)
         weight = drawn(width, dtype=dtype, seed=1)
 
-        expected = norms.rms_norm(*on_cpu(x, weight), 1e-6)
+        x_copy, weight_copy = on_cpu(x, weight)
+        expected = norms.rms_norm(x_copy, weight_copy, 1e-6)
 
         assert_near(expected, kernel("norms").norm(x, weight, None, 1e-6))
 
@@ -265,9 +266,9 @@ def test_decode_attention(
     )
     query = drawn(len(lens), heads + 2, dim, dtype=dtype)[:, :heads]  # a view, as from a projection
     start, length = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lens))
-    exact = [x.float().double() for x in on_cpu(query, keys, values)]
+    q, k, v = (x.float().double() for x in on_cpu(query, keys, values))
 
-    expected = decode.attend(*exact, start.cpu(), length.cpu(), max(lens), dim**-0.5)
+    expected = decode.attend(q, k, v, start.cpu(), length.cpu(), max(lens), dim**-0.5)
     actual = kernel("decode").attend(
         query, keys, values, start, length, max(lens), dim**-0.5, split_rows
     )

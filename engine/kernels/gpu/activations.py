@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from engine.kernels.activations import QUICK_GELU
 
@@ -30,7 +31,7 @@ def _quick_gelu(x_ptr, num, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-def silu_mul(gate_up):
+def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(first half of the columns) * second half."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
@@ -46,7 +47,7 @@ def silu_mul(gate_up):
     return out
 
 
-def quick_gelu_(x):
+def quick_gelu_(x: Tensor) -> Tensor:
     """In place."""
     assert x.is_contiguous()
     num = x.numel()

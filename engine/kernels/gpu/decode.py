@@ -8,6 +8,7 @@ which costs nothing where reading K and V is what takes the time.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 TILE = 64  # KV rows of one turn of the loop
@@ -144,19 +145,19 @@ def _join(
 
 
 def attend(
-    query,
-    keys,
-    values,
-    starts,
-    lens,
-    max_len,
-    scale,
-    split_rows,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lens: Tensor,
+    max_len: int,
+    scale: float,
+    split_rows: int,
     *,
-    tile=TILE,
-    num_warps=4,
-    num_stages=3,
-):
+    tile: int = TILE,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Tensor:
     """As engine/kernels/decode.py says; the rest is for measuring."""
     num_seqs, heads, dim = query.shape
     kv_heads = keys.shape[1]

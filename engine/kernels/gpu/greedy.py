@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from engine.kernels.greedy import NO_TOKEN
 
@@ -41,7 +42,7 @@ def _best_of_pieces(
     tl.store(out_ptr + row, tl.where(is_finite, chosen, NONE).to(tl.int64))
 
 
-def argmax(logits):
+def argmax(logits: Tensor) -> Tensor:
     """(num_rows, vocab) -> (num_rows,), int64."""
     num_rows, vocab = logits.shape
     assert logits.stride(1) == 1

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -39,7 +40,7 @@ def _norm(
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def norm(x, weight, bias, eps):
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm, or RMSNorm without a bias."""
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -47,7 +48,7 @@ def norm(x, weight, bias, eps):
     return out
 
 
-def add_norm_(delta, x, weight, bias, eps):
+def add_norm_(delta: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """The norm of delta + x; delta keeps the sum."""
     assert delta.is_contiguous()
     out = torch.empty_like(delta)
@@ -55,7 +56,16 @@ def add_norm_(delta, x, weight, bias, eps):
     return out
 
 
-def _launch(x, delta, weight, bias, out, eps, *, adds):
+def _launch(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    *,
+    adds: bool,
+) -> None:
     width = x.shape[-1]
     num_rows = x.numel() // width
     if num_rows == 0:

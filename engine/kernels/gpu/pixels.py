@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -16,7 +17,7 @@ def _centre(patches_ptr, out_ptr, num_pixels, width, middle, BLOCK: tl.constexpr
     tl.store(to, x.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
-def centre(patches, middle, width, dtype):
+def centre(patches: Tensor, middle: int, width: int, dtype: torch.dtype) -> Tensor:
     """(num_patches, pixels) -> (num_patches, width)."""
     patches = patches.contiguous()
     num_patches, num_pixels = patches.shape

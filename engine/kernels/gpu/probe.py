@@ -12,7 +12,7 @@ def _double(x_ptr, out_ptr, num, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, 2 * tl.load(x_ptr + at, mask=inside, other=0), mask=inside)
 
 
-def run(device):
+def run(device: torch.device) -> None:
     """Raises whatever goes wrong."""
     with torch.cuda.device(device):
         x = torch.arange(5, device=device)

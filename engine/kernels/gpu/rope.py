@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 FP8_MOST = 448.0  # the largest float8_e4m3fn: beyond it there is only NaN
 
@@ -97,12 +98,14 @@ def _look_up(
     tl.store(sin_ptr + token * half + column, sin, mask=inside)
 
 
-def rotate_(heads, cos, sin):
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """heads: (T, heads, dim), rotated in place."""
     _launch(heads, heads.shape[1], cos, sin, heads, heads, heads, stores=False)
 
 
-def rotate_and_store_(heads, cos, sin, keys, values, write_rows):
+def rotate_and_store_(
+    heads: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, write_rows: Tensor
+) -> None:
     """heads: (T, heads + 2 * kv_heads, dim): queries and keys rotated in place, K and V stored."""
     assert keys.is_contiguous()
     assert values.is_contiguous()
@@ -111,7 +114,17 @@ def rotate_and_store_(heads, cos, sin, keys, values, write_rows):
     _launch(heads, num_rotated, cos, sin, keys, values, write_rows, stores=True)
 
 
-def _launch(heads, num_rotated, cos, sin, keys, values, write_rows, *, stores):
+def _launch(
+    heads: Tensor,
+    num_rotated: int,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    write_rows: Tensor,
+    *,
+    stores: bool,
+) -> None:
     num_tokens, _, dim = heads.shape
     if num_tokens == 0:
         return
@@ -140,7 +153,7 @@ def _launch(heads, num_rotated, cos, sin, keys, values, write_rows, *, stores):
     )
 
 
-def look_up(positions, axis_of, cos, sin):
+def look_up(positions: Tensor, axis_of: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """(axes, T) and the table -> two of (T, half)."""
     num_tokens, half = positions.shape[1], cos.shape[1]
     found = torch.empty((2, num_tokens, half), dtype=cos.dtype, device=cos.device)
