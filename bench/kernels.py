@@ -1,0 +1,382 @@
+"""
+Each fused piece against its plain twin at the shapes of real work: `python -m bench.kernels`.
+
+Needs a GPU with Triton. One JSON line a measurement: microseconds of one call inside a CUDA graph,
+so that the time to launch it does not count, and the share of memory traffic it reaches. Then a
+sweep of how decode attention is cut into tiles and splits, and whole layers before and after.
+"""
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from engine import fuse, kernels
+from engine.attention import (
+    TEXT_ATTENTION,
+    VISION_ATTENTION,
+    TextContext,
+    VisionContext,
+    can_use_flash,
+    using,
+)
+from engine.kernels import activations, greedy, has_kernels, norms, rope
+from engine.sampler import Sampler
+
+REPEATS, WARM_UP, CALLS = 20, 3, 4  # replays that are timed, replays before them, calls in a graph
+PREFILL, PATCHES, DECODE = 16_384, 32_768, 256  # rows of a call of each kind
+TEXT_WIDTH, TEXT_MLP = 1536, 8960  # Qwen2-VL-2B
+VISION_WIDTH, VISION_MLP = 1280, 5120
+VOCAB = 151_936
+MAX_APART = 0.02  # of two attentions in bfloat16
+DTYPE = torch.bfloat16
+# name: (sequences, query heads, KV heads, dim, least rows, most rows, the bound of the graph)
+DECODES = {
+    "caption": (256, 12, 2, 128, 421, 485, 1024),
+    "caption_512": (512, 12, 2, 128, 421, 485, 1024),
+    "frames": (192, 12, 2, 128, 2364, 2492, 4096),
+    "ragged": (256, 12, 2, 128, 545, 1090, 4096),
+    "few": (16, 12, 2, 128, 2364, 2492, 4096),
+    "llava": (140, 32, 32, 128, 335, 670, 1024),
+}
+SWEEP = [
+    (split, tile, warps, stages)
+    for split in (256, 512, 1024)
+    for tile in (32, 64, 128)
+    for warps in (2, 4, 8)
+    for stages in (2, 3)
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    only = parser.parse_args().only
+    if not (torch.cuda.is_available() and has_kernels(torch.empty(1, device="cuda"))):
+        raise SystemExit("bench.kernels needs a CUDA device and a Triton that works there.")
+    torch.manual_seed(0)
+    _print(device=torch.cuda.get_device_name(), torch=torch.__version__)
+    with torch.inference_mode():
+        for part in only:
+            PARTS[part]()
+
+
+def measure_pieces() -> None:
+    for rows in (PREFILL, DECODE):
+        _text_pieces(rows)
+    _vision_pieces()
+    logits = _random(DECODE, VOCAB)
+    sampler = Sampler(VOCAB, "cuda")
+    _line("argmax kernel", lambda: greedy.argmax(logits), moved=logits.nbytes)
+    _line("argmax sampler", lambda: sampler.sample_plain(logits).token_ids, moved=logits.nbytes)
+
+
+def _text_pieces(rows: int) -> None:
+    x, delta, weight = _random(rows, TEXT_WIDTH), _random(rows, TEXT_WIDTH), _random(TEXT_WIDTH)
+    _piece(f"rms_norm {rows}", 2 * x.nbytes, lambda: norms.rms_norm(x, weight, 1e-6))
+    _piece(
+        f"add_rms_norm {rows}", 4 * x.nbytes, lambda: norms.add_rms_norm_(delta, x, weight, 1e-6)
+    )
+    gate_up = _random(rows, 2 * TEXT_MLP)
+    _piece(f"silu_mul {rows}", gate_up.nbytes * 3 // 2, lambda: activations.silu_mul(gate_up))
+    heads, angles = _random(rows, 12 + 2 + 2, 128), torch.rand(rows, 64, device="cuda")
+    _piece(
+        f"rope text {rows}",
+        2 * heads[:, :14].nbytes,
+        lambda: rope.rotate_(heads[:, :14], angles, angles),
+    )
+    keys, values = _random(rows, 2, 128), _random(rows, 2, 128)
+    to = torch.randperm(rows, device="cuda")
+    _piece(
+        f"rope and store {rows}",
+        2 * heads.nbytes,
+        lambda: rope.rotate_and_store_(heads, angles, angles, keys, values, to),
+    )
+    positions = torch.randint(0, 4096, (3, rows), device="cuda")
+    axis_of = torch.arange(64, device="cuda") % 3
+    table = torch.rand(32_768, 64, device="cuda")
+    _piece(
+        f"look_up {rows}",
+        4 * angles.nbytes,
+        lambda: rope.look_up(positions, axis_of, table, table),
+    )
+
+
+def _vision_pieces() -> None:
+    x, delta = _random(PATCHES, VISION_WIDTH), _random(PATCHES, VISION_WIDTH)
+    weight, bias = _random(VISION_WIDTH), _random(VISION_WIDTH)
+    _piece("layer_norm", 2 * x.nbytes, lambda: norms.layer_norm(x, weight, bias, 1e-6))
+    _piece(
+        "add_layer_norm",
+        4 * x.nbytes,
+        lambda: norms.add_layer_norm_(delta, x, weight, bias, 1e-6),
+    )
+    inner = _random(PATCHES, VISION_MLP)
+    _piece("quick_gelu", 2 * inner.nbytes, lambda: activations.quick_gelu_(inner))
+    heads, angles = _random(PATCHES, 48, 80), torch.rand(PATCHES, 80, device="cuda")
+    _piece(
+        "rope vision",
+        2 * heads[:, :32].nbytes,
+        lambda: rope.rotate_(heads[:, :32], angles, angles),
+    )
+
+
+def measure_merged() -> None:
+    """One product instead of several."""
+    for rows in (PREFILL, DECODE):
+        _merged("qkv", rows, [1536, 256, 256])
+        _merged("gate_up", rows, [TEXT_MLP, TEXT_MLP])
+
+
+def _merged(name: str, rows: int, widths: list[int]) -> None:
+    x, parts = _random(rows, TEXT_WIDTH), [_random(width, TEXT_WIDTH) for width in widths]
+    merged = torch.cat(parts)
+    flops = 2 * rows * TEXT_WIDTH * sum(widths)
+    _line(f"{name} apart {rows}", lambda: [F.linear(x, part) for part in parts], flops=flops)
+    _line(f"{name} merged {rows}", lambda: F.linear(x, merged), flops=flops)
+
+
+def measure_decode() -> None:
+    for name, shape in DECODES.items():
+        _decode(name, *shape)
+
+
+def _decode(
+    name: str, num: int, heads: int, kv_heads: int, dim: int, least: int, most: int, bound: int
+) -> None:
+    """torch's FlashAttention, then our kernel with every way of cutting."""
+    from engine.kernels.gpu.decode import attend
+
+    rng = random.Random(num)
+    lens = [rng.randint(least, most) for _ in range(num)]
+    slab = -(-most // 16) * 16
+    starts = [16 + slab * place for place in rng.sample(range(num), num)]
+    keys, values = (_random(16 + num * slab, kv_heads, dim) for _ in range(2))
+    query = _random(num, heads, dim)
+    start, length = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (starts, lens))
+    padded = torch.cat([start, start[:1]])
+    ones = torch.arange(num + 1, dtype=torch.int32, device="cuda")
+    moved = 2 * sum(lens) * kv_heads * dim * keys.element_size()
+    scale = dim**-0.5
+
+    def flash() -> Tensor:
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            query, keys, values, ones, padded, 1, bound, 0.0, True, False,
+            scale=scale, seqused_k=length,
+        )  # fmt: skip
+        return out  # type: ignore[no-any-return]
+
+    expected = flash()
+    _line(f"decode {name} flash", flash, moved=moved)
+    small = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
+    best: tuple[float, dict[str, Any]] | None = None
+    for split, tile, warps, stages in SWEEP:
+        how = {"tile": tile, "num_warps": warps, "num_stages": stages}
+        run = partial(
+            attend, query, keys, values, start, length, bound, scale, split,
+            tile=tile, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        facts: dict[str, Any] = {"split": split, **how}
+        took = _line(f"decode {name} kernel", run, moved=moved, facts=facts)
+        if took is None:
+            continue
+        apart = (run() - expected).abs().max().item()
+        if apart > MAX_APART:
+            _print(name=f"decode {name} kernel", error=f"{apart} apart from flash", **facts)
+        elif best is None or took < best[0]:
+            best = took, facts
+    if best is None:
+        return
+    took, facts = best
+    _print(best=f"decode {name}", us=round(took, 2), **facts)
+    run = partial(
+        attend, query, *small, start, length, bound, scale, facts["split"],
+        tile=facts["tile"], num_warps=facts["num_warps"], num_stages=facts["num_stages"],
+    )  # fmt: skip
+    _line(f"decode {name} kernel fp8 KV", run, moved=moved // 2, facts=facts)
+
+
+def measure_layers() -> None:
+    """Two encoder blocks and two text layers of Qwen2-VL-2B, as transformers has them and fused."""
+    config: Any = Qwen2VLConfig()
+    config.text_config.update(
+        {
+            "hidden_size": TEXT_WIDTH,
+            "intermediate_size": TEXT_MLP,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 1024,
+            "layer_types": ["full_attention"] * 2,
+            "max_position_embeddings": 32_768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
+        }
+    )
+    config.vision_config.update({"depth": 2, "hidden_size": TEXT_WIDTH})
+    torch.set_default_dtype(DTYPE)
+    with torch.device("cuda"):
+        model: Any = Qwen2VLForConditionalGeneration(config)
+    model.eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    model.config.text_config._attn_implementation = TEXT_ATTENTION
+    model.config.vision_config._attn_implementation = VISION_ATTENTION
+    model.model.visual.patch_embed = nn.Identity()
+    runs = [_encoder_run(model), _prefill_run(model), _decode_run(model)]
+    for is_fused in (False, True):
+        if is_fused:
+            fuse.apply(model)
+        for name, run in runs:
+            _line(f"2 layers {name} {'fused' if is_fused else 'plain'}", run, in_graph=False)
+
+
+def _encoder_run(model: Any) -> tuple[str, Callable[[], Tensor]]:
+    num, rows, columns = 20, 34, 46
+    patches = _random(num * rows * columns, VISION_WIDTH)
+    grids = torch.tensor([[1, rows, columns]] * num)
+    positions = torch.randint(0, 46, (len(patches), 2), device="cuda")
+    starts = torch.arange(num + 1, dtype=torch.int32, device="cuda") * rows * columns
+
+    def run() -> Tensor:
+        with using(VisionContext([(num, rows * columns)])):
+            return model.model.visual(  # type: ignore[no-any-return]
+                patches,
+                grid_thw=grids,
+                position_ids=positions,
+                cu_seqlens=starts,
+                max_seqlen=rows * columns,
+            ).pooler_output
+
+    return f"encoder {len(patches)}", run
+
+
+def _text_run(model: Any, num: int, tokens: int, rows: int) -> Callable[[], Tensor]:
+    slab = -(-rows // 16) * 16
+    total = num * tokens
+    keys, values = ([_random(num * slab, 2, 128) for _ in range(2)] for _ in range(2))
+    starts = [slab * n for n in range(num)]
+    write = torch.tensor(
+        [start + rows - tokens + i for start in starts for i in range(tokens)], device="cuda"
+    )
+    spans = [
+        torch.tensor(x, dtype=torch.int32, device="cuda")
+        for x in ([tokens * n for n in range(num + 1)], [*starts, 0], [rows] * num)
+    ]
+    assert can_use_flash(torch.device("cuda"), DTYPE, 128)
+    context = TextContext(
+        keys, values, write, starts, [rows] * num, [tokens] * num, (spans[0], spans[1], spans[2])
+    )
+    x = _random(1, total, TEXT_WIDTH)
+    positions = torch.arange(total, device="cuda").remainder(rows).expand(3, 1, total)
+
+    def run() -> Tensor:
+        with using(context):
+            return model.model.language_model(  # type: ignore[no-any-return]
+                inputs_embeds=x, position_ids=positions, use_cache=False
+            ).last_hidden_state
+
+    return run
+
+
+def _prefill_run(model: Any) -> tuple[str, Callable[[], Tensor]]:
+    return "prefill 38 x 421", _text_run(model, 38, 421, 421)
+
+
+def _decode_run(model: Any) -> tuple[str, Callable[[], Tensor]]:
+    return "decode 256 x 450", _text_run(model, 256, 1, 450)
+
+
+def _piece(name: str, moved: int, run: Callable[[], Any]) -> None:
+    """The kernel, then its twin: the same function with the kernels hidden."""
+    _line(f"{name} kernel", run, moved=moved)
+    modules = [activations, norms, rope]
+    kept = kernels.has_kernels
+    for module in modules:
+        module.has_kernels = lambda _: False  # type: ignore[attr-defined]
+    try:
+        _line(f"{name} twin", run, moved=moved)
+    finally:
+        for module in modules:
+            module.has_kernels = kept  # type: ignore[attr-defined]
+
+
+def _line(
+    name: str,
+    run: Callable[[], Any],
+    *,
+    moved: int | None = None,
+    flops: int | None = None,
+    in_graph: bool = True,
+    facts: dict[str, Any] | None = None,
+) -> float | None:
+    """Measure and print; what cannot run is said so and costs nothing else. Microseconds a call."""
+    facts = dict(facts or {})
+    try:
+        took = _time_us(run, in_graph)
+    except Exception as error:  # noqa: BLE001 - a kernel that does not compile must not end the rest
+        _print(name=name, error=f"{type(error).__name__}: {error}"[:300], **facts)
+        torch.cuda.synchronize()
+        return None
+    if moved is not None:
+        facts["gb_s"] = round(moved / took / 1e3)
+    if flops is not None:
+        facts["tflop_s"] = round(flops / took / 1e6)
+    _print(name=name, us=round(took, 2), **facts)
+    return took
+
+
+def _time_us(run: Callable[[], Any], in_graph: bool) -> float:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.synchronize()
+    replay: Callable[[], Any] = run
+    calls = 1
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                run()
+        replay, calls = graph.replay, CALLS
+    times = []
+    for repeat in range(WARM_UP + REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        if repeat >= WARM_UP:
+            times.append(begin.elapsed_time(end) * 1000 / calls)
+    return float(statistics.median(times))
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.float32).to(DTYPE)
+
+
+def _print(**facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "pieces": measure_pieces,
+    "merged": measure_merged,
+    "layers": measure_layers,
+    "decode": measure_decode,
+}
+
+if __name__ == "__main__":
+    main()
