@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
+from engine.kernels.rope import rotate_and_store_
 from engine.swaps import DecodeAttention
 
 TEXT_ATTENTION = "darkroom_flash_text"
@@ -103,6 +104,7 @@ def attend_text(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    merged: tuple[Tensor, Tensor, Tensor] | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """
@@ -110,6 +112,8 @@ def attend_text(
 
     Args:
         query: (1, heads, T, dim). key, value: (1, kv_heads, T, dim).
+        merged: of fused layers, whose queries and keys are not rotated yet: all heads as one
+            (T, heads + 2 * kv_heads, dim), of which the three above are views, and the angles.
 
     Returns:
         (1, T, heads, dim), and no weights.
@@ -119,8 +123,11 @@ def attend_text(
     assert attention_mask is None
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = context.keys[layer], context.values[layer]
-    keys.index_copy_(0, context.write_rows, key[0].transpose(0, 1))
-    values.index_copy_(0, context.write_rows, value[0].transpose(0, 1))
+    if merged is not None:
+        rotate_and_store_(*merged, keys, values, context.write_rows)
+    else:
+        keys.index_copy_(0, context.write_rows, key[0].transpose(0, 1))
+        values.index_copy_(0, context.write_rows, value[0].transpose(0, 1))
     if context.device_spans is not None:
         is_decode = context.max_queries == 1 and context.decode_kernel is not None
         attend = _attend_kernel if is_decode else _attend_flash

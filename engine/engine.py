@@ -27,6 +27,7 @@ from engine.config import EngineConfig
 from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
 from engine.inputs import Request, may_fetch, text_of
 from engine.kv import KVShape
+from engine.meter import Work
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 NUM_PREPARED_AHEAD = 32  # requests of a stream in media threads or waiting, beside those that run
 MAX_PREPARED_BYTES = 1 << 30  # pixels that wait for the encoder; over it only so many are ahead
 GPU_FLIGHTS = 2  # batches that a GPU may have before the tokens of the first are read
+USAGE_EVERY_S = 10.0  # how often a working engine says in the log what its device does
 GPU_PATIENCE = 16  # decode steps for which a prefill may wait to be a full one
 
 
@@ -173,7 +175,9 @@ class Engine:
         self._news = threading.Condition()
         self._is_closed = False
         self._aborted: deque[int] = deque()  # tickets to drop once the engine is free
-        self._idle_since = time.perf_counter()
+        self._idle_since = self._told_at = time.perf_counter()
+        self._told = self.meter.read()
+        self._waited_for_media_s = 0.0  # since then, with nothing else to do
         row_bytes = KVShape.of(checkpoint.config.text_config, checkpoint.dtype).row_bytes
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         logger.info(
@@ -366,8 +370,29 @@ class Engine:
         while self._flights and (not was_launched or len(self._flights) > self._max_flights):
             self._land(self._flights.popleft())
             was_launched = True  # one at a time where there is nothing else to do
+        now = time.perf_counter()
         if not self._scheduler.has_work:
-            self._idle_since = time.perf_counter()
+            self._idle_since = now
+        if now - self._told_at >= USAGE_EVERY_S:
+            self._tell_usage(now)
+
+    def _tell_usage(self, now: float) -> None:
+        """Say in the log what the device did since the last time, as shares of that time."""
+        took_s, usage = now - self._told_at, self.meter.read()
+        used = usage.since(self._told)
+        shares = {work: used.ms[work] / took_s / 1000 for work in Work}
+        logger.info(
+            "engine_usage busy=%.3f encode=%.3f prefill=%.3f decode=%.3f waited_for_media=%.3f "
+            "patches_s=%d prompt_tokens_s=%d tokens_s=%d running=%d waiting=%d preparing=%d",
+            sum(shares.values()),
+            *shares.values(),
+            self._waited_for_media_s / took_s,
+            *(used.units[work] / took_s for work in Work),
+            self._scheduler.num_running,
+            self._scheduler.num_waiting,
+            len(self._preparing),
+        )
+        self._told_at, self._told, self._waited_for_media_s = now, usage, 0.0
 
     def _collect(self) -> None:
         """Queue what the media threads have prepared."""
@@ -379,9 +404,13 @@ class Engine:
                 if ticket is not None:  # it may have left meanwhile
                     ready.append((ticket, future))
         was_idle = not self._scheduler.has_work
+        now = time.perf_counter()
+        if ready and was_idle:
+            first = min(ticket.arrived for ticket, _ in ready)
+            self._waited_for_media_s += now - max(self._idle_since, self._told_at, first)
         for ticket, future in ready:
             if was_idle:
-                waited_s = time.perf_counter() - max(self._idle_since, ticket.arrived)
+                waited_s = now - max(self._idle_since, ticket.arrived)
                 ticket.wait_ms = waited_s * 1000
             with self._contained(ticket):
                 self._queue(ticket, _outcome(future))
