@@ -476,7 +476,8 @@ def worker(
     \b
     Exit codes:
       0    stopped as asked
-      2    a setting that cannot work
+      2    a setting that cannot work, or a schema of another version
+      3    database or broker out of reach: start it again
       70   the device was lost: start it again
       75   stopped, and the deadline cut some work short
 
