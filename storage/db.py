@@ -52,6 +52,10 @@ MAX_LOGGED_CHARS: Final = 400
 """Of a statement that the database refused."""
 
 CONNECT_TIMEOUT_S: Final = 5.0
+SILENT_S: Final = 30
+"""How long a PostgreSQL is waited for from which nothing comes any more, not even an answer to the
+kernel's probes: a host that vanished would hold a thread for a quarter of an hour."""
+
 PING_AFTER_S: Final = 1.0
 """A connection that was idle for so long is asked whether it lives before it is used."""
 
@@ -248,6 +252,10 @@ def _build_postgresql_engine(url: URL, pool_size: int) -> Engine:
         hide_parameters=True,  # clients' texts: never in an error, a traceback or a log
         connect_args={
             "connect_timeout": int(CONNECT_TIMEOUT_S),
+            "keepalives_idle": SILENT_S // 3,
+            "keepalives_interval": SILENT_S // 6,
+            "keepalives_count": 4,
+            "tcp_user_timeout": SILENT_S * 1000,  # for what was sent and never acknowledged
             "options": " ".join(f"-c {name}={int(s * 1000)}ms" for name, s in settings.items()),
         },
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import exists, or_, select, update
+from sqlalchemy import exists, literal, or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -92,7 +92,8 @@ def list_page(
         NotFoundError: `after` is no file of this tenant. A deleted one will do.
     """
     query = select(File).where(File.tenant_id == tenant, _is_there()).limit(limit + 1)
-    query = query.where(File.purpose != REQUEST_PURPOSE)
+    # A constant of the statement, not a parameter: an index of such rows is taken for nothing else.
+    query = query.where(File.purpose != literal(REQUEST_PURPOSE, literal_execute=True))
     query = query.order_by(File.id.desc() if is_newest_first else File.id)
     if purpose is not None:
         query = query.where(File.purpose == purpose)

@@ -10,7 +10,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, case, delete, func, or_, select, type_coerce, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    case,
+    delete,
+    func,
+    literal,
+    or_,
+    select,
+    type_coerce,
+    update,
+)
 from sqlalchemy.orm import Session, defer
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -24,6 +35,9 @@ PAGE: Final = 100
 
 FAST_LANE: Final = -1000
 """The priority of a job of one item whose client waits at the line. Such jobs are not listed."""
+
+# A constant of the statement, not a parameter: an index of such rows is taken for nothing else.
+_IS_LISTED: Final[ColumnElement[bool]] = Job.priority > literal(FAST_LANE, literal_execute=True)
 
 _NUM_OPEN: Final[ColumnElement[int]] = (
     Job.num_total - Job.num_completed - Job.num_failed - Job.num_cancelled - Job.num_expired
@@ -128,7 +142,7 @@ def find_twin(
     within_s: float,
 ) -> Job | None:
     """
-    The newest job without an idempotency key that the same body made a short while ago.
+    The newest job without an idempotency key that the same body made a short while ago; no chat.
 
     For a client that sends again because an answer was lost. Whoever makes a job without a key calls
     `lock_body` first, in the same transaction: then the first try is visible here or still waits.
@@ -141,6 +155,7 @@ def find_twin(
             Job.idempotency_key.is_(None),
             Job.body_sha256 == body_sha256,
             Job.created_at > clock() - within_s,
+            _IS_LISTED,
         )
         .order_by(Job.id.desc())
         .limit(1)
@@ -215,7 +230,7 @@ def list_page(
     """
     head = type_coerce(head_of(Job.errors), JSONS)
     query = select(Job, head).options(defer(Job.errors, raiseload=True))
-    query = query.where(Job.tenant_id == tenant, Job.priority > FAST_LANE)
+    query = query.where(Job.tenant_id == tenant, _IS_LISTED)
     query = query.order_by(Job.id.desc()).limit(limit + 1)
     if after is not None:
         get(session, tenant, after)

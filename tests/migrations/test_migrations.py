@@ -171,7 +171,7 @@ def test_migration_gives_up_where_others_hold_a_table_and_changes_nothing(
         before = read_schema(database)
 
         with next_version(tmp_path, monkeypatch):
-            with database.read() as session:
+            with database.write() as session:  # a read holds nothing between its statements
                 session.execute(text("SELECT count(*) FROM items"))
                 with pytest.raises(DatabaseBusyError):
                     upgrade(database)

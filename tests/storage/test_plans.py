@@ -193,3 +193,31 @@ def add_ended_jobs(database: Database, tenant: TenantId, count: int) -> None:
             text("UPDATE jobs SET state = 'completed' WHERE id = :job"), {"job": job.id}
         )
         session.execute(text("ANALYZE jobs"))
+
+
+def make_chats(database: Database, tenant: TenantId, count: int) -> None:
+    for _ in range(count):
+        chat = {"priority": jobs.FAST_LANE, "purpose": files.REQUEST_PURPOSE}
+        make_job(database, 0, tenant=tenant, is_started=False, **chat)
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("ANALYZE jobs, files")
+
+
+def test_lists_and_repeated_submissions_pass_chats_by(postgresql: Database) -> None:
+    tenant = make_tenant(postgresql)
+    listed = [make_job(postgresql, 0, tenant=tenant) for _ in range(3)]
+    make_chats(postgresql, tenant, 300)
+
+    with recorded(postgresql, about="jobs") as sent, postgresql.read() as session:
+        page, _ = jobs.list_page(session, tenant, after=None, limit=10)
+        twin = jobs.find_twin(
+            session, tenant, api_key_id=None, body_sha256=page[0].body_sha256, within_s=600.0
+        )
+    with recorded(postgresql, about="files") as sent_for_files, postgresql.read() as session:
+        files_page, _ = files.list_page(session, tenant, limit=10)
+
+    assert listed[::-1] == [job.id for job in page]
+    assert twin is not None
+    assert 3 == len(files_page)
+    assert 3 <= count_rows_read(postgresql, sent) <= 10
+    assert 3 <= count_rows_read(postgresql, sent_for_files) <= 10
