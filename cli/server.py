@@ -22,6 +22,7 @@ from cli.group import Group, Member
 from cli.service import prepare_database, reported
 
 if TYPE_CHECKING:
+    from api.config import ApiConfig
     from tasks.config import Config
 
 API_THREADS: Final = 40
@@ -40,26 +41,17 @@ def run_api(host: str, port: int) -> ExitCode:
     """
     with reported():
         from api.app import create_app
-        from api.config import ApiConfig, ServedModel, is_loopback
         from api.server import build_server
         from tasks.broker import open_broker, ping
-        from tasks.config import DEFAULT_TENANT, load_config
+        from tasks.config import load_config
         from tasks.dispatch import Dispatcher
         from tasks.logs import configure_logging
-        from tasks.stores import load_pepper, open_stores
+        from tasks.stores import open_stores
 
         configure_logging()
         config = load_config()
         prepare_database(config)
-        is_open = not config.database_url and is_loopback(host)
-        api_config = ApiConfig(
-            pepper=load_pepper(config),
-            is_open=is_open,
-            open_tenant=DEFAULT_TENANT,
-            models=tuple(ServedModel(name) for name in config.models),
-            max_batch_lines=config.max_lines,
-            metrics_from=config.metrics_from,
-        )
+        api_config = build_api_config(config, host)
         with (
             open_broker(config) as url,
             closing(open_stores(config, num_threads=API_THREADS)) as stores,
@@ -77,6 +69,36 @@ def run_api(host: str, port: int) -> ExitCode:
             )
             build_server(app, api_config, host=host, port=port).run(sockets=[listener])
     return ExitCode.DONE
+
+
+def build_api_config(config: "Config", host: str) -> "ApiConfig":
+    """
+    What the API is told of the settings, when it listens on this address.
+
+    Raises:
+        BadSettingError, BadApiConfigError: there is no good pepper.
+    """
+    from api.config import ApiConfig, ServedModel, is_loopback
+    from tasks.config import DEFAULT_TENANT
+    from tasks.stores import load_pepper
+
+    return ApiConfig(
+        pepper=load_pepper(config),
+        is_open=not config.database_url and is_loopback(host),
+        open_tenant=DEFAULT_TENANT,
+        models=tuple(ServedModel(name) for name in config.models),
+        max_file_bytes=config.max_file_bytes,
+        max_batch_bytes=config.max_batch_bytes,
+        max_batch_lines=config.max_lines,
+        max_body_bytes=config.max_body_bytes,
+        max_held_bytes=config.max_held_bytes,
+        body_timeout_s=config.body_timeout_s,
+        max_open_items=config.max_open_items,
+        max_open_bytes=config.max_open_bytes,
+        batch_file_lifetime_s=config.batch_file_lifetime_s,
+        chat_timeout_s=config.chat_timeout_s,
+        metrics_from=config.metrics_from,
+    )
 
 
 @dataclass(frozen=True, slots=True)

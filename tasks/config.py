@@ -37,6 +37,7 @@ SECRETS: Final = ("database_url", "redis_url", "pepper")
 """What holds a secret may also come from a file, such as a mounted one: DARKROOM_PEPPER_FILE, …"""
 
 MEBIBYTE: Final = 1024 * 1024
+DAY_S: Final = 24 * 3600
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -77,6 +78,16 @@ class Config(BaseSettings):
         metrics_from: networks that may read /metrics besides the host itself, as 10.0.0.0/8,fd00::/8.
         models: the models that are served, by name, as JSON: {"M": {"image": 4, "max_model_len": 4096}}.
         limit_mm_per_prompt: limits of every other model, as `image=4,video=1` or as JSON.
+        max_lines, max_batch_bytes: of the input of one job; more makes it `failed`.
+        max_line_bytes: of one line; a longer one is refused alone.
+        max_file_bytes: of one upload.
+        max_body_bytes, max_held_bytes: of one JSON body, inline requests included, and of all that
+            one API process holds at a time.
+        body_timeout_s: how long the next piece of a body may take to come.
+        chat_timeout_s: how long a chat completion may take, its time in the queue included.
+        batch_file_lifetime_s: of uploads for jobs that do not say when they expire.
+        max_open_items, max_open_bytes: what a tenant may have open at a time where its own row
+            does not say; by default as much as there is.
         chunk_items: how many items one permit leases.
         chunks_in_flight: permits that a worker works on at a time; their items together should be
             twice what the engine runs at once, so that one's slow tail never leaves it idle.
@@ -112,6 +123,15 @@ class Config(BaseSettings):
     limit_mm_per_prompt: Annotated[MediaLimits, NoDecode] = MediaLimits()
     max_lines: Count = 50_000
     max_line_bytes: Count = 64 * MEBIBYTE
+    max_batch_bytes: Count = 200 * MEBIBYTE
+    max_file_bytes: Count = 512 * MEBIBYTE
+    max_body_bytes: Count = 32 * MEBIBYTE
+    max_held_bytes: Count = 256 * MEBIBYTE
+    body_timeout_s: Seconds = 60.0
+    chat_timeout_s: Seconds = 300.0
+    batch_file_lifetime_s: int = Field(default=30 * DAY_S, ge=3600)
+    max_open_items: Count | None = None
+    max_open_bytes: Count | None = None
 
     chunk_items: Count = 64
     chunks_in_flight: Count = 3
@@ -176,6 +196,15 @@ class Config(BaseSettings):
             raise ValueError(
                 f"{PREFIX}HEARTBEAT_S must be at most half of {PREFIX}LEASE_S: a beat that is "
                 "late must not cost the lease"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_bodies(self) -> Self:
+        if self.max_body_bytes > self.max_held_bytes:
+            raise ValueError(
+                f"{PREFIX}MAX_BODY_BYTES must be at most {PREFIX}MAX_HELD_BYTES: no body of that "
+                "size could ever be held"
             )
         return self
 
