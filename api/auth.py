@@ -31,11 +31,13 @@ class Caller:
 
 
 # Only describes the scheme at /docs: what it finds, and how it would complain, is not ours.
-_Described = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+Described = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def admit(request: Request, services: Here, _shown: _Described) -> Caller:
+def admit(request: Request, services: Here, _shown: Described = None) -> Caller:
     """
+    Look up who asks. It waits for the database: not on the server's loop.
+
     Raises:
         UnauthenticatedError: no key, or one that is malformed, unknown, revoked or expired; the
             text is the same for all of them.
