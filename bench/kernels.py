@@ -7,6 +7,7 @@ sweep of how decode attention is cut into tiles and splits, and whole layers bef
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -28,7 +29,7 @@ from engine.attention import (
     can_use_flash,
     using,
 )
-from engine.kernels import activations, greedy, has_kernels, norms, rope
+from engine.kernels import activations, greedy, has_kernels, norms, quantised, rope
 from engine.sampler import Sampler
 
 REPEATS, WARM_UP, CALLS = 20, 3, 4  # replays that are timed, replays before them, calls in a graph
@@ -144,6 +145,43 @@ def _merged(name: str, rows: int, widths: list[int]) -> None:
     _line(f"{name} merged {rows}", lambda: F.linear(x, merged), flops=flops)
 
 
+def measure_fp8() -> None:
+    """Products and what comes before them, in bfloat16 and in fp8: (rows, width in, width out)."""
+    for rows, width, out in [
+        (PATCHES, VISION_WIDTH, 3 * VISION_WIDTH),
+        (PATCHES, VISION_WIDTH, VISION_WIDTH),
+        (PATCHES, VISION_WIDTH, VISION_MLP),
+        (PATCHES, VISION_MLP, VISION_WIDTH),
+        (PREFILL, TEXT_WIDTH, 2048),
+        (PREFILL, TEXT_WIDTH, 2 * TEXT_MLP),
+        (PREFILL, TEXT_MLP, TEXT_WIDTH),
+        (DECODE, TEXT_WIDTH, 2048),
+        (DECODE, TEXT_WIDTH, 2 * TEXT_MLP),
+        (DECODE, TEXT_MLP, TEXT_WIDTH),
+    ]:
+        _fp8_product(rows, width, out)
+    x, weight = _random(PATCHES, VISION_WIDTH), _random(VISION_WIDTH)
+    inner, gate_up = _random(PATCHES, VISION_MLP), _random(PREFILL, 2 * TEXT_MLP)
+    _line("quantise", lambda: quantised.quantise(x), moved=x.nbytes * 3 // 2)
+    _line(
+        "layer_norm in fp8",
+        lambda: quantised.layer_norm(x, weight, weight, 1e-6),
+        moved=x.nbytes * 3 // 2,
+    )
+    _line("quick_gelu in fp8", lambda: quantised.quick_gelu(inner), moved=inner.nbytes * 3 // 2)
+    _line("silu_mul in fp8", lambda: quantised.silu_mul(gate_up), moved=gate_up.nbytes * 5 // 4)
+
+
+def _fp8_product(rows: int, width: int, out: int) -> None:
+    linear = nn.Linear(width, out, device="cuda", dtype=DTYPE)
+    x, small = _random(rows, width), quantised.Fp8Linear(linear)
+    quantised_x = quantised.quantise(x)
+    flops = 2 * rows * width * out
+    name = f"{rows} x {width} x {out}"
+    _line(f"bf16 {name}", lambda: linear(x), flops=flops)
+    _line(f"fp8 {name}", lambda: small(quantised_x), flops=flops)
+
+
 def measure_decode() -> None:
     for name, shape in DECODES.items():
         _decode(name, *shape)
@@ -233,12 +271,17 @@ def measure_layers() -> None:
     model.config.text_config._attn_implementation = TEXT_ATTENTION
     model.config.vision_config._attn_implementation = VISION_ATTENTION
     model.model.visual.patch_embed = nn.Identity()
-    runs = [_encoder_run(model), _prefill_run(model), _decode_run(model)]
-    for is_fused in (False, True):
-        if is_fused:
-            fuse.apply(model)
-        for name, run in runs:
-            _line(f"2 layers {name} {'fused' if is_fused else 'plain'}", run, in_graph=False)
+    exact = copy.deepcopy(model)
+    for kind, fusions in (
+        ("plain", None),
+        ("fused", fuse.Fusions()),
+        ("fused fp8", fuse.Fusions(fp8=True)),
+    ):
+        model = copy.deepcopy(exact)
+        if fusions is not None:
+            fuse.apply(model, fusions)
+        for name, run in (_encoder_run(model), _prefill_run(model), _decode_run(model)):
+            _line(f"2 layers {name} {kind}", run, in_graph=False)
 
 
 def _encoder_run(model: Any) -> tuple[str, Callable[[], Tensor]]:
@@ -375,6 +418,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "pieces": measure_pieces,
     "merged": measure_merged,
     "layers": measure_layers,
+    "fp8": measure_fp8,
     "decode": measure_decode,
 }
 

@@ -6,6 +6,8 @@ take the addition before them along; rotary positions are read from a table and 
 `engine/kernels` has the pieces. What a layer computes does not change: tests/engine/test_fuse.py
 compares each with the one it replaces.
 
+Products in fp8 are an option, and the one thing here that changes the numbers.
+
 What it does not know it leaves as it is: another class, another activation, rotary positions that
 change with the length. It refuses to know batches and slabs; attention is called as transformers'
 own layers call it, by the name in the config.
@@ -24,7 +26,8 @@ from transformers.models.clip import modeling_clip as clip
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
-from engine.kernels import activations, norms, rope
+from engine.kernels import activations, norms, quantised, rope
+from engine.kernels.quantised import Fp8Linear, Fp8Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class Fusions:
     """
     Attributes:
         text, vision: whether to swap layers of the text model, and of the vision encoder.
+        fp8: the products of these layers in fp8, with scales by row; `quantised.can_multiply` says
+            where it runs. A CPU computes what it would give, slowly. Changes what is computed.
         rope_in_attention: text queries and keys reach the attention function before they are
             rotated, with `merged=(heads, cos, sin)`: it calls `rope.rotate_and_store_`, which
             rotates and fills KV rows in one pass. Only for a function that knows this keyword.
@@ -39,6 +44,7 @@ class Fusions:
 
     text: bool = True
     vision: bool = True
+    fp8: bool = False
     rope_in_attention: bool = False
 
 
@@ -95,39 +101,51 @@ def merge_linears(linears: list[nn.Linear]) -> nn.Linear:
     return merged
 
 
+def _project(linear: nn.Linear, fusions: Fusions) -> nn.Linear | Fp8Linear:
+    """The product as it will run: in fp8 where that is asked for and the widths allow it."""
+    return (Fp8Linear.find(linear) if fusions.fp8 else None) or linear
+
+
 class FusedRMSNorm(nn.Module):
-    """RMSNorm, also of a sum."""
+    """
+    RMSNorm, also of a sum.
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    Args:
+        reader: what reads the result; in fp8, where that is what it multiplies.
+    """
+
+    def __init__(self, norm: Any, reader: nn.Module | None = None) -> None:
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.pieces: Any = quantised if isinstance(reader, Fp8Linear) else norms
 
-    def forward(self, x: Tensor) -> Tensor:
-        return norms.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor) -> Tensor | Fp8Rows:
+        return self.pieces.rms_norm(x, self.weight, self.eps)  # type: ignore[no-any-return]
 
-    def add_(self, delta: Tensor, x: Tensor) -> Tensor:
+    def add_(self, delta: Tensor, x: Tensor) -> Tensor | Fp8Rows:
         """Of delta + x; delta keeps the sum."""
-        return norms.add_rms_norm_(delta, x, self.weight, self.eps)
+        return self.pieces.add_rms_norm_(delta, x, self.weight, self.eps)  # type: ignore[no-any-return]
 
 
 class FusedLayerNorm(nn.Module):
-    """LayerNorm, also of a sum."""
+    """LayerNorm, as FusedRMSNorm."""
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
+    def __init__(self, norm: Any, reader: nn.Module | None = None) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.pieces: Any = quantised if isinstance(reader, Fp8Linear) else norms
 
-    def forward(self, x: Tensor) -> Tensor:
-        return norms.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor) -> Tensor | Fp8Rows:
+        return self.pieces.layer_norm(x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
 
-    def add_(self, delta: Tensor, x: Tensor) -> Tensor:
+    def add_(self, delta: Tensor, x: Tensor) -> Tensor | Fp8Rows:
         """Of delta + x; delta keeps the sum."""
-        return norms.add_layer_norm_(delta, x, self.weight, self.bias, self.eps)
+        return self.pieces.add_layer_norm_(delta, x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
 
 
 def _enter(
     norm: FusedRMSNorm | FusedLayerNorm, arriving: Tensor | Carried
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Fp8Rows]:
     """A layer's input, whole, and its norm."""
     if isinstance(arriving, Carried):
         return arriving.delta, norm.add_(arriving.delta, arriving.x)
@@ -141,24 +159,30 @@ def _leave(x: Tensor, delta: Tensor, is_last: bool) -> Tensor | Carried:
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up in one product."""
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, fusions: Fusions) -> None:
         super().__init__()
-        self.gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
-        self.down = mlp.down_proj
+        self.gate_up = _project(merge_linears([mlp.gate_proj, mlp.up_proj]), fusions)
+        self.down = _project(mlp.down_proj, fusions)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(activations.silu_mul(self.gate_up(x)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        gate_up = self.gate_up(x)
+        if isinstance(self.down, Fp8Linear):
+            return self.down(quantised.silu_mul(gate_up))  # type: ignore[no-any-return]
+        return self.down(activations.silu_mul(gate_up))  # type: ignore[no-any-return]
 
 
 class QuickGELUMLP(nn.Module):
     """fc2(quick_gelu(fc1(x)))."""
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, fusions: Fusions) -> None:
         super().__init__()
-        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+        self.fc1, self.fc2 = _project(mlp.fc1, fusions), _project(mlp.fc2, fusions)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activations.quick_gelu_(self.fc1(x)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        inner = self.fc1(x)
+        if isinstance(self.fc2, Fp8Linear):
+            return self.fc2(quantised.quick_gelu(inner))  # type: ignore[no-any-return]
+        return self.fc2(activations.quick_gelu_(inner))  # type: ignore[no-any-return]
 
 
 def _call_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
@@ -199,26 +223,28 @@ class RotaryTable(nn.Module):
 class FusedTextAttention(nn.Module):
     """Attention of a text layer on one row of tokens, (1, T, width)."""
 
-    def __init__(self, attention: Any, *, rope_in_attention: bool) -> None:
+    def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
         self.config, self.layer_idx = attention.config, attention.layer_idx
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.num_key_value_groups: int = attention.num_key_value_groups
         self.sliding_window = getattr(attention, "sliding_window", None)
         self.is_causal = True
-        self.rope_in_attention = rope_in_attention
+        self.rope_in_attention = fusions.rope_in_attention
         self.kv_heads: int = attention.k_proj.out_features // self.head_dim
-        self.qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = attention.o_proj
+        merged = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv = _project(merged, fusions)
+        self.out = _project(attention.o_proj, fusions)
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Fp8Rows,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
-        heads = self.qkv(x).view(x.shape[1], -1, self.head_dim)
+        projected = self.qkv(x)
+        heads = projected.view(projected.shape[1], -1, self.head_dim)
         cos, sin = (angles[0] for angles in position_embeddings)
         if self.rope_in_attention:
             kwargs["merged"] = heads, cos, sin
@@ -237,7 +263,7 @@ class FusedTextAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.out(attended.reshape(1, x.shape[1], -1))  # type: ignore[no-any-return]
+        return self.out(attended.reshape(1, len(heads), -1))  # type: ignore[no-any-return]
 
 
 class FusedDecoderLayer(nn.Module):
@@ -245,13 +271,10 @@ class FusedDecoderLayer(nn.Module):
 
     def __init__(self, layer: Any, fusions: Fusions, is_last: bool) -> None:
         super().__init__()
-        first, second = layer.input_layernorm, layer.post_attention_layernorm
-        self.attention_norm = FusedRMSNorm(first.weight, first.variance_epsilon)
-        self.mlp_norm = FusedRMSNorm(second.weight, second.variance_epsilon)
-        self.attention = FusedTextAttention(
-            layer.self_attn, rope_in_attention=fusions.rope_in_attention
-        )
-        self.mlp = GatedMLP(layer.mlp)
+        self.attention = FusedTextAttention(layer.self_attn, fusions)
+        self.mlp = GatedMLP(layer.mlp, fusions)
+        self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.qkv)
+        self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.gate_up)
         self.is_last = is_last
 
     def forward(
@@ -279,7 +302,7 @@ def _fuse_decoder_layer(layer: Any, fusions: Fusions, is_last: bool) -> nn.Modul
 
 
 def _fuse_rms_norm(norm: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
-    return FusedRMSNorm(norm.weight, norm.variance_epsilon) if fusions.text else None
+    return FusedRMSNorm(norm) if fusions.text else None
 
 
 def _fuse_rotary(rotary: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
@@ -295,18 +318,19 @@ def _fuse_rotary(rotary: Any, fusions: Fusions, _is_last: bool) -> nn.Module | N
 class FusedVisionAttention(nn.Module):
     """Attention of a Qwen2-VL encoder block on packed patches, (T, width)."""
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
         self.config, self.scaling = attention.config, attention.scaling
         self.num_heads: int = attention.num_heads
         self.num_key_value_groups = 1
         self.is_causal = False
-        self.qkv, self.out = attention.qkv, attention.proj
+        self.qkv, self.out = _project(attention.qkv, fusions), _project(attention.proj, fusions)
 
     def forward(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+        self, x: Tensor | Fp8Rows, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
     ) -> Tensor:
-        heads = self.qkv(x).view(len(x), 3 * self.num_heads, -1)
+        projected = self.qkv(x)
+        heads = projected.view(len(projected), 3 * self.num_heads, -1)
         rope.rotate_(heads[:, : 2 * self.num_heads], *position_embeddings)
         query, key, value = (
             part.transpose(0, 1)[None] for part in heads.split(self.num_heads, dim=1)
@@ -314,20 +338,18 @@ class FusedVisionAttention(nn.Module):
         attended = _call_attention(
             self, query, key, value, attention_mask=None, is_causal=False, **kwargs
         )
-        return self.out(attended.reshape(len(x), -1))  # type: ignore[no-any-return]
+        return self.out(attended.reshape(len(heads), -1))  # type: ignore[no-any-return]
 
 
 class FusedVisionBlock(nn.Module):
     """A block of Qwen2-VL's encoder."""
 
-    def __init__(self, block: Any, is_last: bool) -> None:
+    def __init__(self, block: Any, fusions: Fusions, is_last: bool) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = (
-            FusedLayerNorm(block.norm1),
-            FusedLayerNorm(block.norm2),
-        )
-        self.attention = FusedVisionAttention(block.attn)
-        self.mlp = QuickGELUMLP(block.mlp)
+        self.attention = FusedVisionAttention(block.attn, fusions)
+        self.mlp = QuickGELUMLP(block.mlp, fusions)
+        self.attention_norm = FusedLayerNorm(block.norm1, self.attention.qkv)
+        self.mlp_norm = FusedLayerNorm(block.norm2, self.mlp.fc1)
         self.is_last = is_last
 
     def forward(
@@ -356,14 +378,15 @@ class FusedVisionBlock(nn.Module):
 class FusedCLIPAttention(nn.Module):
     """Attention of a CLIP layer, (pictures, T, width)."""
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
         self.config, self.scaling = attention.config, attention.scale
         self.num_heads: int = attention.num_heads
         self.num_key_value_groups = 1
         self.is_causal = False
-        self.qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = attention.out_proj
+        merged = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv = _project(merged, fusions)
+        self.out = _project(attention.out_proj, fusions)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -378,7 +401,7 @@ class FusedCLIPAttention(nn.Module):
 def _fuse_vision_block(block: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
     if not (fusions.vision and isinstance(block.mlp.act, QuickGELUActivation)):
         return None
-    return FusedVisionBlock(block, is_last)
+    return FusedVisionBlock(block, fusions, is_last)
 
 
 def _fuse_layer_norm(norm: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
@@ -389,13 +412,13 @@ def _fuse_layer_norm(norm: Any, fusions: Fusions, _is_last: bool) -> nn.Module |
 
 
 def _fuse_clip_attention(attention: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
-    return FusedCLIPAttention(attention) if fusions.vision else None
+    return FusedCLIPAttention(attention, fusions) if fusions.vision else None
 
 
 def _fuse_clip_mlp(mlp: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
     if not (fusions.vision and isinstance(mlp.activation_fn, QuickGELUActivation)):
         return None
-    return QuickGELUMLP(mlp)
+    return QuickGELUMLP(mlp, fusions)
 
 
 def _is_silu(activation: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from transformers import (
     AttentionInterface,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
@@ -21,6 +22,7 @@ from engine import fuse
 from engine.attention import VISION_ATTENTION, VisionContext, using
 from engine.fuse import Fusions
 from engine.kernels import rope
+from engine.kernels.quantised import Fp8Linear
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
 
 NUM_TOKENS = 23
@@ -69,7 +71,7 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def _frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
@@ -228,6 +230,40 @@ def test_what_is_not_known_is_left_alone(llava: Any) -> None:
     assert swapped["CLIPMLP"] == 2
     assert "LlamaRotaryEmbedding" not in swapped
     assert_near(expected, run_text(llava))
+
+
+def test_fp8_stays_near(qwen: Any) -> None:
+    """Random weights are harder than trained ones: nothing in them is sparse or small."""
+    fused = fused_copy(qwen, Fusions(fp8=True))
+    kinds = {type(module).__name__ for module in fused.modules()}
+
+    assert "Fp8Linear" in kinds
+    for run in (run_text, run_vision):
+        exact, found = run(qwen), run(fused)
+        assert not torch.equal(exact, found)
+        assert torch.cosine_similarity(exact.flatten(), found.flatten(), dim=0) > 0.9
+
+
+def test_fp8_passes_over_widths_that_it_cannot_multiply() -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=40,  # gate and up together make 80, which fits; down reads 40
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        vocab_size=20,
+    )
+    model = _frozen(LlamaForCausalLM(config))
+    exact = model.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).last_hidden_state
+
+    fuse.apply(model, Fusions(fp8=True))
+    found = model.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).last_hidden_state
+
+    mlp: Any = model.model.layers[0].mlp
+    assert isinstance(mlp.gate_up, Fp8Linear)
+    assert isinstance(mlp.down, nn.Linear)
+    assert (found - exact).norm() < 0.1 * exact.norm()
 
 
 def test_a_cache_of_transformers_own_is_refused(qwen: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
 from engine import kernels
-from engine.kernels import activations, decode, greedy, norms, pixels, rope
+from engine.kernels import activations, decode, greedy, norms, pixels, quantised, rope
 from engine.sampler import Sampler
 
 
@@ -171,3 +171,68 @@ def test_centred_pixels_are_padded_with_zeros() -> None:
 
     assert [[-128, 0, 127, 0, 0], [-127, -126, -125, 0, 0]] == found.tolist()
     assert found.dtype == torch.bfloat16
+
+
+def widened(rows: quantised.Fp8Rows) -> Tensor:
+    return (rows.values.float().flatten(0, -2) * rows.scales).view(rows.values.shape)
+
+
+def test_quantised_rows_keep_three_bits_of_every_number() -> None:
+    x = drawn(2, 5, 32) * torch.logspace(-3, 4, 5)[:, None]  # rows of very different size
+    x[0, 1] = 0.0
+
+    rows = quantised.quantise(x)
+
+    assert (10, 1) == rows.scales.shape
+    least = x.abs().amax(-1, keepdim=True) / 448 * 2**-7  # below it fp8 has fewer bits
+    assert ((widened(rows) - x).abs() <= (x.abs() / 16).clamp(min=least)).all()
+
+
+def test_what_comes_before_a_product_quantises_its_own_result() -> None:
+    x, delta, weight, bias = (
+        drawn(7, 48),
+        drawn(7, 48, seed=1),
+        drawn(48, seed=2),
+        drawn(48, seed=3),
+    )
+    sums = [delta.clone() for _ in range(4)]
+
+    pairs = [
+        (quantised.rms_norm(x, weight, 1e-6), norms.rms_norm(x, weight, 1e-6)),
+        (quantised.layer_norm(x, weight, bias, 1e-6), norms.layer_norm(x, weight, bias, 1e-6)),
+        (
+            quantised.add_rms_norm_(sums[0], x, weight, 1e-6),
+            norms.add_rms_norm_(sums[1], x, weight, 1e-6),
+        ),
+        (
+            quantised.add_layer_norm_(sums[2], x, weight, bias, 1e-6),
+            norms.add_layer_norm_(sums[3], x, weight, bias, 1e-6),
+        ),
+        (quantised.silu_mul(x), activations.silu_mul(x)),
+        (quantised.quick_gelu(x.clone()), activations.quick_gelu_(x.clone())),
+    ]
+
+    assert all(torch.equal(x + delta, total) for total in sums)
+    for rows, exact in pairs:
+        expected = quantised.quantise(exact)
+        assert torch.equal(expected.values.float(), rows.values.float())
+        assert torch.equal(expected.scales, rows.scales)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_product_in_fp8_is_near_the_exact_one(has_bias: bool) -> None:
+    linear = torch.nn.Linear(512, 64, bias=has_bias)
+    x = drawn(1, 9, 512)
+    exact = linear(x)
+
+    found = quantised.Fp8Linear(linear)(x)
+
+    assert exact.shape == found.shape
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    assert torch.equal(found, quantised.Fp8Linear(linear)(quantised.quantise(x)))
+
+
+def test_a_product_in_fp8_needs_widths_of_sixteen() -> None:
+    with pytest.raises(ValueError, match="multiples of 16, not 40 and 64"):
+        quantised.Fp8Linear(torch.nn.Linear(40, 64))
+    assert quantised.Fp8Linear.find(torch.nn.Linear(64, 40)) is None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import activations, decode, greedy, norms, rope
+from engine.kernels import activations, decode, greedy, norms, quantised, rope
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -357,3 +357,79 @@ def test_centre(num_pixels: int, width: int, dtype: torch.dtype) -> None:
     actual = kernel("pixels").centre(patches.to(DEVICE), 128, width, dtype)
 
     assert torch.equal(expected, actual.cpu())
+
+
+def assert_near_rows(expected: quantised.Fp8Rows, actual: tuple[Tensor, Tensor]) -> None:
+    """As numbers, within one step of fp8 and of a type of 16 bits before it."""
+    values, scales = actual
+    assert expected.values.shape == values.shape
+    assert expected.scales.shape == scales.shape
+    if IS_INTERPRETED:  # it loses the carry where rounding up reaches the next power of two
+        is_near = (expected.values.float() - values.float()).abs() <= values.float().abs() * 0.15
+        assert is_near.float().mean().item() > 0.9
+        assert_near(expected.scales, scales, torch.float16)
+        return
+    wide = [(v.float().flatten(0, -2) * s).double().cpu() for v, s in (expected, (values, scales))]
+    allowed = wide[0].abs() * 0.15 + expected.scales.double().cpu() * 2**-6
+    apart = (wide[0] - wide[1]).abs() - allowed
+    assert apart.max().item() <= 0, f"{apart.max().item()} beyond"
+    # Most do not move at all: a step is what falls on the other side of a border.
+    assert (wide[0] - wide[1]).norm() < 0.03 * wide[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norms_in_fp8(width: int, dtype: torch.dtype) -> None:
+    for num_rows in NUM_ROWS:
+        x, delta = drawn(num_rows, width, dtype=dtype), drawn(num_rows, width, dtype=dtype, seed=2)
+        weight, bias = drawn(width, dtype=dtype, seed=1), drawn(width, dtype=dtype, seed=3)
+        x_copy, weight_copy, bias_copy = on_cpu(x, weight, bias)
+        gpu = kernel("norms")
+
+        assert_near_rows(
+            quantised.rms_norm(x_copy, weight_copy, 1e-6), gpu.norm_in_fp8(x, weight, None, 1e-6)
+        )
+        assert_near_rows(
+            quantised.layer_norm(x_copy, weight_copy, bias_copy, 1e-6),
+            gpu.norm_in_fp8(x, weight, bias, 1e-6),
+        )
+        for shift in (None, bias):
+            kept, (kept_copy,) = delta.clone(), on_cpu(delta)
+            actual = gpu.add_norm_in_fp8_(kept, x, weight, shift, 1e-6)
+            if shift is None:
+                expected = quantised.add_rms_norm_(kept_copy, x_copy, weight_copy, 1e-6)
+            else:
+                expected = quantised.add_layer_norm_(
+                    kept_copy, x_copy, weight_copy, bias_copy, 1e-6
+                )
+            assert_near_rows(expected, actual)
+            assert_same_sum(kept_copy, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [48, 5120, 8960])
+def test_activations_in_fp8(width: int, dtype: torch.dtype) -> None:
+    for num_rows in NUM_ROWS:
+        x = 3 * drawn(1, num_rows, 2 * width, dtype=dtype)
+        x[0, 0] = 0.0
+        gpu = kernel("quantised")
+
+        assert_near_rows(quantised.quantise(*on_cpu(x)), gpu.quantise(x))
+        assert_near_rows(quantised.silu_mul(*on_cpu(x)), gpu.silu_mul(x))
+        assert_near_rows(quantised.quick_gelu(*on_cpu(x)), gpu.quick_gelu(x))
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="tensor cores")
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 16, 77, 4096])
+def test_products_in_fp8(num_rows: int, has_bias: bool) -> None:
+    linear = torch.nn.Linear(1280, 3840, bias=has_bias).bfloat16()
+    x = drawn(1, num_rows, 1280, dtype=torch.bfloat16)
+    ours = quantised.Fp8Linear(linear)
+
+    with torch.inference_mode():
+        expected = ours(*on_cpu(x)).float()
+        actual = ours.to(DEVICE)(x).cpu().float()
+
+    assert expected.shape == actual.shape
+    assert (expected - actual).norm() < 0.01 * expected.norm()

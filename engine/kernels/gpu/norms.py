@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.quantised import FP8, LEAST_SCALE, MOST
+
 
 @triton.jit(do_not_specialize=["eps"])
 def _norm(
@@ -13,15 +15,21 @@ def _norm(
     weight_ptr,
     bias_ptr,
     out_ptr,
+    scales_ptr,
     width,
     eps,
     ADDS: tl.constexpr,
     CENTRES: tl.constexpr,
+    QUANTISES: tl.constexpr,
+    MOST: tl.constexpr,
+    LEAST_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    at = tl.program_id(0).to(tl.int64) * width + columns
+    at = row * width + columns
+    kind = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         x += tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -36,7 +44,12 @@ def _norm(
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         x = x * weight + bias
     else:
-        x = x.to(out_ptr.dtype.element_ty).to(tl.float32) * weight
+        x = x.to(kind).to(tl.float32) * weight
+    if QUANTISES:
+        x = x.to(kind).to(tl.float32)  # as if it had been written
+        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / MOST, LEAST_SCALE)
+        x = tl.minimum(tl.maximum(x / scale, -MOST), MOST)
+        tl.store(scales_ptr + row, scale)
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -44,16 +57,40 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm, or RMSNorm without a bias."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _launch(x, out, weight, bias, out, eps, adds=False)
+    _launch(x, x, weight, bias, out, None, eps, adds=False)
     return out
 
 
 def add_norm_(delta: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """The norm of delta + x; delta keeps the sum."""
-    assert delta.is_contiguous()
     out = torch.empty_like(delta)
-    _launch(x.contiguous(), delta, weight, bias, out, eps, adds=True)
+    _launch(x.contiguous(), delta, weight, bias, out, None, eps, adds=True)
     return out
+
+
+def norm_in_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`norm`, as values and the scales of rows."""
+    x = x.contiguous()
+    out, scales = _fp8_like(x)
+    _launch(x, x, weight, bias, out, scales, eps, adds=False)
+    return out, scales
+
+
+def add_norm_in_fp8_(
+    delta: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_norm_`, as values and the scales of rows."""
+    out, scales = _fp8_like(delta)
+    _launch(x.contiguous(), delta, weight, bias, out, scales, eps, adds=True)
+    return out, scales
+
+
+def _fp8_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    num_rows = x.numel() // x.shape[-1]
+    scales = torch.empty((num_rows, 1), dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, dtype=FP8), scales
 
 
 def _launch(
@@ -62,10 +99,13 @@ def _launch(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
+    scales: Tensor | None,
     eps: float,
     *,
     adds: bool,
 ) -> None:
+    assert delta.is_contiguous()
+    assert x.shape == delta.shape
     width = x.shape[-1]
     num_rows = x.numel() // width
     if num_rows == 0:
@@ -77,10 +117,14 @@ def _launch(
         weight,
         weight if bias is None else bias,
         out,
+        weight if scales is None else scales,
         width,
         eps,
         ADDS=adds,
         CENTRES=bias is not None,
+        QUANTISES=scales is not None,
+        MOST=MOST,
+        LEAST_SCALE=LEAST_SCALE,
         BLOCK=block,
         num_warps=4 if block <= 2048 else 8,
     )
