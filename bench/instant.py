@@ -10,7 +10,8 @@ model; settings come from DARKROOM_*:
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
 
 from engine.request import CompletionOutput, FinishReason, Result, SamplingParams
 from tasks.broker import open_broker
@@ -39,6 +40,12 @@ class InstantEngine:
         text = text_of(prompt)
         output = CompletionOutput(0, f"> {text}", (1, 2, 3), finish_reason=FinishReason.STOP)
         return Result(prompt.name, text, (1,) * 7, outputs=(output,))
+
+    def abort(self, names: Collection[str]) -> None:
+        pass
+
+    def read_progress(self) -> float:
+        return time.monotonic()  # it cannot stall
 
     def close(self) -> None:
         pass

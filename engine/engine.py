@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -327,6 +327,16 @@ class Engine:
         """
         self._aborted.extend(numbers)
         self._sweep()
+
+    def abort_named(self, request_ids: Collection[str]) -> None:
+        """As `abort`, for requests that go by these ids; for threads that hold no stream."""
+        tickets = list(self._tickets.values())
+        self.abort(t.number for t in tickets if t.request.request_id in request_ids)
+
+    @property
+    def landed_at_s(self) -> float:
+        """When a batch last came back from the device, by `time.perf_counter`."""
+        return self._last_landed
 
     def _sweep(self) -> None:
         """Drop what was aborted and, after `close`, all the rest; nothing where another holds the engine."""

@@ -101,6 +101,11 @@ class Fence:
     lease: LeaseId
     attempt: int
 
+    @property
+    def name(self) -> str:
+        """Of this try at the item, among all tries."""
+        return f"{self.item}.{self.attempt}"
+
 
 @dataclass(frozen=True, slots=True)
 class LeasedItem:

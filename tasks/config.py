@@ -94,6 +94,7 @@ class Config(BaseSettings):
         max_media_bytes: of lines, pictures and clips that a GPU worker holds at a time, as they came:
             fetched, or about to be, until the engine has answered.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
+        stall_s: after which an engine that has prompts and finishes no step is taken for dead.
         lease_s, heartbeat_s: how long a claim lasts, and how often it is renewed.
         start_wait_s: how long a process that starts waits for a given broker to answer.
         drain_s: how long a worker that is told to stop goes on with what it has begun.
@@ -138,6 +139,7 @@ class Config(BaseSettings):
     max_media_bytes: Count = 2048 * MEBIBYTE
     commit_items: Count = 64
     commit_s: Seconds = 0.2
+    stall_s: Seconds = 600.0
     lease_s: Seconds = 60.0
     heartbeat_s: Seconds = 15.0
     max_attempts: Count = 3

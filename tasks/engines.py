@@ -5,7 +5,7 @@ The worker knows prompts and results, and neither torch nor a model: an instant 
 another server's engine one day, go behind the same few names.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -24,7 +24,7 @@ class Prompt:
     One request on its way to the engine.
 
     Args:
-        name: comes back as the result's `request_id`.
+        name: comes back as the result's `request_id`; no other prompt in this process has it.
         messages: in the form of `LLM.chat`; media as data URLs, bytes, or callables that give bytes.
         priority: among the prompts that the engine holds: lower runs first.
     """
@@ -56,6 +56,12 @@ class EnginePort(Protocol):
         Raises:
             DeviceLostError: nothing more will come from this process.
         """
+
+    def abort(self, names: Collection[str]) -> None:
+        """Drop prompts of any stream, if they are still there; nobody waits for their results."""
+
+    def read_progress(self) -> float:
+        """A number that is another one whenever the device has finished something."""
 
     def close(self) -> None: ...
 
@@ -110,6 +116,12 @@ class LLMEngine:
             raise
         except RuntimeError as error:  # torch's own, from outside any one request's work
             raise DeviceLostError from error
+
+    def abort(self, names: Collection[str]) -> None:
+        self._llm.engine.abort_named(names)
+
+    def read_progress(self) -> float:
+        return self._llm.engine.landed_at_s
 
     def close(self) -> None:
         self._llm.close()

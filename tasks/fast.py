@@ -8,7 +8,7 @@ seconds until a sweep, which sends the work the ordinary way.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -69,11 +69,11 @@ class FastLane:
 
 
 @contextmanager
-def serving(lanes: Sequence[FastLane], stop: threading.Event) -> Iterator[None]:
+def serving(
+    runs: Iterable[Callable[[threading.Event], None]], stop: threading.Event
+) -> Iterator[None]:
     """Run each in a thread of its own; the end of the block waits for what they have begun."""
-    threads = [
-        threading.Thread(target=lane.run, args=(stop,), name="fast", daemon=True) for lane in lanes
-    ]
+    threads = [threading.Thread(target=run, args=(stop,), daemon=True) for run in runs]
     for thread in threads:
         thread.start()
     try:

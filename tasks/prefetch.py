@@ -282,7 +282,7 @@ class _Draft:
                     part[kind] = fetched[part[kind]]
         return Ready(
             self.item,
-            Prompt(str(self.item.fence.item), self._messages, self._params, self.item.priority),
+            Prompt(self.item.fence.name, self._messages, self._params, self.item.priority),
             self._body.image_policy,
             self._num_given,
             self._num_used,

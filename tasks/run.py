@@ -11,10 +11,10 @@ Nothing here knows Celery: `tasks.worker` calls `run_permits` for each permit an
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from queue import Empty, Queue
+from queue import Empty, Full, Queue
 from typing import Any, Final
 
 import structlog
@@ -42,6 +42,8 @@ COMMIT_RETRY_S: Final = 0.5
 MAX_UNCOMMITTED: Final = 1024
 """Results that wait for the database; beyond them the engine's threads wait too."""
 
+FLUSH_S: Final = 2.0
+
 MAX_JOBS_KNOWN: Final = 10_000
 
 
@@ -53,6 +55,8 @@ class Flight:
     open: dict[ItemId, Fence]
     handed: set[ItemId] = field(default_factory=set)
     """Given to the engine."""
+    running: set[ItemId] = field(default_factory=set)
+    """Given to the engine, which has not answered."""
     is_closed: bool = False
     """Nothing more is handed to the engine."""
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -63,7 +67,20 @@ class Flight:
             if self.is_closed or item.fence.item not in self.open:
                 return False
             self.handed.add(item.fence.item)
+            self.running.add(item.fence.item)
             return True
+
+    def note_answer(self, item: ItemId) -> None:
+        with self.changed:
+            self.running.discard(item)
+
+    def lose(self, ours: Container[ItemId], held: Sequence[ItemId]) -> list[Fence]:
+        """Let go of those of `held` that are not `ours` any more; returns what was still open."""
+        with self.changed:
+            lost = [self.open[item] for item in held if item not in ours and item in self.open]
+            self.running.difference_update(fence.item for fence in lost)
+            self.settle_locked(lost)
+            return lost
 
     def settle(self, ids: Iterable[ItemId]) -> None:
         with self.changed:
@@ -164,7 +181,8 @@ class Runner:
         self._lock = threading.Lock()
         self._flights: dict[LeaseId, Flight] = {}
         self._policies: dict[JobId, ImagePolicy] = {}  # of jobs met; they never change
-        self._last_beat = time.monotonic()
+        self._last_beat = self._progress_at = time.monotonic()
+        self._progress = 0.0  # the engine's, when we last looked
         self._committer = Committer(self)
         self._is_stopping = threading.Event()
         self._heart = threading.Thread(target=self._beat_for_ever, name="heartbeat", daemon=True)
@@ -274,6 +292,7 @@ class Runner:
                 ready = asked.pop(result.request_id)
                 fence = ready.item.fence
                 hold.release(fence.item)
+                flight.note_answer(fence.item)
                 if result.error is not None:
                     self._settle(flight, fence, judge(result.error))
                 else:
@@ -295,6 +314,7 @@ class Runner:
             close = getattr(stream, "close", None)
             if close is not None:
                 close()
+        flight.running.clear()  # the engine has nothing of it any more
         # Not begun, because the worker drains or the manifest could not be read.
         self.release(flight.close())
         logger.info(
@@ -311,6 +331,7 @@ class Runner:
         for found in self._preparer.prepare(chunk.items, policies, take=flight.take, hold=hold):
             if isinstance(found, Refused):
                 hold.release(found.item.fence.item)
+                flight.note_answer(found.item.fence.item)
                 self._settle(flight, found.item.fence, judge(found.error))
             else:
                 asked[found.prompt.name] = found
@@ -372,9 +393,12 @@ class Runner:
         self.is_draining.set()
         self._committer.flush()
         suspects: list[Fence] = []
+        innocent: list[Fence] = []
         for flight in self._all_flights():
-            self.release(flight.close())
-            suspects += flight.take_rest()
+            for fence in flight.take_rest():
+                was_inside = fence.item in flight.running
+                (suspects if was_inside else innocent).append(fence)
+        self.release(innocent)
         try:
             with self._stores.database.write() as session:
                 items.report_crash(session, sorted(suspects, key=lambda fence: fence.item))
@@ -388,12 +412,27 @@ class Runner:
     def _beat_for_ever(self) -> None:
         while not self._is_stopping.wait(self._config.heartbeat_s):
             try:
+                self._watch_engine()
                 self.beat()
             except StorageError as error:
                 logger.warning("beat_failed", error=error.code)
             except Exception:
                 # The edge of a thread that must not end: without it every lease would be lost.
                 logger.exception("beat_failed")
+
+    def _watch_engine(self) -> None:
+        """
+        Take an engine that has prompts and finishes nothing for one whose device is gone.
+
+        A thread that hangs inside a driver cannot be ended: the process must, and is started again.
+        """
+        progress, now = self._engine.read_progress(), time.monotonic()
+        is_busy = any(flight.running for flight in self._all_flights())
+        if not is_busy or progress != self._progress:
+            self._progress, self._progress_at = progress, now
+        elif now - self._progress_at > self._config.stall_s:
+            logger.error("engine_stalled", stall_s=self._config.stall_s)
+            self._give_up_device()
 
     def beat(self) -> None:
         """Renew the leases of all chunks in flight, and let go of items that were lost."""
@@ -402,34 +441,29 @@ class Runner:
         if flights:
             with self._stores.database.write() as session:
                 ours = items.renew(session, list(held), lease_s=self._config.lease_s)
-            for flight in flights:
-                lost = [item for item in held[flight.lease] if item not in ours]
-                still_open = [item for item in lost if item in flight.open]
-                if still_open:
-                    logger.warning("leases_lost", num_items=len(still_open))
-                flight.settle(lost)
+            lost = [fence for f in flights for fence in f.lose(ours, held[f.lease])]
+            if lost:
+                logger.warning("leases_lost", num_items=len(lost))
+                self._engine.abort({fence.name for fence in lost})
         else:
             self._stores.database.ping()
         self._last_beat = time.monotonic()
 
     # --- commits, called by the committer --------------------------------------------------------------
 
-    def commit(self, completions: Sequence[Completion], failures: Sequence[Failure]) -> None:
+    def commit_completions(self, completions: Sequence[Completion]) -> None:
         """Raises StorageError: commit them again; the fence makes that safe."""
-        database = self._stores.database
-        ended: list[JobId] = []
-        if completions:
-            with database.write() as session:
-                outcome = items.complete(session, completions)
-            ended += self._count(outcome, len(completions))
-            self.num_completed += len(outcome.items)
-        if failures:
-            with database.write() as session:
-                outcome = items.fail(session, failures, max_attempts=self._config.max_attempts)
-            ended += self._count(outcome, len(failures))
-            self.num_failed += len(outcome.items)
-        for job in ended:
-            self._dispatcher.send_finish(job)
+        with self._stores.database.write() as session:
+            outcome = items.complete(session, completions)
+        self.num_completed += len(outcome.items)
+        self._tell_of(outcome, len(completions))
+
+    def commit_failures(self, failures: Sequence[Failure]) -> None:
+        """Raises as `commit_completions` does."""
+        with self._stores.database.write() as session:
+            outcome = items.fail(session, failures, max_attempts=self._config.max_attempts)
+        self.num_failed += len(outcome.items)
+        self._tell_of(outcome, len(failures))
 
     def drop_committed(self, completions: Sequence[Completion]) -> list[Completion]:
         """After a commit whose answer was lost: those that it did not write."""
@@ -437,12 +471,13 @@ class Runner:
             written = items.find_committed(session, [one.fence for one in completions])
         return [one for one in completions if one.fence.item not in written]
 
-    def _count(self, outcome: Outcome, num_tried: int) -> tuple[JobId, ...]:
+    def _tell_of(self, outcome: Outcome, num_tried: int) -> None:
         num_fenced = num_tried - len(outcome.items)
         if num_fenced:
             self.num_fenced += num_fenced
             logger.warning("results_fenced", num_items=num_fenced)
-        return outcome.ended_jobs
+        for job in outcome.ended_jobs:
+            self._dispatcher.send_finish(job)
 
 
 class Committer:
@@ -455,37 +490,30 @@ class Committer:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._queue: Queue[tuple[Flight, Completion | Failure] | None] = Queue(MAX_UNCOMMITTED)
-        self._is_hurried = threading.Event()
         self._is_stopped = threading.Event()
-        self._writing = threading.Lock()
+        self._changed = threading.Condition()
+        self._num_left = 0  # in the queue, or in the group that is gathered or written
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def put(self, flight: Flight, end: Completion | Failure) -> None:
+        with self._changed:
+            self._num_left += 1
         self._queue.put((flight, end))
 
     def hurry(self) -> None:
         """A chunk has no more to give: commit what is there without waiting for a full group."""
-        self._queue.put(None)
+        with suppress(Full):  # then it has enough for a group
+            self._queue.put_nowait(None)
 
     def flush(self) -> None:
-        """Commit what is there, once, in the caller's thread."""
-        group = []
-        while True:
-            try:
-                entry = self._queue.get_nowait()
-            except Empty:
-                break
-            if entry is not None:
-                group.append(entry)
-        with self._writing:  # behind a group that is under way
-            if group:
-                try:
-                    self._commit(group)
-                except StorageError as error:
-                    logger.warning("flush_failed", num_items=len(group), error=error.code)
+        """Have what is there committed now; waits for `FLUSH_S` at most."""
+        self.hurry()
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._num_left == 0, FLUSH_S):
+                logger.warning("flush_failed", num_items=self._num_left)
 
     def stop(self) -> None:
         self._is_stopped.set()
@@ -495,8 +523,11 @@ class Committer:
     def _run(self) -> None:
         while not (self._is_stopped.is_set() and self._queue.empty()):
             group = self._gather()
-            with self._writing:
-                self._commit_at_last(group)
+            num_items = len(group)
+            self._commit_at_last(group)
+            with self._changed:
+                self._num_left -= num_items
+                self._changed.notify_all()
 
     def _gather(self) -> list[tuple[Flight, Completion | Failure]]:
         config = self._runner._config
@@ -530,14 +561,26 @@ class Committer:
             else:
                 return
 
-    def _commit(self, group: Sequence[tuple[Flight, Completion | Failure]]) -> None:
-        ends = sorted((end for _, end in group), key=lambda end: end.fence.item)
-        self._runner.commit(
-            [end for end in ends if isinstance(end, Completion)],
-            [end for end in ends if isinstance(end, Failure)],
-        )
+    def _commit(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
+        """Two transactions; what the first has committed leaves the group, whatever the second does."""
+        completions = [end for _, end in group if isinstance(end, Completion)]
+        if completions:
+            self._runner.commit_completions(completions)
+            self._settle(group, Completion)
+        failures = [end for _, end in group if isinstance(end, Failure)]
+        if failures:
+            self._runner.commit_failures(failures)
+            self._settle(group, Failure)
+
+    def _settle(
+        self,
+        group: list[tuple[Flight, Completion | Failure]],
+        kind: type[Completion] | type[Failure],
+    ) -> None:
         for flight, end in group:
-            flight.settle([end.fence.item])
+            if isinstance(end, kind):
+                flight.settle([end.fence.item])
+        group[:] = [entry for entry in group if not isinstance(entry[1], kind)]
 
     def _without_committed(
         self, group: list[tuple[Flight, Completion | Failure]]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -64,6 +65,8 @@ FAST_GPU_THREADS: Final = 4
 FETCH_THREADS: Final = 32
 EXIT_GRACE_S: Final = 1.0
 """From the deadline to the end of the process, whatever its threads are doing."""
+
+IDLE_S: Final = 30.0
 
 CLOSE_S: Final = 10.0
 """How long Celery may take to close when no item is left."""
@@ -127,7 +130,8 @@ def run_gpu_worker(
             FastLane(broker_url, name_permit_list(model), lambda _: runner.run_chunk(is_fast=True))
             for _ in range(FAST_GPU_THREADS)
         ]
-        with _sweeping(stores, dispatcher, config), serving(lanes, runner.is_draining):
+        runs = [lane.run for lane in lanes] + [partial(look_when_idle, runner)]
+        with _sweeping(stores, dispatcher, config), serving(runs, runner.is_draining):
             _serve(app, config.chunks_in_flight, drain.on_signal)
         drain.finish()
         runner.stop()
@@ -166,10 +170,21 @@ def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> E
             _sweeping(stores, dispatcher, config),
             _in_thread("ingest", ingest.run),
             _in_thread("collector", collector.run),
-            serving(lanes, threading.Event()),
+            serving([lane.run for lane in lanes], threading.Event()),
         ):
             _serve(app, CPU_THREADS, lambda: None)
     return ExitCode.DRAINED
+
+
+def look_when_idle(runner: Runner, stop: threading.Event) -> None:
+    """
+    Look for work without a permit, now and then, when there is none in hand.
+
+    So a broker that is away, or a connection to it that is dead and does not know it, costs time only.
+    """
+    while not stop.wait(IDLE_S):
+        while not runner.num_in_flight and runner.run_chunk():
+            pass
 
 
 def name_worker() -> str:
@@ -303,17 +318,26 @@ class Drain:
         if self._is_over.is_set():
             return
         logger.info("drain_begun", num_items=self._runner.num_in_flight, deadline_s=self._drain_s)
-        self._runner.drain()
         deadline = time.monotonic() + self._drain_s
+        releasing = _begin(self._runner.drain)
         while self._runner.num_in_flight and time.monotonic() < deadline:
             if self._told_twice.wait(0.05):
                 break
         num_left = self._runner.num_in_flight
-        self._runner.abandon()
-        if not self._is_over.wait(EXIT_GRACE_S if num_left else CLOSE_S):
+        abandoning = _begin(self._runner.abandon)
+        for thread in (releasing, abandoning):
+            thread.join(EXIT_GRACE_S / 2)
+        if not self._is_over.wait(EXIT_GRACE_S / 2 if num_left else CLOSE_S):
             # Threads that are inside the engine cannot be ended in any other way.
             logger.warning("drain_deadline", num_items=num_left)
             os._exit(ExitCode.DEADLINE if num_left else ExitCode.DRAINED)
+
+
+def _begin(act: Callable[[], None]) -> threading.Thread:
+    """In a thread of its own: a database that does not answer must not hold up the clock."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
 
 
 @contextmanager

@@ -145,6 +145,23 @@ def test_closing_aborts_what_is_still_being_prepared(llm: LLM) -> None:
     assert texts(llm.generate("after", GREEDY, use_tqdm=False))
 
 
+def test_one_request_of_a_stream_is_dropped_by_its_id_from_another_thread(llm: LLM) -> None:
+    long = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+    requests = [Request(prompt="a", request_id=name, params=long) for name in ("1.1", "1.2")]
+    requests.append(Request(prompt="a", request_id="2.1", params=GREEDY))
+    stream = llm.stream(requests)
+    first = next(stream).request_id
+    before = llm.engine.landed_at_s
+
+    dropping = threading.Thread(target=llm.engine.abort_named, args=({"1.1", "9.9"},))
+    dropping.start()
+    dropping.join()
+
+    assert "2.1" == first
+    assert ["1.2"] == [result.request_id for result in stream]
+    assert before < llm.engine.landed_at_s
+
+
 def test_stream_inside_the_loop_of_a_stream(llm: LLM) -> None:
     outer_names = [f"outer {number}" for number in range(40)]
     outer, inner = [], []

@@ -1,7 +1,7 @@
 """Small classes that fill a room's ports, and submissions to give them."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from bench import instant
@@ -68,6 +68,13 @@ class InstantEngine(instant.InstantEngine):
         self.delay_s = delay_s
         self.on_prompt = on_prompt
         self.prompts: list[Prompt] = []
+        self.aborted: set[str] = set()
+
+    def abort(self, names: Collection[str]) -> None:
+        self.aborted |= set(names)
+
+    def read_progress(self) -> float:
+        return len(self.prompts)
 
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
         for prompt in prompts:

@@ -14,10 +14,12 @@ import pytest
 from media.errors import FetchFailedError
 from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
+from storage.errors import DatabaseBusyError
 from storage.ids import JobId
 from storage.items import Ended
 from storage.states import ItemState, JobState
 from storage.tables import Job
+from tasks import run, worker
 from tasks.app import TaskName
 from tasks.config import Config
 from tasks.expand import expand
@@ -238,6 +240,117 @@ def test_lost_leases_are_let_go_and_fenced(rig: Rig) -> None:
     assert {ItemState.COMPLETED: 4} == rig.count(job)
 
 
+def test_engine_stops_working_on_items_that_were_lost(rig: Rig) -> None:
+    job = rig.make(*(build_request(f"r-{n}", f"text {n}") for n in range(2)))
+    begun, door = threading.Event(), threading.Event()
+
+    def wait(text: str) -> None:
+        begun.set()
+        assert door.wait(10)
+
+    engine = InstantEngine(on_prompt=wait)
+    with rig.runner(engine) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert begun.wait(10)
+        cancel(rig, job)
+        runner.beat()
+
+        assert 0 == runner.num_in_flight
+        assert {f"{item}.1" for item in (1, 2)} == engine.aborted
+        door.set()
+        thread.join()
+
+
+def test_engine_that_finishes_nothing_is_given_up_and_what_it_had_runs_alone(rig: Rig) -> None:
+    rig.make(*(build_request(f"r-{n}", f"text {n}") for n in range(4)))
+    rig.config = rig.config.model_copy(update={"stall_s": 0.1, "heartbeat_s": 0.02})
+    given_up, door = threading.Event(), threading.Event()
+
+    def hang(text: str) -> None:
+        assert text == "text 0" or door.wait(10)
+
+    with rig.runner(InstantEngine(on_prompt=hang), on_device_lost=given_up.set) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert given_up.wait(10)
+        door.set()
+        thread.join()
+    let_backoff_end(rig.stores.database)
+
+    with rig.stores.database.write() as session:
+        free = items.lease(session, model=MODEL, worker="w", max_items=9)
+        alone = items.lease(session, model=MODEL, worker="w", max_items=9)
+    assert free is not None
+    assert alone is not None
+    assert ([3, 4], False) == ([item.line for item in free.items], free.is_alone)
+    assert ([2], True) == ([item.line for item in alone.items], alone.is_alone)
+
+
+def test_commit_that_fails_half_way_repeats_the_other_half_only(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rig.make(build_request("a"), build_request("b", "a bad picture"))
+    monkeypatch.setattr(run, "COMMIT_RETRY_S", 0.01)
+    commit = Runner.commit_failures
+    tries: list[int] = []
+
+    def fail_once(self: Runner, failures: Any) -> None:
+        tries.append(len(failures))
+        if len(tries) == 1:
+            raise DatabaseBusyError
+        commit(self, failures)
+
+    monkeypatch.setattr(Runner, "commit_failures", fail_once)
+    with rig.runner(InstantEngine()) as runner:
+        runner.run_chunk()
+
+    assert [1, 1] == tries
+    assert 0 == runner.num_fenced
+    assert {ItemState.COMPLETED: 1, ItemState.FAILED: 1} == rig.count(job)
+    assert 1 == rig.dispatcher.count(TaskName.FINISH)
+
+
+def test_idle_worker_finds_work_without_a_permit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = rig.make(*(build_request(f"r-{n}") for n in range(40)))
+    monkeypatch.setattr(worker, "IDLE_S", 0.01)
+    with rig.runner(InstantEngine()) as runner:
+        stop = threading.Event()
+        thread = threading.Thread(target=worker.look_when_idle, args=(runner, stop))
+        thread.start()
+        while rig.count(job) != {ItemState.COMPLETED: 40}:
+            assert thread.is_alive()
+        stop.set()
+        thread.join()
+
+
+def test_deadline_holds_while_the_database_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class StuckRunner:
+        num_in_flight = 1
+
+        def drain(self) -> None:
+            never.wait(60)
+
+        abandon = drain
+
+    never, exited = threading.Event(), threading.Event()
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        exited.set()
+
+    monkeypatch.setattr("tasks.worker.os._exit", leave)
+    drain = worker.Drain(StuckRunner(), 0.05)  # type: ignore[arg-type]
+    drain.on_signal()
+
+    assert exited.wait(30)
+    never.set()
+    assert [worker.ExitCode.DEADLINE] == codes
+
+
 def test_drain_gives_back_at_once_what_was_not_begun_without_a_charge(rig: Rig) -> None:
     job = rig.make(*(build_request(f"r-{n}", f"text {n}") for n in range(16)))
     begun, door = threading.Event(), threading.Event()
@@ -381,13 +494,18 @@ def test_policy_leaves_images_out_and_says_so(rig: Rig) -> None:
     assert {"policy": "sample", "num_given": 5, "num_used": 1} == details["image_policy"]
 
 
+def cancel(rig: Rig, job: JobId) -> None:
+    with rig.stores.database.write() as session:
+        jobs.cancel(session, rig.job(job).tenant_id, job)
+        while items.end_page(session, job, ItemState.CANCELLED).items:
+            pass
+
+
 def test_cancelled_job_gets_its_files(rig: Rig) -> None:
     job = rig.make(*(build_request(f"r-{n}") for n in range(20)))
     with rig.runner(InstantEngine()) as runner:
         runner.run_chunk()
-    with rig.stores.database.write() as session:
-        jobs.cancel(session, rig.job(job).tenant_id, job)
-        items.end_page(session, job, ItemState.CANCELLED)
+    cancel(rig, job)
 
     assert JobState.CANCELLED == finish(rig.stores, job)
 
