@@ -8,12 +8,14 @@ is `UnreachableError`. Answers that wait are asked for again until something cha
 import json
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import IO, Any, Final
 from urllib.parse import quote, urlsplit
 
 DEFAULT_SERVER: Final = "http://127.0.0.1:8000"
+CONNECT_TIMEOUT_S: Final = 10.0
 TIMEOUT_S: Final = 120.0
 WAIT_S: Final = 30
 PIECE_BYTES: Final = 1024 * 1024
@@ -22,10 +24,14 @@ ENDED: Final = frozenset({"failed", "completed", "expired", "cancelled"})
 
 
 class UnreachableError(Exception):
-    """The server does not answer. Start it with `darkroom up`, or name another with --server."""
+    """The server does not answer, or stopped in the middle of its answer."""
 
-    def __str__(self) -> str:
-        return str(self.__doc__)
+    def __init__(self, server: str, reason: Exception) -> None:
+        cause = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        super().__init__(
+            f"{server} does not answer: {cause}. "
+            "Start a server with `darkroom up`, or name another one with --server."
+        )
 
 
 class ServerError(Exception):
@@ -80,6 +86,13 @@ class Client:
             },
         )
 
+    def list_models(self) -> list[str]:
+        """What the server is set up to run; empty where it does not say."""
+        return [model["id"] for model in self._ask("GET", "/v1/models")["data"]]
+
+    def delete_file(self, file: str) -> None:
+        self._ask("DELETE", f"/v1/files/{quote(file, safe='')}")
+
     def submit(self, file: str, *, key: str | None = None, **options: Any) -> dict[str, Any]:
         body = {"input_file_id": file, "endpoint": "/v1/chat/completions", **options}
         headers = {"content-type": "application/json"}
@@ -103,7 +116,7 @@ class Client:
 
     def read_file(self, file: str) -> Iterator[bytes]:
         with self._open("GET", f"/v1/files/{quote(file, safe='')}/content") as answer:
-            while piece := answer.read(PIECE_BYTES):
+            while piece := self._read(answer, PIECE_BYTES):
                 yield piece
 
     def read_results(self, batch: str, *, after: int = 0) -> Iterator[bytes]:
@@ -111,7 +124,7 @@ class Client:
         while True:
             path = f"/v1/batches/{quote(batch, safe='')}/results?after={after}"
             with self._open("GET", path) as answer:
-                content, last = answer.read(), int(answer.headers["x-last-line"])
+                content, last = self._read(answer), int(answer.headers["x-last-line"])
             if not content:
                 return
             yield content
@@ -129,13 +142,31 @@ class Client:
         with self._open("GET", path, headers=headers) as answer:
             if answer.status == 304:
                 return None
-            return Polled(json.load(answer), answer.headers["etag"])
+            return Polled(self._parse(answer), answer.headers["etag"])
 
     def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         with self._open(method, path, **options) as answer:
-            found: dict[str, Any] = json.load(answer)
+            return self._parse(answer)
+
+    def _parse(self, answer: HTTPResponse) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads(self._read(answer))
+        except ValueError as error:
+            raise ServerError(
+                answer.status, f"{self.server} does not answer as Darkroom does.", None
+            ) from error
         return found
 
+    def _read(self, answer: HTTPResponse, num_bytes: int | None = None) -> bytes:
+        try:
+            piece = answer.read(num_bytes)
+            if not piece and answer.length:  # http.client itself says nothing here
+                raise ConnectionError("the answer broke off")
+        except (OSError, HTTPException) as error:
+            raise UnreachableError(self.server, error) from error
+        return piece
+
+    @contextmanager
     def _open(
         self,
         method: str,
@@ -143,21 +174,38 @@ class Client:
         *,
         body: bytes | Iterator[bytes] | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> HTTPResponse:
-        place = urlsplit(self.server)
-        kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
+    ) -> Iterator[HTTPResponse]:
+        kind, host, port, prefix = self._find_place()
         sent = dict(headers or {})
         if self.api_key:
             sent["authorization"] = f"Bearer {self.api_key}"
+        with ExitStack() as open_things:
+            try:
+                connection = kind(host, port, timeout=CONNECT_TIMEOUT_S)
+                open_things.callback(connection.close)
+                connection.connect()
+                connection.sock.settimeout(TIMEOUT_S)
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    # Who is refused is told so before all is sent: the answer is there all the same.
+                    connection.request(method, prefix + path, body=body, headers=sent)
+                answer = connection.getresponse()
+            except (OSError, HTTPException, ValueError) as error:
+                raise UnreachableError(self.server, error) from error
+            if answer.status >= 400:
+                raise _read_error(answer)
+            yield answer
+
+    def _find_place(self) -> tuple[type[HTTPConnection], str, int | None, str]:
+        """How and where to connect, and what comes before the path; the wire's /v1 may stand there."""
         try:
-            connection = kind(place.hostname or "", place.port, timeout=TIMEOUT_S)
-            connection.request(method, place.path.rstrip("/") + path, body=body, headers=sent)
-            answer = connection.getresponse()
-        except (OSError, HTTPException, ValueError) as error:
-            raise UnreachableError from error
-        if answer.status >= 400:
-            raise _read_error(answer)
-        return answer
+            place = urlsplit(self.server)
+            host, port = place.hostname, place.port
+        except ValueError as error:
+            raise UnreachableError(self.server, error) from error
+        if place.scheme not in ("http", "https") or not host:
+            raise UnreachableError(self.server, ValueError("give http://HOST:PORT"))
+        kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
+        return kind, host, port, place.path.rstrip("/").removesuffix("/v1")
 
 
 def _read_error(answer: HTTPResponse) -> ServerError:

@@ -21,7 +21,7 @@ import typer
 from cli import keys, remote
 from cli.demo import run_demo
 from cli.errors import CannotStartError, ExitCode
-from cli.inputs import CLIP_SUFFIXES, Found, find_clips, find_pictures
+from cli.inputs import Found, find_clips, find_pictures
 from cli.local import EngineOptions, run
 from cli.questions import (
     CLIP_PROMPT,
@@ -31,7 +31,7 @@ from cli.questions import (
     ask_about_clip,
     ask_about_picture,
 )
-from cli.show import Screen
+from cli.show import Screen, note_left_out
 from engine.config import BUNDLED_MODEL
 from engine.errors import BadSamplingParams
 from engine.request import SamplingParams
@@ -539,11 +539,7 @@ def version() -> None:
 
 def build_screen(noun: str, found: Found, *, as_json: bool) -> Screen:
     screen = Screen(noun, as_json=as_json)
-    for suffix, count in sorted(found.left_out.items()):
-        cure = "not read here. Convert to JPEG or PNG."
-        if suffix in CLIP_SUFFIXES:
-            cure = "clips. `darkroom describe` reads them, if you name them."
-        screen.note(f"{count} {suffix} left out: {cure}")
+    note_left_out(screen, found)
     return screen
 
 

@@ -2,28 +2,35 @@
 The verbs that talk to a server: submit, status, results, cancel.
 
 What is asked for goes to stdout, progress and notes to stderr. Exit codes: 0 done, 1 some items
-failed or the server refused, 2 usage, 3 the server is out of reach.
+failed or the server refused, 2 usage, 3 the server is out of reach, 130 Ctrl-C. A batch is the
+server's: whatever ends here, it goes on.
 """
 
 import json
+import os
+import secrets
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
+from cli.answers import one_line
 from cli.client import DEFAULT_SERVER, Client, Polled, ServerError, UnreachableError
-from cli.errors import ExitCode
-from cli.inputs import Refused, find_pictures
-from cli.lines import build_line, build_picture
-from cli.questions import PICTURE_PROMPT
+from cli.errors import ExitCode, FileError
+from cli.inputs import CLIP_SUFFIXES, Found, Refused, find_pictures
+from cli.lines import build_clip, build_line, build_picture
+from cli.questions import CLIP_PROMPT, NUM_FRAMES, PICTURE_PROMPT
+from cli.show import Screen, note_left_out
+from cli.watch import describe, follow
 from engine.config import BUNDLED_MODEL
+from media.errors import MediaError
 
 Server = Annotated[
     str, typer.Option(metavar="URL", envvar="DARKROOM_SERVER", help="Where the server is.")
@@ -38,6 +45,10 @@ BatchId = Annotated[str, typer.Argument(metavar="ID", help="batch_…, as `submi
 AsJson = Annotated[
     bool, typer.Option("--json", envvar="DARKROOM_JSON", help="Write JSON, an object a line.")
 ]
+
+RETRY_WAITS_S: Final = (0.5, 1.0, 2.0, 4.0)
+TEMPORARY: Final = frozenset({502, 503, 504})
+MAX_ERRORS: Final = 20
 
 
 class ImagePolicy(StrEnum):
@@ -57,11 +68,23 @@ def submit(
         typer.Argument(metavar="PATH", help="One JSONL file, or pictures, folders and globs."),
     ],
     prompt: Annotated[
-        str, typer.Option(metavar="TEXT", envvar="DARKROOM_PROMPT", help="What to ask of pictures.")
-    ] = PICTURE_PROMPT,
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            envvar="DARKROOM_PROMPT",
+            help="What to ask of pictures.",
+            show_default=PICTURE_PROMPT,
+        ),
+    ] = None,
     model: Annotated[
-        str, typer.Option(metavar="MODEL", envvar="DARKROOM_MODEL", help="For pictures.")
-    ] = BUNDLED_MODEL,
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            envvar="DARKROOM_MODEL",
+            help="For pictures.",
+            show_default="the one that the server runs",
+        ),
+    ] = None,
     window: Annotated[
         str, typer.Option(metavar="24h", envvar="DARKROOM_WINDOW", help="How long it may take.")
     ] = "24h",
@@ -79,7 +102,7 @@ def submit(
         typer.Option(
             metavar="KEY",
             envvar="DARKROOM_IDEMPOTENCY_KEY",
-            help="The same key and file again: the same batch.",
+            help="Any text. The same key and input again, after a break: the same batch.",
         ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show how it goes, until it ends.")] = False,
@@ -89,8 +112,18 @@ def submit(
     """
     Hand in a batch, and write its id.
 
-    A JSONL file goes as it is, in OpenAI's form. Pictures are sent inside the lines, so the
-    server needs no access to them.
+    A JSONL file goes as it is, in OpenAI's form. Pictures, and clips that are named, are sent inside
+    the lines, so the server needs no access to them.
+
+    Ctrl-C while it waits leaves the batch as it is, and says how to go on.
+
+    \b
+    Exit codes:
+      0    handed in; with --wait: every item has its text
+      1    some failed, or the server refused
+      2    a wrong option, or nothing to hand in
+      3    the server is out of reach
+      130  Ctrl-C
 
     \b
     Examples:
@@ -98,19 +131,27 @@ def submit(
       darkroom submit holiday/ --prompt "What is in the foreground?" --wait
     """
     client = Client(server, api_key)
-    with problems_told(), open_manifest(paths, prompt, model) as (file, num_bytes, name):
-        uploaded = client.upload(file, num_bytes, name)
-        batch = client.submit(
-            uploaded["id"],
-            key=key,
-            completion_window=window,
-            priority=priority,
-            image_policy=image_policy.value,
-            on_invalid=on_invalid.value,
-        )
+    key = key or secrets.token_hex(16)
+    with problems_told():
+        models = client.list_models()  # before anything is read or sent in vain
+        if is_manifest(paths):
+            found = Found()
+        else:
+            model = choose_model(model, models)
+            found = find_pictures(paths)
+        with open_manifest(paths, found, prompt, model or BUNDLED_MODEL) as manifest:
+            batch = hand_in(
+                client,
+                manifest,
+                key,
+                completion_window=window,
+                priority=priority,
+                image_policy=image_policy.value,
+                on_invalid=on_invalid.value,
+            )
         typer.echo(batch["id"])
-        if wait:
-            raise typer.Exit(show_until_end(client, batch["id"]))
+        code = show_until_end(client, client.poll(batch["id"])) if wait else ExitCode.DONE
+        raise typer.Exit(max(code, ExitCode.SOME_FAILED) if manifest.num_refused else code)
 
 
 def status(
@@ -120,12 +161,16 @@ def status(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
 ) -> None:
-    """Show how a batch stands."""
+    """
+    Show how a batch stands.
+
+    Exit codes are those of `darkroom submit --wait`; while it runs, 0.
+    """
     client = Client(server, api_key)
     with problems_told():
         polled = client.poll(batch)
         if watch and not as_json:
-            raise typer.Exit(show_until_end(client, batch, polled))
+            raise typer.Exit(show_until_end(client, polled))
         show(polled, as_json=as_json)
         while watch and not polled.has_ended:
             polled = client.poll(batch, after=polled)
@@ -146,6 +191,8 @@ def results(
 
     Of a batch that has ended: its output file, then its errors file, each in input order. Of one
     that still runs: what there is so far, in the order in which it came.
+
+    Exit codes are those of `darkroom submit --wait`; while it runs, 0.
     """
     client = Client(server, api_key)
     with problems_told():
@@ -156,8 +203,7 @@ def results(
                 sys.stdout.buffer.write(piece)
             sys.stdout.flush()
         else:
-            with output.open("wb") as file:
-                file.writelines(pieces)
+            write_whole(output, pieces)
         if not polled.has_ended:
             typer.echo("The batch still runs: there will be more.", err=True)
         raise typer.Exit(judge(polled))
@@ -175,39 +221,137 @@ def problems_told() -> Iterator[None]:
     try:
         yield
     except UnreachableError as error:
-        typer.echo(str(error), err=True)
+        tell_error(str(error))
         raise typer.Exit(ExitCode.UNREACHABLE) from error
     except ServerError as error:
-        typer.echo(str(error), err=True)
+        hint = " Give it with --api-key, or as DARKROOM_API_KEY." if error.status == 401 else ""
+        tell_error(f"{error}{hint}")
         raise typer.Exit(ExitCode.SOME_FAILED) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(ExitCode.INTERRUPTED) from error
     except OSError as error:
-        typer.echo(f"{error.filename or 'A file'}: {error.strerror}", err=True)
+        if error.filename is None:
+            raise
+        tell_error(f"{error.filename}: {error.strerror}.")
         raise typer.Exit(ExitCode.USAGE) from error
+
+
+def tell_error(text: str) -> None:
+    typer.echo(f"error: {text}", err=True)
+
+
+# What is handed in
+
+
+@dataclass(slots=True)
+class Manifest:
+    """
+    The lines to hand in.
+
+    Attributes:
+        num_refused: inputs that could not be read, and were told of.
+    """
+
+    file: IO[bytes]
+    name: str
+    num_bytes: int
+    num_refused: int = 0
+
+
+def is_manifest(paths: list[str]) -> bool:
+    return len(paths) == 1 and paths[0].endswith(".jsonl")
+
+
+def choose_model(wanted: str | None, served: list[str]) -> str:
+    """Nobody would ever run a batch for a model that the server does not have."""
+    if wanted is None:
+        return served[0] if len(served) == 1 else BUNDLED_MODEL
+    if served and wanted not in served:
+        tell_error(f"This server does not run {wanted}. It runs {', '.join(served)}.")
+        raise typer.Exit(ExitCode.USAGE)
+    return wanted
 
 
 @contextmanager
 def open_manifest(
-    paths: list[str], prompt: str, model: str
-) -> Iterator[tuple[IO[bytes], int, str]]:
-    """The lines to hand in: a file, how long it is, and its name."""
-    if len(paths) == 1 and paths[0].endswith(".jsonl"):
+    paths: list[str], found: Found, prompt: str | None, model: str
+) -> Iterator[Manifest]:
+    """A JSONL file as it is, or lines about the pictures and clips that were found."""
+    if is_manifest(paths):
         with Path(paths[0]).open("rb") as file:
-            yield file, Path(paths[0]).stat().st_size, Path(paths[0]).name
+            yield Manifest(file, Path(paths[0]).name, Path(paths[0]).stat().st_size)
         return
+    note_left_out(Screen("images"), found)
     with tempfile.TemporaryFile() as file:
-        num_lines = 0
-        for found in find_pictures(paths).inputs:
-            if isinstance(found, Refused):
-                typer.echo(f"error: {found.path}: {found.problem}", err=True)
-                continue
-            num_lines += 1
-            path = Path(found.path)
-            file.write(build_line(f"{num_lines}:{path.name}", model, build_picture(path), prompt))
-        if num_lines == 0:
-            raise typer.Exit(ExitCode.USAGE)
+        num_refused = write_lines(file, found, prompt, model)
         num_bytes = file.tell()
+        if num_bytes == 0:
+            raise typer.Exit(ExitCode.USAGE)
         file.seek(0)
-        yield file, num_bytes, "pictures.jsonl"
+        yield Manifest(file, "pictures.jsonl", num_bytes, num_refused)
+
+
+def write_lines(file: IO[bytes], found: Found, prompt: str | None, model: str) -> int:
+    """Return how many inputs cannot be read; each is told of, and costs no other."""
+    num_lines = num_refused = 0
+    for each in found.inputs:
+        try:
+            if isinstance(each, Refused):
+                raise each.problem
+            path = Path(each.path)
+            is_clip = path.suffix.lower() in CLIP_SUFFIXES
+            try:
+                media = build_clip(path, NUM_FRAMES) if is_clip else build_picture(path)
+            except OSError as error:
+                raise FileError.because(error) from error
+        except MediaError as problem:
+            num_refused += 1
+            tell_error(f"{one_line(each.path)}: {problem}")
+            continue
+        num_lines += 1
+        text = prompt or (CLIP_PROMPT if is_clip else PICTURE_PROMPT)
+        file.write(build_line(f"{num_lines}:{path.name}", model, media, text))
+    return num_refused
+
+
+def hand_in(client: Client, manifest: Manifest, key: str, **options: Any) -> dict[str, Any]:
+    """
+    Upload the lines and make the batch of them, or find the one that the same key has made.
+
+    The wish for a batch is sent again if its answer is lost: the key makes that safe.
+    """
+    is_asked = False
+    try:
+        uploaded = client.upload(manifest.file, manifest.num_bytes, manifest.name)
+        is_asked = True
+        batch = create(client, uploaded["id"], key, **options)
+    except (KeyboardInterrupt, UnreachableError):
+        if is_asked:
+            text = (
+                f"The batch may be there. The same command with --key {key} finds it, or makes it."
+            )
+        else:
+            text = "Nothing was handed in."
+        typer.echo(text, err=True)
+        raise
+    if batch["input_file_id"] != uploaded["id"]:  # it was there already, from another upload
+        with suppress(UnreachableError, ServerError):
+            client.delete_file(uploaded["id"])
+        typer.echo("This was handed in before.", err=True)
+    return batch
+
+
+def create(client: Client, file: str, key: str, **options: Any) -> dict[str, Any]:
+    for wait_s in RETRY_WAITS_S:
+        try:
+            return client.submit(file, key=key, **options)
+        except UnreachableError:
+            pass
+        except ServerError as error:
+            if error.status not in TEMPORARY:
+                raise
+        time.sleep(wait_s)
+    return client.submit(file, key=key, **options)
 
 
 # What people see
@@ -223,42 +367,39 @@ def show(polled: Polled, *, as_json: bool) -> None:
     for state in ("failed", "expired", "cancelled"):
         if counts[state]:
             typer.echo(f"{counts[state]} {state}")
-    for error in (batch["errors"] or {"data": []})["data"]:
+    errors = (batch["errors"] or {"data": []})["data"]
+    for error in errors[:MAX_ERRORS]:
         place = "" if error["line"] is None else f"line {error['line']}: "
-        typer.echo(f"error: {place}{error['message']}", err=True)
+        tell_error(f"{place}{error['message']}")
+    if len(errors) > MAX_ERRORS:
+        typer.echo(f"... and {len(errors) - MAX_ERRORS} more; --json has all of them.", err=True)
 
 
-def describe(batch: dict[str, Any]) -> str:
-    counts = batch["request_counts"]
-    return f"{batch['status']} {count_ended(counts)}/{counts['total']}"
-
-
-def count_ended(counts: dict[str, int]) -> int:
-    return sum(counts[state] for state in ("completed", "failed", "expired", "cancelled"))
-
-
-def show_until_end(client: Client, batch: str, polled: Polled | None = None) -> ExitCode:
-    """A bar where stderr is a terminal, otherwise a line for each new state; then how it ended."""
-    polled = polled or client.poll(batch)
-    is_terminal = sys.stderr.isatty()
-    shown = ""
-    with Progress(console=Console(file=sys.stderr), disable=not is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        while not polled.has_ended:
-            counts = polled.batch["request_counts"]
-            status_now = polled.batch["status"]
-            bar.update(
-                task,
-                description=status_now,
-                total=counts["total"] or None,
-                completed=count_ended(counts),
-            )
-            if status_now != shown and not is_terminal:
-                typer.echo(describe(polled.batch), err=True)
-            shown = status_now
-            polled = client.poll(batch, after=polled)
+def show_until_end(client: Client, polled: Polled) -> ExitCode:
+    batch, where = polled.batch["id"], say_server(client)
+    try:
+        polled = follow(client, polled)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"The batch goes on. To watch it again: darkroom status {batch} --watch{where}\n"
+            f"To stop it: darkroom cancel {batch}{where}",
+            err=True,
+        )
+        raise
+    except UnreachableError:
+        again = f"darkroom status {batch} --watch{where}"
+        typer.echo(f"The batch goes on when the server does. To watch it: {again}", err=True)
+        raise
     show(polled, as_json=False)
+    if polled.batch["output_file_id"] or polled.batch["error_file_id"]:
+        typer.echo(f"Results: darkroom results {batch}{where}", err=True)
     return judge(polled)
+
+
+def say_server(client: Client) -> str:
+    """The option that a command in a hint needs, if it needs one."""
+    usual = os.environ.get("DARKROOM_SERVER", DEFAULT_SERVER)
+    return "" if client.server == usual else f" --server {client.server}"
 
 
 def judge(polled: Polled) -> ExitCode:
@@ -277,3 +418,19 @@ def read_results(client: Client, polled: Polled) -> Iterator[bytes]:
     for file in (polled.batch["output_file_id"], polled.batch["error_file_id"]):
         if file is not None:
             yield from client.read_file(file)
+
+
+def write_whole(path: Path, pieces: Iterator[bytes]) -> None:
+    """Write a file that is there whole or, if that fails, as it was before."""
+    if path.exists() and not path.is_file():  # a pipe or a device
+        with path.open("wb") as file:
+            file.writelines(pieces)
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.writelines(pieces)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from cli.answers import Answer
+from cli.inputs import CLIP_SUFFIXES, Found
 
 
 class Screen:
@@ -51,7 +52,7 @@ class Screen:
             encoding = "utf-8" if as_json else None  # JSON is UTF-8 wherever it is written
             self._out.reconfigure(encoding=encoding, errors="backslashreplace")
         self._err = Console(file=sys.stderr)
-        self._can_draw = _can_draw(self._err)
+        self._can_draw = can_draw(self._err)
         self._shares_terminal = self._can_draw and _are_one_terminal(self._out, sys.stderr)
         self._bar: Progress | None = None
 
@@ -123,7 +124,17 @@ class Screen:
             self.note(f"{self.num_cut_off} cut off at the token limit; --max-tokens raises it.")
 
 
-def _can_draw(console: Console) -> bool:
+def note_left_out(screen: Screen, found: Found) -> None:
+    """Which files of folders nobody looked at, and what to do."""
+    for suffix, count in sorted(found.left_out.items()):
+        cure = "not read here. Convert to JPEG or PNG."
+        if suffix in CLIP_SUFFIXES:
+            cure = "clips. `darkroom describe` reads them, if you name them."
+        screen.note(f"{count} {suffix} left out: {cure}")
+
+
+def can_draw(console: Console) -> bool:
+    """Whether a bar may stand there."""
     # The stream is asked, not Rich: FORCE_COLOR makes Rich take any pipe for a terminal.
     return console.file.isatty() and not console.is_dumb_terminal
 
@@ -136,20 +147,22 @@ def _build_bar(console: Console, noun: str) -> Progress:
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
-        _Rate(noun),
+        Rate(noun),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         redirect_stdout=False,  # what goes to stdout is for programs too
     )
 
 
-class _Rate(ProgressColumn):
+class Rate(ProgressColumn):
+    """How many a second; in the end, of the whole run."""
+
     def __init__(self, noun: str) -> None:
         super().__init__()
         self._noun = noun
 
     def render(self, task: Task) -> Text:
-        # In the end the rate of the whole run, the wait for the first answer included.
+        # The wait for the first answer included.
         took_s = task.finished_time
         speed = task.completed / took_s if took_s else task.speed
         return Text(f"{speed:.1f} {self._noun}/s" if speed else f"- {self._noun}/s")

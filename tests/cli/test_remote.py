@@ -2,16 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from PIL import Image
+from typer.testing import CliRunner, Result
 
 from api.schemas import parse_job_id
+from cli.main import app
 from storage.ids import JobId
 from tests.api.conftest import (
     Client,
@@ -26,7 +32,15 @@ from tests.api.inputs import build_jsonl, build_line
 
 __all__ = ["postgresql_template", "sqlite_service", "sqlite_template"]
 
-PROGRAM = "import sys; from cli.main import app; app()"
+SAMPLES = Path(__file__).parents[2] / "samples"
+PROGRAM = """
+import sys
+from cli.main import main
+try:
+    main()
+finally:
+    assert not {"torch", "transformers", "celery", "sqlalchemy"}.intersection(sys.modules)
+"""
 
 
 @pytest.fixture
@@ -117,9 +131,11 @@ def _job_of(batch: str) -> JobId:
 
 
 def test_server_that_is_not_there_is_said_to_be_out_of_reach() -> None:
-    asked = run_darkroom("status", "batch_x", DARKROOM_SERVER=f"http://127.0.0.1:{find_port()}")
+    server = f"http://127.0.0.1:{find_port()}"
+    asked = run_darkroom("status", "batch_x", DARKROOM_SERVER=server)
 
     assert (3, "") == (asked.returncode, asked.stdout)
+    assert f"error: {server} does not answer: Connection refused." in asked.stderr
     assert "darkroom up" in asked.stderr
 
 
@@ -128,3 +144,265 @@ def test_refusal_is_told_in_the_servers_words(sqlite_service: Service, client: C
 
     assert (1, "") == (asked.returncode, asked.stdout)
     assert "nothing under this id" in asked.stderr
+
+
+def test_ctrl_c_leaves_the_batch_and_says_how_to_go_on(
+    sqlite_service: Service, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(build_jsonl(build_line(1)))
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "submit", str(tmp_path / "in.jsonl"), "--wait"],
+        env={
+            **os.environ,
+            "DARKROOM_SERVER": sqlite_service.url,
+            "DARKROOM_API_KEY": client.key,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stderr is not None
+        batch = waiting.stdout.readline().strip()
+        assert "validating 0/0\n" == waiting.stderr.readline()
+        waiting.send_signal(signal.SIGINT)
+        _, told = waiting.communicate(timeout=60)
+
+    assert 130 == waiting.returncode
+    assert "validating" == client.api.batches.retrieve(batch).status
+    assert [
+        f"The batch goes on. To watch it again: darkroom status {batch} --watch",
+        f"To stop it: darkroom cancel {batch}",
+    ] == told.splitlines()
+
+
+# In this process, which is quicker
+
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def darkroom(sqlite_service: Service, client: Client) -> Invoke:
+    def invoke(*words: str, **env: str) -> Result:
+        usual = {"DARKROOM_SERVER": sqlite_service.url, "DARKROOM_API_KEY": client.key}
+        return CliRunner().invoke(app, words, env={**usual, **env}, catch_exceptions=False)
+
+    return invoke
+
+
+def test_same_key_and_input_again_is_the_same_batch(
+    darkroom: Invoke, client: Client, tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    first = darkroom("submit", str(tmp_path), "--key", "k")
+    again = darkroom("submit", str(tmp_path), "--key", "k")
+    other = darkroom("submit", str(tmp_path), "--key", "k", "--prompt", "Another question")
+
+    assert (0, 0, 1) == (first.exit_code, again.exit_code, other.exit_code)
+    assert first.stdout == again.stdout
+    assert ("", "This was handed in before.\n") == (first.stderr, again.stderr)
+    assert "error: " in other.stderr
+    assert {client.api.batches.retrieve(first.stdout.strip()).input_file_id} <= {
+        file.id for file in client.api.files.list().data
+    }
+    assert 2 == len(client.api.files.list().data)  # of the first, and of the conflict
+
+
+def test_server_may_be_named_as_for_other_clients(
+    darkroom: Invoke, sqlite_service: Service
+) -> None:
+    listed = darkroom("status", "batch_x", "--server", f"{sqlite_service.url}/v1/")
+
+    assert "nothing under this id" in listed.stderr
+
+
+def test_without_a_key_the_same_input_is_another_batch(darkroom: Invoke, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    batches = {darkroom("submit", str(tmp_path)).stdout for _ in range(2)}
+
+    assert 2 == len(batches)
+
+
+def test_picture_that_cannot_be_read_costs_no_other(
+    darkroom: Invoke, client: Client, tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.heic").touch()
+
+    made = darkroom("submit", str(tmp_path), str(tmp_path / "none.png"))
+
+    batch = client.api.batches.retrieve(made.stdout.strip())
+    assert 1 == made.exit_code
+    assert f"error: {tmp_path}/none.png: There is no such file or folder.\n" in made.stderr
+    assert "1 .heic left out" in made.stderr
+    assert 1 == len(client.api.files.content(batch.input_file_id).text.splitlines())
+
+
+def test_nothing_to_hand_in_is_no_batch(darkroom: Invoke, client: Client, tmp_path: Path) -> None:
+    run = darkroom("submit", str(tmp_path))
+
+    assert (2, "") == (run.exit_code, run.stdout)
+    assert "There are no pictures in this folder." in run.stderr
+    assert [] == client.api.batches.list().data
+
+
+def test_named_clip_goes_as_a_clip(darkroom: Invoke, client: Client) -> None:
+    made = darkroom("submit", str(SAMPLES / "clip.mp4"))
+
+    batch = client.api.batches.retrieve(made.stdout.strip())
+    (line,) = client.api.files.content(batch.input_file_id).text.splitlines()
+    clip, text = json.loads(line)["body"]["messages"][0]["content"]
+    assert clip["video_url"]["url"].startswith("data:video/mp4;base64,")
+    assert (8, "What happens?") == (clip["num_frames"], text["text"])
+
+
+def test_wrong_key_is_told_before_anything_is_sent(darkroom: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"x" * 4_000_000)
+
+    run = darkroom("submit", str(tmp_path / "in.jsonl"), DARKROOM_API_KEY="dk_wrong_key")
+
+    assert (1, "") == (run.exit_code, run.stdout)
+    assert "--api-key" in run.stderr
+
+
+def test_model_that_nobody_runs_is_refused(darkroom: Invoke) -> None:
+    run = darkroom("submit", str(SAMPLES / "one.png"), "--model", "other")
+
+    assert (2, "") == (run.exit_code, run.stdout)
+    assert "error: This server does not run other. It runs darkroom-tiny.\n" == run.stderr
+
+
+def test_bad_lines_are_told_with_their_numbers(
+    darkroom: Invoke, sqlite_service: Service, tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(build_jsonl(build_line(1), *["no JSON"] * 30))
+    batch = darkroom("submit", str(tmp_path / "in.jsonl")).stdout.strip()
+    sqlite_service.worker.expand(_job_of(batch))
+
+    found = darkroom("status", batch)
+
+    told = found.stderr.splitlines()
+    assert (1, f"{batch} failed 0/0\n") == (found.exit_code, found.stdout)
+    assert told[0].startswith("error: line 2: ")
+    assert "... and 10 more; --json has all of them." == told[-1]
+    assert 21 == len(told)
+
+
+# Servers that break off
+
+
+class BreakingServer(ThreadingHTTPServer):
+    """
+    Speaks as much of the wire as `submit` and `results` need.
+
+    Attributes:
+        num_breaks: wishes for a batch whose connection is cut before the answer.
+        keys: of all wishes for a batch.
+    """
+
+    num_breaks = 0
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), BreakingHandler)
+        self.keys: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class BreakingHandler(BaseHTTPRequestHandler):
+    server: BreakingServer
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._answer({"data": []})
+        elif self.path.startswith("/v1/batches"):
+            self._answer(BATCH)
+        else:  # a file, of which half is missing
+            self.send_response(200)
+            self.send_header("content-length", "100")
+            self.end_headers()
+            self.wfile.write(b"x" * 50)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        if self.path == "/v1/files":
+            self._answer({"id": "file-1"})
+            return
+        self.server.keys.append(self.headers["idempotency-key"])
+        if len(self.server.keys) > self.server.num_breaks:
+            self._answer(BATCH)
+
+    def _answer(self, content: dict[str, Any]) -> None:
+        encoded = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(encoded)))
+        self.send_header("etag", "1")
+        self.end_headers()
+        self.wfile.write(encoded)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+COUNTS = {"total": 1, "completed": 1, "failed": 0, "expired": 0, "cancelled": 0}
+BATCH = {
+    "id": "batch_1",
+    "input_file_id": "file-1",
+    "status": "completed",
+    "request_counts": COUNTS,
+    "output_file_id": "file-2",
+    "error_file_id": None,
+    "errors": None,
+}
+
+
+@pytest.fixture
+def breaking_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BreakingServer]:
+    monkeypatch.setattr("cli.remote.RETRY_WAITS_S", (0.0, 0.0))
+    with BreakingServer() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_wish_whose_answer_is_lost_is_sent_again_under_its_key(
+    breaking_server: BreakingServer,
+) -> None:
+    breaking_server.num_breaks = 2
+    words = ["submit", str(SAMPLES / "one.png"), "--server", breaking_server.url]
+
+    run = CliRunner().invoke(app, words)
+
+    assert (0, "batch_1\n", "") == (run.exit_code, run.stdout, run.stderr)
+    assert 3 == len(breaking_server.keys)
+    assert 1 == len(set(breaking_server.keys))
+
+
+def test_submit_that_is_cut_off_says_how_to_make_no_second_batch(
+    breaking_server: BreakingServer,
+) -> None:
+    breaking_server.num_breaks = 99
+    words = ["submit", str(SAMPLES / "one.png"), "--server", breaking_server.url]
+
+    run = CliRunner().invoke(app, words)
+
+    assert (3, "") == (run.exit_code, run.stdout)
+    assert f"The same command with --key {breaking_server.keys[0]} finds it" in run.stderr
+
+
+def test_results_that_break_off_leave_the_file_as_it_was(
+    breaking_server: BreakingServer, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("old")
+    words = ["results", "batch_1", "-o", str(tmp_path / "out"), "--server", breaking_server.url]
+
+    run = CliRunner().invoke(app, words)
+
+    assert (3, "") == (run.exit_code, run.stdout)
+    assert "the answer broke off" in run.stderr
+    assert ["out"] == [path.name for path in tmp_path.iterdir()]
+    assert "old" == (tmp_path / "out").read_text()

@@ -266,7 +266,7 @@ def test_reader_that_goes_away_ends_the_process_without_a_trace() -> None:
     assert (1, "") == (process.returncode, errors)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["caption", "--help"], ["--version"], ["version"]])
+@pytest.mark.parametrize("args", [["--help"], ["serve", "--help"], ["--version"], ["version"]])
 def test_help_and_version_load_neither_torch_nor_transformers(args: list[str]) -> None:
     program = (
         "import sys\n"
