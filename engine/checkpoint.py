@@ -25,6 +25,7 @@ from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
 from engine.config import EngineConfig
 from engine.errors import BadConfig, BadSamplingParams
 from engine.families.qwen2_vl import Qwen2VL
+from engine.kernels.quantised import can_multiply
 from engine.request import SamplingParams
 from engine.swaps import fuse
 
@@ -116,6 +117,12 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
             )
     generation = _read_json(engine, folder / _GENERATION) or {}
     device = _device(engine)
+    dtype = _read("dtype", engine, lambda: _dtype(engine, config, device))
+    if engine.quantization == "fp8" and device.type == "cuda" and not can_multiply(device, dtype):
+        raise BadConfig(
+            "quantization='fp8' needs a GPU of compute capability 8.9 or later (Ada, Hopper) and "
+            f"dtype bfloat16, not {str(dtype).removeprefix('torch.')}. Leave it out."
+        )
     return Checkpoint(
         folder,
         config,
@@ -124,7 +131,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         _read(_GENERATION, engine, lambda: _defaults(generation)),
         _read(_GENERATION, engine, lambda: _eos_token_ids(config, generation, tokenizer)),
         _read("context length", engine, lambda: _max_model_len(engine, config)),
-        _read("dtype", engine, lambda: _dtype(engine, config, device)),
+        dtype,
         device,
         folder.name if folder.parent.name == "snapshots" else None,
     )
@@ -152,7 +159,7 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
     config = copy.deepcopy(checkpoint.config)
     if engine.load_format == "dummy":
         model = draw_model(model_class, config, checkpoint)
-        prepare_model(model, checkpoint)
+        prepare_model(model, checkpoint, engine.quantization)
         return model
     with _without_bars():
         model, report = _read(
@@ -172,7 +179,7 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
             f"The model {engine.model!r} lacks {len(report['missing_keys'])} of its weights, "
             f"{min(report['missing_keys'])} among them. Get a complete copy."
         )
-    prepare_model(model, checkpoint)
+    prepare_model(model, checkpoint, engine.quantization)
     return model
 
 
@@ -209,13 +216,13 @@ def _without_bars() -> Iterator[None]:
             progress.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def prepare_model(model: Any, checkpoint: Checkpoint) -> None:
-    """Move a built model to the device and route its attention through our functions."""
+def prepare_model(model: Any, checkpoint: Checkpoint, quantization: str | None = None) -> None:
+    """Move a built model to the device, route its attention through our functions, fuse layers."""
     model.eval().requires_grad_(False).to(checkpoint.device)
     # Set after construction: from_pretrained would look for an installed flash-attn by this name.
     model.config.text_config._attn_implementation = TEXT_ATTENTION
     model.config.vision_config._attn_implementation = VISION_ATTENTION
-    fuse(model)
+    fuse(model, fp8=quantization == "fp8")
     checkpoint.family.attach(model)
 
 

@@ -19,6 +19,7 @@ BUNDLED_MODEL = "darkroom-tiny"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / BUNDLED_MODEL
 MODALITIES = ("image", "video")
 LIMIT_OPTIONS = ("count", "width", "height", "num_frames")
+QUANTIZATIONS = (None, "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float", "half")
 DEFAULT_LIMITS = {"image": 1, "video": 1}
@@ -81,7 +82,6 @@ ABSENT_WORDS = (
     "hf_overrides",
     "logits_processors",
     "override_generation_config",
-    "quantization",
     "speculative_config",
     "video_pruning_rate",
 )
@@ -138,6 +138,8 @@ class EngineConfig:
             one picture encode it once; 0 keeps none.
         uses_graphs: whether a GPU gets each decode step as one CUDA graph; False launches it one
             kernel at a time, which is slower.
+        quantization: "fp8" multiplies in fp8, with scales by row, in the layers of text and
+            encoder: faster on Hopper and later, and a little less exact. Any checkpoint will do.
     """
 
     model: str
@@ -159,6 +161,7 @@ class EngineConfig:
     num_media_threads: int | None = None
     encoder_cache_bytes: int = 256 << 20
     uses_graphs: bool = True
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -168,6 +171,11 @@ class EngineConfig:
         if self.load_format not in LOAD_FORMATS:
             raise BadConfig(
                 f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}."
+            )
+        if self.quantization not in QUANTIZATIONS:
+            raise BadConfig(
+                f"quantization must be None or 'fp8', got {self.quantization!r}. A checkpoint that was "
+                "quantised beforehand is not supported."
             )
         for name in (
             "max_model_len",

@@ -57,6 +57,8 @@ class LLM:
         encoder_cache_bytes: memory for encoded pictures, so that many prompts about one picture
             encode it once; 0 keeps none. `reset_mm_cache` empties it.
         enforce_eager: no CUDA graphs: a GPU gets each decode step one kernel at a time.
+        quantization: "fp8" for products in fp8: faster on a Hopper GPU or a later one, and a little
+            less exact. On a CPU it shows what they would answer, and is slow.
 
     The other words are `EngineConfig`'s, and vLLM's. A word of vLLM's that has no use here is said
     once in the log.
@@ -91,6 +93,7 @@ class LLM:
         num_media_threads: int | None = None,
         encoder_cache_bytes: int = 256 << 20,
         enforce_eager: bool = False,
+        quantization: str | None = None,
         **words: Any,
     ) -> None:
         _check_words(words)
@@ -115,6 +118,7 @@ class LLM:
             num_media_threads=num_media_threads,
             encoder_cache_bytes=encoder_cache_bytes,
             uses_graphs=not enforce_eager,
+            quantization=quantization,
             media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
         )
         checkpoint = checkpoints.read_checkpoint(config)

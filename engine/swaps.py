@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
 
-def fuse(model: Any) -> None:
+def fuse(model: Any, *, fp8: bool = False) -> None:
     """Put merged projections, norms, activations and rope into a loaded model, in place."""
-    swapped = apply(model, Fusions(rope_in_attention=True))
+    swapped = apply(model, Fusions(fp8=fp8, rope_in_attention=True))
     logger.info("layers_fused %s", " ".join(f"{name}={n}" for name, n in sorted(swapped.items())))
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from engine import LLM, PromptFailedError, Request, Result, SamplingParams
 from engine.config import BUNDLED_FOLDER
 from engine.errors import BadConfig, BadPrompt
+from engine.kernels.quantised import Fp8Linear
 from models.train.settings import SYSTEM_PROMPT
 from tests.engine.pictures import (
     CLIP,
@@ -780,7 +781,6 @@ def test_words_of_vllm_that_have_no_use_are_said_once(
 ) -> None:
     words: dict[str, Any] = {
         "tokenizer_mode": "auto",
-        "quantization": None,
         "allowed_local_media_path": "",
         "allowed_media_domains": None,
         "enable_mm_embeds": True,
@@ -819,12 +819,24 @@ def test_all_of_vllms_usual_words_are_taken(tiny_folder: Path) -> None:
         limit_mm_per_prompt={"image": {"count": 2, "width": 512, "height": 512}, "video": 0},
         mm_processor_kwargs={"min_pixels": 3136, "max_pixels": 12544},
         tensor_parallel_size=1,
+        quantization=None,
     )
     by_dtype = LLM(str(tiny_folder), dtype=torch.bfloat16)  # type: ignore[arg-type]
 
     assert 512 == llm.engine.checkpoint.max_model_len
     assert torch.bfloat16 == by_dtype.engine.checkpoint.dtype
     assert texts(by_dtype.generate("a", GREEDY, use_tqdm=False))
+
+
+def test_fp8_answers_with_another_rounding(tiny_folder: Path) -> None:
+    """On a CPU it computes what a GPU would; every layer takes part."""
+    with LLM(str(tiny_folder), quantization="fp8") as llm:
+        (output,) = llm.generate("a", GREEDY, use_tqdm=False)
+        runner: Any = llm.engine._runner
+
+        assert output.outputs[0].token_ids
+        layers = runner._text.layers
+        assert all(isinstance(layer.mlp.down, Fp8Linear) for layer in layers)
 
 
 def test_what_is_not_supported_is_refused(llm: LLM, tiny_folder: Path) -> None:
@@ -837,8 +849,9 @@ def test_what_is_not_supported_is_refused(llm: LLM, tiny_folder: Path) -> None:
         llm.chat([{"role": "user", "content": "a"}], tools=lora)
     with pytest.raises(BadPrompt, match=r"^tokenization_kwargs is not supported"):
         llm.generate("a", tokenization_kwargs={"truncate_prompt_tokens": 3})
+    with pytest.raises(BadConfig, match=r"^quantization must be None or 'fp8', got 'awq'"):
+        build(tiny_folder, {"quantization": "awq"})
     for word, value in (
-        ("quantization", "awq"),
         ("hf_overrides", {"rope_theta": 1}),
         ("enable_lora", True),
     ):
