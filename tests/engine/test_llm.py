@@ -937,7 +937,7 @@ def test_n_outputs_are_numbered_and_differ(llm: LLM) -> None:
 def test_picture_of_many_outputs_is_encoded_once(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
 ) -> None:
-    llm = LLM(str(tiny_folder), max_num_seqs=max_num_seqs)
+    llm = LLM(str(tiny_folder), max_num_seqs=max_num_seqs, encoder_cache_bytes=0)
     family = llm.engine.checkpoint.family
     encode, num_encoded = family.encode, 0
 
