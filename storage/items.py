@@ -579,11 +579,16 @@ def draw_backoff_s(num_failures: int) -> float:
     return random.uniform(0.0, cap_s)  # noqa: S311 - spreads load, hides nothing
 
 
-def release(session: Session, fences: Sequence[Fence]) -> Outcome:
-    """Give leases back uncharged, as a drain does: the items may run at once, elsewhere."""
+def release(session: Session, fences: Sequence[Fence], *, wait_s: float = 0.0) -> Outcome:
+    """
+    Give leases back uncharged, as a drain does: the items may run elsewhere.
+
+    Args:
+        wait_s: not before so long; 0: at once.
+    """
     held = _lock_fenced(session, fences)
     ids = [item.id for item in held]
-    _give_back(session, ids, 0.0)
+    _give_back(session, ids, wait_s)
     return Outcome(frozenset(ids))
 
 

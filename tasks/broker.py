@@ -57,11 +57,10 @@ def ping(url: str) -> None:
 
 def refuse_unsafe_broker(url: str) -> None:
     """
-    Check what the broker itself would lose.
+    Check what the broker itself would lose. One that has just gone can be asked nothing.
 
     Raises:
         UnsafeSettingError: it throws keys away when its memory is full.
-        BrokerUnavailableError: it does not answer.
     """
     try:
         with build_client(url) as client:
@@ -69,7 +68,9 @@ def refuse_unsafe_broker(url: str) -> None:
     except redis.ResponseError:  # CONFIG is often forbidden, and then nothing can be said
         return
     except (redis.RedisError, OSError) as error:
-        raise BrokerUnavailableError from error
+        # It answered when the process started: the worker waits for it as it does later on.
+        logger.warning("broker_unchecked", error=type(error).__name__)
+        return
     policy = found.get("maxmemory-policy", "noeviction")
     if policy != "noeviction":
         raise UnsafeSettingError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from storage.blobs import Blobs
+from storage.errors import BlobMissingError
 from storage.items import LeasedItem
 
 MAX_GAP_BYTES: Final = 64 * 1024
@@ -72,17 +73,23 @@ def _build_line(number: int, offset: int, content: bytes, length: int, max_bytes
     return Line(number, offset, length, content if is_whole and length <= max_bytes else None)
 
 
-def read_bodies(blobs: Blobs, items: Sequence[LeasedItem]) -> Iterator[tuple[LeasedItem, bytes]]:
+def read_bodies(
+    blobs: Blobs, items: Sequence[LeasedItem]
+) -> Iterator[tuple[LeasedItem, bytes | None]]:
     """
-    Read the lines of leased items, neighbours together.
+    Read the lines of leased items, neighbours together; None where the manifest is gone.
 
     Raises:
-        BlobMissingError, BlobsUnavailableError: as the blobs do, before the items of that read.
+        StorageError: as the blobs do, before the items of that read.
     """
     for group in _group(items):
         start = group[0].body_offset
         end = max(item.body_offset + item.body_length for item in group)
-        content = blobs.read(group[0].manifest_key, offset=start, length=end - start)
+        try:
+            content = blobs.read(group[0].manifest_key, offset=start, length=end - start)
+        except BlobMissingError:
+            yield from ((item, None) for item in group)
+            continue
         for item in group:
             at = item.body_offset - start
             yield item, content[at : at + item.body_length]

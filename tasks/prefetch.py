@@ -17,7 +17,7 @@ from engine.request import SamplingParams
 from media.errors import FetchFailedError, MediaError
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from storage import files
-from storage.errors import BlobMissingError, NotFoundError, StorageError
+from storage.errors import BlobMissingError, StorageError
 from storage.ids import FileId, JobId, TenantId
 from storage.items import LeasedItem
 from tasks.bodies import (
@@ -127,10 +127,23 @@ class Preparer:
             StorageError: a manifest could not be read; the items not yet yielded are not begun.
         """
         fetching: dict[Future[Ready | Refused], None] = {}
-        for item, content in read_bodies(self.stores.blobs, items):
+        unreadable: StorageError | None = None
+        bodies = read_bodies(self.stores.blobs, items)
+        while True:
+            try:
+                item, content = next(bodies)
+            except StopIteration:
+                break
+            except StorageError as error:  # those that are being fetched come first
+                unreadable = error
+                break
+            if content is None:
+                if take(item):
+                    yield Refused(item, BlobMissingError())
+                continue
             try:
                 draft = self._read(item, content, policies[item.job])
-            except (BadLineError, NotFoundError) as error:
+            except (BadLineError, StorageError) as error:
                 if take(item):
                     yield Refused(item, error)
                 continue
@@ -149,6 +162,8 @@ class Preparer:
             yield from _take_done(fetching, timeout=None if len(fetching) >= MAX_AHEAD else 0)
         while fetching:
             yield from _take_done(fetching, timeout=None)
+        if unreadable is not None:
+            raise unreadable
 
     def _read(self, item: LeasedItem, content: bytes, policy: ImagePolicy) -> "_Draft":
         body = check_body(

@@ -33,12 +33,16 @@ from tasks.engines import EnginePort, Prompt
 from tasks.errors import DeviceLostError
 from tasks.expand import JobOptions
 from tasks.prefetch import Preparer, Ready, Refused
-from tasks.retry import Act, Verdict, judge
+from tasks.retry import INTERNAL_TEXT, Act, Verdict, judge
 from tasks.stores import Stores
 
 logger = structlog.get_logger(__name__)
 
 COMMIT_RETRY_S: Final = 0.5
+STORE_WAIT_S: Final = 5.0
+"""After which items are tried again whose blobs or rows could not be read: a store that is down must
+not be asked a hundred times a second, nor each time count as an attempt."""
+
 MAX_UNCOMMITTED: Final = 1024
 """Results that wait for the database; beyond them the engine's threads wait too."""
 
@@ -54,9 +58,11 @@ class Flight:
     lease: LeaseId
     open: dict[ItemId, Fence]
     handed: set[ItemId] = field(default_factory=set)
-    """Given to the engine."""
+    """Given to the engine, or on the way to it."""
     running: set[ItemId] = field(default_factory=set)
     """Given to the engine, which has not answered."""
+    told: set[ItemId] = field(default_factory=set)
+    """Of those handed, the ones whose end is known: it is committed, or will be."""
     is_closed: bool = False
     """Nothing more is handed to the engine."""
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -95,6 +101,12 @@ class Flight:
             rest = [fence for item, fence in self.open.items() if item not in self.handed]
             self.settle_locked(rest)
             return rest
+
+    def list_silent(self) -> list[Fence]:
+        """What was handed out, and nobody has said a word about it."""
+        with self.changed:
+            silent = self.handed - self.told
+            return [fence for item, fence in self.open.items() if item in silent]
 
     def take_rest(self) -> list[Fence]:
         """Everything that is still open; it is no longer."""
@@ -286,6 +298,8 @@ class Runner:
         asked: dict[str, Ready] = {}
         fences = dict(flight.open)
         hold = Hold(self._budget)
+        wait_s = 0.0
+        silence: Verdict | None = None  # the end of what was handed out and never came back
         stream = self._engine.stream(self._feed(chunk, flight, asked, hold))
         try:
             for result in stream:
@@ -296,19 +310,20 @@ class Runner:
                 if result.error is not None:
                     self._settle(flight, fence, judge(result.error))
                 else:
-                    self._committer.put(flight, build_completion(ready, result))
+                    self._put(flight, build_completion(ready, result))
                 if not flight.open:  # all lost, released or done: abort what the engine still has
                     break
         except DeviceLostError:
             raise
         except StorageError as error:  # the manifest could not be read
             logger.warning("chunk_unreadable", error=error.code)
+            wait_s = STORE_WAIT_S
+            silence = Verdict(Act.RELEASE, error.code, INTERNAL_TEXT)
         except Exception:
             # The edge of a task: a bug of ours must not end the worker. What the engine had is
             # charged with it, so that it ends; the rest goes back.
             logger.exception("chunk_failed", lease=str(chunk.lease))
-            for ready in asked.values():
-                self._settle(flight, ready.item.fence, judge(RuntimeError()))
+            silence = judge(RuntimeError())
         finally:
             hold.close()
             close = getattr(stream, "close", None)
@@ -316,7 +331,10 @@ class Runner:
                 close()
         flight.running.clear()  # the engine has nothing of it any more
         # Not begun, because the worker drains or the manifest could not be read.
-        self.release(flight.close())
+        self.release(flight.close(), wait_s=wait_s)
+        if silence is not None:
+            for fence in flight.list_silent():
+                self._settle(flight, fence, silence)
         logger.info(
             "chunk_ended",
             num_items=len(fences),
@@ -342,24 +360,35 @@ class Runner:
             raise DeviceLostError
         if verdict.act is Act.RELEASE:
             flight.settle([fence.item])
-            self.release([fence])
+            self.release([fence], wait_s=STORE_WAIT_S)
         else:
-            self._committer.put(flight, verdict.as_failure(fence))
+            self._put(flight, verdict.as_failure(fence))
+
+    def _put(self, flight: Flight, end: Completion | Failure) -> None:
+        flight.told.add(end.fence.item)
+        self._committer.put(flight, end)
 
     # --- giving back ---------------------------------------------------------------------------------
 
-    def release(self, fences: Sequence[Fence]) -> None:
-        """Give leases back, uncharged, and say that there is work. Raises nothing: leases expire."""
+    def release(self, fences: Sequence[Fence], *, wait_s: float = 0.0) -> None:
+        """
+        Give leases back, uncharged, and say that there is work. Raises nothing: leases expire.
+
+        Args:
+            wait_s: nobody else may have them before; the sweeper says it then.
+        """
         if not fences:
             return
         try:
             with self._stores.database.write() as session:
-                outcome = items.release(session, sorted(fences, key=lambda fence: fence.item))
+                ordered = sorted(fences, key=lambda fence: fence.item)
+                outcome = items.release(session, ordered, wait_s=wait_s)
         except StorageError as error:
             logger.warning("release_failed", num_items=len(fences), error=error.code)
             return
         logger.info("items_released", num_items=len(outcome.items))
-        self._dispatcher.send_permits_for(self._model, len(outcome.items))
+        if not wait_s:
+            self._dispatcher.send_permits_for(self._model, len(outcome.items))
 
     def drain(self) -> None:
         """Lease no more, and give back at once what the engine has not begun."""

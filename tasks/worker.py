@@ -99,7 +99,7 @@ def run_gpu_worker(
         fetch: in the place of `open_fetch`'s.
 
     Raises:
-        UnsafeSettingError, BrokerUnavailableError: it does not start.
+        UnsafeSettingError: it does not start.
     """
     app = build_app(config, broker_url)
     refuse_unsafe(app, GPU_POOL, env, is_gpu=True)
@@ -146,7 +146,7 @@ def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> E
     Serve the cpu queue and the stream of submissions until the process is told to stop.
 
     Raises:
-        UnsafeSettingError, BrokerUnavailableError: it does not start.
+        UnsafeSettingError: it does not start.
     """
     app = build_app(config, broker_url)
     refuse_unsafe(app, GPU_POOL, env, is_gpu=False)

@@ -1,27 +1,37 @@
 """A permit's work, in this process: every item ends once, in the right way."""
 
+import base64
 import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
+from engine.request import Result
 from media.errors import FetchFailedError
 from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
-from storage.errors import DatabaseBusyError
+from storage.blobs import Blobs
+from storage.errors import (
+    BlobMissingError,
+    BlobsUnavailableError,
+    DatabaseBusyError,
+    StorageError,
+)
 from storage.ids import JobId
 from storage.items import Ended
 from storage.states import ItemState, JobState
-from storage.tables import Job
+from storage.tables import Item, Job
 from tasks import run, worker
 from tasks.app import TaskName
 from tasks.config import Config
+from tasks.engines import Prompt
 from tasks.expand import expand
 from tasks.finish import finish
 from tasks.prefetch import Preparer
@@ -29,7 +39,7 @@ from tasks.run import Runner
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
 from tests.storage.rows import let_backoff_end, let_leases_end, put_in_fast_lane
-from tests.tasks.fakes import MODEL, InstantEngine, RecordingDispatcher, build_request
+from tests.tasks.fakes import MODEL, RED_DOT, InstantEngine, RecordingDispatcher, build_request
 
 Fetch = Callable[[str, ImageLimits | VideoLimits], bytes]
 
@@ -166,6 +176,98 @@ def test_bug_in_a_task_charges_what_the_engine_had_and_spares_the_rest(rig: Rig)
 
     assert {ItemState.COMPLETED: 5, ItemState.FAILED: 1} == rig.count(job)
     assert "internal_error" == rig.ended(job)[0].error_code
+
+
+class LosingBlobs:
+    """Some of the blobs cannot be read, or are gone."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+        self.errors: dict[str, StorageError] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._blobs, name)
+
+    def read(self, key: str, **where: Any) -> bytes:
+        if key in self.errors:
+            raise self.errors[key]
+        return self._blobs.read(key, **where)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_store_that_is_down_delays_its_items_charges_none_and_holds_up_no_other(
+    rig: Rig, is_ahead: bool
+) -> None:
+    blobs: Any = LosingBlobs(rig.stores.blobs)
+    rig.stores = Stores(rig.stores.database, blobs)
+    url = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}
+    messages = [{"role": "user", "content": [url, {"type": "text", "text": "cat"}]}]
+    near = rig.make(build_request("near", messages=messages))
+    far = rig.make(build_request("far", "far"), build_request("farther", "farther"))
+    blobs.errors[rig.job(far).manifest_key] = BlobsUnavailableError()
+    fetched = threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        fetched.wait(0.2)  # the other manifest is asked for meanwhile
+        return base64.b64decode(RED_DOT.split(",")[1])
+
+    engine = AheadEngine() if is_ahead else InstantEngine()
+    sent = rig.dispatcher.count(TaskName.RUN_CHUNK)
+    with rig.runner(engine, fetch=fetch) as runner:
+        assert 3 == runner.run_chunk()
+        assert 0 == runner.run_chunk()  # not again at once, as it would be down all the same
+        blobs.errors.clear()
+        let_backoff_end(rig.stores.database)
+        assert 2 == runner.run_chunk()
+
+    assert sent == rig.dispatcher.count(TaskName.RUN_CHUNK)
+    assert {ItemState.COMPLETED: 1} == rig.count(near)
+    assert [("> far", 2), ("> farther", 2)] == [(one.text, one.attempt) for one in rig.ended(far)]
+    with rig.stores.database.read() as session:
+        assert [0, 0, 0] == list(session.scalars(select(Item.charged)))
+
+
+class AheadEngine(InstantEngine):
+    """Takes all that there is before it answers, as the real one may."""
+
+    def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
+        taken: list[Prompt] = []
+        failed: Exception | None = None
+        try:
+            taken.extend(prompts)
+        except StorageError as error:
+            failed = error
+        yield from super().stream(taken)
+        if failed is not None:
+            raise failed
+
+
+def test_lines_whose_manifest_is_gone_fail_and_spare_the_rest(rig: Rig) -> None:
+    blobs: Any = LosingBlobs(rig.stores.blobs)
+    rig.stores = Stores(rig.stores.database, blobs)
+    gone, there = rig.make(build_request("gone")), rig.make(build_request("there", "there"))
+    blobs.errors[rig.job(gone).manifest_key] = BlobMissingError()
+
+    rig.run()
+
+    assert ["input_file_missing"] == [one.error_code for one in rig.ended(gone)]
+    assert ["> there"] == [one.text for one in rig.ended(there)]
+
+
+def test_bug_while_a_picture_is_fetched_leaves_no_item_in_the_air(rig: Rig) -> None:
+    url = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}
+    messages = [{"role": "user", "content": [url, {"type": "text", "text": "cat"}]}]
+    job = rig.make(build_request("r-0", messages=messages), build_request("r-1", "bad code"))
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        time.sleep(0.2)
+        return base64.b64decode(RED_DOT.split(",")[1])
+
+    with rig.runner(InstantEngine(), fetch=fetch) as runner:
+        assert 2 == runner.run_chunk()
+
+    assert {ItemState.PENDING: 2} == rig.count(job)
 
 
 def test_chunks_share_the_engine_and_a_long_one_holds_up_no_other(rig: Rig) -> None:
