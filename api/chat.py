@@ -68,7 +68,19 @@ class ChatRequest(BaseModel):
     and is checked where lines are checked.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "darkroom-tiny",
+                    "messages": [{"role": "user", "content": "Describe."}],
+                    "max_tokens": 64,
+                }
+            ]
+        },
+    )
 
     model: str
     messages: list[Any] = Field(min_length=1)

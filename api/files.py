@@ -23,6 +23,8 @@ from api.errors import InvalidRequestError, MissingError, TooLargeError, transla
 from api.manifests import drop_blob
 from api.multipart import Form, open_form
 from api.schemas import (
+    MAX_LIFETIME_S,
+    MIN_LIFETIME_S,
     PURPOSES,
     UPLOAD_PURPOSES,
     ExpiresAfter,
@@ -58,8 +60,17 @@ _UPLOAD_FORM: Final[dict[str, Any]] = {
                     "properties": {
                         "purpose": {"type": "string", "enum": sorted(UPLOAD_PURPOSES)},
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer"},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": MIN_LIFETIME_S,
+                            "maximum": MAX_LIFETIME_S,
+                        },
                         "file": {"type": "string", "format": "binary"},
+                    },
+                    "additionalProperties": False,
+                    "dependentRequired": {
+                        "expires_after[anchor]": ["expires_after[seconds]"],
+                        "expires_after[seconds]": ["expires_after[anchor]"],
                     },
                 }
             }
@@ -203,7 +214,7 @@ def list_files(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
-    purpose: str | None = None,
+    purpose: Annotated[str | None, Query(json_schema_extra={"enum": sorted(PURPOSES)})] = None,
 ) -> Response:
     if purpose is not None and purpose not in PURPOSES:
         raise InvalidRequestError("purpose: This is none.", param="purpose")

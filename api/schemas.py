@@ -78,11 +78,36 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 class CreateBatch(BaseModel):
     """The body of `POST /v1/batches`. What follows `metadata` is Darkroom's own."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "endpoint": CHAT_ENDPOINT,
+                    "completion_window": "24h",
+                    "metadata": {"album": "holiday"},
+                    "requests": [
+                        {
+                            "custom_id": "r-1",
+                            "body": {
+                                "model": "darkroom-tiny",
+                                "messages": [{"role": "user", "content": "Describe."}],
+                            },
+                        }
+                    ],
+                }
+            ],
+            "oneOf": [{"required": ["input_file_id"]}, {"required": ["requests"]}],
+        },
+    )
 
     input_file_id: str | None = None
     endpoint: str = Field(json_schema_extra={"enum": [CHAT_ENDPOINT]})
-    completion_window: str = Field(description="Hours or minutes: 24h, 90m; from 10m to 720h.")
+    completion_window: str = Field(
+        description="Hours or minutes: 24h, 90m; from 10m to 720h.",
+        json_schema_extra={"pattern": f"^{_WINDOW.pattern}$"},
+    )
     metadata: dict[MetadataKey, MetadataValue] | None = Field(default=None, max_length=16)
     output_expires_after: ExpiresAfter | None = None
     requests: list[Any] | None = Field(
