@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from engine.attention import VisionContext, can_use_flash, dense_kernels, using
 from engine.errors import BadConfig
+from engine.kernels.pixels import centre
 from engine.uploads import upload
 
 logger = logging.getLogger(__name__)
@@ -363,8 +364,8 @@ class Qwen2VL:
             for x in (self.mean, self.std)
         )
         scaled = exact / (255 * std)
-        self._clip_weight = scaled.flatten(1).to(weight.dtype)
-        self._still_weight = scaled.sum(2).flatten(1).to(weight.dtype)
+        self._clip_weight = _padded(scaled.flatten(1).to(weight.dtype))
+        self._still_weight = _padded(scaled.sum(2).flatten(1).to(weight.dtype))
         bias = MID_PIXEL * scaled - exact * mean / std
         self._patch_bias = bias.flatten(1).sum(1).to(weight.dtype)
         self._visual.patch_embed = nn.Identity()
@@ -443,7 +444,7 @@ class Qwen2VL:
                 at = end
             patches = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             weight = self._clip_weight if is_clip else self._still_weight
-            centred = patches.to(self._dtype).sub_(MID_PIXEL)
+            centred = centre(patches, MID_PIXEL, weight.shape[1], self._dtype)
             embedded.append(F.linear(centred, weight, self._patch_bias))
         return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
 
@@ -463,6 +464,11 @@ class Qwen2VL:
         computing.wait_stream(self._copies)
         pixels.record_stream(computing)
         return pixels
+
+
+def _padded(weight: Tensor) -> Tensor:
+    """With columns of zeros up to the next multiple of 16: a GPU's fast products want rows aligned."""
+    return F.pad(weight, (0, -weight.shape[1] % 16))
 
 
 def cut_on_device(pixels: Tensor, is_clip: bool) -> Tensor:

@@ -16,7 +16,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
         return activations.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def quick_gelu_(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norms.norm(x, weight, None, eps)
     exact = x.float()
     exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * exact.to(x.dtype)
+    return exact.to(x.dtype).mul_(weight)
 
 
 def add_rms_norm_(delta: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
