@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from engine import fuse, kernels
@@ -54,6 +55,20 @@ SWEEP = [
     for tile in (32, 64, 128)
     for warps in (2, 4, 8)
     for stages in (2, 3)
+]
+PICTURE_SWEEP = [
+    (rows, tile, warps, stages)
+    for rows, tile, warps in (
+        (128, 64, 8),
+        (128, 64, 4),
+        (128, 128, 8),
+        (64, 64, 4),
+        (64, 128, 4),
+        (128, 32, 4),
+        (128, 32, 8),
+        (256, 64, 8),
+    )
+    for stages in (2, 3, 4)
 ]
 
 
@@ -180,6 +195,59 @@ def _fp8_product(rows: int, width: int, out: int) -> None:
     name = f"{rows} x {width} x {out}"
     _line(f"bf16 {name}", lambda: linear(x), flops=flops)
     _line(f"fp8 {name}", lambda: small(quantised_x), flops=flops)
+
+
+def measure_pictures() -> None:
+    """Attention in the encoder: our kernel with every way of cutting, torch's varlen, cuDNN."""
+    for num, patches in ((56, 576), (20, 1564), (8, 3996), (4, 1564)):
+        _pictures(f"{num} x {patches}", [patches] * num)
+    rng = random.Random(0)
+    _pictures("ragged", [4 * rng.randint(81, 1000) for _ in range(16)])
+
+
+def _pictures(name: str, sizes: list[int]) -> None:
+    from engine.kernels.gpu.pictures import attend
+
+    heads, dim, most = 16, 80, max(sizes)
+    query, key, value = torch.split(_random(sum(sizes), 3 * heads, dim), heads, dim=1)
+    starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32, device="cuda")
+    flops = 4 * heads * dim * sum(size**2 for size in sizes)
+    scale = dim**-0.5
+
+    def varlen() -> Tensor:
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, starts, starts, most, most, 0.0, False, False, scale=scale
+        )
+        return out  # type: ignore[no-any-return]
+
+    def dense() -> Tensor:
+        q, k, v = (
+            x.view(len(sizes), most, heads, dim).transpose(1, 2) for x in (query, key, value)
+        )
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    expected = varlen()
+    _line(f"pictures {name} varlen", varlen, flops=flops)
+    if len(set(sizes)) == 1:
+        _line(f"pictures {name} cudnn", dense, flops=flops)
+    best: tuple[float, dict[str, Any]] | None = None
+    for rows, tile, warps, stages in PICTURE_SWEEP:
+        run = partial(
+            attend, query, key, value, starts, most, scale,
+            rows=rows, tile=tile, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        facts = {"rows": rows, "tile": tile, "num_warps": warps, "num_stages": stages}
+        took = _line(f"pictures {name} kernel", run, flops=flops, facts=facts)
+        if took is None:
+            continue
+        apart = (run() - expected).abs().max().item()
+        if apart > MAX_APART:
+            _print(name=f"pictures {name} kernel", error=f"{apart} apart from varlen", **facts)
+        elif best is None or took < best[0]:
+            best = took, facts
+    if best is not None:
+        _print(best=f"pictures {name}", us=round(best[0], 2), **best[1])
 
 
 def measure_decode() -> None:
@@ -419,6 +487,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "merged": measure_merged,
     "layers": measure_layers,
     "fp8": measure_fp8,
+    "pictures": measure_pictures,
     "decode": measure_decode,
 }
 

@@ -13,7 +13,16 @@ from torch import Tensor
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
 from engine import kernels
-from engine.kernels import activations, decode, greedy, norms, pixels, quantised, rope
+from engine.kernels import (
+    activations,
+    decode,
+    greedy,
+    norms,
+    pictures,
+    pixels,
+    quantised,
+    rope,
+)
 from engine.sampler import Sampler
 
 
@@ -148,6 +157,20 @@ def test_decode_attention_reads_its_own_rows_alone(heads: int, kv_heads: int, di
             scores = keys[rows, kv_head] @ query[index, head] * dim**-0.5
             expected = scores.softmax(0) @ values[rows, kv_head]
             torch.testing.assert_close(expected, found[index, head])
+
+
+def test_patches_see_their_own_picture_alone() -> None:
+    merged = drawn(4 + 1 + 9, 3 * 2, 16)
+    query, key, value = torch.split(merged, 2, dim=1)
+    starts = torch.tensor([0, 4, 5, 14], dtype=torch.int32)
+
+    found = pictures.attend(query, key, value, starts, 9, 0.25)
+
+    for start, end in ((0, 4), (4, 5), (5, 14)):
+        for head in range(2):
+            scores = query[start:end, head] @ key[start:end, head].T * 0.25
+            expected = scores.softmax(-1) @ value[start:end, head]
+            torch.testing.assert_close(expected, found[start:end, head])
 
 
 def test_argmax_is_the_samplers() -> None:

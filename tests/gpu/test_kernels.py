@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import activations, decode, greedy, norms, quantised, rope
+from engine.kernels import activations, decode, greedy, norms, pictures, quantised, rope
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -323,6 +323,28 @@ def test_decode_attention_in_a_graph_reads_changed_lengths() -> None:
 
         assert torch.equal(run(), captured)
         assert captured[changed.index(0)].abs().max().item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("rows", "tile"), [(128, 64), (64, 128)])
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 80), (1, 96), (2, 128)])
+def test_attention_in_pictures(
+    heads: int, dim: int, rows: int, tile: int, dtype: torch.dtype
+) -> None:
+    sizes = [4, 64, 129, 1, 200] if IS_INTERPRETED else [4, 64, 1564, 1, 576, 129, 3996]
+    starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
+    merged = drawn(sum(sizes), 3 * heads, dim, dtype=dtype)
+    query, key, value = torch.split(merged, heads, dim=1)
+    q, k, v = (x.float().double() for x in on_cpu(query, key, value))
+
+    expected = pictures.attend(q, k, v, starts, max(sizes), dim**-0.5)
+    actual = kernel("pictures").attend(
+        query, key, value, starts.to(DEVICE), max(sizes), dim**-0.5, rows=rows, tile=tile
+    )
+
+    assert actual.is_contiguous()
+    allowed = 2e-5 if dtype == torch.float32 else 0.02
+    assert (expected - actual.double().cpu()).abs().max().item() < allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,189 @@
+"""
+Attention among the patches of each picture.
+
+Heads of Qwen2-VL's encoder are 80 wide, which other kernels pad to 96 or 128. Here a head is two
+pieces, each a power of two: 64 and 16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _turn(
+    query,
+    query_rest,
+    key_ptr,
+    value_ptr,
+    at,
+    is_used,
+    largest,
+    total,
+    out,
+    out_rest,
+    scale_log2,
+    WIDE: tl.constexpr,
+    REST: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    MASKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of keys and values: `at` is where its rows begin."""
+    wide = at[:, None] + tl.arange(0, WIDE)[None, :]
+    rest = at[:, None] + WIDE + tl.arange(0, REST_BLOCK)[None, :]
+    if MASKS:
+        key = tl.load(key_ptr + wide, mask=is_used[:, None], other=0.0)
+    else:
+        key = tl.load(key_ptr + wide)
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if REST > 0:
+        if MASKS:
+            key_rest = tl.load(key_ptr + rest, mask=is_used[:, None], other=0.0)
+        else:
+            key_rest = tl.load(key_ptr + rest)
+        score = tl.dot(query_rest, tl.trans(key_rest), score, input_precision=PRECISION)
+    score = score * scale_log2
+    if MASKS:
+        score = tl.where(is_used[None, :], score, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(score, axis=1))
+    weight = tl.exp2(score - new_largest[:, None])
+    shrink = tl.exp2(largest - new_largest)
+    total = total * shrink + tl.sum(weight, axis=1)
+    weight = weight.to(query.dtype)
+    if MASKS:
+        value = tl.load(value_ptr + wide, mask=is_used[:, None], other=0.0)
+    else:
+        value = tl.load(value_ptr + wide)
+    out = out * shrink[:, None]
+    out = tl.dot(weight, value, out, input_precision=PRECISION)
+    if REST > 0:
+        if MASKS:
+            value_rest = tl.load(value_ptr + rest, mask=is_used[:, None], other=0.0)
+        else:
+            value_rest = tl.load(value_ptr + rest)
+        out_rest = out_rest * shrink[:, None]
+        out_rest = tl.dot(weight, value_rest, out_rest, input_precision=PRECISION)
+    return new_largest, total, out, out_rest
+
+
+@triton.jit
+def _attend(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    starts_ptr,
+    out_ptr,
+    scale_log2,
+    query_stride,
+    key_stride,
+    value_stride,
+    head_stride,
+    heads,
+    WIDE: tl.constexpr,
+    REST: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(1)
+    picture = tl.program_id(2)
+    start = tl.load(starts_ptr + picture)
+    length = tl.load(starts_ptr + picture + 1) - start
+    first = tl.program_id(0) * ROWS
+    if first < length:
+        start = start.to(tl.int64)
+        row = first + tl.arange(0, ROWS)
+        is_row = row < length
+        wide = tl.arange(0, WIDE)
+        rest = WIDE + tl.arange(0, REST_BLOCK)
+        at = (start + row) * query_stride + head * head_stride
+        query = tl.load(query_ptr + at[:, None] + wide[None, :], mask=is_row[:, None], other=0.0)
+        query_rest = query
+        if REST > 0:
+            query_rest = tl.load(
+                query_ptr + at[:, None] + rest[None, :], mask=is_row[:, None], other=0.0
+            )
+        largest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, WIDE], tl.float32)
+        out_rest = tl.zeros([ROWS, REST_BLOCK], tl.float32)
+        key_from = key_ptr + start * key_stride + head * head_stride
+        value_from = value_ptr + start * value_stride + head * head_stride
+        in_tile = tl.arange(0, TILE)
+        whole = length // TILE * TILE
+        for tile_start in range(0, whole, TILE):
+            # keys and values lie in one projection: the same offsets lead to both
+            largest, total, out, out_rest = _turn(
+                query, query_rest, key_from, value_from,
+                (tile_start + in_tile) * key_stride, in_tile < TILE,
+                largest, total, out, out_rest, scale_log2,
+                WIDE, REST, REST_BLOCK, False, PRECISION,
+            )  # fmt: skip
+        if whole < length:
+            at = whole + in_tile
+            largest, total, out, out_rest = _turn(
+                query, query_rest, key_from, value_from,
+                at * key_stride, at < length,
+                largest, total, out, out_rest, scale_log2,
+                WIDE, REST, REST_BLOCK, True, PRECISION,
+            )  # fmt: skip
+        to = out_ptr + ((start + row) * heads + head) * (WIDE + REST)
+        out = out / total[:, None]
+        kind = out_ptr.dtype.element_ty
+        tl.store(to[:, None] + wide[None, :], out.to(kind), mask=is_row[:, None])
+        if REST > 0:
+            out_rest = out_rest / total[:, None]
+            tl.store(to[:, None] + rest[None, :], out_rest.to(kind), mask=is_row[:, None])
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    max_len: int,
+    scale: float,
+    *,
+    rows: int = 128,
+    tile: int = 64,
+    num_warps: int = 8,
+    num_stages: int = 3,
+) -> Tensor:
+    """As engine/kernels/pictures.py says; the rest is for measuring."""
+    num_tokens, heads, dim = query.shape
+    for x in (query, key, value):
+        assert x.stride(2) == 1
+        assert x.stride(1) == query.stride(1)
+    assert key.stride(0) == value.stride(0)
+    out = torch.empty((num_tokens, heads, dim), dtype=query.dtype, device=query.device)
+    if num_tokens == 0:
+        return out
+    wide = 128 if dim == 128 else 64
+    rest = dim - wide
+    _attend[(triton.cdiv(max_len, rows), heads, len(starts) - 1)](
+        query,
+        key,
+        value,
+        starts,
+        out,
+        scale * LOG2_E,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        query.stride(1),
+        heads,
+        WIDE=wide,
+        REST=rest,
+        REST_BLOCK=max(rest, 16),
+        ROWS=rows,
+        TILE=tile,
+        PRECISION="ieee",  # of float32 only
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out
