@@ -248,7 +248,7 @@ def _options() -> argparse.Namespace:
     add("--device", default="auto")
     add("--max-model-len", type=int)
     add("--max-num-seqs", type=int, default=256)
-    add("--max-num-batched-tokens", type=int, default=8192)
+    add("--max-num-batched-tokens", type=int)
     add("--media-threads", type=int)
     add("--llm", action="append", default=[], metavar="NAME=VALUE", help="any other word of LLM")
     add("--peer", choices=["none", "transformers"], default="none")

@@ -127,12 +127,14 @@ class EngineConfig:
         max_model_len: prompt and output together, in tokens; None for the model's own maximum.
         max_num_seqs: sequences that decode together.
         max_num_batched_tokens: prompt tokens of one prefill call; a longer prompt gets a call alone.
+            None for 16384 on a GPU and 8192 on a CPU.
         kv_cache_memory_bytes: memory for KV rows; None for a share of what the device has free.
         gpu_memory_utilization: that share, of the whole device, 0 to 1.
         media: area of pictures and frames after resampling, where it is not the checkpoint's, and
             which frames of encoded clips are taken.
         chat_template: Jinja text instead of the tokenizer's own.
-        num_media_threads: threads that decode and resample; None for the cores that are there.
+        num_media_threads: threads that decode and resample; None for the cores that are there, and at
+            most 8 beside a GPU.
             Callables that fetch pictures wait in threads of their own.
         encoder_cache_bytes: memory for encoded pictures that are kept, so that many prompts about
             one picture encode it once; 0 keeps none.
@@ -153,7 +155,7 @@ class EngineConfig:
     limits: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     media: MediaOptions = field(default_factory=MediaOptions)
@@ -181,10 +183,10 @@ class EngineConfig:
             "max_model_len",
             "kv_cache_memory_bytes",
             "num_media_threads",
+            "max_num_batched_tokens",
         ):
             _check_positive(name, getattr(self, name), may_be_none=True)
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            _check_positive(name, getattr(self, name), may_be_none=False)
+        _check_positive("max_num_seqs", self.max_num_seqs, may_be_none=False)
         kept = self.encoder_cache_bytes
         if isinstance(kept, bool) or not isinstance(kept, numbers.Integral) or kept < 0:
             raise BadConfig(

@@ -50,6 +50,11 @@ logger = logging.getLogger(__name__)
 
 NUM_PREPARED_AHEAD = 32  # requests of a stream in media threads or waiting, beside those that run
 MAX_PREPARED_BYTES = 1 << 30  # pixels that wait for the encoder; over it only so many are ahead
+# Prefills of prompts that wait for a GPU, beside those of NUM_PREPARED_AHEAD. Enough to fill the next
+# one at any moment; more would only be prepared all at once, while Python has kernels to launch.
+NUM_PREFILLS_AHEAD = 3
+GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16_384, 8192  # of one call
+MAX_MEDIA_THREADS = 8  # by default beside a GPU, for the same reason
 GPU_FLIGHTS = 2  # batches that a GPU may have before the tokens of the first are read
 USAGE_EVERY_S = 10.0  # how often a working engine says in the log what its device does
 GPU_PATIENCE = 16  # decode steps for which a prefill may wait to be a full one
@@ -130,12 +135,17 @@ class Engine:
         rows = plan_rows(config, checkpoint)
         self._config = config
         num_threads = config.num_media_threads or _num_cores()
+        if checkpoint.device.type == "cuda" and config.num_media_threads is None:
+            num_threads = min(num_threads, MAX_MEDIA_THREADS)
         self._processor = Processor(config, checkpoint, num_threads)
         is_cuda = checkpoint.device.type == "cuda"
+        max_prefill_tokens = config.max_num_batched_tokens or (
+            GPU_PREFILL_TOKENS if is_cuda else CPU_PREFILL_TOKENS
+        )
         self._scheduler = Scheduler(
             SlabAllocator(rows),
             config.max_num_seqs,
-            config.max_num_batched_tokens,
+            max_prefill_tokens,
             GPU_PATIENCE if is_cuda else 0,
         )
         checkpoint.family.uses_keys = config.encoder_cache_bytes > 0
@@ -152,7 +162,9 @@ class Engine:
         self._max_flights = GPU_FLIGHTS if is_cuda else 0
         self._last_landed = 0.0  # perf_counter
         self._num_ahead = 2 * config.max_num_seqs if is_cuda else NUM_PREPARED_AHEAD
+        self._max_tokens_ahead = NUM_PREFILLS_AHEAD * max_prefill_tokens
         self._prepared_bytes = 0
+        self._usual_tokens = 0.0  # of a prompt, lately
         self.meter = self._runner.meter
         self.max_num_seqs = config.max_num_seqs
         vocab_size = checkpoint.config.text_config.vocab_size
@@ -258,10 +270,18 @@ class Engine:
         """Results that nobody takes count too: a reader that pauses stops its source."""
         if feed.is_closed or self._is_closed:  # then the source is asked whether that was all
             return True
-        num_ahead = self._num_ahead
-        if self._prepared_bytes > MAX_PREPARED_BYTES:
-            num_ahead = NUM_PREPARED_AHEAD
-        return feed.num_waiting + len(feed.sink) < num_ahead
+        num_ahead = feed.num_waiting + len(feed.sink)
+        if num_ahead < NUM_PREPARED_AHEAD:
+            return True
+        tokens_ahead = (
+            self._scheduler.num_waiting_tokens + len(self._preparing) * self._usual_tokens
+        )
+        return (
+            self._usual_tokens > 0
+            and tokens_ahead < self._max_tokens_ahead
+            and num_ahead < self._num_ahead
+            and self._prepared_bytes < MAX_PREPARED_BYTES
+        )
 
     def _has_news(self, feed: _Feed) -> bool:
         """Whether the thread of a stream has anything to do."""
@@ -434,6 +454,9 @@ class Engine:
         ticket.queued_ts = time.perf_counter()
         ticket.num_bytes = prepared.num_pixel_bytes
         self._prepared_bytes += ticket.num_bytes
+        self._usual_tokens += (len(prepared.token_ids) - self._usual_tokens) / (
+            NUM_PREPARED_AHEAD if self._usual_tokens else 1
+        )
         params = prepared.params
         if not params.greedy:
             ticket.seed = params.seed

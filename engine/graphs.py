@@ -3,7 +3,8 @@ Decode steps as CUDA graphs: what takes the host 15 ms to launch, the device is 
 
 A graph is fixed for a number of places and a greatest length, so both are rounded up: places that
 are nobody's read and write scratch. A graph is made when it is first needed, in a moment; where that
-fails, all graphs are given up and steps are launched one kernel at a time, as on a CPU.
+fails, all graphs are given up and steps are launched one kernel at a time, as on a CPU. Those for
+lengths up to LEAST_ROWS are made at the start.
 """
 
 import logging
@@ -99,6 +100,13 @@ class Graphs:
         graph.graph.replay()
         logits = None if graph.logits is None else graph.logits[:num_seqs]
         return Replayed(graph.token_ids[:num_seqs], logits)
+
+    @torch.inference_mode()
+    def capture_all(self) -> None:
+        """Make the graphs that nearly all steps need, so that none of them has to wait for its own."""
+        for size in reversed(self._sizes):  # what the largest took, the others use again
+            if not self.are_given_up:
+                self._try_capture((size, bucket_rows(1, self._max_rows), False))
 
     @property
     def num_graphs(self) -> int:

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +79,9 @@ TEMPLATE_ERRORS = (
     AttributeError,
     RecursionError,
 )
+MAX_RENDERED = 256  # conversations whose text and ids are kept, pictures left out
+MAX_RENDERED_CHARACTERS = 4096  # of a conversation that is kept
+MOODY_WORDS = ("strftime_now", "random", "now(")  # of templates that say something else each time
 OUR_TEMPLATE_WORDS = (
     "conversation",
     "chat_template",
@@ -191,6 +194,8 @@ class Processor:
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._templates_taking_parts: dict[str, bool] = {}
+        self._rendered: dict[Hashable, tuple[str, list[int]]] = {}
+        self._rendered_lock = threading.Lock()
 
     def prepare(self, request: Request) -> Prepared:
         """
@@ -299,13 +304,38 @@ class Processor:
         """
         The conversation in the model's format, as text and ids.
 
-        User texts pass through the template as marks that no text holds, so that afterwards it is
-        known which part of the result somebody typed.
+        Of many pictures most are asked the same: what was rendered last is kept, since a template is
+        a program, and the time that it takes is time in which Python launches nothing.
         """
         try:
             template = self._tokenizer.get_chat_template(request.chat_template or self._template)
         except ValueError as error:
             raise NoChatTemplate from error
+        words = _checked_template_words(request.chat_template_kwargs)
+        key = _rendering_key(messages, request, template, words)
+        with self._rendered_lock:
+            found = self._rendered.get(key) if key is not None else None
+        if found is not None:
+            return found
+        rendered = self._render_anew(messages, request, template, words)
+        if key is not None:
+            with self._rendered_lock:
+                self._rendered[key] = rendered
+                if len(self._rendered) > MAX_RENDERED:
+                    self._rendered.pop(next(iter(self._rendered)))
+        return rendered
+
+    def _render_anew(
+        self,
+        messages: Sequence[Message],
+        request: Request,
+        template: str,
+        words: Mapping[str, Any],
+    ) -> tuple[str, list[int]]:
+        """
+        User texts pass through the template as marks that no text holds, so that afterwards it is
+        known which part of the result somebody typed.
+        """
         marks: dict[str, str] = {}
         nonce = secrets.token_hex(8)
 
@@ -319,7 +349,6 @@ class Processor:
             before, _, after = text.partition(core)
             return before + name + after
 
-        words = _checked_template_words(request.chat_template_kwargs)
         takes_parts = self._takes_parts(template)
         marked = [self._for_template(message, mark, takes_parts) for message in messages]
         try:
@@ -591,6 +620,35 @@ def _checked_template_words(given: object) -> Mapping[str, Any]:
                 f"has the word {word!r}", where=where, remedy="Give it as an argument, if it is one"
             )
     return given
+
+
+def _rendering_key(
+    messages: Sequence[Message], request: Request, template: str, words: Mapping[str, Any]
+) -> Hashable | None:
+    """Equal where the same is rendered; None where that may change from one time to the next."""
+    if (
+        any(word in template for word in MOODY_WORDS)
+        or sum(len(part.text) for m in messages for part in m.parts if isinstance(part, UserText))
+        > MAX_RENDERED_CHARACTERS
+    ):
+        return None
+    turns = tuple(
+        (
+            message.role,
+            message.is_plain_text,
+            tuple(
+                part.text if isinstance(part, UserText) else isinstance(part, Clip)
+                for part in message.parts
+            ),
+        )
+        for message in messages
+    )
+    given = tuple(words.items())
+    if not all(isinstance(value, str | int | float | None) for value in words.values()):
+        return None
+    types = tuple(type(value) for value in words.values())  # True is not 1 to a template
+    asked = (request.add_generation_prompt, request.continue_final_message)
+    return template, asked, given, types, turns
 
 
 def _checked_text(text: str) -> str:

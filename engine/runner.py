@@ -5,6 +5,7 @@ Axes: T tokens of one call, num_seqs, vocab. The text model is called on one row
 hidden); engine/attention.py knows whose they are. Nothing here waits for the device.
 """
 
+import math
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -73,6 +74,7 @@ class Runner:
                 max_rows=checkpoint.max_model_len,
                 scratch=self._slots.scratch,
             )
+            self._graphs.capture_all()
 
     # --- pictures ----------------------------------------------------------------------------------
 
@@ -291,13 +293,21 @@ def _start(sequence: Sequence) -> int:
 
 
 def _calls(num_patches: Many[int]) -> list[list[int]]:
-    """Cut a list of pictures into encoder calls of at most MAX_ENCODER_PATCHES."""
+    """Cut a list of pictures into as few encoder calls as may be, about equally large."""
+    num_calls = len(_fill(num_patches, math.inf))
+    return _fill(num_patches, sum(num_patches) / max(1, num_calls))
+
+
+def _fill(num_patches: Many[int], share: float) -> list[list[int]]:
+    """Calls within the limit, each of which ends where its share of all patches does."""
     calls: list[list[int]] = []
-    total = 0
+    total = of_call = 0
     for index, count in enumerate(num_patches):
-        if not calls or total + count > MAX_ENCODER_PATCHES:
+        is_full = of_call + count > MAX_ENCODER_PATCHES or total + count / 2 > len(calls) * share
+        if not calls or (is_full and of_call):
             calls.append([])
-            total = 0
+            of_call = 0
         calls[-1].append(index)
+        of_call += count
         total += count
     return calls

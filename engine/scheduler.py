@@ -59,6 +59,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of those that wait."""
+        return self._num_waiting_tokens
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine import LLM, Request
 from engine.attention import TextContext, VisionContext, attend_text, attend_vision, using
 from engine.families.qwen2_vl import Qwen2VL, Visual
+from engine.runner import MAX_ENCODER_PATCHES, _calls
 from engine.sequence import Sequence as Running
 from tests.engine.pictures import CLIP, GREEDY, PICTURE, draw, draw_clip, token_ids
 
@@ -239,3 +240,18 @@ def test_freed_rows_never_show(tiny_folder: Path, monkeypatch: pytest.MonkeyPatc
 
     assert token_ids(expected) == token_ids(poisoned.generate(requests, GREEDY, use_tqdm=False))
     assert 1 + len(requests) == num_poisoned
+
+
+@given(sizes=st.lists(st.sampled_from([4, 576, 1564, 3996, 20_000, 40_000]), max_size=60))
+def test_encoder_calls_hold_every_picture_once_within_the_limit(sizes: list[int]) -> None:
+    calls = _calls(sizes)
+
+    assert list(range(len(sizes))) == [index for call in calls for index in call]
+    for call in calls:
+        assert 1 == len(call) or sum(sizes[index] for index in call) <= MAX_ENCODER_PATCHES
+
+
+def test_encoder_calls_of_equal_pictures_are_even() -> None:
+    assert [19, 19] == [len(call) for call in _calls([1564] * 38)]
+    assert [15, 14, 14] == sorted((len(call) for call in _calls([1564] * 43)), reverse=True)
+    assert [[0], [1], [2, 3]] == _calls([40_000, 40_000, 10, 10])

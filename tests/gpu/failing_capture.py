@@ -20,10 +20,11 @@ def main() -> None:
         return argmax(logits)
 
     runner._argmax = wait_and_choose
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    results = llm.generate(["a", "bc", "def"], params, use_tqdm=False)
     graphs = runner._graphs
     assert graphs is not None
+    graphs._graphs.clear()  # those made at the start
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    results = llm.generate(["a", "bc", "def"], params, use_tqdm=False)
     found = {
         "tokens": [len(result.outputs[0].token_ids) for result in results],
         "given up": graphs.are_given_up,
