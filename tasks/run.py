@@ -212,9 +212,15 @@ class Runner:
     # --- one permit ----------------------------------------------------------------------------------
 
     def run_permits(self) -> None:
-        """Work on one permit, and then on those that wait, as long as there is work."""
-        while self.run_chunk() and self._dispatcher.take_permit(self._model):
-            pass
+        """
+        Work on one permit, and then go on as long as there is work, with permits or without.
+
+        A permit wakes a thread that has nothing to do. One that has found work takes those that wait,
+        so that they wake nobody for nothing, and depends on none: they may be lost, and there are
+        fewer of them than a large job has chunks.
+        """
+        while self.run_chunk():
+            self._dispatcher.take_permit(self._model)
 
     def run_chunk(self, *, is_fast: bool = False) -> int:
         """

@@ -109,6 +109,15 @@ def rig(stores: Stores, dispatcher: RecordingDispatcher, config: Config) -> Rig:
     return Rig(stores, dispatcher, config)
 
 
+def test_worker_that_found_work_goes_on_though_no_permit_is_left(rig: Rig) -> None:
+    job = rig.make(*(build_request(f"r-{n}") for n in range(3 * rig.config.chunk_items)))
+
+    with rig.runner(InstantEngine()) as runner:
+        runner.run_permits()  # the dispatcher of these tests has no broker, and so no permit
+
+    assert {ItemState.COMPLETED: 3 * rig.config.chunk_items} == rig.count(job)
+
+
 def test_job_runs_to_its_artifacts_in_input_order(rig: Rig) -> None:
     words = ["one", "a bad picture", "three"] * 20
     job = rig.make(*(build_request(f"r-{n}", word) for n, word in enumerate(words)))
