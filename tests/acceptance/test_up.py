@@ -7,8 +7,13 @@
 import base64
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ import openai
 import pytest
 
 from tests.acceptance.service import ROOT, START_S, Service, wait_until
+from tests.docs.pages import find_blocks, read_page
 
 SAMPLES = ROOT / "samples"
 EXPECTED: dict[str, str] = json.loads((SAMPLES / "expected.json").read_text(encoding="utf-8"))
@@ -28,6 +34,8 @@ SERVE = (
     *("--max-model-len", "2048"),
     *("--workers", "2"),
 )
+
+README = find_blocks(read_page("README.md"))
 
 pytestmark = pytest.mark.services
 
@@ -102,6 +110,66 @@ def test_port_that_is_taken_is_said_at_once(service: Service, tmp_path: Path) ->
     assert (2, "") == (run.returncode, run.stdout)
     assert f"error: Port {service.port} on 127.0.0.1 is taken." in run.stderr
     assert not any(tmp_path.iterdir())
+
+
+def find_commands(service: Service, code: str) -> list[str]:
+    """The commands of a block of the README, for this service."""
+    code = code.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{service.port}")
+    code = re.sub(r"^darkroom\b", f"{sys.executable} -m cli", code, flags=re.MULTILINE)
+    return re.split(r"\n(?=\S)(?!\})", code.strip())
+
+
+def has_completed(service: Service, batch: str) -> bool:
+    return service.client.batches.retrieve(batch).status == "completed"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@pytest.mark.parametrize("number", [3, 4])
+def test_commands_of_the_readme_hand_in_and_fetch(
+    service: Service, tmp_path: Path, number: int
+) -> None:
+    (tmp_path / "samples").symlink_to(SAMPLES)
+    batch, outputs = "", []
+    for command in find_commands(service, README[number].code):
+        run = subprocess.run(
+            ["/bin/sh", "-c", command.replace("BATCH_ID", batch)],
+            env=service.env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert 0 == run.returncode, run.stderr
+        batch = batch or re.findall(r"batch_[0-9a-f]{32}", run.stdout)[0]
+        outputs.append(run.stdout)
+        wait_until(partial(has_completed, service, batch), 60)
+
+    fetched = tmp_path / "results.jsonl"
+    lines = (fetched.read_text() if fetched.exists() else outputs[-1]).splitlines()
+    assert batch in outputs[1]
+    assert "completed" in outputs[1]
+    assert {200} == {json.loads(line)["response"]["status_code"] for line in lines}
+
+
+def test_lines_of_the_readme_for_openai_s_client_hand_in_and_fetch(
+    service: Service, tmp_path: Path
+) -> None:
+    message = {"role": "user", "content": "Hello."}
+    line = {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "darkroom-tiny", "messages": [message], "max_tokens": 8},
+    }
+    (tmp_path / "captions.jsonl").write_text(json.dumps(line) + "\n")
+    code = README[5].code.replace(":8000", f":{service.port}")
+
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert 0 == run.returncode, run.stderr
+    assert "a" == json.loads(run.stdout)["custom_id"]
 
 
 def test_worker_that_was_killed_is_started_again(service: Service) -> None:
