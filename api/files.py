@@ -21,7 +21,7 @@ from api.bodies import read_length, read_pieces
 from api.config import MEBIBYTE, ApiConfig
 from api.errors import InvalidRequestError, MissingError, TooLargeError, translate_validation_error
 from api.manifests import drop_blob
-from api.multipart import Form, open_form
+from api.multipart import FILE_FIELD, Form, open_form
 from api.schemas import (
     MAX_LIFETIME_S,
     MIN_LIFETIME_S,
@@ -81,16 +81,17 @@ _UPLOAD_FORM: Final[dict[str, Any]] = {
 
 @router.post("", responses=describe_json(FileObject), openapi_extra=_UPLOAD_FORM)
 async def create_file(request: Request, asker: Asker, here: Here) -> Response:
-    if read_length(request) > here.config.max_file_bytes + _FORM_BYTES:
-        raise _too_large(here.config)
+    _check_sizes(0, read_length(request), here.config)
     form = open_form(request)
     file = FileId(new_uuid())
     upload = Upload(here.blobs, build_file_key(asker.tenant, file))
     await run_in_threadpool(upload.open)
     try:
+        num_read = 0
         async for piece in read_pieces(request, here.config.body_timeout_s):
+            num_read += len(piece)
             form.feed(piece)
-            _check_size(upload.num_bytes + form.num_pending, here.config)
+            _check_sizes(upload.num_bytes + form.num_pending, num_read, here.config)
             if form.num_pending >= PIECE_BYTES:
                 await run_in_threadpool(upload.write, form.take_file_bytes())
         await run_in_threadpool(upload.write, form.take_file_bytes())
@@ -106,13 +107,10 @@ async def create_file(request: Request, asker: Asker, here: Here) -> Response:
     return answer_json(build_file(row))
 
 
-def _check_size(num_bytes: int, config: ApiConfig) -> None:
-    if num_bytes > config.max_file_bytes:
-        raise _too_large(config)
-
-
-def _too_large(config: ApiConfig) -> TooLargeError:
-    return TooLargeError(f"A file has {config.max_file_bytes} bytes at most.", param="file")
+def _check_sizes(num_bytes: int, num_read: int, config: ApiConfig) -> None:
+    """The whole is checked too: what stands behind the form's end, and is no file, may have none."""
+    if num_bytes > config.max_file_bytes or num_read > config.max_file_bytes + _FORM_BYTES:
+        raise TooLargeError(f"A file has {config.max_file_bytes} bytes at most.", param=FILE_FIELD)
 
 
 class Upload:

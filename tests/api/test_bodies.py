@@ -62,6 +62,28 @@ def test_body_that_stalls_is_given_up(
     assert [] == list((tmp_path / "blobs" / ".unfinished").iterdir())
 
 
+def test_form_that_goes_on_behind_its_end_is_not_read_forever(
+    build_app: Callable[..., FastAPI],
+) -> None:
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n{}\r\n--b--\r\n'
+    )
+
+    async def go_on() -> AsyncIterator[bytes]:
+        yield form
+        while True:
+            yield b"\r\n" * 8192
+
+    async def send() -> httpx2.Response:
+        async with ask(build_app(max_file_bytes=100_000)) as client:
+            return await client.post("/v1/files", content=go_on(), headers={"content-type": FORM})
+
+    answer = asyncio.run(send())
+
+    assert (413, "too_large") == (answer.status_code, answer.json()["error"]["code"])
+
+
 def test_more_bodies_than_there_is_memory_for_are_told_to_come_again(
     build_app: Callable[..., FastAPI],
 ) -> None:
