@@ -14,13 +14,16 @@ import typer
 from botocore import UNSIGNED
 from botocore.config import Config as BotoConfig
 from botocore.stub import Stubber
+from sqlalchemy import QueuePool
 
 from api.metrics import Metrics
+from cli.server import API_THREADS
 from media.fetch import fetch_timeout_from, video_fetch_timeout_from
 from storage.db import Database
 from tasks.broker import build_client
 from tasks.config import SECRETS, Config, load_config
 from tasks.stores import load_pepper
+from tasks.worker import FAST_GPU_THREADS
 from tests.deploy.commands import find_variables as find_option_variables
 from tests.deploy.commands import parse_command
 from tests.deploy.files import read_compose
@@ -121,6 +124,20 @@ def read_value(text: str) -> float | bool:
         return text == "true"
     number, _, unit = text.partition(" ")
     return float(number) * {"": 1, "MiB": 1024 * 1024}[unit]
+
+
+def test_connections_are_as_many_as_the_pools_allow(page: str) -> None:
+    threads = Config.model_fields["chunks_in_flight"].default + FAST_GPU_THREADS + 4
+    opened = {num: count_connections(num) for num in (API_THREADS, threads)}
+
+    assert f"{opened[API_THREADS]} of each API process and {opened[threads]} of each worker" in page
+
+
+def count_connections(num_threads: int) -> int:
+    database = Database("postgresql://nobody@127.0.0.1/none", pool_size=num_threads)
+    pool = database.engine.pool
+    assert isinstance(pool, QueuePool)
+    return pool.size() + pool._max_overflow
 
 
 def test_metrics_are_those_that_are_shown(
