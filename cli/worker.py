@@ -48,6 +48,7 @@ def run_worker(
                 if limits is None
                 else MediaLimits.model_validate(parse_limits(limits))
             )
+            config.refuse_other_limits(name, chosen)  # before the weights are loaded
             length = max_model_len or config.max_model_len_of(name)
             options = EngineOptions(model, chosen, length, device, dtype)
             with closing(load_engine(options)) as engine:

@@ -110,6 +110,14 @@ class SchemaNewerError(StorageError):
     fault: ClassVar[Fault] = Fault.OPERATOR
 
 
+class ServedOtherwiseError(StorageError):
+    """Another worker serves this model with other limits. Give all of them the same."""
+
+    code: ClassVar[str] = "served_otherwise"
+    fault: ClassVar[Fault] = Fault.OPERATOR
+    retryable: ClassVar[bool] = True
+
+
 class BadPepperError(StorageError, ValueError):
     """The pepper is no hexadecimal number of 16 bytes or more. Make one with `openssl rand -hex 32`."""
 

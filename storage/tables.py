@@ -362,6 +362,20 @@ class Part(Base):
     finish_reason: Mapped[str]
 
 
+class ServedModel(Base):
+    """A model that workers serve or did, with the limits that all of them have."""
+
+    __tablename__ = "served_models"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    max_images: Mapped[int]
+    max_videos: Mapped[int]
+    worker: Mapped[str]
+    """Who said so last."""
+    seen_at: Mapped[float]
+    """When that was; 0 where it has stopped."""
+
+
 class Webhook(Base):
     """An address that wants to hear when a job ends."""
 

@@ -218,6 +218,18 @@ class Config(BaseSettings):
     def blob_place(self) -> str:
         return self.blobs or str(self.home / "blobs")
 
+    def refuse_other_limits(self, model: str, limits: MediaLimits) -> None:
+        """
+        Raises `BadSettingError` where DARKROOM_MODELS says something else of a model than its worker.
+        """
+        said = self.models.get(model)
+        if said is not None and (said.image, said.video) != (limits.image, limits.video):
+            raise BadSettingError(
+                f"{PREFIX}MODELS says image={said.image}, video={said.video} of {model!r}, and this "
+                f"worker has image={limits.image}, video={limits.video}: correct the setting, or "
+                "leave out --limit-mm-per-prompt."
+            )
+
     def limits_of(self, model: str) -> MediaLimits:
         known = self.models.get(model, self.limit_mm_per_prompt)
         return MediaLimits(image=known.image, video=known.video)

@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import structlog
 
-from storage import items, jobs, locks
+from storage import items, jobs, locks, served
 from storage.errors import BlobMissingError, StaleExpansionError
 from storage.ids import JobId
 from storage.items import NewItem
+from storage.served import Served
 from storage.states import JobState
 from storage.tables import Job
 from tasks.bodies import ImagePolicy, check_body, read_line
@@ -69,19 +70,33 @@ def expand(
     """
     with stores.database.read() as session:
         job = jobs.find(session, job_id)
+        word = None if job is None else served.find(session, job.model)
     if job is None or job.state is not JobState.VALIDATING:
         return
     with locks.hold(stores.database, f"expand {job_id}") as is_ours:
         if not (is_ours or force):
             return
         try:
-            _expand(stores, dispatcher, config, job)
+            _expand(stores, dispatcher, config, job, _choose_limits(config, job.model, word))
         except StaleExpansionError:
             logger.info("expansion_lost", job=str(job_id))
 
 
-def _expand(stores: Stores, dispatcher: Dispatcher, config: Config, job: Job) -> None:
-    checker = LineChecker(job.model, job.endpoint, config.limits_of(job.model), job.options)
+def _choose_limits(config: Config, model: str, word: Served | None) -> MediaLimits:
+    """Those of the model's workers; of the settings, where none has ever served it."""
+    said = config.limits_of(model)
+    if word is None:
+        return said
+    limits = MediaLimits(image=word.max_images, video=word.max_videos)
+    if model in config.models and (said.image, said.video) != (limits.image, limits.video):
+        logger.error("limits_differ", model=model, settings=str(said), worker=str(limits))
+    return limits
+
+
+def _expand(
+    stores: Stores, dispatcher: Dispatcher, config: Config, job: Job, limits: MediaLimits
+) -> None:
+    checker = LineChecker(job.model, job.endpoint, limits, job.options)
     page: list[NewItem] = []
     num_inserted, num_lines, end = job.num_expanded, 0, 0
 

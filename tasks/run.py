@@ -20,11 +20,12 @@ from typing import Any, Final
 import structlog
 
 from engine.request import CompletionOutput, Result, SamplingParams
-from storage import items, jobs
+from storage import items, jobs, served
 from storage.db import Session
 from storage.errors import CommitUnknownError, StorageError
 from storage.ids import ItemId, JobId, LeaseId
 from storage.items import Chunk, Completion, Failure, Fence, LeasedItem, Outcome
+from storage.served import Served
 from tasks.bodies import ImagePolicy
 from tasks.budget import Budget, Hold
 from tasks.config import Config
@@ -200,6 +201,20 @@ class Runner:
         self._heart = threading.Thread(target=self._beat_for_ever, name="heartbeat", daemon=True)
 
     def start(self) -> None:
+        """
+        Begin to commit and to renew.
+
+        Raises:
+            ServedOtherwiseError: the model is served with other limits.
+        """
+        limits = self._engine.limits
+        with self._stores.database.write() as session:
+            served.register(
+                session,
+                Served(self._model, limits.image, limits.video),
+                worker=self._worker,
+                alive_s=self._config.lease_s,
+            )
         self._committer.start()
         self._heart.start()
 
@@ -208,6 +223,8 @@ class Runner:
         self._is_stopping.set()
         self._committer.stop()
         self._heart.join()
+        with suppress(StorageError), self._stores.database.write() as session:
+            served.leave(session, self._model, worker=self._worker)
 
     # --- one permit ----------------------------------------------------------------------------------
 
@@ -480,8 +497,8 @@ class Runner:
             if lost:
                 logger.warning("leases_lost", num_items=len(lost))
                 self._engine.abort({fence.name for fence in lost})
-        else:
-            self._stores.database.ping()
+        with self._stores.database.write() as session:
+            served.touch(session, self._model, worker=self._worker)
         self._last_beat = time.monotonic()
 
     # --- commits, called by the committer --------------------------------------------------------------

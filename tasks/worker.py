@@ -99,8 +99,9 @@ def run_gpu_worker(
         fetch: in the place of `open_fetch`'s.
 
     Raises:
-        UnsafeSettingError: it does not start.
+        BadSettingError, ServedOtherwiseError: it does not start.
     """
+    config.refuse_other_limits(model, engine.limits)
     app = build_app(config, broker_url)
     refuse_unsafe(app, GPU_POOL, env, is_gpu=True)
     refuse_unsafe_broker(broker_url)

@@ -150,6 +150,18 @@ def test_secret_that_is_given_twice_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert "5e5e" not in str(caught.value)
 
 
+def test_worker_with_other_limits_than_the_settings_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DARKROOM_MODELS", '{"M": {"image": 4, "max_model_len": 64}}')
+    config = load_config()
+
+    config.refuse_other_limits("M", MediaLimits(image=4))
+    config.refuse_other_limits("another", MediaLimits(image=9))
+    with pytest.raises(BadSettingError, match=r"image=4.*image=2"):
+        config.refuse_other_limits("M", MediaLimits(image=2))
+
+
 def test_safe_settings_are_taken() -> None:
     app = build_app(load_config(), "redis://127.0.0.1:1/0")
 

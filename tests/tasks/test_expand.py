@@ -5,18 +5,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import structlog.testing
 
-from storage import items, jobs, tenants
+from storage import items, jobs, served, tenants
 from storage.errors import IdempotencyConflictError, NotFoundError
 from storage.ids import FileId, JobId, new_uuid
 from storage.items import NewItem
 from storage.keys import build_file_key
+from storage.served import Served
 from storage.states import ItemState, JobState
 from storage.tables import Job
 from tasks import expand as expanding
 from tasks.app import TaskName
 from tasks.bodies import ImagePolicy, choose_images
-from tasks.config import Config
+from tasks.config import Config, ModelSettings
 from tasks.errors import BadSubmissionError
 from tasks.expand import LineChecker, expand
 from tasks.manifest import Line
@@ -177,6 +179,21 @@ def test_skip_without_a_good_line_goes_straight_to_its_end(
     expand(stores, dispatcher, config, job)
 
     assert [TaskName.FINISH] == [name for name, _, _ in dispatcher.sent]
+
+
+def test_limits_are_those_of_the_models_workers(
+    stores: Stores, dispatcher: RecordingDispatcher, config: Config
+) -> None:
+    said = config.model_copy(update={"models": {MODEL: ModelSettings(image=1)}})
+    with stores.database.write() as session:
+        served.register(session, Served(MODEL, 3, 0), worker="w", alive_s=60.0)
+    job = make(stores, encode(*(build_request(f"r-{n}", num_images=n) for n in (3, 4))))
+
+    with structlog.testing.capture_logs() as logs:
+        expand(stores, dispatcher, said, job)
+
+    assert [(2, "too_many_images")] == codes(find(stores, job))
+    assert ["limits_differ"] == [line["event"] for line in logs if line["log_level"] == "error"]
 
 
 @pytest.mark.parametrize("policy", ["truncate", "sample"])

@@ -1,0 +1,95 @@
+"""
+Which models workers serve, and how much media a prompt may bring them.
+
+An engine's limits are the truth about a model: whoever checks lines asks here. All workers of a model
+have the same, or what one accepts another one refuses; so who comes with others while somebody serves
+the model is turned away.
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy import and_, or_, select, update
+from sqlalchemy.orm import Session
+
+from storage.db import clock, insert_or_skip
+from storage.errors import ServedOtherwiseError
+from storage.tables import ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One worker's word about its model."""
+
+    model: str
+    max_images: int
+    max_videos: int
+
+
+def register(session: Session, served: Served, *, worker: str, alive_s: float) -> None:
+    """
+    Say that this worker serves a model.
+
+    Args:
+        alive_s: a worker that was not heard of for so long is gone.
+
+    Raises:
+        ServedOtherwiseError: one that is not gone serves it with other limits.
+    """
+    given = {
+        "max_images": served.max_images,
+        "max_videos": served.max_videos,
+        "worker": worker,
+        "seen_at": clock(),
+    }
+    is_same = and_(
+        ServedModel.max_images == served.max_images, ServedModel.max_videos == served.max_videos
+    )
+    registered = session.scalars(
+        insert_or_skip(session, ServedModel)
+        .values(model=served.model, **given)
+        .on_conflict_do_update(
+            index_elements=[ServedModel.model],
+            set_=given,
+            where=or_(is_same, ServedModel.seen_at <= clock() - alive_s),
+        )
+        .returning(ServedModel.model)
+    ).one_or_none()
+    if registered is None:
+        others = find(session, served.model)
+        assert others is not None, "it was in the way"
+        raise ServedOtherwiseError(
+            f"Another worker serves {served.model!r} with image={others.max_images}, "
+            f"video={others.max_videos}, and this one has image={served.max_images}, "
+            f"video={served.max_videos}: give all the same limits, or stop the others first. One "
+            f"that was killed is taken for stopped after {alive_s:.0f} s."
+        )
+
+
+def touch(session: Session, model: str, *, worker: str) -> None:
+    """Say that it is still served."""
+    session.execute(
+        update(ServedModel)
+        .where(ServedModel.model == model)
+        .values(worker=worker, seen_at=clock())
+        .execution_options(synchronize_session=False)
+    )
+
+
+def leave(session: Session, model: str, *, worker: str) -> None:
+    """This worker stops. Who else serves the model says so again with its next beat."""
+    session.execute(
+        update(ServedModel)
+        .where(ServedModel.model == model, ServedModel.worker == worker)
+        .values(seen_at=0.0)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def find(session: Session, model: str) -> Served | None:
+    """The limits of whoever served the model last; None where nobody ever did."""
+    row = session.execute(
+        select(ServedModel.model, ServedModel.max_images, ServedModel.max_videos).where(
+            ServedModel.model == model
+        )
+    ).one_or_none()
+    return None if row is None else Served(*row)
