@@ -45,9 +45,22 @@ class _Sent:
 
 
 class Sweeper:
-    """One process's sweeper. It remembers what it has sent, so as not to send it at each beat."""
+    """
+    One process's sweeper. It remembers what it has sent, so as not to send it at each beat.
 
-    def __init__(self, stores: Stores, dispatcher: Dispatcher, config: Config) -> None:
+    Args:
+        read_clock: seconds of this process, as `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        dispatcher: Dispatcher,
+        config: Config,
+        *,
+        read_clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read_clock = read_clock
         self._stores = stores
         self._dispatcher = dispatcher
         self._config = config
@@ -116,7 +129,7 @@ class Sweeper:
 
         The first message is on its way or being worked on more often than it is lost.
         """
-        now = time.monotonic()
+        now = self._read_clock()
         for job in found:
             sent = self._sent.setdefault(
                 (kind, job), _Sent(now, now + self._config.sweep_s, self._config.sweep_s)
