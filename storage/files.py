@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import exists, literal, or_, select, update
+from sqlalchemy import literal, or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -153,10 +153,9 @@ def find_unneeded(session: Session, keys: Sequence[str], *, grace_s: float) -> l
     is_live = or_(File.deleted_at.is_(None), File.deleted_at > gone) & or_(
         File.expires_at.is_(None), File.expires_at > gone
     )
-    is_read = exists().where(Job.input_file_id == File.id, IS_OPEN)
-    needed = set(
-        session.scalars(select(File.blob_key).where(File.blob_key.in_(keys), or_(is_live, is_read)))
-    )
+    named = select(File.blob_key).where(File.blob_key.in_(keys), is_live)
+    read = select(Job.manifest_key).where(Job.manifest_key.in_(keys), IS_OPEN)
+    needed = {*session.scalars(named), *session.scalars(read)}
     return [key for key in keys if key not in needed]
 
 

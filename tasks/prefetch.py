@@ -63,6 +63,13 @@ class FileGoneError(MediaError):
     code = "input_file_missing"
 
 
+class StoreAwayError(MediaError):
+    """An uploaded file could not be read just now."""
+
+    code = "blobs_unavailable"
+    retryable = True
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """
@@ -200,9 +207,7 @@ class Preparer:
             except BlobMissingError as error:
                 raise FileGoneError from error
             except StorageError as error:
-                raise FetchFailedError(
-                    "An uploaded file could not be read just now.", retryable=True
-                ) from error
+                raise StoreAwayError from error
 
         return read, file.num_bytes
 

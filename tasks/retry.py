@@ -15,6 +15,7 @@ from media.errors import FetchFailedError, MediaError
 from storage.errors import BlobMissingError, NotFoundError, StorageError
 from storage.items import Failure, Fence
 from tasks.errors import BadLineError, DeviceLostError
+from tasks.prefetch import StoreAwayError
 
 INTERNAL: Final = "internal_error"
 INTERNAL_TEXT: Final = "The service failed on this request. It was tried again without success."
@@ -46,6 +47,8 @@ class Verdict:
 
 
 def judge(error: Exception | ResultError) -> Verdict:
+    if isinstance(error, ResultError) and error.code == StoreAwayError.code:
+        return Verdict(Act.RELEASE, error.code, INTERNAL_TEXT)
     match error:
         case ResultError() | EngineError():
             message = error.message if isinstance(error, ResultError) else str(error)

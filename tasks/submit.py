@@ -151,11 +151,8 @@ def submit(stores: Stores, dispatcher: Dispatcher, submission: Submission) -> Su
     if earlier is not None:
         return Submitted(earlier, is_new=False)
     manifest = _open_manifest(stores, tenant, submission)
-    try:
-        job, is_new = _create(stores.database, tenant, submission, manifest, body_sha256)
-    except Exception:
-        manifest.discard(stores)
-        raise
+    # Where this fails the blob stays: the commit may have gone through. Else it is collected.
+    job, is_new = _create(stores.database, tenant, submission, manifest, body_sha256)
     if not is_new:
         manifest.discard(stores)
         return Submitted(job, is_new=False)
@@ -198,7 +195,7 @@ class _Manifest:
 
     def discard(self, stores: Stores) -> None:
         if self.new is not None:
-            with contextlib.suppress(StorageError):  # the sweeper takes what stays
+            with contextlib.suppress(StorageError):  # the collector takes what stays
                 stores.blobs.delete(self.key)
 
 

@@ -8,7 +8,7 @@ import pytest
 import structlog.testing
 
 from storage import items, jobs, served, tenants
-from storage.errors import IdempotencyConflictError, NotFoundError
+from storage.errors import CommitUnknownError, IdempotencyConflictError, NotFoundError
 from storage.ids import FileId, JobId, new_uuid
 from storage.items import NewItem
 from storage.keys import build_file_key
@@ -16,6 +16,7 @@ from storage.served import Served
 from storage.states import ItemState, JobState
 from storage.tables import Job
 from tasks import expand as expanding
+from tasks import submit as submitting
 from tasks.app import TaskName
 from tasks.bodies import ImagePolicy, choose_images
 from tasks.config import Config, ModelSettings
@@ -327,6 +328,26 @@ def test_submission_of_a_file_that_is_no_input_is_refused(
 
     with pytest.raises(BadSubmissionError, match="vision"):
         submit(stores, dispatcher, parse_submission(given))
+
+
+def test_submission_whose_commit_went_through_unheard_keeps_its_lines(
+    stores: Stores, dispatcher: RecordingDispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submission = parse_submission({"requests": [build_request("a")]}, default_key="message-1")
+    create = submitting._create
+
+    def lose_the_answer(*given: Any) -> Any:
+        create(*given)
+        raise CommitUnknownError
+
+    monkeypatch.setattr(submitting, "_create", lose_the_answer)
+    with pytest.raises(CommitUnknownError):
+        submit(stores, dispatcher, submission)
+    monkeypatch.undo()
+    again = submit(stores, dispatcher, submission)
+
+    assert not again.is_new
+    assert stores.blobs.count_bytes(again.job.manifest_key) > 0
 
 
 def test_submission_of_another_tenants_file_finds_nothing(

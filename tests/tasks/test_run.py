@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from engine.errors import MediaRefused
 from engine.request import Result
-from media.errors import FetchFailedError
+from media.errors import FetchFailedError, MediaError
 from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
 from storage.blobs import Blobs
@@ -250,6 +251,38 @@ class AheadEngine(InstantEngine):
         yield from super().stream(taken)
         if failed is not None:
             raise failed
+
+
+class ReadingEngine(InstantEngine):
+    """Reads what is given as a callable before it answers, as the real one does."""
+
+    def answer(self, prompt: Prompt) -> Result:
+        try:
+            prompt.messages[0]["content"][1]["image"]()
+        except MediaError as error:
+            refused = MediaRefused(str(error), code=error.code, retryable=error.retryable)
+            return Result.failed(prompt.name, refused)
+        return super().answer(prompt)
+
+
+def test_uploaded_file_that_cannot_be_read_now_charges_nobody_however_often(rig: Rig) -> None:
+    blobs: Any = LosingBlobs(rig.stores.blobs)
+    rig.stores = Stores(rig.stores.database, blobs)
+    given = parse_submission({"requests": [build_request("x")]})
+    upload = submit(rig.stores, rig.dispatcher, given).job
+    part = {"type": "image_file", "image_file": {"file_id": f"file-{upload.input_file_id.hex}"}}
+    content = [{"type": "text", "text": "cat"}, part]
+    job = rig.make(build_request("a", messages=[{"role": "user", "content": content}]))
+
+    blobs.errors[upload.manifest_key] = BlobsUnavailableError()
+    for _ in range(5):
+        rig.run(ReadingEngine())  # once each time, for it waits
+        let_backoff_end(rig.stores.database)
+        assert {ItemState.PENDING: 1} == rig.count(job)
+    blobs.errors.clear()
+    rig.run(ReadingEngine())
+
+    assert [("> cat", 6)] == [(one.text, one.attempt) for one in rig.ended(job)]
 
 
 def test_lines_whose_manifest_is_gone_fail_and_spare_the_rest(rig: Rig) -> None:
