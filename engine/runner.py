@@ -21,6 +21,7 @@ from engine.features import FeatureCache
 from engine.graphs import Graphs, Replayed
 from engine.kv import KVRows, KVShape
 from engine.meter import Meter, Work
+from engine.repeats import Repeats
 from engine.sampler import argmax
 from engine.sequence import Sequence
 from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots
@@ -66,6 +67,7 @@ class Runner:
         self._argmax = find_argmax(self.device) or argmax
         self._graphs: Graphs | None = None
         if uses_graphs and self._uses_flash:
+            self._family.repeats = Repeats(self.device)
             self._graphs = Graphs(
                 self._step,
                 self._choose,

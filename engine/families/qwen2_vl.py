@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from engine.attention import VisionContext, can_use_flash, dense_kernels, using
 from engine.errors import BadConfig
 from engine.kernels.pixels import centre
+from engine.repeats import Repeats, power_up, round_up
 from engine.uploads import upload
 
 logger = logging.getLogger(__name__)
@@ -376,6 +378,7 @@ class Qwen2VL:
             self._copies = torch.cuda.Stream(weight.device)  # type: ignore[no-untyped-call]
         self._has_varlen = can_use_flash(weight.device, weight.dtype, self._head_dim)
         self._positions: OrderedDict[Grid, Tensor] = OrderedDict()
+        self.repeats: Repeats | None = None  # the runner gives it where there are graphs
 
     @torch.inference_mode()
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
@@ -392,27 +395,54 @@ class Qwen2VL:
         packed = [visuals[i] for i in order]
         units = [unit for v in packed for unit in [v.unit] * v.grid.times]
         runs = _runs(units)
-        grids = torch.tensor([[v.grid.times, v.grid.rows, v.grid.columns] for v in packed])
-        starts = upload(np.cumsum([0, *units], dtype=np.int32), self._device)
         # A few large batches of equal pictures are fastest dense; others go through one kernel,
         # which takes any sizes without having to be planned for each.
         is_even = len(runs) <= MAX_DENSE_RUNS and min(runs)[0] >= MIN_DENSE_PICTURES
         is_dense = is_even or not self._has_varlen
-        context = VisionContext(runs, None if is_dense else starts)
         embedded = self._embed(packed)
-        with using(context), dense_kernels(self._device):
-            features = self._visual(
-                embedded,
-                grid_thw=grids,
-                position_ids=torch.cat([self._patch_positions(visual.grid) for visual in packed]),
-                cu_seqlens=starts,
-                max_seqlen=max(units),
-            ).pooler_output
-        pieces = features.split([visual.grid.num_tokens for visual in packed])
+        positions = torch.cat([self._patch_positions(visual.grid) for visual in packed])
+        starts = np.cumsum([0, *units], dtype=np.int32)
+        if self.repeats is not None and not is_dense:
+            # Rounded up, sizes come back. What fills up belongs to no picture and nobody reads it:
+            # pictures of no patches, and patches behind the last picture.
+            runs = [(1, power_up(max(units), 256))]
+            num_missing = round_up(len(embedded)) - len(embedded)
+            embedded = F.pad(embedded, (0, 0, 0, num_missing))
+            positions = F.pad(positions, (0, 0, 0, num_missing))
+            num_starts = 1 + power_up(len(units), 16)
+            starts = np.pad(starts, (0, num_starts - len(starts)), mode="edge")
+        see = partial(self._see, tuple(runs), is_dense)
+        inputs = embedded, positions, upload(starts, self._device)
+        if self.repeats is None:
+            features = see(*inputs)
+        else:
+            features = self.repeats.run((*runs, is_dense, len(embedded), len(starts)), see, *inputs)
+        num_tokens = [visual.grid.num_tokens for visual in packed]
+        pieces = torch.split(features[: sum(num_tokens)], num_tokens)
         found: list[Tensor] = [features] * len(visuals)
         for index, piece in zip(order, pieces, strict=True):
             found[index] = piece
         return found
+
+    def _see(
+        self,
+        runs: tuple[tuple[int, int], ...],
+        is_dense: bool,
+        embedded: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+    ) -> Tensor:
+        """The encoder's layers on packed patches: (patches, width) -> (tokens, hidden_size)."""
+        context = VisionContext(runs, None if is_dense else starts)
+        grids = torch.tensor([[1, MERGE, len(embedded) // MERGE]])  # asked for, and not read
+        with using(context), dense_kernels(self._device):
+            return self._visual(  # type: ignore[no-any-return]
+                embedded,
+                grid_thw=grids,
+                position_ids=positions,
+                cu_seqlens=starts,
+                max_seqlen=max(num_patches for _, num_patches in runs),
+            ).pooler_output
 
     def _patch_positions(self, grid: Grid) -> Tensor:
         """`patch_positions` on the device, kept for the next picture of this size."""

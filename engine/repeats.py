@@ -1,0 +1,122 @@
+"""
+Calls whose shapes come back, as CUDA graphs: launching them again costs the host one call.
+
+An encoder call launches hundreds of kernels from Python, one at a time, while media threads want the
+same interpreter. When a call comes for the second time it is recorded; from then on its kernels are
+replayed over the same tensors, with new contents.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MAX_GRAPHS = 16  # kept; the one that was not used for longest goes first
+MAX_SEEN = 256  # keys remembered of calls that came once
+LEAST_STEP = 256  # of `round_up`
+
+Call = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeat:
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+
+class Repeats:
+    """
+    Args:
+        device: a CUDA device.
+        max_graphs: how many are kept.
+    """
+
+    def __init__(self, device: torch.device, *, max_graphs: int = MAX_GRAPHS) -> None:
+        self._device = device
+        self._max_graphs = max_graphs
+        self._graphs: OrderedDict[Hashable, _Repeat] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.are_given_up = False
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def run(self, key: Hashable, call: Call, *inputs: Tensor) -> Tensor:
+        """
+        Run a call, or replay it.
+
+        Args:
+            key: of everything that its kernels are given beside the inputs: numbers, choices, sizes
+                of the inputs. Two calls of one key differ in what the inputs hold, in nothing else.
+            call: takes the inputs. It reads nothing else that changes, and waits for nothing.
+
+        Returns:
+            Its output, the caller's to keep.
+        """
+        if self.are_given_up:
+            return call(*inputs)
+        repeat = self._graphs.get(key)
+        if repeat is None:
+            if key not in self._seen:
+                self._seen[key] = None
+                if len(self._seen) > MAX_SEEN:
+                    self._seen.popitem(last=False)
+                return call(*inputs)
+            repeat = self._try_record(key, call, inputs)
+            if repeat is None:
+                return call(*inputs)
+        self._graphs.move_to_end(key)
+        for kept, given in zip(repeat.inputs, inputs, strict=True):
+            kept.copy_(given)
+        repeat.graph.replay()
+        return repeat.output.clone()  # the next replay writes over it
+
+    def _try_record(self, key: Hashable, call: Call, inputs: tuple[Tensor, ...]) -> _Repeat | None:
+        while len(self._graphs) >= self._max_graphs:
+            self._graphs.popitem(last=False)
+        try:
+            self._graphs[key] = self._record(call, inputs)
+        except Exception:
+            # The edge of the driver: whatever a kernel does that no graph can hold, or memory.
+            logger.warning("repeats were given up, calls will be slower", exc_info=True)
+            self.are_given_up = True
+            self._graphs.clear()
+            return None
+        return self._graphs[key]
+
+    def _record(self, call: Call, inputs: tuple[Tensor, ...]) -> _Repeat:
+        kept = tuple(given.clone() for given in inputs)
+        main = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            call(*kept)  # workspaces of this stream are taken before
+            self._stream.synchronize()
+            # Media threads go on: only calls of this thread must fit into a graph.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output = call(*kept)
+            finally:
+                graph.capture_end()
+        main.wait_stream(self._stream)
+        return _Repeat(graph, kept, output)
+
+
+def power_up(number: int, least: int) -> int:
+    """To a power of two, and to `least` at least: for what costs nothing when it is too large."""
+    return max(least, 1 << max(0, number - 1).bit_length())
+
+
+def round_up(number: int) -> int:
+    """To one of 16 steps between powers of two: few different sizes, at most a sixteenth of waste."""
+    step = max(LEAST_STEP, 1 << max(0, (number - 1).bit_length() - 5))
+    return -(-number // step) * step

@@ -1,0 +1,86 @@
+"""Encoder calls are rounded up to sizes that come back, and what fills them up changes nothing."""
+
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine import attention
+from engine.checkpoint import load_weights, read_checkpoint
+from engine.config import EngineConfig
+from engine.families.qwen2_vl import Qwen2VL, Visual
+from engine.kernels import pictures
+from engine.repeats import power_up, round_up
+from tests.engine.pictures import draw
+
+
+class Runs:
+    """In the place of `Repeats`, which need a GPU: runs every call, and keeps its key."""
+
+    def __init__(self) -> None:
+        self.keys: list[Hashable] = []
+
+    def run(self, key: Hashable, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        self.keys.append(key)
+        return call(*inputs)
+
+
+@pytest.fixture
+def family(tiny_folder: Path) -> Qwen2VL:
+    config = EngineConfig(model=str(tiny_folder))
+    checkpoint = read_checkpoint(config)
+    load_weights(checkpoint, config)
+    return checkpoint.family
+
+
+def visuals_of(family: Qwen2VL, sizes: list[tuple[int, int]]) -> list[Visual]:
+    found = []
+    for seed, (width, height) in enumerate(sizes):
+        image: Image.Image = draw(seed, width, height)
+        found.append(family.cut_picture(image, family.image_area))
+    clip = [draw(seed, 56, 56) for seed in range(16)]
+    return [*found, family.cut_clip(clip, family.video_area)]
+
+
+def test_filled_up_calls_give_the_same_features(
+    family: Qwen2VL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visuals = visuals_of(family, [(56, 84), (112, 56), (56, 84), (84, 84)])
+    expected = family.encode(visuals)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, context: Any, scaling: float) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return pictures.attend(q, k, v, context.starts, context.runs[0][1], scaling)[None]
+
+    monkeypatch.setattr(attention, "_attend_varlen", attend)
+    monkeypatch.setattr(family, "_has_varlen", True)
+    runs = Runs()
+    monkeypatch.setattr(family, "repeats", runs)
+    found = family.encode(visuals)
+    others = family.encode(visuals_of(family, [(56, 112), (84, 56), (56, 56)]))
+
+    assert 1 == len(set(runs.keys))  # other sizes, one graph
+    assert 4 == len(others)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [1, 256, 257, 4095, 4096, 4097, 31_280, 32_768, 100_000])
+def test_sizes_are_rounded_up_by_little(number: int) -> None:
+    rounded = round_up(number)
+
+    assert rounded >= number
+    assert rounded % 256 == 0
+    assert rounded - number < max(256, number / 16)
+
+
+def test_powers_are_rounded_up_too() -> None:
+    assert [16, 16, 32, 1024, 2048] == [power_up(n, 16) for n in (1, 16, 17, 1024, 1025)]
+
+
+def test_few_sizes_are_left_between_powers_of_two() -> None:
+    assert 16 == len({round_up(number) for number in range(16_385, 32_769)})

@@ -1,0 +1,71 @@
+"""A replayed call says what it says when it is run, and what no graph can hold is run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.checkpoint import load_weights, read_checkpoint
+from engine.config import EngineConfig
+from engine.repeats import Repeats
+from tests.engine.test_repeats import visuals_of
+from tests.engine.tiny import write_tiny_qwen2_vl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def test_replays_read_new_contents_and_leave_old_outputs() -> None:
+    repeats = Repeats(torch.device("cuda"))
+    inputs = [torch.full((4,), float(number), device="cuda") for number in range(5)]
+
+    outputs = [repeats.run("double", lambda x: 2 * x, x) for x in inputs]
+
+    assert [[2.0 * number] * 4 for number in range(5)] == [x.tolist() for x in outputs]
+    assert 1 == repeats.num_graphs
+
+
+def test_the_least_used_graph_goes_first() -> None:
+    repeats = Repeats(torch.device("cuda"), max_graphs=2)
+    x = torch.ones(4, device="cuda")
+    for key in (1, 1, 2, 2, 1, 3, 3, 2):
+        assert [key] * 4 == repeats.run(key, lambda x, key=key: key * x, x).tolist()
+
+    assert 2 == repeats.num_graphs
+
+
+def test_a_call_that_waits_for_the_device_is_run_instead() -> None:
+    repeats = Repeats(torch.device("cuda"))
+    x = torch.ones(4, device="cuda")
+
+    def waits(x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+    assert [[4.0] * 4] * 3 == [repeats.run("waits", waits, x).tolist() for _ in range(3)]
+    assert repeats.are_given_up
+
+
+@pytest.mark.parametrize("num_equal", [0, 12])
+def test_pictures_look_the_same_in_a_replay(tmp_path: Path, num_equal: int) -> None:
+    """Mixed sizes go through one kernel, many equal ones through dense batches."""
+    write_tiny_qwen2_vl(tmp_path, seed=1)
+    config = EngineConfig(model=str(tmp_path), dtype="bfloat16", device="cuda")
+    checkpoint = read_checkpoint(config)
+    load_weights(checkpoint, config)
+    family = checkpoint.family
+    sizes = [(84, 84)] * num_equal or [(56, 84), (112, 56), (56, 84), (84, 84)]
+    visuals = visuals_of(family, sizes)
+    expected = family.encode(visuals)
+
+    family.repeats = Repeats(torch.device("cuda"))
+    for _ in range(4):
+        found = family.encode(visuals)
+
+        for one, other in zip(expected, found, strict=True):
+            similarity = torch.cosine_similarity(one.float(), other.float(), dim=-1)
+            assert similarity.min().item() > 0.999
+    assert not family.repeats.are_given_up
+    assert 1 == family.repeats.num_graphs
