@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
+from cli.group import be_nice
+from cli.server import WORKER_NICENESS
 from migrations.upgrade import upgrade
 from storage import pepper, tenants
 from storage.db import Database
@@ -55,7 +57,11 @@ class Service:
     processes: list[tuple[str, "subprocess.Popen[bytes]"]] = field(default_factory=list)
 
     def start(self, kind: str, *words: str, count: int = 1) -> None:
-        """Start so many processes of a kind, and wait until all of them say that they are ready."""
+        """
+        Start so many processes of a kind, and wait until all of them say that they are ready.
+
+        Each has a session of its own, and workers let the API go first, as in `darkroom up`.
+        """
         started = []
         for _ in range(count):
             log = self.folder / f"{len(self.processes)}-{kind}.log"
@@ -66,7 +72,10 @@ class Service:
                     env=self.env,
                     stdout=output,
                     stderr=output,
+                    start_new_session=True,
                 )
+            if kind != "api":
+                be_nice(process.pid, WORKER_NICENESS)
             self.processes.append((kind, process))
             started.append((process, log))
         deadline = time.monotonic() + START_S

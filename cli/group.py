@@ -5,13 +5,15 @@ It knows how they end and nothing of what they do.
 """
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -43,6 +45,7 @@ class Member:
         args: of the `darkroom` command.
         env: what its environment has beside the group's.
         hurry: the signal that tells it for the second time.
+        niceness: 0, or more where others of this host go first.
 
     Attributes:
         num_ends: in a row, by itself, each soon after its start.
@@ -53,6 +56,7 @@ class Member:
     args: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     hurry: signal.Signals = signal.SIGTERM
+    niceness: int = 0
     process: "subprocess.Popen[bytes] | None" = None
     started_at: float = 0.0
     num_ends: int = 0
@@ -68,6 +72,7 @@ class Member:
             start_new_session=True,
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
+        be_nice(self.process.pid, self.niceness)
 
     def take_end(self) -> int | None:
         """The exit status of a process that has ended since the last call."""
@@ -83,6 +88,20 @@ class Member:
         delay_s = min(RESTART_S * 2.0 ** min(self.num_ends - 1, 10), MAX_RESTART_S)
         self.not_before = now + delay_s
         return delay_s
+
+
+def be_nice(pid: int, niceness: int) -> None:
+    """
+    Let others of this host go before a process that was just started; a wish, and no more.
+
+    Linux may share out time by sessions, where a process's own niceness counts inside of its session
+    only, and the session's is told apart.
+    """
+    if niceness:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, pid, niceness)
+        with suppress(OSError):
+            Path(f"/proc/{pid}/autogroup").write_text(str(niceness), encoding="ascii")
 
 
 def _end_with_parent() -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 API_THREADS: Final = 40
 BACKLOG: Final = 2048
+WORKER_NICENESS: Final = 5
+"""On one host, whoever asks how a job stands must not wait until the processors are idle."""
+
 STOP_GRACE_S: Final = 15.0  # beyond the workers' own deadline
 
 
@@ -152,10 +155,11 @@ def run_up(options: ServeOptions, host: str, port: int) -> ExitCode:
             group = Group(env)
             api_args = ("api", "--host", host, "--port", str(port))
             group.add(Member("the API", api_args, hurry=signal.SIGINT))  # uvicorn's word for now
-            group.add(Member("the cpu worker", ("worker", "--cpu")))
+            group.add(Member("the cpu worker", ("worker", "--cpu"), niceness=WORKER_NICENESS))
             for number, env in enumerate(worker_envs, 1):
                 which = f" {number}" if len(worker_envs) > 1 else ""
-                group.add(Member(f"worker{which} of {options.name}", _worker_args(options), env))
+                name = f"worker{which} of {options.name}"
+                group.add(Member(name, _worker_args(options), env, niceness=WORKER_NICENESS))
             print(
                 f"darkroom: {options.name} at {show_url(host, port)}, data in {config.home}; "
                 "Ctrl-C stops",

@@ -83,6 +83,16 @@ def test_who_has_ended_is_reported_and_started_again(
     )
 
 
+def test_who_lets_others_go_first_is_started_so(tmp_path: Path) -> None:
+    found = tmp_path / "found"
+    program = "import os, pathlib, sys, time; time.sleep(0.2); "
+    program += "pathlib.Path(sys.argv[1]).write_text(str(os.nice(0))); raise SystemExit(2)"
+
+    run(Member("it", (program, str(found)), niceness=5))
+
+    assert os.nice(0) + 5 == int(found.read_text())
+
+
 def test_who_can_never_start_ends_all_of_them(capfd: pytest.CaptureFixture[str]) -> None:
     code, group = run(
         Member("the API", ("import time; time.sleep(60)",)),
