@@ -40,12 +40,16 @@ class Fusions:
         rope_in_attention: text queries and keys reach the attention function before they are
             rotated, with `merged=(heads, cos, sin)`: it calls `rope.rotate_and_store_`, which
             rotates and fills KV rows in one pass. Only for a function that knows this keyword.
+        adds_in_products: products whose result is added to a layer's input add it themselves, in
+            place. Their biases are left out of what goes from layer to layer, and added by who
+            reads it. Not together with fp8.
     """
 
     text: bool = True
     vision: bool = True
     fp8: bool = False
     rope_in_attention: bool = False
+    adds_in_products: bool = False
 
 
 class Carried(NamedTuple):
@@ -65,6 +69,10 @@ def apply(model: nn.Module, fusions: Fusions | None = None) -> Counter[str]:
     fusions = fusions or Fusions()
     swapped: Counter[str] = Counter()
     _swap_below(model, fusions, swapped)
+    if fusions.adds_in_products and not fusions.fp8:
+        for layers in model.modules():
+            if isinstance(layers, nn.ModuleList):
+                _add_in_products(list(layers))
     return swapped
 
 
@@ -80,6 +88,28 @@ def _swap_below(parent: nn.Module, fusions: Fusions, swapped: Counter[str]) -> N
             setattr(parent, name, fused)
             swapped[type(child).__name__] += 1
         follower = (fused or child) if isinstance(parent, nn.ModuleList) else None
+
+
+def _add_in_products(layers: list[Any]) -> None:
+    """Let fused layers in a row add their results in place, if all of them can."""
+    if not layers or not all(isinstance(x, FusedDecoderLayer | FusedVisionBlock) for x in layers):
+        return
+    owed: Tensor | None = None
+    for index, layer in enumerate(layers):
+        owed = layer.add_in_products(owed, is_first=index == 0)
+
+
+def add_product_(x: Tensor, inputs: Tensor, linear: nn.Module) -> None:
+    """x += inputs @ weight.T, rounded once. The bias stays owed."""
+    assert isinstance(linear, nn.Linear), "products in fp8 do not add"
+    x.view(-1, x.shape[-1]).addmm_(inputs.reshape(-1, inputs.shape[-1]), linear.weight.t())
+
+
+def _plus(owed: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Biases that were left out so far, and one more; float32."""
+    if bias is None:
+        return owed
+    return bias.float() if owed is None else owed + bias.float()
 
 
 # --- pieces ------------------------------------------------------------------------------------------
@@ -138,6 +168,10 @@ class FusedLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor | Fp8Rows:
         return self.pieces.layer_norm(x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
 
+    def shifted(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """Of x + shift."""
+        return norms.layer_norm(x, self.weight, self.bias, self.eps, shift)
+
     def add_(self, delta: Tensor, x: Tensor) -> Tensor | Fp8Rows:
         """Of delta + x; delta keeps the sum."""
         return self.pieces.add_layer_norm_(delta, x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
@@ -164,8 +198,11 @@ class GatedMLP(nn.Module):
         self.gate_up = _project(merge_linears([mlp.gate_proj, mlp.up_proj]), fusions)
         self.down = _project(mlp.down_proj, fusions)
 
-    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
         gate_up = self.gate_up(x)
+        if onto is not None:
+            add_product_(onto, activations.silu_mul(gate_up), self.down)
+            return onto
         if isinstance(self.down, Fp8Linear):
             return self.down(quantised.silu_mul(gate_up))  # type: ignore[no-any-return]
         return self.down(activations.silu_mul(gate_up))  # type: ignore[no-any-return]
@@ -178,8 +215,11 @@ class QuickGELUMLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = _project(mlp.fc1, fusions), _project(mlp.fc2, fusions)
 
-    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
         inner = self.fc1(x)
+        if onto is not None:
+            add_product_(onto, activations.quick_gelu_(inner), self.fc2)
+            return onto
         if isinstance(self.fc2, Fp8Linear):
             return self.fc2(quantised.quick_gelu(inner))  # type: ignore[no-any-return]
         return self.fc2(activations.quick_gelu_(inner))  # type: ignore[no-any-return]
@@ -241,6 +281,7 @@ class FusedTextAttention(nn.Module):
         x: Tensor | Fp8Rows,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
+        onto: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         projected = self.qkv(x)
@@ -263,7 +304,11 @@ class FusedTextAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.out(attended.reshape(1, len(heads), -1))  # type: ignore[no-any-return]
+        attended = attended.reshape(1, len(heads), -1)
+        if onto is not None:
+            add_product_(onto, attended, self.out)
+            return onto
+        return self.out(attended)  # type: ignore[no-any-return]
 
 
 class FusedDecoderLayer(nn.Module):
@@ -276,6 +321,13 @@ class FusedDecoderLayer(nn.Module):
         self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.qkv)
         self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.gate_up)
         self.is_last = is_last
+        self.is_first: bool | None = None  # known where products add in place
+
+    def add_in_products(self, owed: Tensor | None, *, is_first: bool) -> Tensor | None:
+        """From now on, if no bias is in the way. RMSNorm takes no shift."""
+        if owed is None and self.attention.out.bias is None and self.mlp.down.bias is None:
+            self.is_first = is_first
+        return owed
 
     def forward(
         self,
@@ -289,6 +341,11 @@ class FusedDecoderLayer(nn.Module):
     ) -> Tensor | Carried:
         if past_key_values is not None:
             raise ValueError("a fused layer keeps no cache: call the model with use_cache=False")
+        if self.is_first is not None:
+            assert isinstance(hidden_states, Tensor)
+            x = hidden_states.clone() if self.is_first else hidden_states
+            self.attention(self.attention_norm(x), position_embeddings, attention_mask, x, **kwargs)
+            return self.mlp(self.mlp_norm(x), x)  # type: ignore[no-any-return]
         x, normed = _enter(self.attention_norm, hidden_states)
         delta = self.attention(normed, position_embeddings, attention_mask, **kwargs)
         normed = self.mlp_norm.add_(delta, x)
@@ -327,7 +384,11 @@ class FusedVisionAttention(nn.Module):
         self.qkv, self.out = _project(attention.qkv, fusions), _project(attention.proj, fusions)
 
     def forward(
-        self, x: Tensor | Fp8Rows, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+        self,
+        x: Tensor | Fp8Rows,
+        position_embeddings: tuple[Tensor, Tensor],
+        onto: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         projected = self.qkv(x)
         heads = projected.view(len(projected), 3 * self.num_heads, -1)
@@ -338,7 +399,11 @@ class FusedVisionAttention(nn.Module):
         attended = _call_attention(
             self, query, key, value, attention_mask=None, is_causal=False, **kwargs
         )
-        return self.out(attended.reshape(len(heads), -1))  # type: ignore[no-any-return]
+        attended = attended.reshape(len(heads), -1)
+        if onto is not None:
+            add_product_(onto, attended, self.out)
+            return onto
+        return self.out(attended)  # type: ignore[no-any-return]
 
 
 class FusedVisionBlock(nn.Module):
@@ -351,6 +416,15 @@ class FusedVisionBlock(nn.Module):
         self.attention_norm = FusedLayerNorm(block.norm1, self.attention.qkv)
         self.mlp_norm = FusedLayerNorm(block.norm2, self.mlp.fc1)
         self.is_last = is_last
+        self.is_first: bool | None = None  # known where products add in place
+        self.owed: list[Tensor | None] = []
+
+    def add_in_products(self, owed: Tensor | None, *, is_first: bool) -> Tensor | None:
+        """From now on; what is owed to the input has this block's biases added for the next."""
+        self.is_first = is_first
+        after_attention = _plus(owed, self.attention.out.bias)
+        self.owed = [owed, after_attention, _plus(after_attention, self.mlp.fc2.bias)]
+        return self.owed[-1]
 
     def forward(
         self,
@@ -360,17 +434,23 @@ class FusedVisionBlock(nn.Module):
         max_seqlen: int | None = None,
         **kwargs: Any,
     ) -> Tensor | Carried:
-        x, normed = _enter(self.attention_norm, hidden_states)
         # As transformers' own block hands them on; the attention function may know better.
-        delta = self.attention(
-            normed,
-            position_embeddings,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=max_seqlen,
-            max_length_k=max_seqlen,
-            **kwargs,
-        )
+        kwargs |= {
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": max_seqlen,
+            "max_length_k": max_seqlen,
+        }
+        if self.is_first is not None:
+            assert isinstance(hidden_states, Tensor)
+            x = hidden_states.clone() if self.is_first else hidden_states
+            before, between, after = self.owed
+            shifted = self.attention_norm.shifted(x, before)
+            self.attention(shifted, position_embeddings, x, **kwargs)
+            self.mlp(self.mlp_norm.shifted(x, between), x)
+            return x.add_(after) if self.is_last and after is not None else x
+        x, normed = _enter(self.attention_norm, hidden_states)
+        delta = self.attention(normed, position_embeddings, **kwargs)
         normed = self.mlp_norm.add_(delta, x)
         return _leave(delta, self.mlp(normed), self.is_last)
 

@@ -147,7 +147,18 @@ def test_one_side_alone_can_be_swapped(qwen: Any) -> None:
     assert_near(run_text(qwen), run_text(text))
 
 
-def test_bfloat16_is_no_worse_than_before(qwen: Any) -> None:
+@pytest.mark.parametrize("num_tokens", [1, NUM_TOKENS])
+def test_products_that_add_in_place_say_the_same(qwen: Any, num_tokens: int) -> None:
+    fused = fused_copy(qwen, Fusions(adds_in_products=True))
+    layers = [*fused.model.language_model.layers, *fused.model.visual.blocks]
+
+    assert all(layer.is_first is not None for layer in layers)
+    assert_near(run_text(qwen, num_tokens), run_text(fused, num_tokens))
+    assert_near(run_vision(qwen), run_vision(fused))
+
+
+@pytest.mark.parametrize("fusions", [Fusions(), Fusions(adds_in_products=True)])
+def test_bfloat16_is_no_worse_than_before(qwen: Any, fusions: Fusions) -> None:
     exact_text, exact_vision = run_text(qwen), run_vision(qwen)
     plain = copy.deepcopy(qwen).bfloat16()
     for ours, exact in (
@@ -155,7 +166,7 @@ def test_bfloat16_is_no_worse_than_before(qwen: Any) -> None:
         (plain.model.visual.rotary_pos_emb, qwen.model.visual.rotary_pos_emb),
     ):
         ours.inv_freq = exact.inv_freq.clone()  # `bfloat16()` casts it too, which no loader does
-    fused = fused_copy(plain)
+    fused = fused_copy(plain, fusions)
 
     for run, exact in ((run_text, exact_text), (run_vision, exact_vision)):
         before = (run(plain).float() - exact).norm()
@@ -164,8 +175,9 @@ def test_bfloat16_is_no_worse_than_before(qwen: Any) -> None:
         assert after <= 1.1 * before
 
 
-def test_the_input_of_the_first_layer_is_left_alone(qwen: Any) -> None:
-    fused = fused_copy(qwen).model.language_model
+@pytest.mark.parametrize("fusions", [Fusions(), Fusions(adds_in_products=True)])
+def test_the_input_of_the_first_layer_is_left_alone(qwen: Any, fusions: Fusions) -> None:
+    fused = fused_copy(qwen, fusions).model.language_model
     x = torch.randn(1, 5, fused.config.hidden_size)
     before = x.clone()
 
