@@ -44,7 +44,7 @@ def has_cuda_device() -> bool:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator["S3Server"]:
-    """One for all rooms, so whoever kills it starts it again."""
+    """One for all rooms: who kills or freezes it lets it go on afterwards."""
     # Imported here: where only the engine is installed there is no psycopg, and no need of it.
     from tests.services import start_s3
 
@@ -59,6 +59,7 @@ def s3_settings(s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> dict[
 
     This process has it too, so `load_config` finds the bucket and children inherit it.
     """
+    s3_server.revive()
     settings = {
         **s3_server.env,
         "DARKROOM_BLOBS": f"s3://{s3_server.bucket}/{s3_server.make_prefix()}",

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import psycopg
 import pytest
@@ -70,6 +70,8 @@ class PostgreSQL:
     """A running server. Each test gets a database of its own, cloned from a template."""
 
     socket_folder: Path
+    restart: Callable[[Literal["fast", "immediate"]], None]
+    """Cuts all connections; `immediate` is a crash, after which the server recovers."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def url(self, database: str) -> str:
@@ -166,7 +168,11 @@ def start_postgresql(binaries: Path, *, is_durable: bool = False) -> Iterator[Po
             )
         run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", settings, "start")
         try:
-            yield PostgreSQL(folder)
+            # It remembers its options.
+            yield PostgreSQL(
+                folder,
+                lambda mode: run("pg_ctl", "-w", "-l", str(folder / "log"), "-m", mode, "restart"),
+            )
         finally:
             run("pg_ctl", "-w", "-m", "immediate", "stop")
     finally:
@@ -259,6 +265,13 @@ class S3Server:
     def thaw(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
+
+    def revive(self) -> None:
+        """A test that failed may have left it dead or frozen; the next one is not to blame."""
+        assert self.process is not None
+        self.thaw()
+        if self.process.poll() is not None:
+            self.start()
 
     def make_prefix(self) -> str:
         return f"test-{next(self._numbers)}"
