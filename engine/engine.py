@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 
 import torch
@@ -36,9 +36,7 @@ from engine.sampler import (
     Sampled,
     Sampler,
     TokenLogprobs,
-    is_plain,
     mix_seed,
-    reads_history,
 )
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -487,7 +485,7 @@ class Engine:
             sequences = [sequence for sequence in sequences if sequence.wants_token]
         if not sequences:
             return False
-        if not batch.is_prefill and any(reads_history(s.prepared.params) for s in sequences):
+        if not batch.is_prefill and any(s.reads_history for s in sequences):
             while self._flights:  # their tokens decide what is chosen next
                 self._land(self._flights.popleft())
             sequences = [sequence for sequence in sequences if sequence.wants_token]
@@ -521,7 +519,7 @@ class Engine:
         return self._choose(sequences, self._runner.prefill(sequences))
 
     def _decode(self, sequences: list[Sequence]) -> Sampled:
-        are_plain = all(is_plain(sequence.prepared.params) for sequence in sequences)
+        are_plain = all(sequence.is_plain for sequence in sequences)
         replayed = self._runner.replay(sequences, keeps_logits=not are_plain)
         if replayed is None:
             return self._choose(sequences, self._runner.decode(sequences))
@@ -791,6 +789,7 @@ def _num_cores() -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
 
 
+@cache
 def _version() -> str:
     try:
         return metadata.version("darkroom")

@@ -7,6 +7,7 @@ hidden); engine/attention.py knows whose they are. Nothing here waits for the de
 
 import math
 from collections.abc import Sequence as Many
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ from engine.features import FeatureCache
 from engine.graphs import Graphs, Replayed
 from engine.kv import KVRows, KVShape
 from engine.meter import Meter, Work
-from engine.repeats import Repeats
+from engine.repeats import Repeats, power_up, round_up
 from engine.sampler import argmax
 from engine.sequence import Sequence
-from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots
+from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots, Table
 from engine.swaps import find_argmax, find_decode_attention
 from engine.uploads import upload
 
@@ -62,12 +63,15 @@ class Runner:
         self.meter = Meter(self.device)
         self.cache = FeatureCache(cache_bytes)
         self._slots = Slots(max_num_seqs, self.device)
+        self._last_table: tuple[list[Sequence], Table, int] = [], np.zeros((0, 0), np.int64), 0
         self._uses_flash = can_use_flash(self.device, self.dtype, shape.dim)
         self._decode_kernel = find_decode_attention(self.device, self.dtype)
         self._argmax = find_argmax(self.device) or argmax
         self._graphs: Graphs | None = None
+        self._prefills: Repeats | None = None
         if uses_graphs and self._uses_flash:
             self._family.repeats = Repeats(self.device)
+            self._prefills = Repeats(self.device)
             self._graphs = Graphs(
                 self._step,
                 self._choose,
@@ -142,8 +146,13 @@ class Runner:
         starts = [_start(sequence) for sequence in sequences]
         first_rows = np.cumsum([0, *lens])
         num_tokens = int(first_rows[-1])
-        # One table goes up: ids, three axes of positions, rows to write, and each prompt's last.
-        table = np.empty((5, num_tokens), dtype=np.int64)
+        num_places, num_spans, most = num_tokens, len(sequences), max(lens)
+        if self._prefills is not None:  # rounded up, sizes come back
+            num_places, num_spans = round_up(num_tokens), power_up(num_spans, 16)
+            most = power_up(most, 256)
+        # One table goes up: ids, three axes of positions, and rows to write. What fills it up
+        # writes to scratch, and no sequence looks at it.
+        table = np.zeros((5, num_places), dtype=np.int64)
         for sequence, first, length, start in zip(
             sequences, first_rows, lens, starts, strict=False
         ):
@@ -161,19 +170,43 @@ class Runner:
         if spans:
             places = np.concatenate([np.arange(start, start + len(f)) for start, f in spans])
             x.index_copy_(0, upload(places, self.device), torch.cat([f for _, f in spans]))
-        context = TextContext(
-            self._rows.keys,
-            self._rows.values,
-            on_device[4],
-            starts,
-            lens,
-            lens,
-            self._device_spans(starts, lens, lens) if self._uses_flash else None,
-        )
-        hidden = self._forward(x, on_device[1:4], context)
+        if self._uses_flash:
+            inputs = x, on_device[1:], self._device_spans(starts, lens, num_spans)
+            layers = partial(self._prefill_layers, most=most)
+            if self._prefills is None:
+                hidden = layers(*inputs)
+            else:
+                hidden = self._prefills.run((num_places, num_spans, most), layers, *inputs)
+        else:
+            context = TextContext(
+                self._rows.keys, self._rows.values, on_device[4], starts, lens, lens
+            )
+            hidden = self._forward(x, on_device[1:4], context)
         for sequence in sequences:
             sequence.features = []  # another: outputs that have no rows yet still need the old one
         return self._head(hidden[upload(first_rows[1:] - 1, self.device)])  # type: ignore[no-any-return]
+
+    def _prefill_layers(self, x: Tensor, table: Tensor, spans: Tensor, *, most: int) -> Tensor:
+        """
+        All of a prefill between embedding and head, reading nothing of the host's.
+
+        Args:
+            x: (T, hidden). table: (4, T), int64: positions, and rows to write.
+            spans: (3, num_seqs + 1), int32, of `_device_spans`.
+            most: no prompt is longer.
+        """
+        context = TextContext(
+            self._rows.keys,
+            self._rows.values,
+            table[3],
+            (),
+            (),
+            (),
+            (spans[0], spans[1], spans[2, :-1]),
+            max_queries=most,
+            max_rows=most,
+        )
+        return self._forward(x, table[:3], context)
 
     # --- tokens ------------------------------------------------------------------------------------
 
@@ -188,9 +221,19 @@ class Runner:
         size = self._graphs.find_size(len(sequences)) if self._graphs else None
         if size is None or self._graphs is None:
             return None
-        table = self._slots.table(sequences, size)
+        table = self._next_table(sequences, size)
         with self.meter.span(Work.DECODE, len(sequences)):
             return self._graphs.replay(table, len(sequences), keeps_logits=keeps_logits)
+
+    def _next_table(self, sequences: Many[Sequence], size: int) -> Table:
+        """`Slots.table`; where the batch is the one of the step before, everybody is a row further."""
+        before, table, num_launched = self._last_table
+        if sequences == before and sequences[0].num_launched == num_launched + 1:
+            table[[WRITE_ROW, POSITION, LEN], : len(sequences)] += 1
+        else:
+            table = self._slots.table(sequences, size)
+        self._last_table = list(sequences), table, sequences[0].num_launched
+        return table
 
     @torch.inference_mode()
     def decode(self, sequences: Many[Sequence]) -> Tensor:
@@ -255,15 +298,14 @@ class Runner:
             )
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
-    def _device_spans(
-        self, starts: Many[int], lens: Many[int], num_queries: Many[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        table: npt.NDArray[np.int32] = np.zeros((3, len(lens) + 1), dtype=np.int32)
-        table[0, 1:] = np.cumsum(num_queries)
-        table[1, :-1] = starts
-        table[2, :-1] = lens
-        packed = upload(table, self.device)
-        return packed[0], packed[1], packed[2, :-1]
+    def _device_spans(self, starts: Many[int], lens: Many[int], num: int) -> Tensor:
+        """Where `num` prompts begin in the call and in the rows, and their lengths; see attention."""
+        table: npt.NDArray[np.int32] = np.zeros((3, num + 1), dtype=np.int32)
+        table[0, 1 : len(lens) + 1] = np.cumsum(lens)
+        table[0, len(lens) + 1 :] = table[0, len(lens)]  # empty ones
+        table[1, : len(lens)] = starts
+        table[2, : len(lens)] = lens
+        return upload(table, self.device)
 
 
 def num_kv_rows(

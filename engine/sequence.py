@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.processor import Prepared
 from engine.request import CompletionOutput, FinishReason, Logprob
-from engine.sampler import SamplingRow
+from engine.sampler import SamplingRow, is_plain, reads_history
 from engine.text import Detokenizer
 
 
@@ -23,6 +23,7 @@ class Sequence:
         seed: of its draws.
         features: (num_tokens, hidden) for each picture or clip, once encoded; one list for all of a
             request's outputs, so that it is encoded once.
+        is_plain, reads_history: what the sampler asks of its parameters, asked once.
         start: first row of its slab; None while it has none.
         slot: its place among those that decode together; None while it has none.
         num_launched: tokens that the device was told to choose; some may not have been read yet.
@@ -37,6 +38,8 @@ class Sequence:
     detokenizer: Detokenizer
     priority: int = 0
     features: list[Tensor] = field(default_factory=list)
+    is_plain: bool = field(init=False)
+    reads_history: bool = field(init=False)
     start: int | None = None
     slot: int | None = None
     num_launched: int = 0
@@ -45,6 +48,10 @@ class Sequence:
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.is_plain = is_plain(self.prepared.params)
+        self.reads_history = reads_history(self.prepared.params)
 
     @property
     def num_prompt_tokens(self) -> int:

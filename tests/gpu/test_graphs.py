@@ -136,6 +136,35 @@ def _num_equal(ours: Any, theirs: Any) -> int:
     return same.index(False) if False in same else len(same)
 
 
+def test_prefill_that_comes_again_is_the_prefill_by_hand(llm: LLM, folder: Path) -> None:
+    """Prompts of other lengths in a graph made for other ones, and next tokens that follow from it."""
+    eager = build(folder, enforce_eager=True)
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=5)
+    errors, num_equal = [], 0
+    for number in range(8):
+        prompts = ["x" * (20 + 7 * n + number) + str(number) for n in range(12)]
+        ours = llm.generate(prompts, params, use_tqdm=False)
+        theirs = eager.generate(prompts, params, use_tqdm=False)
+        for a, b in zip(ours, theirs, strict=True):
+            ours_top, theirs_top = (r.outputs[0].logprobs[0] for r in (a, b))  # type: ignore[index]
+            token = b.outputs[0].token_ids[0]
+            num_equal += token == a.outputs[0].token_ids[0]
+            if token in ours_top:
+                errors.append(abs(ours_top[token].logprob - theirs_top[token].logprob))
+    eager.close()
+    prefills = llm.engine._runner._prefills
+    assert prefills is not None
+    print(
+        json.dumps(
+            {"prefills": 96, "equal": num_equal, "largest difference": round(max(errors), 4)}
+        )
+    )
+    assert prefills.num_graphs > 0
+    assert not prefills.are_given_up
+    assert num_equal > 80
+    assert max(errors) < 0.3
+
+
 def test_draws_and_penalties_run_beside_greedy_rows(llm: LLM) -> None:
     forms = [
         SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True),
