@@ -92,11 +92,10 @@ def _attend(
 ):
     head = tl.program_id(1)
     picture = tl.program_id(2)
-    start = tl.load(starts_ptr + picture)
-    length = tl.load(starts_ptr + picture + 1) - start
+    start = tl.load(starts_ptr + picture).to(tl.int64)
+    length = (tl.load(starts_ptr + picture + 1) - start).to(tl.int32)
     first = tl.program_id(0) * ROWS
     if first < length:
-        start = start.to(tl.int64)
         row = first + tl.arange(0, ROWS)
         is_row = row < length
         wide = tl.arange(0, WIDE)
@@ -125,10 +124,10 @@ def _attend(
                 WIDE, REST, REST_BLOCK, False, PRECISION,
             )  # fmt: skip
         if whole < length:
-            at = whole + in_tile
+            last = whole + in_tile
             largest, total, out, out_rest = _turn(
                 query, query_rest, key_from, value_from,
-                at * key_stride, at < length,
+                last * key_stride, last < length,
                 largest, total, out, out_rest, scale_log2,
                 WIDE, REST, REST_BLOCK, True, PRECISION,
             )  # fmt: skip
