@@ -320,7 +320,7 @@ def main() -> int:
     options = _options()
     configure_logging()
     databases = ["postgresql", "sqlite"] if options.database == "both" else [options.database]
-    settings = dict(pair.split("=", 1) for pair in options.set)
+    settings = dict(options.set)
     is_good = True
     for database in databases:
         found = measure(
@@ -331,11 +331,23 @@ def main() -> int:
             **settings,
         )
         print(json.dumps(found), flush=True)
-        for kind, peak in found["peak_rss_mib"].items():
-            if peak > options.max_rss:
-                print(f"{kind} had {peak} MiB, more than {options.max_rss}", file=sys.stderr)
-                is_good = False
+        for problem in find_problems(found, options.max_rss):
+            print(problem, file=sys.stderr)
+            is_good = False
     return 0 if is_good else 1
+
+
+def find_problems(found: dict[str, Any], max_rss_mib: float) -> Iterator[str]:
+    """What must not be, whatever the rates are."""
+    for kind, peak in found["peak_rss_mib"].items():
+        if peak > max_rss_mib:
+            yield f"{kind} had {peak} MiB of memory, more than {max_rss_mib}"
+    for run in found["runs"]:
+        num_bad = sum(
+            run[f"status_while_{what}"].get("num_bad", 0) for what in ("expanding", "running")
+        )
+        if num_bad:
+            yield f"with {run['workers']} workers, {num_bad} polls had no answer or an error"
 
 
 def _options() -> argparse.Namespace:
@@ -343,16 +355,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--database", default="both", help="sqlite, postgresql, both, or the URL of an empty one"
     )
-    parser.add_argument("--items", type=int, default=20_000, help="lines of a job")
+    parser.add_argument("--items", type=_read_count, default=20_000, help="lines of a job")
     parser.add_argument(
         "--workers",
-        type=lambda words: [int(word) for word in words.split(",")],
+        type=_read_rising,
         default=[1, 4],
         help="numbers of GPU workers, rising, as 1,4: a job for each",
     )
-    parser.add_argument("--rate", type=float, default=100.0, help="polls a second")
+    parser.add_argument("--rate", type=_read_count, default=100, help="polls a second")
     parser.add_argument(
         "--set",
+        type=_read_setting,
         action="append",
         default=[],
         metavar="NAME=VALUE",
@@ -366,6 +379,29 @@ def _options() -> argparse.Namespace:
         help="more resident memory in any process ends in exit code 1",
     )
     return parser.parse_args()
+
+
+# argparse shows these errors with the option's name before them.
+
+
+def _read_count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError("give a whole number of 1 or more")
+    return int(word)
+
+
+def _read_rising(words: str) -> list[int]:
+    numbers = [_read_count(word) for word in words.split(",")]
+    if numbers != sorted(set(numbers)):
+        raise argparse.ArgumentTypeError("give rising numbers, as 1,4: workers are added")
+    return numbers
+
+
+def _read_setting(word: str) -> tuple[str, str]:
+    name, equals, value = word.removeprefix("DARKROOM_").partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError("give NAME=VALUE, as CHUNK_ITEMS=128")
+    return name, value
 
 
 if __name__ == "__main__":
