@@ -19,6 +19,7 @@ CONNECT_TIMEOUT_S: Final = 10.0
 TIMEOUT_S: Final = 120.0
 WAIT_S: Final = 30
 PIECE_BYTES: Final = 1024 * 1024
+FILES_A_PAGE: Final = 1000
 
 ENDED: Final = frozenset({"failed", "completed", "expired", "cancelled"})
 
@@ -60,11 +61,28 @@ class Client:
     server: str = DEFAULT_SERVER
     api_key: str | None = None
 
-    def upload(self, file: IO[bytes], num_bytes: int, filename: str) -> dict[str, Any]:
-        """Hand in a JSONL file of any size; it is read as it is sent."""
+    def upload(
+        self,
+        file: IO[bytes],
+        num_bytes: int,
+        filename: str,
+        *,
+        purpose: str = "batch",
+        lifetime_s: int | None = None,
+    ) -> dict[str, Any]:
+        """Hand in a file of any size; it is read as it is sent."""
         boundary = secrets.token_hex(16)
-        head = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        fields = {"purpose": purpose}
+        if lifetime_s is not None:
+            fields |= {
+                "expires_after[anchor]": "created_at",
+                "expires_after[seconds]": str(lifetime_s),
+            }
+        head = "".join(
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+            for name, value in fields.items()
+        ).encode()
+        head += (
             f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
             f'filename="{quote(filename, safe=" ._-")}"\r\n\r\n'
         ).encode()
@@ -89,6 +107,17 @@ class Client:
     def list_models(self) -> list[str]:
         """What the server is set up to run; empty where it does not say."""
         return [model["id"] for model in self._ask("GET", "/v1/models")["data"]]
+
+    def list_files(self, purpose: str) -> Iterator[dict[str, Any]]:
+        """The files of a purpose, the oldest first."""
+        after = ""
+        while True:
+            query = f"purpose={purpose}&order=asc&limit={FILES_A_PAGE}{after}"
+            page = self._ask("GET", f"/v1/files?{query}")
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            after = f"&after={page['last_id']}"
 
     def delete_file(self, file: str) -> None:
         self._ask("DELETE", f"/v1/files/{quote(file, safe='')}")

@@ -21,7 +21,7 @@ from cli.answers import Answer, InOrder, Problem
 from cli.client import Client, ServerError, UnreachableError
 from cli.errors import CannotStartError, ExitCode
 from cli.inputs import Input
-from cli.lines import build_clip, build_line, build_picture
+from cli.lines import build_clip, build_line, build_picture, encode
 from cli.local import EngineOptions, run
 from cli.own import OwnService, find_missing, find_port, own_service
 from cli.questions import (
@@ -168,9 +168,9 @@ def _submit(client: Client, names: Sequence[str]) -> str:
 def _build_line(name: str) -> bytes:
     path = FOLDER / name
     media, prompt = (
-        (build_clip(path, NUM_FRAMES), CLIP_PROMPT)
+        (build_clip(encode(path), NUM_FRAMES), CLIP_PROMPT)
         if name.endswith(CLIP_SUFFIX)
-        else (build_picture(path), PICTURE_PROMPT)
+        else (build_picture(encode(path)), PICTURE_PROMPT)
     )
     return build_line(name, BUNDLED_MODEL, media, prompt, temperature=0, max_tokens=MAX_TOKENS)
 

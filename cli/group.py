@@ -25,7 +25,7 @@ MAX_RESTART_S: Final = 60.0
 STEADY_S: Final = 60.0
 """Who has run for so long is well: its next end does not count as one more in a row."""
 
-PATIENCE_S: Final = 1.0
+PATIENCE_S: Final = 3.0
 HURRY_S: Final = 5.0
 """How long they have when they are told for the second time."""
 

@@ -1,7 +1,7 @@
 """
 Lines of a batch's input, as OpenAI's wire has them: what is asked about one picture or clip.
 
-The media go inside the line, so the server needs no access to the files.
+The media go inside the line or are uploaded before, so the server needs no access to the files.
 """
 
 import json
@@ -32,17 +32,24 @@ def build_line(
     return json.dumps(line).encode() + b"\n"
 
 
-def build_picture(path: Path) -> dict[str, Any]:
-    """Raises OSError: the file cannot be read. What it holds is for the server to find out."""
-    return {"type": "image_url", "image_url": {"url": _encode(path, "image/jpeg")}}
+def build_picture(source: str) -> dict[str, Any]:
+    """A picture that lies there: a data URL of `encode`, or the id of an uploaded file."""
+    return {"type": "image_url", "image_url": {"url": source}}
 
 
-def build_clip(path: Path, num_frames: int) -> dict[str, Any]:
+def build_clip(source: str, num_frames: int) -> dict[str, Any]:
     """As `build_picture`; the server looks at so many frames."""
-    url = {"url": _encode(path, "video/mp4")}
-    return {"type": "video_url", "video_url": url, "num_frames": num_frames}
+    return {"type": "video_url", "video_url": {"url": source}, "num_frames": num_frames}
 
 
-def _encode(path: Path, usual_type: str) -> str:
-    kind = guess_type(path.name)[0] or usual_type
+def encode(path: Path) -> str:
+    """
+    A file as a data URL. What it holds is for the server to find out.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    kind = guess_type(path.name)[0] or ""
+    if not kind.startswith(("image/", "video/")):
+        kind = "image/jpeg"  # only a claim: the bytes decide
     return f"data:{kind};base64,{b64encode(path.read_bytes()).decode()}"

@@ -24,10 +24,11 @@ import typer
 from cli.answers import one_line
 from cli.client import DEFAULT_SERVER, Client, Polled, ServerError, UnreachableError
 from cli.errors import ExitCode, FileError
-from cli.inputs import CLIP_SUFFIXES, Found, Refused, find_pictures
-from cli.lines import build_clip, build_line, build_picture
+from cli.inputs import CLIP_SUFFIXES, Found, Input, Refused, find_pictures
+from cli.lines import build_clip, build_line, build_picture, encode
 from cli.questions import CLIP_PROMPT, NUM_FRAMES, PICTURE_PROMPT
 from cli.show import Screen, note_left_out
+from cli.uploads import upload_all
 from cli.watch import describe, follow
 from engine.config import BUNDLED_MODEL
 from media.errors import MediaError
@@ -45,6 +46,9 @@ BatchId = Annotated[str, typer.Argument(metavar="ID", help="batch_…, as `submi
 AsJson = Annotated[
     bool, typer.Option("--json", envvar="DARKROOM_JSON", help="Write JSON, an object a line.")
 ]
+
+INLINE_BYTES: Final = 48 * 1024 * 1024
+"""Of media inside the lines; a third more as base64, well below what servers take as one file."""
 
 RETRY_WAITS_S: Final = (0.5, 1.0, 2.0, 4.0)
 TEMPORARY: Final = frozenset({502, 503, 504})
@@ -113,7 +117,7 @@ def submit(
     Hand in a batch, and write its id.
 
     A JSONL file goes as it is, in OpenAI's form. Pictures, and clips that are named, are sent inside
-    the lines, so the server needs no access to them.
+    the lines, or uploaded before where they are many, so the server needs no access to them.
 
     Ctrl-C while it waits leaves the batch as it is, and says how to go on.
 
@@ -139,7 +143,7 @@ def submit(
         else:
             model = choose_model(model, models)
             found = find_pictures(paths)
-        with open_manifest(paths, found, prompt, model or BUNDLED_MODEL) as manifest:
+        with open_manifest(client, paths, found, prompt, model or BUNDLED_MODEL) as manifest:
             batch = hand_in(
                 client,
                 manifest,
@@ -274,16 +278,22 @@ def choose_model(wanted: str | None, served: list[str]) -> str:
 
 @contextmanager
 def open_manifest(
-    paths: list[str], found: Found, prompt: str | None, model: str
+    client: Client, paths: list[str], found: Found, prompt: str | None, model: str
 ) -> Iterator[Manifest]:
     """A JSONL file as it is, or lines about the pictures and clips that were found."""
     if is_manifest(paths):
         with Path(paths[0]).open("rb") as file:
             yield Manifest(file, Path(paths[0]).name, Path(paths[0]).stat().st_size)
         return
-    note_left_out(Screen("images"), found)
+    screen = Screen("files")
+    note_left_out(screen, found)
+    media = [each.path for each in found.inputs if isinstance(each, Input)]
+    uploaded: dict[str, str | FileError] = {}
+    if count_bytes(media) > INLINE_BYTES:
+        with screen.progress(len(media)):
+            uploaded = upload_all(client, media, screen.count_up)
     with tempfile.TemporaryFile() as file:
-        num_refused = write_lines(file, found, prompt, model)
+        num_refused = write_lines(file, found, uploaded, prompt, model)
         num_bytes = file.tell()
         if num_bytes == 0:
             raise typer.Exit(ExitCode.USAGE)
@@ -291,27 +301,46 @@ def open_manifest(
         yield Manifest(file, "pictures.jsonl", num_bytes, num_refused)
 
 
-def write_lines(file: IO[bytes], found: Found, prompt: str | None, model: str) -> int:
+def count_bytes(paths: list[str]) -> int:
+    num_bytes = 0
+    for path in paths:
+        with suppress(OSError):  # told when it is read
+            num_bytes += Path(path).stat().st_size
+    return num_bytes
+
+
+def write_lines(
+    file: IO[bytes],
+    found: Found,
+    uploaded: dict[str, str | FileError],
+    prompt: str | None,
+    model: str,
+) -> int:
     """Return how many inputs cannot be read; each is told of, and costs no other."""
     num_lines = num_refused = 0
     for each in found.inputs:
-        try:
-            if isinstance(each, Refused):
-                raise each.problem
-            path = Path(each.path)
-            is_clip = path.suffix.lower() in CLIP_SUFFIXES
-            try:
-                media = build_clip(path, NUM_FRAMES) if is_clip else build_picture(path)
-            except OSError as error:
-                raise FileError.because(error) from error
-        except MediaError as problem:
+        source = each.problem if isinstance(each, Refused) else find_source(each.path, uploaded)
+        if isinstance(source, MediaError):
             num_refused += 1
-            tell_error(f"{one_line(each.path)}: {problem}")
+            tell_error(f"{one_line(each.path)}: {source}")
             continue
         num_lines += 1
+        path = Path(each.path)
+        is_clip = path.suffix.lower() in CLIP_SUFFIXES
+        media = build_clip(source, NUM_FRAMES) if is_clip else build_picture(source)
         text = prompt or (CLIP_PROMPT if is_clip else PICTURE_PROMPT)
         file.write(build_line(f"{num_lines}:{path.name}", model, media, text))
     return num_refused
+
+
+def find_source(path: str, uploaded: dict[str, str | FileError]) -> str | FileError:
+    """Where the server finds this file, or why it does not."""
+    if path in uploaded:
+        return uploaded[path]
+    try:
+        return encode(Path(path))
+    except OSError as error:
+        return FileError.because(error)
 
 
 def hand_in(client: Client, manifest: Manifest, key: str, **options: Any) -> dict[str, Any]:

@@ -82,6 +82,11 @@ class Screen:
         if self._bar:
             self._bar.advance(self._bar.task_ids[0])
 
+    def count_up(self, num_done: int, total: int) -> None:
+        """So many are there, of so many."""
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=num_done, total=total)
+
     def show(self, answer: Answer) -> None:
         self.num_done += 1
         self.num_failed += answer.error is not None

@@ -19,7 +19,9 @@ from typing import Any
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from cli.main import app
 from tests.acceptance.service import ROOT, START_S, Service, wait_until
 from tests.docs.pages import find_blocks, read_page
 
@@ -65,6 +67,25 @@ def test_pictures_handed_in_come_back_as_sentences(service: Service) -> None:
     assert len(names) == len(texts)
     for name, text in zip(names, texts, strict=True):
         assert EXPECTED[name] in (text, "photo"), name
+
+
+def test_pictures_that_are_uploaded_are_seen_as_those_inside_lines(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.remote.INLINE_BYTES", 0)
+    words = ["submit", str(SAMPLES / "one.png"), str(SAMPLES / "clip.mp4"), "--wait"]
+    run = CliRunner().invoke(
+        app, words, env={"DARKROOM_SERVER": f"http://127.0.0.1:{service.port}"}
+    )
+
+    batch = service.client.batches.retrieve(run.stdout.split()[0])
+    assert batch.output_file_id is not None
+    lines = service.client.files.content(batch.output_file_id).text.splitlines()
+    texts = [
+        json.loads(line)["response"]["body"]["choices"][0]["message"]["content"] for line in lines
+    ]
+    assert 0 == run.exit_code, run.stderr
+    assert [EXPECTED["one.png"], EXPECTED["clip.mp4"]] == texts
 
 
 def test_chat_is_answered_through_the_queue_and_leaves_no_file(service: Service) -> None:

@@ -231,14 +231,18 @@ def test_picture_that_cannot_be_read_costs_no_other(
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.heic").touch()
+    (tmp_path / "c.strange").touch()
 
-    made = darkroom("submit", str(tmp_path), str(tmp_path / "none.png"))
+    words = [str(tmp_path / name) for name in ("", "c.strange", "none.png")]
+    made = darkroom("submit", *words)
 
     batch = client.api.batches.retrieve(made.stdout.strip())
     assert 1 == made.exit_code
     assert f"error: {tmp_path}/none.png: There is no such file or folder.\n" in made.stderr
     assert "1 .heic left out" in made.stderr
-    assert 1 == len(client.api.files.content(batch.input_file_id).text.splitlines())
+    lines = client.api.files.content(batch.input_file_id).text.splitlines()
+    assert ["1:a.png", "2:c.strange"] == [json.loads(line)["custom_id"] for line in lines]
+    assert "data:image/jpeg;base64," in lines[1]
 
 
 def test_nothing_to_hand_in_is_no_batch(darkroom: Invoke, client: Client, tmp_path: Path) -> None:
@@ -257,6 +261,36 @@ def test_named_clip_goes_as_a_clip(darkroom: Invoke, client: Client) -> None:
     clip, text = json.loads(line)["body"]["messages"][0]["content"]
     assert clip["video_url"]["url"].startswith("data:video/mp4;base64,")
     assert (8, "What happens?") == (clip["num_frames"], text["text"])
+
+
+def test_many_pictures_are_uploaded_once_and_named_in_their_lines(
+    darkroom: Invoke, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.remote.INLINE_BYTES", 100)
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "red")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+
+    first = darkroom("submit", str(tmp_path), "--key", "k")
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "d.png")
+    second = darkroom("submit", str(tmp_path), str(tmp_path / "none.png"))
+    (tmp_path / "d.png").unlink()
+    again = darkroom("submit", str(tmp_path), "--key", "k")
+
+    def read_sources(made: Result) -> list[str]:
+        batch = client.api.batches.retrieve(made.stdout.strip())
+        lines = client.api.files.content(batch.input_file_id).text.splitlines()
+        contents = [json.loads(line)["body"]["messages"][0]["content"] for line in lines]
+        return [content[0]["image_url"]["url"] for content in contents]
+
+    red, blue, also_red = read_sources(first)
+    uploads = {file.id: file for file in client.api.files.list(purpose="vision").data}
+    assert (0, 1, 0) == (first.exit_code, second.exit_code, again.exit_code)
+    assert first.stdout == again.stdout
+    assert red == also_red != blue
+    assert [red, blue, red] == read_sources(second)[:3]
+    assert {*read_sources(second)} == set(uploads)
+    assert client.api.files.content(blue).content == (tmp_path / "b.png").read_bytes()
+    assert None is not uploads[red].expires_at
 
 
 def test_wrong_key_is_told_before_anything_is_sent(darkroom: Invoke, tmp_path: Path) -> None:
