@@ -28,6 +28,7 @@ from engine.attention import (
     TextContext,
     VisionContext,
     can_use_flash,
+    dense_kernels,
     using,
 )
 from engine.kernels import activations, greedy, has_kernels, norms, quantised, rope
@@ -350,7 +351,8 @@ def measure_layers() -> None:
         if fusions is not None:
             fuse.apply(model, fusions)
         for name, run in (_encoder_run(model), _prefill_run(model), _decode_run(model)):
-            _line(f"2 layers {name} {kind}", run, in_graph=False)
+            _line(f"2 layers {name} {kind}, launched", run, in_graph=False)
+            _line(f"2 layers {name} {kind}", run)
 
 
 def _encoder_run(model: Any) -> tuple[str, Callable[[], Tensor]]:
@@ -361,7 +363,7 @@ def _encoder_run(model: Any) -> tuple[str, Callable[[], Tensor]]:
     starts = torch.arange(num + 1, dtype=torch.int32, device="cuda") * rows * columns
 
     def run() -> Tensor:
-        with using(VisionContext([(num, rows * columns)])):
+        with using(VisionContext([(num, rows * columns)])), dense_kernels(patches.device):
             return model.model.visual(  # type: ignore[no-any-return]
                 patches,
                 grid_thw=grids,
@@ -438,7 +440,6 @@ def _line(
         took = _time_us(run, in_graph)
     except Exception as error:  # noqa: BLE001 - a kernel that does not compile must not end the rest
         _print(name=name, error=f"{type(error).__name__}: {error}"[:300], **facts)
-        torch.cuda.synchronize()
         return None
     if moved is not None:
         facts["gb_s"] = round(moved / took / 1e3)
