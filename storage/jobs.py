@@ -152,7 +152,8 @@ def find_twin(
         .where(
             Job.tenant_id == tenant,
             Job.api_key_id.is_not_distinct_from(api_key_id),
-            Job.idempotency_key.is_(None),
+            # No key, said so that SQLite does not go by it: it would take all keyless jobs for one.
+            func.coalesce(Job.idempotency_key, "") == "",
             Job.body_sha256 == body_sha256,
             Job.created_at > clock() - within_s,
             _IS_LISTED,

@@ -241,7 +241,7 @@ class Job(Base):
             "tenant_id",
             "body_sha256",
             "id",
-            **_only("idempotency_key IS NULL AND priority > -1000"),
+            **_only("priority > -1000"),
         ),
         Index(
             "ix_jobs_open",

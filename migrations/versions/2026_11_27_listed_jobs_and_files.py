@@ -27,7 +27,7 @@ def upgrade() -> None:
         "ix_jobs_twins",
         "jobs",
         ["tenant_id", "body_sha256", "id"],
-        **_only("idempotency_key IS NULL AND priority > -1000"),
+        **_only("priority > -1000"),
     )
     op.drop_index("ix_files_tenant_id_id", "files")
     op.create_index(

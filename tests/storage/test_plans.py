@@ -2,18 +2,19 @@
 How PostgreSQL is asked: no statement of a running job reads more rows than its work has.
 
 What a lease or an export costs must not grow with the job. SQLite has no statistics that could be
-old and no plans that are kept, so it is left out.
+old and no plans that are kept, so it is left out but for its choice among indexes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event, text
 
 from storage import files, items, jobs
-from storage.db import Database
+from storage.db import Database, Session
 from storage.ids import TenantId
 from storage.states import ItemState
 from storage.tables import Job
@@ -221,3 +222,35 @@ def test_lists_and_repeated_submissions_pass_chats_by(postgresql: Database) -> N
     assert 3 == len(files_page)
     assert 3 <= count_rows_read(postgresql, sent) <= 10
     assert 3 <= count_rows_read(postgresql, sent_for_files) <= 10
+
+
+def test_sqlite_takes_the_indexes_without_chats(sqlite_template: bytes, tmp_path: Path) -> None:
+    (tmp_path / "db").write_bytes(sqlite_template)
+    database = Database(f"sqlite:///{tmp_path / 'db'}")
+    tenant = make_tenant(database)
+    plans = {}
+
+    def explain(name: str, ask: Callable[[Session], object], about: str) -> None:
+        with recorded(database, about=about) as sent, database.read() as session:
+            ask(session)
+        with database.engine.connect() as connection:
+            rows = connection.exec_driver_sql("EXPLAIN QUERY PLAN " + sent[0][0], sent[0][1])
+            plans[name] = rows.all()[0][3].partition(" INDEX ")[2].partition(" ")[0]
+            connection.rollback()
+
+    explain("page", lambda session: jobs.list_page(session, tenant), "jobs")
+    explain("files", lambda session: files.list_page(session, tenant), "files")
+    explain(
+        "twin",
+        lambda session: jobs.find_twin(
+            session, tenant, api_key_id=None, body_sha256=bytes(32), within_s=600.0
+        ),
+        "jobs",
+    )
+    database.close()
+
+    assert {
+        "page": "ix_jobs_listed",
+        "files": "ix_files_listed",
+        "twin": "ix_jobs_twins",
+    } == plans
