@@ -54,6 +54,9 @@ NUM_PREFILLS_AHEAD = 3
 GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16_384, 8192  # of one call
 MAX_MEDIA_THREADS = 8  # by default beside a GPU, for the same reason
 GPU_FLIGHTS = 2  # batches that a GPU may have before the tokens of the first are read
+# What a GPU that has nothing to do waits for more prompts: the first calls of a stream would be of
+# one or two pictures each, and take nearly as long as full ones.
+GATHER_S = 0.03
 USAGE_EVERY_S = 10.0  # how often a working engine says in the log what its device does
 GPU_PATIENCE = 16  # decode steps for which a prefill may wait to be a full one
 
@@ -178,6 +181,7 @@ class Engine:
         self._tickets: dict[int, _Ticket] = {}
         self._numbers = itertools.count()
         self._has_told_cut_off = False
+        self._pieces: dict[int, str] = {}  # texts of single tokens
         # One thread at a time steps; a result goes to the stream that asked, whoever stepped.
         self._lock = threading.Lock()  # held for one step, never while anybody waits
         self._door = threading.Lock()  # held only by the thread that has the next turn
@@ -185,7 +189,7 @@ class Engine:
         self._news = threading.Condition()
         self._is_closed = False
         self._aborted: deque[int] = deque()  # tickets to drop once the engine is free
-        self._idle_since = self._told_at = time.perf_counter()
+        self._idle_since = self._ready_since = self._told_at = time.perf_counter()
         self._told = self.meter.read()
         self._waited_for_media_s = 0.0  # since then, with nothing else to do
         row_bytes = KVShape.of(checkpoint.config.text_config, checkpoint.dtype).row_bytes
@@ -434,6 +438,7 @@ class Engine:
         was_idle = not self._scheduler.has_work
         now = time.perf_counter()
         if ready and was_idle:
+            self._ready_since = now
             first = min(ticket.arrived for ticket, _ in ready)
             self._waited_for_media_s += now - max(self._idle_since, self._told_at, first)
         for ticket, future in ready:
@@ -468,7 +473,9 @@ class Engine:
                 index,
                 ticket.seed or 0,
                 self.checkpoint.eos_token_ids,
-                Detokenizer(self.checkpoint.tokenizer, params, streaming=False),
+                Detokenizer(
+                    self.checkpoint.tokenizer, params, streaming=False, pieces=self._pieces
+                ),
                 ticket.request.priority,
                 features,
             )
@@ -477,7 +484,7 @@ class Engine:
 
     def _launch(self) -> bool:
         """Launch the next batch, if there is one."""
-        if not self._scheduler.has_work:
+        if not self._scheduler.has_work or self._gathers():
             return False
         batch = self._scheduler.schedule(may_come=bool(self._preparing))
         sequences = batch.sequences
@@ -497,6 +504,16 @@ class Engine:
         flight = _Flight(self._guarded(run, sequences), batch.is_prefill, started)
         if flight.parts:
             self._flights.append(flight)
+        return True
+
+    def _gathers(self) -> bool:
+        """Whether to wait a moment for more, where nothing runs and a prefill would be a small one."""
+        if self._max_flights == 0 or self._scheduler.num_running or not self._preparing:
+            return False
+        is_full = self._scheduler.num_waiting_tokens >= self._max_tokens_ahead / NUM_PREFILLS_AHEAD
+        if is_full or time.perf_counter() - self._ready_since > GATHER_S:
+            return False
+        time.sleep(0.001)
         return True
 
     def _note_scheduled(self, sequence: Sequence, now: float) -> None:

@@ -13,6 +13,7 @@ from engine.request import SamplingParams
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands where bytes are no character, or not yet one
 WINDOW_TOKENS = 32  # decoded again for each new token; few enough to be cheap
+MAX_UNREAD_TOKENS = 16  # that wait to be decoded together, where no stop string can end in them
 MAX_WINDOW_TOKENS = 64  # no character is so long: behind this, broken bytes are shown as they are
 
 
@@ -96,17 +97,28 @@ class Detokenizer:
         tokenizer: of the model.
         params: the request's; read for everything about text and stop strings.
         streaming: False if nobody looks at the pieces. Then, unless there are stop strings to
-            find, a push costs nothing and the text is made once, in `finish`.
+            find, a push costs nothing and the text is made once, in `finish`; with some, text is
+            made where one may end.
+        pieces: the texts of single tokens that were looked up before, of this tokenizer; added to.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, *, streaming: bool = True
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        streaming: bool = True,
+        pieces: dict[int, str] | None = None,
     ) -> None:
         self.stop_reason: str | None = None
         self.text = ""  # so far, without what may yet change; complete after `finish`
         self._tokenizer = tokenizer
         self._params = params
+        self._pieces = {} if pieces is None else pieces
         self._is_incremental = params.detokenize and (streaming or bool(params.stop_strings))
+        # What a stop string may end in; None where every token is looked at as it comes.
+        self._ends = None if streaming else _ends_of(params.stop_strings)
+        self._ends_in_half = False  # a character, as far as was read
         self._num_tokens = 0
         self._ids: list[int] = []  # where it is incremental, those that have a token
         self._start = 0  # of the window, in tokens
@@ -131,9 +143,32 @@ class Detokenizer:
             return ""
         if has_token(self._tokenizer, token_id):
             self._ids.append(token_id)
+        if self._may_wait(token_id):
+            return ""
         self.text += self._read()
         self._search()
         return self._release(len(self.text) - self._num_held())
+
+    def _may_wait(self, token_id: int) -> bool:
+        """
+        Whether no stop string can end in this token, so that its text is read with a later one.
+
+        Reading decodes a window of tokens, which for a batch of many takes longer than the device
+        takes to choose them.
+        """
+        if self._ends is None:
+            return False
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = decode_token(self._tokenizer, token_id)
+        must_read = (
+            # Half a character is read at once, and so is what comes behind and decides what it is.
+            self._ends_in_half
+            or REPLACEMENT in piece
+            or self._num_tokens <= self._params.min_tokens
+            or len(self._ids) - self._border >= MAX_UNREAD_TOKENS
+        )
+        return not must_read and self._ends.isdisjoint(piece)
 
     def finish(self) -> str:
         """Complete `text`, and return the rest of it: half characters become U+FFFD."""
@@ -147,6 +182,7 @@ class Detokenizer:
         num_tokens = len(self._ids) - self._start
         must_move = num_tokens >= MAX_WINDOW_TOKENS
         stable = window if must_move else window.rstrip(REPLACEMENT)
+        self._ends_in_half = len(stable) < len(window)
         piece = stable[self._num_read :]
         self._num_read = max(self._num_read, len(stable))
         if must_move or (piece and len(stable) == len(window)):
@@ -196,6 +232,12 @@ class Detokenizer:
             self._params.skip_special_tokens,
             self._params.spaces_between_special_tokens,
         )
+
+
+def _ends_of(stops: Iterable[str]) -> frozenset[str] | None:
+    """The last characters of stop strings; None where one is a space, which tokenizers may drop."""
+    ends = frozenset(stop[-1] for stop in stops)
+    return None if " " in ends else ends
 
 
 def _num_begun(text: str, stops: Iterable[str]) -> int:

@@ -315,3 +315,72 @@ def test_stop_string_hidden_in_special_tokens_is_found_only_where_they_are_shown
 
     assert ("ab", None) == (hidden.text, hidden.stop_reason)
     assert ("a<|", "image") == (shown.text, shown.stop_reason)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK])
+@given(
+    any_ids=random_ids,
+    text=lively_text,
+    stops=st.lists(
+        st.sampled_from([".", "a", "at", "END", "東", "\n", "b a", "t ", "�"]), max_size=3
+    ),
+    min_tokens=st.integers(0, 5),
+    keeps=st.booleans(),
+)
+def test_text_that_nobody_watches_ends_where_it_would_if_somebody_did(
+    tokenizer: PreTrainedTokenizerFast,
+    any_ids: list[int],
+    text: str,
+    stops: list[str],
+    min_tokens: int,
+    keeps: bool,
+) -> None:
+    # Byte fallback makes other text of bytes that are no character when more of them follow.
+    ids = any_ids if tokenizer is BYTE_LEVEL else tokenizer(text)["input_ids"]
+    params = SamplingParams(
+        stop=stops, min_tokens=min_tokens, include_stop_str_in_output=keeps, max_tokens=200
+    )
+    watched = Detokenizer(tokenizer, params)
+    unwatched = Detokenizer(tokenizer, params, streaming=False)
+    ends: list[int | None] = []
+    for detokenizer in (watched, unwatched):
+        end = None
+        for place, token_id in enumerate(ids):
+            detokenizer.push(token_id)
+            if detokenizer.stop_reason is not None:
+                end = place
+                break
+        detokenizer.finish()
+        ends.append(end)
+
+    assert ends[0] == ends[1]
+    assert watched.stop_reason == unwatched.stop_reason
+    assert watched.text == unwatched.text
+
+
+def test_a_window_is_decoded_only_where_a_stop_string_may_end() -> None:
+    num_decoded = 0
+
+    class Counting:
+        def decode(self, *args: object, **kwargs: object) -> object:
+            nonlocal num_decoded
+            num_decoded += 1
+            return BYTE_LEVEL.decode(*args, **kwargs)  # type: ignore[arg-type]
+
+        def convert_ids_to_tokens(self, ids: int) -> object:
+            return BYTE_LEVEL.convert_ids_to_tokens(ids)
+
+    pieces: dict[int, str] = {}
+    ids = encode("the cat sat on the mat " * 8)
+    for _ in range(2):
+        num_decoded = 0
+        detokenizer = Detokenizer(
+            Counting(),  # type: ignore[arg-type]
+            SamplingParams(stop=["END", "."]),
+            streaming=False,
+            pieces=pieces,
+        )
+        for token_id in ids:
+            detokenizer.push(token_id)
+
+    assert num_decoded < len(ids) / 8
