@@ -46,11 +46,11 @@ def _turn(
         else:
             key_rest = tl.load(key_ptr + rest)
         score = tl.dot(query_rest, tl.trans(key_rest), score, input_precision=PRECISION)
-    score = score * scale_log2
     if MASKS:
         score = tl.where(is_used[None, :], score, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(score, axis=1))
-    weight = tl.exp2(score - new_largest[:, None])
+    # The scale, which is over 0, rides in the one instruction that subtracts the largest.
+    new_largest = tl.maximum(largest, tl.max(score, axis=1) * scale_log2)
+    weight = tl.exp2(score * scale_log2 - new_largest[:, None])
     shrink = tl.exp2(largest - new_largest)
     total = total * shrink + tl.sum(weight, axis=1)
     weight = weight.to(query.dtype)
