@@ -249,27 +249,40 @@ class Runner:
         Returns:
             The number of items that were leased; 0 where there was nothing to do.
         """
+        with self._gate.pass_through(alone=False):
+            chunk = self._lease_if_allowed(is_fast)
+            if chunk is None:
+                return 0
+            if not chunk.is_alone:
+                return self._see_to_the_end(chunk)
+        # Leased again when nobody else is inside: if it were ours while it waits, another one's
+        # killing this process would count against it as if it had been alone.
+        self.release([item.fence for item in chunk.items], sends_permits=False)
+        with self._gate.pass_through(alone=True):
+            chunk = self._lease_if_allowed(is_fast)
+            return 0 if chunk is None else self._see_to_the_end(chunk)
+
+    def _lease_if_allowed(self, is_fast: bool) -> Chunk | None:
         if self.is_draining.is_set():
             # This one was meant for somebody else.
             if is_fast:
                 self._dispatcher.send_fast_permit(self._model)
             else:
                 self._dispatcher.send_permits(self._model, 1)
-            return 0
+            return None
         if time.monotonic() - self._last_beat > self._config.lease_s / 2:
             logger.warning("lease_refused", reason="the heartbeat is late")
-            return 0
+            return None
         try:
-            chunk = self._lease(jobs.FAST_LANE if is_fast else None)
+            return self._lease(jobs.FAST_LANE if is_fast else None)
         except StorageError as error:
             logger.warning("lease_failed", error=error.code)
-            return 0
-        if chunk is None:
-            return 0
+            return None
+
+    def _see_to_the_end(self, chunk: Chunk) -> int:
         flight = self._add_flight(chunk)
         try:
-            with self._gate.pass_through(alone=chunk.is_alone):
-                self._run(chunk, flight)
+            self._run(chunk, flight)
             self._committer.hurry()
             while not flight.wait_until_settled(1.0):
                 self._committer.hurry()
@@ -393,12 +406,15 @@ class Runner:
 
     # --- giving back ---------------------------------------------------------------------------------
 
-    def release(self, fences: Sequence[Fence], *, wait_s: float = 0.0) -> None:
+    def release(
+        self, fences: Sequence[Fence], *, wait_s: float = 0.0, sends_permits: bool = True
+    ) -> None:
         """
         Give leases back, uncharged, and say that there is work. Raises nothing: leases expire.
 
         Args:
             wait_s: nobody else may have them before; the sweeper says it then.
+            sends_permits: False where the caller leases them itself.
         """
         if not fences:
             return
@@ -410,7 +426,7 @@ class Runner:
             logger.warning("release_failed", num_items=len(fences), error=error.code)
             return
         logger.info("items_released", num_items=len(outcome.items))
-        if not wait_s:
+        if sends_permits and not wait_s:
             self._dispatcher.send_permits_for(self._model, len(outcome.items))
 
     def drain(self) -> None:

@@ -90,7 +90,7 @@ def test_killed_workers_and_a_broker_that_forgot_lose_and_double_nothing(
             if fault == "lose":
                 lost_keys.append(broker.lose())
                 continue
-            wait_until(lambda: find_busy(database, workers) != [], fleet, timeout_s=30)
+            wait_until(lambda: find_busy(database, workers) != [], fleet, timeout_s=120)
             victim = chance.choice(find_busy(database, workers) or range(NUM_WORKERS))
             kill(workers[victim])
             num_held += count_items_of(database, workers[victim])

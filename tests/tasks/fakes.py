@@ -1,5 +1,7 @@
 """Small classes that fill a room's ports, and submissions to give them."""
 
+import os
+import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -83,6 +85,8 @@ class InstantEngine(instant.InstantEngine):
             self.on_prompt(text)
             if self.delay_s and "at once" not in text:
                 time.sleep(self.delay_s)
+            if "kill the worker" in text:
+                os.kill(os.getpid(), signal.SIGKILL)
             if "lose the device" in text:
                 raise DeviceLostError
             if "bad picture" in text:
