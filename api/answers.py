@@ -16,6 +16,7 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
         401: "No valid API key",
         403: "Not from there",
         404: "There is nothing under this id",
+        408: "The body stalled",
         409: "It contradicts what is there",
         413: "Too large",
         429: "Over a limit",

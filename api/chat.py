@@ -35,7 +35,7 @@ from api.errors import (
 from api.manifests import drop_blob, write_manifest
 from api.polls import read_patience_s
 from api.quotas import Quota
-from api.schemas import CHAT_ENDPOINT, MAX_MODEL_CHARS, check_text
+from api.schemas import CHAT_ENDPOINT, MAX_MODEL_CHARS, ErrorEnvelope, check_text
 from api.services import Here, Services
 from storage import files, items, jobs
 from storage.errors import StateConflictError, StorageError
@@ -98,9 +98,18 @@ class ChatCompletion(BaseModel):
     usage: dict[str, int]
 
 
-@router.post(
-    CHAT_ENDPOINT, responses=describe_json(ChatCompletion), openapi_extra=describe_body(ChatRequest)
-)
+_ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
+    **describe_json(ChatCompletion),
+    200: {
+        "model": ChatCompletion,
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "The whole answer, or with `stream` its events",
+    },
+    504: {"model": ErrorEnvelope, "description": "No worker finished in time"},
+}
+
+
+@router.post(CHAT_ENDPOINT, responses=_ANSWERS, openapi_extra=describe_body(ChatRequest))
 async def create_completion(request: Request, asker: Asker, here: Here) -> Response:
     patience_s = min(here.config.chat_timeout_s, read_patience_s(request))
     job, form = await _accept(request, asker, here, patience_s)

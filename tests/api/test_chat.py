@@ -56,6 +56,16 @@ def test_stream_holds_the_same_answer(service: Service, client: Client) -> None:
     assert 16 == chunks[-1].usage.total_tokens
 
 
+def test_description_tells_of_both_forms_and_of_an_answer_that_never_comes(
+    service: Service,
+) -> None:
+    described = httpx2.get(f"{service.url}/openapi.json", trust_env=False).json()
+    answers = described["paths"][ENDPOINT]["post"]["responses"]
+
+    assert {"application/json", "text/event-stream"} == set(answers["200"]["content"])
+    assert {"400", "408", "503", "504"} <= set(answers)
+
+
 def test_stream_ends_with_done(service: Service, client: Client) -> None:
     with service.worker.working():
         answer = client.http.post(

@@ -8,13 +8,14 @@ text of an item is "text of " and its custom_id; a prompt that says "please fail
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from storage import files, items, jobs
 from storage.blobs import Blobs
 from storage.db import Database
+from storage.errors import StaleExpansionError
 from storage.ids import FileId, JobId, new_uuid
 from storage.items import Completion, Failure, NewItem
 from storage.keys import build_errors_key, build_output_key
@@ -46,7 +47,7 @@ class Worker:
             refusal = None if error is None else (error, error)
             new.append(NewItem(line, custom_id, offset, len(raw), 0, refusal))
             offset += len(raw)
-        with self.database.write() as session:
+        with suppress(StaleExpansionError), self.database.write() as session:  # cancelled meanwhile
             if errors and job.options["on_invalid"] == "fail":
                 jobs.reject(session, job_id, errors)
                 return
