@@ -35,6 +35,9 @@ import pytest
 
 SUPERUSER = "postgres"
 READY_S = 60.0
+FIRST_PORT = 15_000
+NUM_PORT_RANGES = 8
+PORTS_IN_RANGE = 2_000
 
 
 def fail_or_skip(reason: str) -> NoReturn:
@@ -47,11 +50,14 @@ def find_free_ports(count: int) -> list[int]:
     """
     Ports that nobody has now, below those that the system gives to anyone who asks for any.
 
-    So a server that was killed finds its port free when it comes back.
+    So a server that was killed finds its port free when it comes back. Test processes that run
+    beside each other look in ranges of their own.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = FIRST_PORT + worker % NUM_PORT_RANGES * PORTS_IN_RANGE
     found: list[int] = []
     while len(found) < count:
-        port = random.SystemRandom().randrange(15_000, 32_000)
+        port = random.SystemRandom().randrange(first, first + PORTS_IN_RANGE)
         with socket.socket() as listener:
             try:
                 listener.bind(("127.0.0.1", port))

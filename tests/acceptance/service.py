@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import openai
+
+from tests.services import find_free_ports
 
 ROOT = Path(__file__).parents[2]
 START_S = 90.0
@@ -22,18 +23,11 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.1)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
-
-
 class Service:
     """A service in a home of its own, by default that of `darkroom up`."""
 
     def __init__(self, home: Path, *words: str) -> None:
-        self.home, self.port = home, free_port()
+        self.home, self.port = home, find_free_ports(1)[0]
         self.log = home / "up.log"
         settings = {k: v for k, v in os.environ.items() if not k.startswith("DARKROOM_")}
         self.env = settings | {

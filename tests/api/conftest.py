@@ -1,6 +1,5 @@
 """One API process on SQLite and one on PostgreSQL for all tests; each test is a tenant of its own."""
 
-import socket
 import ssl
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from storage.db import Database
 from storage.ids import TenantId
 from tests.api.server import PEPPER
 from tests.api.worker import Worker
-from tests.services import PostgreSQL, postgresql_server
+from tests.services import PostgreSQL, find_free_ports, postgresql_server
 from tests.storage.conftest import postgresql_template, sqlite_template
 
 __all__ = ["postgresql_server", "postgresql_template", "sqlite_template"]
@@ -76,7 +75,7 @@ class Client:
 
 @contextmanager
 def start_service(url: str, folder: Path, *words: str) -> Iterator[Service]:
-    port = find_port()
+    (port,) = find_free_ports(1)
     log = (folder / "server.log").open("wb")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.api.server", url, str(folder / "blobs"), str(port), *words],
@@ -94,12 +93,6 @@ def start_service(url: str, folder: Path, *words: str) -> Iterator[Service]:
         database.close()
     assert code in (0, -15), (folder / "server.log").read_text()[-4000:]
     assert "request_crashed" not in (folder / "server.log").read_text()
-
-
-def find_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -22,13 +22,13 @@ from storage.ids import JobId
 from tests.api.conftest import (
     Client,
     Service,
-    find_port,
     open_client,
     postgresql_template,
     sqlite_service,
     sqlite_template,
 )
 from tests.api.inputs import build_jsonl, build_line
+from tests.services import find_free_ports
 
 __all__ = ["postgresql_template", "sqlite_service", "sqlite_template"]
 
@@ -131,7 +131,7 @@ def _job_of(batch: str) -> JobId:
 
 
 def test_server_that_is_not_there_is_said_to_be_out_of_reach() -> None:
-    server = f"http://127.0.0.1:{find_port()}"
+    server = f"http://127.0.0.1:{find_free_ports(1)[0]}"
     asked = run_darkroom("status", "batch_x", DARKROOM_SERVER=server)
 
     assert (3, "") == (asked.returncode, asked.stdout)
