@@ -34,7 +34,7 @@ import psycopg
 import pytest
 
 SUPERUSER = "postgres"
-READY_S = 60.0
+READY_S = 120.0
 FIRST_PORT = 15_000
 NUM_PORT_RANGES = 8
 PORTS_IN_RANGE = 2_000

@@ -40,7 +40,7 @@ from tests.storage.rows import let_window_end
 
 MAX_LINES = 50_000
 MAX_BATCH_BYTES = 200 * 1024 * 1024
-END_S = 60.0
+END_S = 120.0
 NUM_MANY = 400  # more than the worker takes at a time, so that some wait while others are done
 
 TERMINAL = ("completed", "failed", "expired", "cancelled")

@@ -43,7 +43,7 @@ def find_processes(home: Path) -> list[int]:
 
 def test_samples_go_through_a_service_that_keeps_them_and_ends(tmp_path: Path) -> None:
     with start_demo(tmp_path, "--check") as demo:
-        output, errors = demo.communicate(timeout=120)
+        output, errors = demo.communicate(timeout=240)
 
     (home,) = tmp_path.glob("darkroom-demo-*")
     with closing(sqlite3.connect(home / "darkroom.sqlite3")) as database:
@@ -64,12 +64,12 @@ def test_demo_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> None
     home = tmp_path / "home"
     with start_demo(tmp_path, DARKROOM_HOME=str(home)) as demo:
         log = home / "up.log"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (log.exists() and "startup complete" in log.read_text()):
             assert time.monotonic() < deadline, "it took too long"
             time.sleep(0.05)
         demo.send_signal(signal.SIGTERM)
-        demo.communicate(timeout=60)
+        demo.communicate(timeout=120)
 
     assert 128 + signal.SIGTERM == demo.returncode
     assert [] == find_processes(home)
@@ -80,7 +80,7 @@ def test_service_that_cannot_start_says_why(tmp_path: Path) -> None:
     home.mkdir()
     (home / "valkey").touch()  # where the broker's folder should be
     with start_demo(tmp_path, DARKROOM_HOME=str(home)) as demo:
-        output, errors = demo.communicate(timeout=60)
+        output, errors = demo.communicate(timeout=120)
 
     assert (2, "") == (demo.returncode, output)
     assert re.fullmatch(r"error: .*/valkey'\n", errors)

@@ -99,7 +99,7 @@ def test_chat_is_answered_through_the_queue_and_leaves_no_file(service: Service)
         temperature=0,
         max_tokens=64,
     )
-    wait_until(lambda: service.says("job_ended") >= 2, 30)
+    wait_until(lambda: service.says("job_ended") >= 2, 60)
 
     assert EXPECTED["one.png"] == answer.choices[0].message.content
     assert before == len(service.client.files.list(purpose="batch_output").data)
@@ -163,7 +163,7 @@ def test_commands_of_the_readme_hand_in_and_fetch(
         assert 0 == run.returncode, run.stderr
         batch = batch or re.findall(r"batch_[0-9a-f]{32}", run.stdout)[0]
         outputs.append(run.stdout)
-        wait_until(partial(has_completed, service, batch), 60)
+        wait_until(partial(has_completed, service, batch), 120)
 
     fetched = tmp_path / "results.jsonl"
     lines = (fetched.read_text() if fetched.exists() else outputs[-1]).splitlines()

@@ -25,7 +25,7 @@ from tests.storage.conftest import postgresql_template, sqlite_template
 __all__ = ["postgresql_server", "postgresql_template", "sqlite_template"]
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 TLS = ssl.create_default_context()  # never used, yet each client would read all certificates
 
 
@@ -88,7 +88,7 @@ def start_service(url: str, folder: Path, *words: str) -> Iterator[Service]:
         yield Service(f"http://127.0.0.1:{port}", database, FolderBlobs(folder / "blobs"), process)
     finally:
         process.terminate()
-        code = process.wait(timeout=20)
+        code = process.wait(timeout=60)
         log.close()
         database.close()
     assert code in (0, -15), (folder / "server.log").read_text()[-4000:]

@@ -107,7 +107,7 @@ def test_many_wait_at_once(service: Service, client: Client) -> None:
     time.sleep(0.5)
     service.worker.expand(job_of(batch))
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=60)
 
     assert ["in_progress"] * 60 == states
 

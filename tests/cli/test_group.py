@@ -30,7 +30,7 @@ def run(*members: Member) -> tuple[ExitCode, Group]:
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
 

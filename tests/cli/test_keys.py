@@ -107,7 +107,7 @@ def test_api_without_the_shared_pepper_does_not_start(tmp_path: Path, shared_url
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
 
     assert (2, "") == (run.returncode, run.stdout)

@@ -75,7 +75,7 @@ def test_nothing_starts_on_a_schema_that_is_not_its_own(tmp_path: Path, url: str
         )
         for verb in verbs
     ]
-    said = [process.communicate(timeout=60)[1] for process in processes]
+    said = [process.communicate(timeout=120)[1] for process in processes]
 
     assert [2, 2] == [process.returncode for process in processes]
     assert all("error: The database has no tables yet." in text for text in said)

@@ -60,7 +60,7 @@ def run_darkroom(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
 
 
@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_the_batch_and_says_how_to_go_on(
         batch = waiting.stdout.readline().strip()
         assert "validating 0/0\n" == waiting.stderr.readline()
         waiting.send_signal(signal.SIGINT)
-        _, told = waiting.communicate(timeout=60)
+        _, told = waiting.communicate(timeout=120)
 
     assert 130 == waiting.returncode
     assert "validating" == client.api.batches.retrieve(batch).status

@@ -195,7 +195,7 @@ def test_ctrl_c_ends_the_process_with_130_and_one_line() -> None:
         assert process.stdout
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
 
     assert 130 == process.returncode
     assert re.fullmatch(r"stopped: \d+ of 200 images done\.\n", errors)
@@ -211,7 +211,7 @@ def test_ctrl_c_leaves_though_a_pipe_is_never_written_to() -> None:
         for _ in range(2):
             process.send_signal(signal.SIGINT)
             time.sleep(0.5)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
 
     assert 130 == process.returncode
     assert "stopped: 1 of 2 images done.\n" == errors
@@ -261,7 +261,7 @@ def test_reader_that_goes_away_ends_the_process_without_a_trace() -> None:
         process.stdout.readline()
         process.stdout.close()
         errors = process.stderr.read()
-        process.wait(timeout=60)
+        process.wait(timeout=120)
 
     assert (1, "") == (process.returncode, errors)
 
@@ -276,7 +276,7 @@ def test_help_and_version_load_neither_torch_nor_transformers(args: list[str]) -
     )
 
     with start(program, *args) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
 
     assert (0, "") == (process.returncode, errors)
     assert "darkroom" in output

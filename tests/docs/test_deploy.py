@@ -230,7 +230,7 @@ def check_broker_password(secrets: Path, command: list[str], folder: Path) -> No
             kept = client.config_get("appendonly")
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
     assert {"maxmemory-policy": "noeviction", "appendonly": "yes"} == policy | kept
 
@@ -240,7 +240,7 @@ def wait_for(client: Any) -> None:
 
     import redis
 
-    for _ in range(100):
+    for _ in range(600):
         try:
             client.ping()
         except redis.ConnectionError:

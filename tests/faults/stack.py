@@ -106,11 +106,11 @@ def is_state(database: Database, job: JobId, *states: JobState) -> Callable[[], 
 def wait_until_begun(
     database: Database, job: JobId, fleet: Fleet, *, num_completed: int = 1
 ) -> None:
-    wait_until(lambda: find(database, job).num_completed >= num_completed, fleet, timeout_s=60)
+    wait_until(lambda: find(database, job).num_completed >= num_completed, fleet, timeout_s=120)
 
 
 def wait_until_completed(
-    database: Database, job: JobId, fleet: Fleet, *, timeout_s: float = 60
+    database: Database, job: JobId, fleet: Fleet, *, timeout_s: float = 120
 ) -> None:
     wait_until(is_state(database, job, JobState.COMPLETED), fleet, timeout_s=timeout_s)
 
@@ -118,7 +118,7 @@ def wait_until_completed(
 def stop(*processes: "subprocess.Popen[bytes]") -> list[int]:
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    return [process.wait(timeout=30) for process in processes]
+    return [process.wait(timeout=60) for process in processes]
 
 
 def look_at(database: Database, job: JobId) -> Outcome:

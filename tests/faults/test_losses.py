@@ -139,15 +139,15 @@ def test_bucket_that_dies_while_workers_read_and_while_the_job_ends(
     with open_fleet(tmp_path, **settings) as fleet:
         cpu = fleet.start("cpu")
         job = hand_in(stores, broker.url, tmp_path, 50)
-        wait_until(lambda: find(database, job).state is JobState.IN_PROGRESS, fleet, timeout_s=60)
+        wait_until(lambda: find(database, job).state is JobState.IN_PROGRESS, fleet, timeout_s=120)
         s3_server.kill()
         worker = fleet.start("gpu", "0.03")
-        wait_until(lambda: fleet.count_logged(worker, "chunk_unreadable") > 0, fleet, timeout_s=60)
+        wait_until(lambda: fleet.count_logged(worker, "chunk_unreadable") > 0, fleet, timeout_s=120)
         s3_server.start()
         wait_until_begun(database, job, fleet)  # so its lines have been read, all at once
         with frozen(s3_server):
             wait_until(
-                lambda: find(database, job).state is JobState.FINALIZING, fleet, timeout_s=30
+                lambda: find(database, job).state is JobState.FINALIZING, fleet, timeout_s=120
             )
             time.sleep(0.5)  # the artifact is being sent
             s3_server.kill()
@@ -271,7 +271,7 @@ def test_job_whose_api_was_killed_before_it_sent_the_message_is_found(
         url, api = start_api(fleet, "dies")
         with pytest.raises(httpx2.TransportError):
             httpx2.post(f"{url}/v1/batches", json=body, headers=headers, trust_env=False)
-        assert -9 == api.wait(timeout=10)
+        assert -9 == api.wait(timeout=60)
         job = list_jobs(database)[0]
         with build_client(broker.url) as client:
             assert 0 == client.llen(CPU_QUEUE)
@@ -295,7 +295,7 @@ def start_api(fleet: Fleet, *words: str) -> "tuple[str, subprocess.Popen[bytes]]
     port = str(find_free_ports(1)[0])
     url = f"http://127.0.0.1:{port}"
     process = fleet.start(port, *words, module="tests.faults.api")
-    wait_until(lambda: answers(f"{url}/readyz"), fleet, timeout_s=60)
+    wait_until(lambda: answers(f"{url}/readyz"), fleet, timeout_s=120)
     return url, process
 
 
@@ -334,18 +334,18 @@ def test_full_disk_delays_what_was_handed_in_and_loses_none_of_it(
     settings = settings_of(tmp_path, broker, DATABASE_URL=database_url, INGEST_IDLE_S="1")
     with open_fleet(tmp_path, **settings) as fleet, build_client(broker.url) as client:
         cpu = fleet.start("cpu")
-        wait_until(lambda: fleet.count_logged(cpu, "worker_ready") > 0, fleet, timeout_s=60)
+        wait_until(lambda: fleet.count_logged(cpu, "worker_ready") > 0, fleet, timeout_s=120)
         with full_disk(cpu, 200_000):
             client.xadd(STREAM, {"submission": json.dumps({"requests": requests})})
-            wait_until(lambda: is_failing(fleet, cpu, "ingest_failed"), fleet, timeout_s=30)
+            wait_until(lambda: is_failing(fleet, cpu, "ingest_failed"), fleet, timeout_s=120)
             assert 1 == client.xlen(STREAM)
             assert [] == list_jobs(database)
-        wait_until(lambda: list_jobs(database) != [], fleet, timeout_s=30)
+        wait_until(lambda: list_jobs(database) != [], fleet, timeout_s=120)
         job = list_jobs(database)[0]
-        wait_until(lambda: find(database, job).state is JobState.IN_PROGRESS, fleet, timeout_s=30)
+        wait_until(lambda: find(database, job).state is JobState.IN_PROGRESS, fleet, timeout_s=120)
         with full_disk(cpu, 4_000):
             worker = fleet.start("gpu")
-            wait_until(lambda: is_failing(fleet, cpu, "task_failed"), fleet, timeout_s=30)
+            wait_until(lambda: is_failing(fleet, cpu, "task_failed"), fleet, timeout_s=120)
             assert JobState.FINALIZING is find(database, job).state
         wait_until_completed(database, job, fleet)
         codes = stop(cpu, worker)

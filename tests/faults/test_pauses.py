@@ -63,7 +63,7 @@ def test_frozen_worker_wakes_up_tries_to_commit_and_changes_nothing(
         before = find(stores.database, job)
 
         frozen.send_signal(signal.SIGCONT)
-        wait_until(lambda: fleet.count_logged(frozen, "results_fenced") > 0, fleet, timeout_s=20)
+        wait_until(lambda: fleet.count_logged(frozen, "results_fenced") > 0, fleet, timeout_s=120)
 
         after = find(stores.database, job)
         assert frozen.poll() is None, fleet.logs()
@@ -111,7 +111,7 @@ def is_free(database: Database) -> bool:
 
 
 def wait_until_busy(database: Database, worker: "subprocess.Popen[bytes]", fleet: Fleet) -> None:
-    wait_until(lambda: count_items_of(database, worker) > 0, fleet, timeout_s=20)
+    wait_until(lambda: count_items_of(database, worker) > 0, fleet, timeout_s=120)
 
 
 def test_workers_told_to_stop_in_turn_lose_nothing_and_charge_nothing(
@@ -127,7 +127,7 @@ def test_workers_told_to_stop_in_turn_lose_nothing_and_charge_nothing(
             wait_until_busy(stores.database, worker, fleet)
             worker.send_signal(signal.SIGTERM)
             workers[place] = fleet.start("gpu", "0.05")
-            assert 0 == worker.wait(timeout=20), fleet.logs()
+            assert 0 == worker.wait(timeout=60), fleet.logs()
             num_held += fleet.count_logged(worker, "items_released")
             assert 0 == count_items_of(stores.database, worker)
         wait_until_completed(stores.database, job, fleet)

@@ -519,13 +519,17 @@ def test_redirect_without_location_is_an_error() -> None:
 
 # Clocks
 
+# Far less than a server goes on and than the next limit allows, and enough for a busy machine.
+SOON_S = 10.0
+PATIENT = replace(QUICK, whole_timeout_s=60.0)
+
 
 def test_stall_before_the_head_ends_in_time() -> None:
     started = time.monotonic()
-    outcome, server = fetch_from(raw(b"", ends=False), timeout_s=0.2)
+    outcome, server = fetch_from(raw(b"", ends=False), limits=PATIENT, timeout_s=0.2)
     error = assert_failed(outcome, FetchTimeoutError, retryable=True)
 
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < SOON_S
     assert 3 == len(server.heads)
     assert "0.2 s" in str(error)
     assert "DARKROOM_IMAGE_FETCH_TIMEOUT" in str(error)
@@ -544,20 +548,20 @@ def test_stall_before_the_head_ends_in_time() -> None:
 )
 def test_stalls_and_drips_end_with_the_try(answer: Answer) -> None:
     started = time.monotonic()
-    outcome, _ = fetch_from(answer, timeout_s=0.2)
+    outcome, _ = fetch_from(answer, limits=PATIENT, timeout_s=0.2)
 
     assert_failed(outcome, FetchTimeoutError, retryable=True)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < SOON_S
 
 
 def test_body_below_the_least_rate_is_given_up_before_the_try_ends() -> None:
     answer = endless(b"HTTP/1.1 200 OK\r\n\r\n", b"x", pause_s=0.02)
     started = time.monotonic()
-    outcome, _ = fetch_from(answer, limits=replace(QUICK, max_tries=1), timeout_s=30.0)
+    outcome, _ = fetch_from(answer, limits=replace(PATIENT, max_tries=1), timeout_s=30.0)
     error = assert_failed(outcome, FetchTimeoutError, retryable=True)
 
     assert "1024 a second" in str(error)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < SOON_S
 
 
 def test_body_above_the_least_rate_may_take_longer_than_the_window() -> None:
@@ -574,7 +578,7 @@ def test_all_tries_together_end_in_time() -> None:
     outcome, _ = fetch_from(raw(b"", ends=False), limits=limits, timeout_s=0.2)
 
     assert_failed(outcome, FetchTimeoutError, retryable=True)
-    assert 0.4 < time.monotonic() - started < 1.5
+    assert 0.4 < time.monotonic() - started < SOON_S
 
 
 def test_slow_look_up_ends_in_time() -> None:
@@ -784,11 +788,11 @@ def test_retry_after_beyond_the_cap_ends_the_fetch_at_once(
         retry_after = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=seconds))
     started = time.monotonic()
     busy = answering(status="429 X", headers=[f"Retry-After: {retry_after}"])
-    outcome, server = fetch_from(busy)
+    outcome, server = fetch_from(busy, limits=PATIENT)
     error = assert_failed(outcome, FetchFailedError, retryable=True)
 
     assert 1 == len(server.heads)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < SOON_S
     assert seconds == pytest.approx(error.retry_after_s, rel=0.05)
 
 

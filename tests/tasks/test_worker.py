@@ -91,7 +91,7 @@ def test_job_goes_through_real_workers_by_all_three_ways(
                     and redis.xlen(STREAM) == 0
                 ),
                 fleet,
-                timeout_s=60,
+                timeout_s=120,
             )
             assert 2 == redis.xlen(DEAD)
         dispatcher.close()
@@ -114,7 +114,7 @@ def test_chat_passes_bulk_that_keeps_every_thread_busy(
     with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="1")) as fleet:
         # Three chunks of 16, each item 60 s in the engine: no thread of the pool comes back.
         bulk = start_slow_job(stores, config, broker, fleet, delay_s=60, num_items=48)
-        wait_until(lambda: count(stores, bulk) == {ItemState.LEASED: 48}, fleet, timeout_s=30)
+        wait_until(lambda: count(stores, bulk) == {ItemState.LEASED: 48}, fleet, timeout_s=120)
         given = parse_submission({"requests": [build_request("chat", "answer at once")]})
         chat = submit(stores, dispatcher, given).job.id  # and nothing was sent
         put_in_fast_lane(stores.database, chat)
@@ -122,14 +122,14 @@ def test_chat_passes_bulk_that_keeps_every_thread_busy(
         sender.send_fast_expand(chat)
         sender.close()
 
-        wait_until(lambda: is_over(stores, chat), fleet, timeout_s=30)
+        wait_until(lambda: is_over(stores, chat), fleet, timeout_s=120)
         assert {ItemState.LEASED: 48} == count(stores, bulk)
 
 
 def stop(fleet: Fleet) -> list[int]:
     for process in fleet.processes:
         process.send_signal(signal.SIGTERM)
-    return [process.wait(timeout=30) for process in fleet.processes]
+    return [process.wait(timeout=60) for process in fleet.processes]
 
 
 def start_slow_job(
@@ -143,7 +143,7 @@ def start_slow_job(
     requests = [build_request(f"r-{n}") for n in range(num_items)]
     job = submit(stores, dispatcher, parse_submission({"requests": requests})).job.id
     dispatcher.close()
-    wait_until(lambda: TOOK_FIRST in log.read_text(), fleet, timeout_s=60)
+    wait_until(lambda: TOOK_FIRST in log.read_text(), fleet, timeout_s=120)
     return job
 
 
