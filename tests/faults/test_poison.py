@@ -32,8 +32,8 @@ def test_item_that_kills_its_worker_fails_alone(
         "REDIS_URL": broker.url,
         "CHUNK_ITEMS": "8",
         "CHUNKS_IN_FLIGHT": "3",
-        "LEASE_S": "1.5",
-        "HEARTBEAT_S": "0.3",
+        "LEASE_S": "4",  # on a busy machine a beat comes late, and a lost lease counts like a crash
+        "HEARTBEAT_S": "0.5",
         "SWEEP_S": "0.3",
     }
     texts = {n: "kill the worker" if n == POISON else f"text {n}" for n in range(NUM_ITEMS)}

@@ -562,6 +562,33 @@ def test_lost_device_makes_suspects_that_run_alone(rig: Rig) -> None:
     assert 3 == len(exits)
 
 
+def test_nothing_is_leased_while_a_suspect_runs_alone(rig: Rig) -> None:
+    job = rig.make(*(build_request(f"r-{n}", f"text {n}") for n in range(6)))
+    with rig.stores.database.write() as session:
+        chunk = items.lease(session, model=MODEL, worker="dead", max_items=4)
+        assert chunk is not None
+        items.report_crash(session, [item.fence for item in chunk.items])
+    let_backoff_end(rig.stores.database)
+    leased: list[int] = []
+
+    def look(text: str) -> None:
+        if text not in ("text 4", "text 5"):  # which are no suspects
+            time.sleep(0.2)  # for the other threads, to lease what they can
+            leased.append(rig.count(job)[ItemState.LEASED])
+
+    with rig.runner(InstantEngine(on_prompt=look)) as runner, ThreadPoolExecutor(3) as threads:
+
+        def work() -> None:
+            while runner.run_chunk():
+                pass
+
+        for done in [threads.submit(work) for _ in range(3)]:
+            done.result()
+
+    assert [1, 1, 1, 1] == leased
+    assert {ItemState.COMPLETED: 6} == rig.count(job)
+
+
 def test_images_come_from_urls_and_files_and_bad_ones_end_their_item_only(rig: Rig) -> None:
     upload = submit(
         rig.stores, rig.dispatcher, parse_submission({"requests": [build_request("x")]})
