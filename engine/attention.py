@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
+from engine.kernels import pictures
 from engine.kernels.rope import rotate_and_store_
 from engine.swaps import DecodeAttention
 
@@ -72,10 +73,12 @@ class VisionContext:
             of a video counts as a picture.
         starts: (pictures + 1,), int32, device: where each begins, for the kernel that takes any
             sizes at once; None where every run is a dense batch.
+        cut: how our kernel for that is cut; None for torch's.
     """
 
     runs: Sequence[tuple[int, int]]
     starts: Tensor | None = None
+    cut: pictures.Cut | None = None
 
 
 class _Current(threading.local):
@@ -268,12 +271,17 @@ def attend_vision(
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, context: VisionContext, scaling: float | None
 ) -> Tensor:
-    """Pictures of any sizes in one kernel; private to torch, as in `_attend_flash`."""
+    """Pictures of any sizes in one kernel: ours, or torch's own, private as in `_attend_flash`."""
+    assert context.starts is not None
     most = max(num_patches for _, num_patches in context.runs)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if context.cut is not None and pictures.takes(q, k, v):
+        scale = q.shape[2] ** -0.5 if scaling is None else scaling
+        return pictures.attend(q, k, v, context.starts, most, scale, context.cut)[None]
     attended, *_ = torch.ops.aten._flash_attention_forward(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        q,
+        k,
+        v,
         context.starts,
         context.starts,
         most,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from engine.attention import VisionContext, can_use_flash, dense_kernels, using
 from engine.errors import BadConfig
+from engine.kernels.pictures import Choice, choose
 from engine.kernels.pixels import centre
 from engine.repeats import Repeats, power_up, round_up
 from engine.uploads import upload
@@ -262,6 +263,7 @@ class Qwen2VL:
         self.image_token_id: int = config.image_token_id
         self.video_token_id: int = config.video_token_id
         self.hidden_size: int = config.text_config.hidden_size
+        self._num_heads: int = vision.num_heads
         self._head_dim: int = vision.embed_dim // vision.num_heads
         self.image_area = _area_of(processor)
         self.video_area = _area_of(video_processor or processor)
@@ -377,6 +379,9 @@ class Qwen2VL:
         if self._pins:
             self._copies = torch.cuda.Stream(weight.device)  # type: ignore[no-untyped-call]
         self._has_varlen = can_use_flash(weight.device, weight.dtype, self._head_dim)
+        self._choice = Choice()
+        if self._has_varlen:
+            self._choice = choose(weight.device, weight.dtype, self._num_heads, self._head_dim)
         self._positions: OrderedDict[Grid, Tensor] = OrderedDict()
         self.repeats: Repeats | None = None  # the runner gives it where there are graphs
 
@@ -398,7 +403,7 @@ class Qwen2VL:
         # A few large batches of equal pictures are fastest dense; others go through one kernel,
         # which takes any sizes without having to be planned for each.
         is_even = len(runs) <= MAX_DENSE_RUNS and min(runs)[0] >= MIN_DENSE_PICTURES
-        is_dense = is_even or not self._has_varlen
+        is_dense = not self._has_varlen or (is_even and not self._choice.beats_dense)
         embedded = self._embed(packed)
         positions = torch.cat([self._patch_positions(visual.grid) for visual in packed])
         starts = np.cumsum([0, *units], dtype=np.int32)
@@ -433,7 +438,7 @@ class Qwen2VL:
         starts: Tensor,
     ) -> Tensor:
         """The encoder's layers on packed patches: (patches, width) -> (tokens, hidden_size)."""
-        context = VisionContext(runs, None if is_dense else starts)
+        context = VisionContext(runs, None if is_dense else starts, self._choice.own)
         grids = torch.tensor([[1, MERGE, len(embedded) // MERGE]])  # asked for, and not read
         with using(context), dense_kernels(self._device):
             return self._visual(  # type: ignore[no-any-return]

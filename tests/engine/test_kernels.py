@@ -173,6 +173,18 @@ def test_patches_see_their_own_picture_alone() -> None:
             torch.testing.assert_close(expected, found[start:end, head])
 
 
+def test_pictures_take_views_of_one_projection() -> None:
+    query, key, value = torch.split(drawn(5, 3 * 2, 16), 2, dim=1)
+
+    assert pictures.takes(query, key, value)
+    assert pictures.takes(query.contiguous(), key, value)
+    assert not pictures.takes(query, key.contiguous(), value)
+
+
+def test_a_cpu_has_no_choice_of_kernels() -> None:
+    assert pictures.Choice() == pictures.choose(torch.device("cpu"), torch.bfloat16, 16, 80)
+
+
 def test_argmax_is_the_samplers() -> None:
     logits = drawn(7, 50).bfloat16()
     logits[1] = -math.inf

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from engine import attention
 from engine.checkpoint import load_weights, read_checkpoint
 from engine.config import EngineConfig
 from engine.families.qwen2_vl import Qwen2VL, Visual
-from engine.kernels import pictures
+from engine.kernels.pictures import Choice, Cut
 from engine.repeats import power_up, round_up
 from tests.engine.pictures import draw
 
@@ -52,11 +50,7 @@ def test_filled_up_calls_give_the_same_features(
     visuals = visuals_of(family, [(56, 84), (112, 56), (56, 84), (84, 84)])
     expected = family.encode(visuals)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, context: Any, scaling: float) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return pictures.attend(q, k, v, context.starts, context.runs[0][1], scaling)[None]
-
-    monkeypatch.setattr(attention, "_attend_varlen", attend)
+    monkeypatch.setattr(family, "_choice", Choice(Cut(), beats_dense=True))  # its twin, here
     monkeypatch.setattr(family, "_has_varlen", True)
     runs = Runs()
     monkeypatch.setattr(family, "repeats", runs)

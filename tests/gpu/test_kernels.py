@@ -353,6 +353,17 @@ def test_attention_in_pictures(
     assert (expected - actual.double().cpu()).abs().max().item() < allowed
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="speed is a device's")
+def test_a_choice_of_kernels_is_made_once() -> None:
+    device = torch.device("cuda")
+    choice = pictures.choose(device, torch.bfloat16, 16, 80)
+    print(choice)
+
+    assert choice is pictures.choose(device, torch.bfloat16, 16, 80)
+    assert choice.own is not None or not choice.beats_dense
+    assert pictures.Choice() == pictures.choose(device, torch.bfloat16, 2, 16)  # not among DIMS
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [7, 4096, 5000, 151_936])
 def test_argmax(vocab: int, dtype: torch.dtype) -> None:
