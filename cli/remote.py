@@ -290,8 +290,12 @@ def open_manifest(
     media = [each.path for each in found.inputs if isinstance(each, Input)]
     uploaded: dict[str, str | FileError] = {}
     if count_bytes(media) > INLINE_BYTES:
-        with screen.progress(len(media)):
-            uploaded = upload_all(client, media, screen.count_up)
+        try:
+            with screen.progress(len(media)):
+                uploaded = upload_all(client, media, screen.count_up)
+        except (KeyboardInterrupt, UnreachableError):
+            typer.echo("Nothing was handed in. Again, only what is missing is uploaded.", err=True)
+            raise
     with tempfile.TemporaryFile() as file:
         num_refused = write_lines(file, found, uploaded, prompt, model)
         num_bytes = file.tell()

@@ -416,6 +416,18 @@ def test_wish_whose_answer_is_lost_is_sent_again_under_its_key(
     assert 1 == len(set(breaking_server.keys))
 
 
+def test_upload_that_is_cut_off_says_that_it_goes_on(
+    breaking_server: BreakingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.remote.INLINE_BYTES", 0)
+    words = ["submit", str(SAMPLES / "one.png"), "--server", breaking_server.url]
+
+    run = CliRunner().invoke(app, words)
+
+    assert (3, "") == (run.exit_code, run.stdout)
+    assert run.stderr.startswith("Nothing was handed in. Again, only what is missing is uploaded.")
+
+
 def test_submit_that_is_cut_off_says_how_to_make_no_second_batch(
     breaking_server: BreakingServer,
 ) -> None:
