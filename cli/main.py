@@ -356,8 +356,8 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """
     Serve OpenAI's files and batches over HTTP. Workers do the work: see `darkroom worker`.
 
-    Requests need an API key (`darkroom keys create`), but for a server without DARKROOM_DATABASE_URL,
-    which listens on this host alone.
+    Requests need an API key (`darkroom keys create`), but for a server without DARKROOM_DATABASE_URL
+    that listens for this host alone.
     """
     from cli.server import run_api
 

@@ -3,15 +3,22 @@
 import json
 import os
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from cli.client import Client, ServerError
 from cli.errors import CannotStartError
 from cli.main import app
 from cli.server import ServeOptions, describe_models, open_listener, spread_workers
 from tasks.config import load_config
+from tests.services import find_free_ports
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +79,31 @@ def test_address_that_cannot_be_listened_on_is_named() -> None:
             open_listener("127.0.0.1", port)
     with pytest.raises(CannotStartError, match=r"Cannot listen on 192\.0\.2\.1, port 80"):
         open_listener("192.0.2.1", 80)
+
+
+def test_server_that_others_can_reach_takes_keys_only(tmp_path: Path) -> None:
+    (port,) = find_free_ports(1)
+    env = {**os.environ, "DARKROOM_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    words = ["api", "--host", "0.0.0.0", "--port", str(port)]  # noqa: S104 - what is tested
+    made = CliRunner().invoke(app, ["keys", "create", "k"], env={"DARKROOM_HOME": str(tmp_path)})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", *words], env=env, stderr=subprocess.DEVNULL
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while not Client(url).is_ready():
+            assert process.poll() is None
+            time.sleep(0.05)
+
+        with pytest.raises(ServerError) as refused:
+            Client(url).list_models()
+        models = Client(url, made.stdout.strip()).list_models()
+    finally:
+        process.terminate()
+        process.wait()
+
+    assert 401 == refused.value.status
+    assert [] == models
 
 
 @pytest.mark.parametrize(
