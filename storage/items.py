@@ -132,11 +132,13 @@ class Chunk:
 
     Args:
         is_alone: one item that may have killed workers: it must run in a step of its own.
+        options: of the items' jobs.
     """
 
     lease: LeaseId
     items: tuple[LeasedItem, ...]
     is_alone: bool
+    options: Mapping[JobId, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,10 +308,19 @@ def lease(
         if not leased:
             suspects = _claim(session, job, claim, is_suspect=True, limit=1)
             if suspects:
-                return Chunk(lease_id, tuple(suspects), is_alone=True)
+                return _build_chunk(session, lease_id, suspects, is_alone=True)
         if len(leased) >= max_items:
             break
-    return Chunk(lease_id, tuple(leased), is_alone=False) if leased else None
+    return _build_chunk(session, lease_id, leased, is_alone=False) if leased else None
+
+
+def _build_chunk(
+    session: Session, lease_id: LeaseId, leased: Sequence[LeasedItem], *, is_alone: bool
+) -> Chunk:
+    # In the transaction of the lease: one that its worker knows too little of would be nobody's.
+    job_ids = {item.job for item in leased}
+    options = session.execute(select(Job.id, Job.options).where(Job.id.in_(job_ids))).all()
+    return Chunk(lease_id, tuple(leased), is_alone, dict(options))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ import structlog
 
 from engine.request import CompletionOutput, Result, SamplingParams
 from storage import items, jobs, served
-from storage.db import Session
 from storage.errors import CommitUnknownError, StorageError
 from storage.ids import ItemId, JobId, LeaseId
 from storage.items import Chunk, Completion, Failure, Fence, LeasedItem, Outcome
@@ -49,8 +48,6 @@ MAX_UNCOMMITTED: Final = 1024
 
 FLUSH_S: Final = 2.0
 
-MAX_JOBS_KNOWN: Final = 10_000
-
 
 @dataclass(slots=True, eq=False)
 class Flight:
@@ -58,6 +55,7 @@ class Flight:
 
     lease: LeaseId
     open: dict[ItemId, Fence]
+    policies: Mapping[JobId, ImagePolicy]
     handed: set[ItemId] = field(default_factory=set)
     """Given to the engine, or on the way to it."""
     running: set[ItemId] = field(default_factory=set)
@@ -193,7 +191,6 @@ class Runner:
         self._budget = Budget(config.max_media_bytes)
         self._lock = threading.Lock()
         self._flights: dict[LeaseId, Flight] = {}
-        self._policies: dict[JobId, ImagePolicy] = {}  # of jobs met; they never change
         self._last_beat = self._progress_at = time.monotonic()
         self._progress = 0.0  # the engine's, when we last looked
         self._committer = Committer(self)
@@ -295,7 +292,7 @@ class Runner:
 
     def _lease(self, max_priority: int | None) -> Chunk | None:
         with self._stores.database.write() as session:
-            chunk = items.lease(
+            return items.lease(
                 session,
                 model=self._model,
                 worker=self._worker,
@@ -303,25 +300,11 @@ class Runner:
                 lease_s=self._config.lease_s,
                 max_priority=max_priority,
             )
-            if chunk is not None:  # before the commit: a lease that we know nothing of would expire
-                self._learn_policies(session, {item.job for item in chunk.items})
-        return chunk
-
-    def _learn_policies(self, session: Session, job_ids: set[JobId]) -> None:
-        with self._lock:
-            unknown = job_ids - self._policies.keys()
-        if not unknown:
-            return
-        found = [jobs.find(session, job) for job in unknown]
-        with self._lock:
-            while len(self._policies) > MAX_JOBS_KNOWN:
-                self._policies.pop(next(iter(self._policies)))
-            for job in found:
-                assert job is not None, "an item's job is there"
-                self._policies[job.id] = JobOptions.read(job.options).image_policy
 
     def _add_flight(self, chunk: Chunk) -> Flight:
-        flight = Flight(chunk.lease, {item.fence.item: item.fence for item in chunk.items})
+        policies = {job: JobOptions.read(said).image_policy for job, said in chunk.options.items()}
+        fences = {item.fence.item: item.fence for item in chunk.items}
+        flight = Flight(chunk.lease, fences, policies)
         with self._lock:
             self._flights[chunk.lease] = flight
         if self.is_draining.is_set():  # it began between our look and now
@@ -381,8 +364,8 @@ class Runner:
     def _feed(
         self, chunk: Chunk, flight: Flight, asked: dict[str, Ready], hold: Hold
     ) -> Iterator[Prompt]:
-        policies = {item.job: self._policies[item.job] for item in chunk.items}
-        for found in self._preparer.prepare(chunk.items, policies, take=flight.take, hold=hold):
+        prepare = self._preparer.prepare
+        for found in prepare(chunk.items, flight.policies, take=flight.take, hold=hold):
             if isinstance(found, Refused):
                 hold.release(found.item.fence.item)
                 flight.note_answer(found.item.fence.item)

@@ -34,8 +34,8 @@ def settings_of(config: Config, broker: str, **more: str) -> dict[str, str]:
         "DATABASE_URL": config.database_url,
         "REDIS_URL": broker,
         "CHUNK_ITEMS": "16",
-        "LEASE_S": "4",
-        "HEARTBEAT_S": "1",
+        "LEASE_S": "30",
+        "HEARTBEAT_S": "5",
         "SWEEP_S": "0.5",
         **more,
     }
