@@ -504,11 +504,18 @@ class Engine:
         flight = _Flight(self._guarded(run, sequences), batch.is_prefill, started)
         if flight.parts:
             self._flights.append(flight)
+        # Whose last token was launched needs its rows no more: what is launched into them later runs
+        # later. Those behind need not wait until that token has been read.
+        spent = [s for s in sequences if s.start is not None and not s.wants_token]
+        if spent:
+            self._scheduler.finish(spent)
         return True
 
     def _gathers(self) -> bool:
         """Whether to wait a moment for more, where nothing runs and a prefill would be a small one."""
-        if self._max_flights == 0 or self._scheduler.num_running or not self._preparing:
+        if self._max_flights == 0 or self._flights or not self._preparing:
+            return False
+        if self._scheduler.num_running:
             return False
         is_full = self._scheduler.num_waiting_tokens >= self._max_tokens_ahead / NUM_PREFILLS_AHEAD
         if is_full or time.perf_counter() - self._ready_since > GATHER_S:

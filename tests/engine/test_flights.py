@@ -126,3 +126,24 @@ def test_batch_that_fails_late_fails_its_own(
     assert results.pop("bad").error is not None
     assert expected == answers(list(results.values()))
     assert_idle(late.engine)
+
+
+def test_last_token_is_launched_and_its_rows_go_to_who_waits(tiny_folder: Path) -> None:
+    """A prompt that waits is read before the tokens of those that make room for it are."""
+    llm = LLM(str(tiny_folder), max_num_seqs=2)
+    llm.engine._max_flights = 2
+    unread = []
+    prefill = llm.engine._runner.prefill
+
+    def count(sequences: Any) -> Any:
+        unread.append(sum(len(part[0]) for f in llm.engine._flights for part in f.parts))
+        return prefill(sequences)
+
+    llm.engine._runner.prefill = count  # type: ignore[method-assign]
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    results = llm.generate(["a", "b", "c", "d"], params, use_tqdm=False)
+    llm.close()
+
+    assert [5] * 4 == [len(result.outputs[0].token_ids) for result in results]
+    assert 2 <= unread[-1]
+    assert_idle(llm.engine)
