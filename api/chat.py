@@ -102,7 +102,7 @@ _ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
     **describe_json(ChatCompletion),
     200: {
         "model": ChatCompletion,
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
         "description": "The whole answer, or with `stream` its events",
     },
     504: {"model": ErrorEnvelope, "description": "No worker finished in time"},
