@@ -1,6 +1,7 @@
 """What processes stand on goes away while they work: the database, the bucket, the disk, the API."""
 
 import json
+import os
 import resource
 import subprocess
 import time
@@ -315,14 +316,14 @@ def list_jobs(database: Database) -> list[JobId]:
 
 
 @contextmanager
-def full_disk(process: "subprocess.Popen[bytes]", num_bytes: int) -> Iterator[None]:
+def full_disk(pid: int, num_bytes: int) -> Iterator[None]:
     """No file of this process grows beyond so many bytes: for a large blob the disk is full."""
-    before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
         yield
     finally:
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
 @on_postgresql  # an SQLite would be on the same disk
@@ -335,7 +336,7 @@ def test_full_disk_delays_what_was_handed_in_and_loses_none_of_it(
     with open_fleet(tmp_path, **settings) as fleet, build_client(broker.url) as client:
         cpu = fleet.start("cpu")
         wait_until(lambda: fleet.count_logged(cpu, "worker_ready") > 0, fleet, timeout_s=120)
-        with full_disk(cpu, 200_000):
+        with full_disk(cpu.pid, 200_000):
             client.xadd(STREAM, {"submission": json.dumps({"requests": requests})})
             wait_until(lambda: is_failing(fleet, cpu, "ingest_failed"), fleet, timeout_s=120)
             assert 1 == client.xlen(STREAM)
@@ -343,7 +344,7 @@ def test_full_disk_delays_what_was_handed_in_and_loses_none_of_it(
         wait_until(lambda: list_jobs(database) != [], fleet, timeout_s=120)
         job = list_jobs(database)[0]
         wait_until(lambda: find(database, job).state is JobState.IN_PROGRESS, fleet, timeout_s=120)
-        with full_disk(cpu, 4_000):
+        with full_disk(cpu.pid, 4_000):
             worker = fleet.start("gpu")
             wait_until(lambda: is_failing(fleet, cpu, "task_failed"), fleet, timeout_s=120)
             assert JobState.FINALIZING is find(database, job).state
@@ -376,7 +377,7 @@ def test_full_disk_refuses_an_upload_that_may_come_again(
                 f"{url}/v1/files", data={"purpose": "batch"}, files=upload, trust_env=False
             )
 
-        with full_disk(api, 6_000_000):
+        with full_disk(api.pid, 6_000_000):
             refused = send()
             left = list((tmp_path / "blobs").rglob("*"))
         taken = send()
@@ -387,3 +388,21 @@ def test_full_disk_refuses_an_upload_that_may_come_again(
     assert [tmp_path / "blobs" / ".unfinished"] == left
     assert 200 == taken.status_code
     assert 100 * content == found.content
+
+
+@on_sqlite
+def test_full_disk_of_the_database_undoes_what_does_not_fit_and_nothing_else(
+    tmp_path: Path, database: Database
+) -> None:
+    rows.make_job(database, 10)
+    largest = max(path.stat().st_size for path in tmp_path.iterdir())
+
+    with full_disk(os.getpid(), largest + 8192), pytest.raises(DatabaseUnavailableError):  # noqa: PT012 - one of them must
+        for _ in range(100):
+            rows.make_job(database, 200)
+    num_jobs = len(list_jobs(database))
+    rows.make_job(database, 200)
+
+    assert num_jobs + 1 == len(list_jobs(database))
+    with database.read() as session:
+        assert [("ok",)] == session.execute(text("PRAGMA integrity_check")).all()
