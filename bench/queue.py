@@ -15,6 +15,7 @@ import http.client
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -319,6 +320,8 @@ def _read_commit() -> str | None:
 def main() -> int:
     options = _options()
     configure_logging()
+    # A service that is left behind would work on for ever: its processes have sessions of their own.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     databases = ["postgresql", "sqlite"] if options.database == "both" else [options.database]
     settings = dict(options.set)
     is_good = True
