@@ -17,6 +17,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # kept; the one that was not used for longest goes first
+# Runs for which it must not have been used: recording takes as long as several calls, so where
+# more sizes come in turn than are kept, those that are not there are run as they are.
+MIN_UNUSED_RUNS = 100
 MAX_SEEN = 256  # keys remembered of calls that came once
 LEAST_STEP = 256  # of `round_up`
 
@@ -35,11 +38,21 @@ class Repeats:
     Args:
         device: a CUDA device.
         max_graphs: how many are kept.
+        min_unused_runs: after how many runs without it a graph may go.
     """
 
-    def __init__(self, device: torch.device, *, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        max_graphs: int = MAX_GRAPHS,
+        min_unused_runs: int = MIN_UNUSED_RUNS,
+    ) -> None:
         self._device = device
         self._max_graphs = max_graphs
+        self._min_unused_runs = min_unused_runs
+        self._num_runs = 0
+        self._last_run: dict[Hashable, int] = {}
         self._graphs: OrderedDict[Hashable, _Repeat] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
@@ -64,6 +77,7 @@ class Repeats:
         """
         if self.are_given_up:
             return call(*inputs)
+        self._num_runs += 1
         repeat = self._graphs.get(key)
         if repeat is None:
             if key not in self._seen:
@@ -75,14 +89,18 @@ class Repeats:
             if repeat is None:
                 return call(*inputs)
         self._graphs.move_to_end(key)
+        self._last_run[key] = self._num_runs
         for kept, given in zip(repeat.inputs, inputs, strict=True):
             kept.copy_(given)
         repeat.graph.replay()
         return repeat.output.clone()  # the next replay writes over it
 
     def _try_record(self, key: Hashable, call: Call, inputs: tuple[Tensor, ...]) -> _Repeat | None:
-        while len(self._graphs) >= self._max_graphs:
-            self._graphs.popitem(last=False)
+        if len(self._graphs) >= self._max_graphs:
+            oldest = next(iter(self._graphs))
+            if self._num_runs - self._last_run[oldest] < self._min_unused_runs:
+                return None
+            del self._graphs[oldest], self._last_run[oldest]
         try:
             self._graphs[key] = self._record(call, inputs)
         except Exception:
@@ -90,6 +108,7 @@ class Repeats:
             logger.warning("repeats were given up, calls will be slower", exc_info=True)
             self.are_given_up = True
             self._graphs.clear()
+            self._last_run.clear()
             return None
         return self._graphs[key]
 

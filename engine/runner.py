@@ -148,8 +148,9 @@ class Runner:
         num_tokens = int(first_rows[-1])
         num_places, num_spans, most = num_tokens, len(sequences), max(lens)
         if self._prefills is not None:  # rounded up, sizes come back
-            num_places, num_spans = round_up(num_tokens), power_up(num_spans, 16)
-            most = power_up(most, 256)
+            # Empty prompts, and blocks behind the end of one, cost next to nothing.
+            num_places, num_spans = round_up(num_tokens), power_up(num_spans, 64)
+            most = power_up(most, 1024)
         # One table goes up: ids, three axes of positions, and rows to write. What fills it up
         # writes to scratch, and no sequence looks at it.
         table = np.zeros((5, num_places), dtype=np.int64)

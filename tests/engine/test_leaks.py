@@ -10,7 +10,7 @@ from tests.engine.conftest import LIMITS
 from tests.engine.idle import assert_idle
 from tests.engine.test_engine import random_request
 
-NUM_ROUNDS, NUM_REQUESTS = 6, 60
+NUM_ROUNDS, NUM_REQUESTS = 5, 36
 
 
 def count_objects() -> Counter[str]:

@@ -29,12 +29,24 @@ def test_replays_read_new_contents_and_leave_old_outputs() -> None:
 
 
 def test_the_least_used_graph_goes_first() -> None:
-    repeats = Repeats(torch.device("cuda"), max_graphs=2)
+    repeats = Repeats(torch.device("cuda"), max_graphs=2, min_unused_runs=0)
     x = torch.ones(4, device="cuda")
     for key in (1, 1, 2, 2, 1, 3, 3, 2):
         assert [key] * 4 == repeats.run(key, lambda x, key=key: key * x, x).tolist()
 
     assert 2 == repeats.num_graphs
+
+
+def test_sizes_that_take_turns_do_not_push_each_other_out() -> None:
+    repeats = Repeats(torch.device("cuda"), max_graphs=2, min_unused_runs=6)
+    x = torch.ones(4, device="cuda")
+    recorded = []
+    for key in (1, 1, 2, 2, 3, 3, 1, 2, 3, 3, 3, 3, 3):
+        assert [key] * 4 == repeats.run(key, lambda x, key=key: key * x, x).tolist()
+        recorded.append(set(repeats._graphs))
+
+    assert [{1, 2}] * 9 == recorded[3:12]
+    assert {2, 3} == recorded[12]
 
 
 def test_a_call_that_waits_for_the_device_is_run_instead() -> None:
