@@ -71,7 +71,7 @@ def _measure(options: argparse.Namespace, model: Path) -> None:
         "model": options.model_config or options.model,
         "prompts": num,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "max_num_seqs": options.max_num_seqs,
+        "max_num_seqs": llm.engine.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "load_s": round(load_s, 1),
         "ready_s": round(ready_s, 1),
@@ -247,7 +247,7 @@ def _options() -> argparse.Namespace:
     add("--dtype", default="auto")
     add("--device", default="auto")
     add("--max-model-len", type=int)
-    add("--max-num-seqs", type=int, default=256)
+    add("--max-num-seqs", type=int)
     add("--max-num-batched-tokens", type=int)
     add("--media-threads", type=int)
     add("--llm", action="append", default=[], metavar="NAME=VALUE", help="any other word of LLM")

@@ -125,7 +125,7 @@ class EngineConfig:
         seed: of random draws whose request names none.
         limits: pictures and videos that one prompt may hold.
         max_model_len: prompt and output together, in tokens; None for the model's own maximum.
-        max_num_seqs: sequences that decode together.
+        max_num_seqs: sequences that decode together; None for 512 on a GPU and 256 on a CPU.
         max_num_batched_tokens: prompt tokens of one prefill call; a longer prompt gets a call alone.
             None for 16384 on a GPU and 8192 on a CPU.
         kv_cache_memory_bytes: memory for KV rows; None for a share of what the device has free.
@@ -154,7 +154,7 @@ class EngineConfig:
     seed: int = 0
     limits: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
     max_model_len: int | None = None
-    max_num_seqs: int = 256
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -183,10 +183,10 @@ class EngineConfig:
             "max_model_len",
             "kv_cache_memory_bytes",
             "num_media_threads",
+            "max_num_seqs",
             "max_num_batched_tokens",
         ):
             _check_positive(name, getattr(self, name), may_be_none=True)
-        _check_positive("max_num_seqs", self.max_num_seqs, may_be_none=False)
         kept = self.encoder_cache_bytes
         if isinstance(kept, bool) or not isinstance(kept, numbers.Integral) or kept < 0:
             raise BadConfig(

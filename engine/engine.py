@@ -51,6 +51,7 @@ MAX_PREPARED_BYTES = 1 << 30  # pixels that wait for the encoder; over it only s
 # Prefills of prompts that wait for a GPU, beside those of NUM_PREPARED_AHEAD. Enough to fill the next
 # one at any moment; more would only be prepared all at once, while Python has kernels to launch.
 NUM_PREFILLS_AHEAD = 3
+GPU_NUM_SEQS, CPU_NUM_SEQS = 512, 256  # that decode together: weights are read once for all of them
 GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16_384, 8192  # of one call
 MAX_MEDIA_THREADS = 8  # by default beside a GPU, for the same reason
 GPU_FLIGHTS = 2  # batches that a GPU may have before the tokens of the first are read
@@ -134,6 +135,7 @@ class Engine:
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint, model: nn.Module) -> None:
         self.checkpoint = checkpoint
         rows = plan_rows(config, checkpoint)
+        self.max_num_seqs = _max_num_seqs(config, checkpoint)
         self._config = config
         num_threads = config.num_media_threads or _num_cores()
         if checkpoint.device.type == "cuda" and config.num_media_threads is None:
@@ -145,7 +147,7 @@ class Engine:
         )
         self._scheduler = Scheduler(
             SlabAllocator(rows),
-            config.max_num_seqs,
+            self.max_num_seqs,
             max_prefill_tokens,
             GPU_PATIENCE if is_cuda else 0,
         )
@@ -154,7 +156,7 @@ class Engine:
             checkpoint,
             model,
             rows,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=self.max_num_seqs,
             cache_bytes=config.encoder_cache_bytes,
             uses_graphs=config.uses_graphs,
         )
@@ -162,12 +164,11 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         self._max_flights = GPU_FLIGHTS if is_cuda else 0
         self._last_landed = 0.0  # perf_counter
-        self._num_ahead = 2 * config.max_num_seqs if is_cuda else NUM_PREPARED_AHEAD
+        self._num_ahead = 2 * self.max_num_seqs if is_cuda else NUM_PREPARED_AHEAD
         self._max_tokens_ahead = NUM_PREFILLS_AHEAD * max_prefill_tokens
         self._prepared_bytes = 0
         self._usual_tokens = 0.0  # of a prompt, lately
         self.meter = self._runner.meter
-        self.max_num_seqs = config.max_num_seqs
         vocab_size = checkpoint.config.text_config.vocab_size
         self._sampler = Sampler(vocab_size, checkpoint.device)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
@@ -205,7 +206,7 @@ class Engine:
             rows,
             rows * row_bytes >> 20,
             (rows - NUM_SCRATCH_ROWS) // checkpoint.max_model_len,
-            config.max_num_seqs,
+            self.max_num_seqs,
             config.encoder_cache_bytes >> 20,
         )
 
@@ -785,7 +786,7 @@ def plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:
     rows = num_kv_rows(
         checkpoint,
         least=longest + NUM_SCRATCH_ROWS,
-        most=longest * config.max_num_seqs + NUM_SCRATCH_ROWS,
+        most=longest * _max_num_seqs(config, checkpoint) + NUM_SCRATCH_ROWS,
         kv_bytes=config.kv_cache_memory_bytes,
         utilization=config.gpu_memory_utilization,
     )
@@ -801,6 +802,11 @@ def plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:
             f"raise {budget}."
         )
     return rows
+
+
+def _max_num_seqs(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    is_cuda = checkpoint.device.type == "cuda"
+    return config.max_num_seqs or (GPU_NUM_SEQS if is_cuda else CPU_NUM_SEQS)
 
 
 def knows_budget(config: EngineConfig, checkpoint: Checkpoint) -> bool:

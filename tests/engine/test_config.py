@@ -199,7 +199,7 @@ def test_tokenizer_of_another_model_is_told(tiny_folder: Path, tmp_path: Path) -
         ({"max_model_len": 5000}, "max_model_len=5000 is more than the model's maximum of 4096"),
         ({"max_model_len": 0}, "max_model_len must be a whole number of 1 or more, got 0."),
         ({"max_model_len": "4k"}, "max_model_len must be a whole number of 1 or more, got '4k'."),
-        ({"max_num_seqs": None}, "max_num_seqs must be a whole number of 1 or more, got None."),
+        ({"max_num_seqs": 2.5}, "max_num_seqs must be a whole number of 1 or more, got 2.5."),
         ({"max_num_batched_tokens": True}, "max_num_batched_tokens must be a whole number"),
         ({"num_media_threads": 0}, "num_media_threads must be a whole number of 1 or more, got 0."),
         ({"seed": "x"}, "seed must be a whole number, got 'x'."),
