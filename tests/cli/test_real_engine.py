@@ -40,19 +40,22 @@ def test_pictures_are_captioned_as_they_are_drawn() -> None:
     assert expected == run.stdout.splitlines()
 
 
-def test_bad_picture_costs_no_other_text() -> None:
+def test_bad_pictures_are_a_line_each_and_cost_no_other_text() -> None:
     good = str(FOLDER / PICTURES[0])
     Path("bad.png").write_bytes(b"no picture")
+    Image.new("1", (12_000, 12_000)).save("large.png")
 
-    run = darkroom("caption", "bad.png", good, "--json")
+    run = darkroom("caption", "bad.png", "large.png", good, "--json")
 
-    bad, right = map(json.loads, run.stdout.splitlines())
-    error, summary = run.stderr.splitlines()
+    bad, large, right = map(json.loads, run.stdout.splitlines())
+    about_bad, about_large, summary = run.stderr.splitlines()
     assert 1 == run.returncode
     assert "image_unreadable" == bad["error"]["code"]
+    assert "image_too_large" == large["error"]["code"]
     assert EXPECTED[PICTURES[0]] == right["text"]
-    assert error.startswith("error: bad.png: Failed to load image: ")
-    assert "note: 1 of 2 images failed." == summary
+    assert about_bad.startswith("error: bad.png: Failed to load image: ")
+    assert about_large.startswith("error: large.png: Image dimensions 12000x12000")
+    assert "note: 2 of 3 images failed." == summary
 
 
 def test_clip_is_described_as_it_is_drawn() -> None:
@@ -69,14 +72,6 @@ def test_clip_may_be_shown_as_many_images_as_frames_are_asked_for() -> None:
 
     assert (0, "") == (run.returncode, run.stderr)
     assert 1 == len(run.stdout.splitlines())
-
-
-def test_all_drawn_samples_of_the_demo_are_right() -> None:
-    run = darkroom("demo", "--check")
-
-    assert (0, "") == (run.returncode, run.stderr)
-    assert "WRONG" not in run.stdout
-    assert "10 of 10 drawn samples are right" in run.stdout
 
 
 def test_prompt_without_room_says_which_option_helps_and_it_does() -> None:
@@ -97,13 +92,3 @@ def test_model_that_is_nowhere_is_one_line() -> None:
     assert (2, "") == (run.returncode, run.stdout)
     assert 1 == len(run.stderr.splitlines())
     assert run.stderr.startswith("error: The model './nowhere' cannot be loaded: ")
-
-
-def test_picture_of_too_many_pixels_is_one_line() -> None:
-    Image.new("1", (12_000, 12_000)).save("large.png")
-
-    run = darkroom("caption", "large.png")
-
-    (error,) = run.stderr.splitlines()
-    assert 1 == run.returncode
-    assert error.startswith("error: large.png: Image dimensions 12000x12000")
