@@ -5,7 +5,6 @@ Numbers are those of the list that the wire was built by. Its sixteenth, webhook
 tests/api/test_conformance.py asks the API alone for the same, in every state and on both databases.
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -57,8 +56,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         assert 0 == service.stop()
         assert 0 == service.says("request_crashed")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            service.process.kill()
+        service.end()
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ class Profile:
     timeout_s: float
 
 
-SHORT = Profile(400, num_kills=5, num_losses=1, delay_s=0.05, pause_s=(0.2, 0.8), timeout_s=120)
+SHORT = Profile(400, num_kills=5, num_losses=1, delay_s=0.1, pause_s=(0.2, 0.8), timeout_s=120)
 FULL = Profile(5000, num_kills=40, num_losses=3, delay_s=0.06, pause_s=(0.2, 1.2), timeout_s=600)
 PROFILE = FULL if os.environ.get("DARKROOM_FAULT_PROFILE") == "full" else SHORT
 

@@ -119,9 +119,11 @@ def test_workers_told_to_stop_in_turn_lose_nothing_and_charge_nothing(
 ) -> None:
     with open_fleet(tmp_path, **settings_of(tmp_path, database_url, broker)) as fleet:
         cpu = fleet.start("cpu")
-        workers = [fleet.start("gpu", "0.05") for _ in range(2)]
+        # The first ones take a minute for all of it, so that there is work left for the others
+        # however long these take to start.
+        workers = [fleet.start("gpu", "0.4") for _ in range(2)]
         job = hand_in(stores, broker.url, tmp_path, 160)
-        wait_until_begun(stores.database, job, fleet, num_completed=10)
+        wait_until_begun(stores.database, job, fleet, num_completed=2)
         num_held = 0
         for place, worker in enumerate(workers):
             wait_until_busy(stores.database, worker, fleet)
@@ -129,7 +131,7 @@ def test_workers_told_to_stop_in_turn_lose_nothing_and_charge_nothing(
             workers[place] = fleet.start("gpu", "0.05")
             assert 0 == worker.wait(timeout=60), fleet.logs()
             num_held += fleet.count_logged(worker, "items_released")
-            assert 0 == count_items_of(stores.database, worker)
+            assert 0 == count_items_of(stores.database, worker), fleet.logs()
         wait_until_completed(stores.database, job, fleet)
         assert [0, 0, 0] == stop(cpu, *workers), fleet.logs()
 
