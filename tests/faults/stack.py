@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,22 @@ def wait_until_completed(
     wait_until(is_state(database, job, JobState.COMPLETED), fleet, timeout_s=timeout_s)
 
 
-def stop(*processes: "subprocess.Popen[bytes]") -> list[int]:
+def stop(fleet: Fleet, *processes: "subprocess.Popen[bytes]") -> list[int]:
+    """The exit codes. One that is still starting would die of the signal, so they get ready first."""
+    for process in processes:
+        wait_until(partial(_listens, process), fleet, timeout_s=120)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     return [process.wait(timeout=60) for process in processes]
+
+
+def _listens(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether it catches SIGTERM by now, or has ended."""
+    if process.poll() is not None:
+        return True
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def look_at(database: Database, job: JobId) -> Outcome:

@@ -97,7 +97,7 @@ def test_killed_workers_and_a_broker_that_forgot_lose_and_double_nothing(
             workers[victim] = fleet.start("gpu", str(PROFILE.delay_s))
         wait_until_completed(database, job, fleet, timeout_s=PROFILE.timeout_s)
         took_s = time.monotonic() - started
-        codes = stop(cpu, *workers)
+        codes = stop(fleet, cpu, *workers)
         assert {0} == set(codes), fleet.logs()
 
     outcome = look_at(database, job)

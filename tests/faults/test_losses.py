@@ -88,7 +88,7 @@ def test_database_whose_connections_are_cut_and_that_crashes_costs_no_item(
         postgresql_server.restart("fast")
         done_then = count_completed(database, job)
         wait_until_completed(database, job, fleet)
-        codes = stop(cpu, *workers)
+        codes = stop(fleet, cpu, *workers)
         told = sum(fleet.count_logged(worker, "database_unavailable") for worker in workers)
         told += sum(fleet.count_logged(worker, "commit_unknown") for worker in workers)
 
@@ -154,7 +154,7 @@ def test_bucket_that_dies_while_workers_read_and_while_the_job_ends(
             s3_server.kill()
         s3_server.start()
         wait_until_completed(database, job, fleet)
-        codes = stop(cpu, worker)
+        codes = stop(fleet, cpu, worker)
 
     outcome = look_at(database, job)
     assert [0, 0] == codes
@@ -283,7 +283,7 @@ def test_job_whose_api_was_killed_before_it_sent_the_message_is_found(
         wait_until_completed(database, job, fleet)
         again = httpx2.post(f"{url}/v1/batches", json=body, headers=headers, trust_env=False)
         num_resent = sum(fleet.count_logged(one, "sent_again") for one in (cpu, worker))
-        codes = stop(cpu, worker)
+        codes = stop(fleet, cpu, worker)
 
     assert [0, 0] == codes
     assert num_resent > 0
@@ -349,7 +349,7 @@ def test_full_disk_delays_what_was_handed_in_and_loses_none_of_it(
             wait_until(lambda: is_failing(fleet, cpu, "task_failed"), fleet, timeout_s=120)
             assert JobState.FINALIZING is find(database, job).state
         wait_until_completed(database, job, fleet)
-        codes = stop(cpu, worker)
+        codes = stop(fleet, cpu, worker)
 
     assert [0, 0] == codes
     assert [] == list((tmp_path / "blobs" / ".unfinished").iterdir())

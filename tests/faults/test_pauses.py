@@ -133,7 +133,7 @@ def test_workers_told_to_stop_in_turn_lose_nothing_and_charge_nothing(
             num_held += fleet.count_logged(worker, "items_released")
             assert 0 == count_items_of(stores.database, worker), fleet.logs()
         wait_until_completed(stores.database, job, fleet)
-        assert [0, 0, 0] == stop(cpu, *workers), fleet.logs()
+        assert [0, 0, 0] == stop(fleet, cpu, *workers), fleet.logs()
 
     outcome = look_at(stores.database, job)
     assert num_held > 0, "nothing was in flight"

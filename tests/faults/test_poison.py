@@ -53,7 +53,7 @@ def test_item_that_kills_its_worker_fails_alone(
             return find(database, job).state is JobState.COMPLETED
 
         wait_until(is_over, fleet, timeout_s=120)
-        codes = stop(cpu, worker)
+        codes = stop(fleet, cpu, worker)
 
     with database.read() as session:
         ended = items.list_by_line(session, job)
