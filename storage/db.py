@@ -8,6 +8,8 @@ differ. Vendor errors end here: whoever holds a session sees `storage.errors` on
 them failing half-way; on PostgreSQL it is READ COMMITTED, and rows are locked one by one.
 """
 
+import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,6 +195,20 @@ def build_engine(url: str, *, pool_size: int = 5) -> Engine:
     raise BadDatabaseUrlError
 
 
+_NUL: Final = re.compile(r"(\\\\)|\\u0000")  # a NUL, and no backslash before the text "u0000"
+
+
+def encode_json(value: Any) -> str:
+    """
+    A value as the JSON columns take it.
+
+    What JSON may hold and PostgreSQL's JSONB refuses, a NUL or half of a surrogate pair, is replaced:
+    it comes from clients, in a stop string or a field's name, and must not hold up what stands there.
+    """
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return _NUL.sub(lambda found: found[1] or "\ufffd", text)
+
+
 def explain(error: StorageError) -> str:
     """
     What the driver said, in one line, where a driver was asked; else "".
@@ -219,6 +235,7 @@ def _build_sqlite_engine(url: URL, pool_size: int) -> Engine:
         url.set(drivername="sqlite+pysqlite"),
         pool_size=pool_size,
         hide_parameters=True,
+        json_serializer=encode_json,
         # The driver's own transactions are switched off: `_begin` sends ours.
         connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None},
     )
@@ -250,6 +267,7 @@ def _build_postgresql_engine(url: URL, pool_size: int) -> Engine:
         url.set(drivername="postgresql+psycopg"),
         pool_size=pool_size,
         hide_parameters=True,  # clients' texts: never in an error, a traceback or a log
+        json_serializer=encode_json,
         connect_args={
             "connect_timeout": int(CONNECT_TIMEOUT_S),
             "keepalives_idle": SILENT_S // 3,

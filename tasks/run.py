@@ -575,7 +575,12 @@ class Committer:
         while not (self._is_stopped.is_set() and self._queue.empty()):
             group = self._gather()
             num_items = len(group)
-            self._commit_at_last(group)
+            try:
+                self._commit_at_last(group)
+            except Exception:
+                # The edge of a thread that must not end: nobody else commits.
+                logger.exception("commit_failed")
+                self._give_up(group)
             with self._changed:
                 self._num_left -= num_items
                 self._changed.notify_all()
@@ -604,13 +609,32 @@ class Committer:
             except CommitUnknownError:
                 group = self._without_committed(group)
             except StorageError as error:
-                # What lost its lease meanwhile is fenced when the database is back.
                 logger.warning("commit_failed", num_items=len(group), error=error.code)
+                if not error.retryable:
+                    self._commit_apart(group)
+                    return
+                # What lost its lease meanwhile is fenced when the database is back.
                 time.sleep(COMMIT_RETRY_S)
                 if self._is_stopped.is_set():
                     return
             else:
                 return
+
+    def _commit_apart(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
+        """After a refusal, which comes again: the one that is refused must not hold up the others."""
+        for flight, end in group:
+            if len(group) > 1:
+                self._commit_at_last([(flight, end)])
+            elif isinstance(end, Completion):
+                failure = judge(RuntimeError()).as_failure(end.fence)
+                self._commit_at_last([(flight, failure)])
+            else:
+                self._give_up(group)
+
+    def _give_up(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
+        """Their leases end by themselves, with the flight's: the sweeper takes it from there."""
+        for flight, end in group:
+            flight.settle([end.fence.item])
 
     def _commit(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
         """Two transactions; what the first has committed leaves the group, whatever the second does."""

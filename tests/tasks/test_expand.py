@@ -153,6 +153,19 @@ def test_all_line_errors_are_reported_with_their_lines_and_nothing_runs(
     assert 0 == dispatcher.count(TaskName.RUN_CHUNK)
 
 
+def test_field_whose_name_no_jsonb_holds_is_reported_all_the_same(
+    stores: Stores, dispatcher: RecordingDispatcher, config: Config
+) -> None:
+    names: list[dict[str, Any]] = [{"\0x": 1}, {"\ud800": 1}]
+    job = make(stores, encode(*(build_request(f"r-{n}", **name) for n, name in enumerate(names))))
+
+    expand(stores, dispatcher, config, job)
+
+    found = find(stores, job)
+    assert [(1, "unsupported_parameter"), (2, "unsupported_parameter")] == codes(found)
+    assert ["\ufffdx", "?"] == [error["param"] for error in found.errors or []]
+
+
 def test_skip_runs_the_good_lines_and_fails_the_others(
     stores: Stores, dispatcher: RecordingDispatcher, config: Config
 ) -> None:

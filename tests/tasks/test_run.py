@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
 from engine.errors import MediaRefused
-from engine.request import Result
+from engine.request import Result, Stamp
 from media.errors import FetchFailedError, MediaError
 from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
@@ -23,6 +24,7 @@ from storage.errors import (
     BlobMissingError,
     BlobsUnavailableError,
     DatabaseBusyError,
+    DatabaseRefusedError,
     StorageError,
 )
 from storage.ids import JobId
@@ -453,6 +455,64 @@ def test_commit_that_fails_half_way_repeats_the_other_half_only(
     assert 0 == runner.num_fenced
     assert {ItemState.COMPLETED: 1, ItemState.FAILED: 1} == rig.count(job)
     assert 1 == rig.dispatcher.count(TaskName.FINISH)
+
+
+def test_result_that_the_database_refuses_fails_its_item_and_holds_up_no_other(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rig.make(build_request("a"), build_request("b", "no database takes it"))
+    commit = Runner.commit_completions
+
+    def refuse(self: Runner, completions: Any) -> None:
+        if any("no database takes it" in one.text for one in completions):
+            raise DatabaseRefusedError
+        commit(self, completions)
+
+    monkeypatch.setattr(Runner, "commit_completions", refuse)
+    with rig.runner(InstantEngine()) as runner:
+        for _ in range(rig.config.max_attempts):
+            runner.run_chunk()
+            let_backoff_end(rig.stores.database)
+
+    good, bad = rig.ended(job)
+    assert (ItemState.COMPLETED, ItemState.FAILED) == (good.state, bad.state)
+    assert ("internal_error", rig.config.max_attempts) == (bad.error_code, bad.attempt)
+
+
+def test_bug_in_a_commit_ends_neither_the_thread_nor_the_items(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rig.make(build_request("a"))
+    with rig.runner(InstantEngine()) as runner:
+        with monkeypatch.context() as patched:
+            patched.setattr(Runner, "commit_completions", lambda self, completions: 1 // 0)
+            runner.run_chunk()
+        assert {ItemState.LEASED: 1} == rig.count(job)
+        let_leases_end(rig.stores.database)
+        with rig.stores.database.write() as session:
+            items.expire_leases(session)
+        let_backoff_end(rig.stores.database)
+        runner.run_chunk()
+
+    assert {ItemState.COMPLETED: 1} == rig.count(job)
+
+
+def test_stop_string_that_no_jsonb_holds_comes_back_in_the_stamp_all_the_same(rig: Rig) -> None:
+    job = rig.make(build_request("a", stop=["end\0", "\\u0000"]))
+
+    rig.run(StampingEngine())
+
+    details = rig.ended(job)[0].details or {}
+    assert ["end\ufffd", "\\u0000"] == details["stamp"]["sampling"]["stop"]
+
+
+class StampingEngine(InstantEngine):
+    """Says how it drew, as the real one does."""
+
+    def answer(self, prompt: Prompt) -> Result:
+        sampling = {"stop": list(prompt.params.stop_strings)}
+        stamp = Stamp("m", None, "float32", "cpu", "0", sampling)
+        return replace(super().answer(prompt), stamp=stamp)
 
 
 def test_idle_worker_finds_work_without_a_permit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
