@@ -558,18 +558,24 @@ class Engine:
         return sampled
 
     def _guarded(
-        self, run: Callable[[list[Sequence]], Sampled], sequences: list[Sequence]
+        self,
+        run: Callable[[list[Sequence]], Sampled],
+        sequences: list[Sequence],
+        *,
+        is_again: bool = False,
     ) -> list[tuple[list[Sequence], Download, Sampled]]:
         """
         Launch a batch; where that fails, its halves, down to the one that cannot.
 
-        Every call may be repeated: it writes the same rows with the same values, and no sequence
-        counts its token before.
+        Every call may be repeated: it begins with the same tokens, writes the same rows with the
+        same values, and no sequence counts its token before.
         """
         sequences = [s for s in sequences if not s.is_finished]  # one may end with its request
         if not sequences:
             return []
         try:
+            if is_again:
+                self._rewind(sequences)
             sampled = run(sequences)
             download = Download(sampled.token_ids)
         except Exception:
@@ -582,17 +588,27 @@ class Engine:
                     self._fail(ticket, EngineFailure())
                 return []
             logger.warning("batch_halved num_sequences=%d", len(sequences), exc_info=True)
-            if self.checkpoint.device.type == "cuda":
-                torch.cuda.empty_cache()
         else:
             for sequence in sequences:
                 sequence.num_launched += 1
             return [(sequences, download, sampled)]
+        while self._flights:  # what they chose is what a step begins with
+            self._land(self._flights.popleft())
+        if self.checkpoint.device.type == "cuda":
+            # NOTE: not above, where the error still holds what its call had allocated.
+            torch.cuda.empty_cache()
         middle = len(sequences) // 2
         return [
-            *self._guarded(run, sequences[:middle]),
-            *self._guarded(run, sequences[middle:]),
+            *self._guarded(run, sequences[:middle], is_again=True),
+            *self._guarded(run, sequences[middle:], is_again=True),
         ]
+
+    def _rewind(self, sequences: list[Sequence]) -> None:
+        """Put back the newest tokens, where a step that failed late had kept those that it chose."""
+        begun = [sequence for sequence in sequences if sequence.output_ids]
+        if begun:
+            newest = [sequence.output_ids[-1] for sequence in begun]
+            self._runner.keep(begun, torch.tensor(newest, device=self.checkpoint.device))
 
     def _land(self, flight: _Flight) -> None:
         """Read the tokens of a batch, and hand out what they finish."""

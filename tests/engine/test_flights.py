@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from engine import LLM, Request, Result, SamplingParams
+from engine.graphs import Replayed
+from engine.sampler import Sampled, Sampler, argmax
+from engine.uploads import Download
 from tests.engine.conftest import LIMITS
 from tests.engine.idle import assert_idle
 from tests.engine.pictures import PICTURE, draw
@@ -126,6 +130,51 @@ def test_batch_that_fails_late_fails_its_own(
     assert results.pop("bad").error is not None
     assert expected == answers(list(results.values()))
     assert_idle(late.engine)
+
+
+@pytest.mark.parametrize("name", ["llm", "late"])
+@pytest.mark.parametrize("fails", ["sample", "download"])
+def test_step_that_fails_after_it_chose_is_repeated_from_the_same_tokens(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str, fails: str
+) -> None:
+    """A graph keeps its likeliest tokens before anybody draws others; memory may end behind that."""
+    chosen: LLM = request.getfixturevalue(name)
+    runner, sampler = chosen.engine._runner, chosen.engine._sampler
+    asked = mixed(5)
+    expected = answers(list(chosen.stream(asked)))
+    num_calls = num_failures = 0
+
+    def fail_at_times(num_sequences: int) -> None:
+        nonlocal num_calls, num_failures
+        num_calls += 1
+        if num_sequences > 1 and num_calls % 3 == 0:
+            num_failures += 1
+            raise MemoryError
+
+    def replay(sequences: Any, *, keeps_logits: bool) -> Replayed:
+        logits = runner.decode(sequences)
+        token_ids = argmax(logits)
+        runner.keep(sequences, token_ids)
+        return Replayed(token_ids, logits if keeps_logits else None)
+
+    def download(token_ids: Tensor) -> Download:
+        fail_at_times(len(token_ids))
+        return Download(token_ids)
+
+    def draw_ids(logits: Tensor, rows: Any) -> Sampled:
+        fail_at_times(len(rows))
+        return Sampler.sample(sampler, logits, rows)
+
+    monkeypatch.setattr(runner, "replay", replay)
+    if fails == "sample":
+        monkeypatch.setattr(sampler, "sample", draw_ids)
+    else:
+        monkeypatch.setattr("engine.engine.Download", download)
+    found = answers(list(chosen.stream(asked)))
+
+    assert expected == found
+    assert num_failures > 5
+    assert_idle(chosen.engine)
 
 
 def test_last_token_is_launched_and_its_rows_go_to_who_waits(tiny_folder: Path) -> None:
