@@ -224,7 +224,7 @@ def test_full_disk_is_one_line(args: list[str]) -> None:
 
     with Path("/dev/full").open("w") as full:
         run = subprocess.run(
-            [sys.executable, "-c", FAKE_COMMAND, *args],
+            [sys.executable, "-c", REAL_COMMAND if "--help" in args else FAKE_COMMAND, *args],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=full,
             stderr=subprocess.PIPE,
