@@ -15,7 +15,8 @@ import subprocess
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from types import FrameType
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from cli.errors import CannotStartError, ExitCode
 from cli.group import Group, Member
@@ -55,6 +56,9 @@ def run_api(host: str, port: int) -> ExitCode:
         config = load_config()
         prepare_database(config)
         api_config = build_api_config(config, host)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn raises the signal again when it has stopped: what is open must be closed then, too.
+            signal.signal(number, _leave)
         with (
             open_broker(config) as url,
             closing(open_stores(config, num_threads=API_THREADS)) as stores,
@@ -104,6 +108,10 @@ def build_api_config(config: "Config", host: str) -> "ApiConfig":
     )
 
 
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(ExitCode.DONE)
+
+
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """
@@ -142,11 +150,11 @@ def run_up(options: ServeOptions, host: str, port: int) -> ExitCode:
         from tasks.config import load_config
         from tasks.logs import configure_logging
 
-        configure_logging()
         config = load_config()
         models = describe_models(config, options)
         worker_envs = spread_workers(options.num_workers, options.device)
         open_listener(host, port).close()  # before anything else is started for nothing
+        configure_logging()
         prepare_database(config)
         with open_broker(config) as url:
             env = {**os.environ, "DARKROOM_REDIS_URL": url, "DARKROOM_MODELS": models}

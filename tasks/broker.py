@@ -102,8 +102,8 @@ def open_broker(config: Config) -> Iterator[str]:
             server, found = _start(folder)
         if is_ours:
             note.write_text(json.dumps({**found, "owner": os.getpid()}))
-    logger.info("broker_ready", url=found["url"], is_ours=is_ours)
     try:
+        logger.info("broker_ready", url=found["url"], is_ours=is_ours)
         yield found["url"]
     finally:
         if is_ours:

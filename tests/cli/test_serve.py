@@ -100,8 +100,10 @@ def test_server_that_others_can_reach_takes_keys_only(tmp_path: Path) -> None:
         models = Client(url, made.stdout.strip()).list_models()
     finally:
         process.terminate()
-        process.wait()
+        code = process.wait()
 
+    assert 0 == code
+    assert not (tmp_path / "valkey" / "darkroom.json").exists()  # the broker has ended, too
     assert 401 == refused.value.status
     assert [] == models
 
