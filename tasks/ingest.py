@@ -108,8 +108,16 @@ class StreamIngest:
             )
             new = _entries_of(answer)
         entries = orphans or new
+        failed: Exception | None = None
         for entry_id, fields in entries:
-            self._take(entry_id, fields)
+            try:
+                self._take(entry_id, fields)
+            except redis.RedisError:
+                raise
+            except Exception as error:  # noqa: BLE001 - raised below: one must not hold up the rest
+                failed = error
+        if failed is not None:
+            raise failed
         return len(entries)
 
     def _claim(self) -> list[Entry]:

@@ -15,6 +15,7 @@ from uuid import UUID
 
 import structlog
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -50,6 +51,18 @@ _NO_JSON: Final = "requests: hold what no JSON may hold."  # NaN, half of a surr
 _FILE_ID: Final = re.compile(r"(?:file-)?([0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12})")
 
 
+def _check_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("NUL characters cannot be kept")  # PostgreSQL has no place for them
+    return text
+
+
+_Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_check_text)]
+_IdempotencyKey = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_check_text)]
+_MetadataKey = Annotated[str, Field(max_length=64), AfterValidator(_check_text)]
+_MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(_check_text)]
+
+
 class Submission(BaseModel):
     """
     What a producer sends; the fields have the names of OpenAI's wire.
@@ -65,15 +78,15 @@ class Submission(BaseModel):
 
     requests: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     input_file_id: str | None = None
-    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    model: _Name | None = None
     endpoint: Literal["/v1/chat/completions"] = "/v1/chat/completions"
     completion_window: str = "24h"
-    tenant: Annotated[str, Field(min_length=1, max_length=256)] = DEFAULT_TENANT
-    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    tenant: _Name = DEFAULT_TENANT
+    idempotency_key: _IdempotencyKey | None = None
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
     image_policy: Literal["reject", "truncate", "sample"] = "reject"
     on_invalid: Literal["fail", "skip"] = "fail"
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=16)] | None = None
 
     @field_validator("completion_window")
     @classmethod
@@ -278,7 +291,7 @@ class _MadeBeforeError(Exception):
 
 def _read_model(request: Mapping[str, Any]) -> str:
     model = find_model(request)
-    if not isinstance(model, str) or not 1 <= len(model) <= 256:
+    if not isinstance(model, str) or not 1 <= len(model) <= 256 or "\0" in model:
         raise BadSubmissionError("model: give it, or give it in the first request's body.")
     return model
 

@@ -10,6 +10,7 @@ The sweeper runs in a thread of every worker: what a lost message left behind is
 as any process lives.
 """
 
+import json
 import os
 import secrets
 import socket
@@ -23,6 +24,7 @@ from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
+import redis
 import structlog
 from celery import Celery, Task, signals
 from celery.exceptions import Reject
@@ -233,17 +235,19 @@ def _submit(
 ) -> None:
     """SQL does not know this one yet: it is acknowledged when it does, or put back."""
     try:
-        submit(stores, dispatcher, parse_submission(given, default_key=origin))
-    except BadSubmissionError as error:
-        with build_client(broker_url) as client:
-            bury(client, str(given), origin, str(error))
-    except (IdempotencyConflictError, NotFoundError) as error:
-        with build_client(broker_url) as client:
-            bury(client, str(given), origin, error.code)
-    except StorageError as error:
-        logger.warning("submission_put_back", origin=origin, error=error.code)
+        try:
+            submit(stores, dispatcher, parse_submission(given, default_key=origin))
+        except (BadSubmissionError, IdempotencyConflictError, NotFoundError) as error:
+            reason = str(error) if isinstance(error, BadSubmissionError) else error.code
+            with build_client(broker_url) as client:
+                bury(client, json.dumps(given), origin, reason)
+    except Exception as error:
+        # Whatever it is: Celery would acknowledge it, and with that it would be lost.
+        is_known = isinstance(error, StorageError | redis.RedisError)
+        code = error.code if isinstance(error, StorageError) else type(error).__name__
+        logger.warning("submission_put_back", origin=origin, error=code, exc_info=not is_known)
         time.sleep(BUSY_S)  # or it would come back at once, again and again
-        raise Reject(error.code, requeue=True) from error
+        raise Reject(code, requeue=True) from error
 
 
 @contextmanager

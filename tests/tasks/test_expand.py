@@ -391,6 +391,12 @@ def test_submission_of_another_tenants_file_finds_nothing(
         {"requests": [{}], "endpoint": "/v1/embeddings"},
         {"requests": [{}], "mystery": 1},
         {"requests": [1]},
+        {"requests": [build_request("a")], "tenant": "a\0"},
+        {"requests": [build_request("a")], "model": "a\0"},
+        {"requests": [build_request("a")], "idempotency_key": "a\0"},
+        {"requests": [build_request("a")], "metadata": {"a": "\0"}},
+        {"requests": [build_request("a")], "metadata": {"a" * 65: "b"}},
+        {"requests": [build_request("a")], "metadata": {"a": "b" * 513}},
     ],
 )
 def test_submission_that_makes_no_sense_is_refused(given: object) -> None:
