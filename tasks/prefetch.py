@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from engine.request import SamplingParams
-from media.errors import FetchFailedError, MediaError
+from media.errors import FetchFailedError, ImageTooLargeError, MediaError, VideoTooLargeError
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from storage import files
 from storage.errors import BlobMissingError, StorageError
@@ -150,7 +150,7 @@ class Preparer:
                 continue
             try:
                 draft = self._read(item, content, policies[item.job])
-            except (BadLineError, StorageError) as error:
+            except (BadLineError, MediaError, StorageError) as error:
                 if take(item):
                     yield Refused(item, error)
                 continue
@@ -286,6 +286,9 @@ class _Draft:
         file_id = parse_file_id(source)
         if file_id is not None:
             read, num_bytes = preparer.open_file(self.item.tenant, file_id)
+            # Before a byte is read: an upload may be far larger than a picture, and be named often.
+            if num_bytes > (VIDEO_LIMITS if is_video else IMAGE_LIMITS).max_bytes:
+                raise VideoTooLargeError if is_video else ImageTooLargeError
             self.num_bytes += num_bytes
             return {"type": kind, kind: read, **options}
         if source[:5].lower() == "data:":

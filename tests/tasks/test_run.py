@@ -31,7 +31,7 @@ from storage.ids import JobId
 from storage.items import Ended
 from storage.states import ItemState, JobState
 from storage.tables import Item, Job
-from tasks import run, worker
+from tasks import prefetch, run, worker
 from tasks.app import TaskName
 from tasks.config import Config
 from tasks.engines import Prompt
@@ -285,6 +285,24 @@ def test_uploaded_file_that_cannot_be_read_now_charges_nobody_however_often(rig:
     rig.run(ReadingEngine())
 
     assert [("> cat", 6)] == [(one.text, one.attempt) for one in rig.ended(job)]
+
+
+def test_upload_that_is_too_large_for_a_picture_is_never_read(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = parse_submission({"requests": [build_request("x")]})
+    upload = submit(rig.stores, rig.dispatcher, given).job
+    part = {"type": "image_file", "image_file": {"file_id": f"file-{upload.input_file_id.hex}"}}
+    job = rig.make(
+        build_request("a", messages=[{"role": "user", "content": [part]}]), build_request("b")
+    )
+    monkeypatch.setattr(prefetch, "IMAGE_LIMITS", replace(IMAGE_LIMITS, max_bytes=10))
+    engine = InstantEngine()
+
+    rig.run(engine)
+
+    assert ["image_too_large", None] == [one.error_code for one in rig.ended(job)]
+    assert 1 == len(engine.prompts)
 
 
 def test_lines_whose_manifest_is_gone_fail_and_spare_the_rest(rig: Rig) -> None:
