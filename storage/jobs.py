@@ -386,21 +386,24 @@ def _move(
 # What the sweeper looks for
 
 
-def list_unexpanded(session: Session, *, older_than_s: float, limit: int = PAGE) -> list[JobId]:
+def list_unexpanded(
+    session: Session, *, older_than_s: float, after: JobId | None = None, limit: int = PAGE
+) -> list[JobId]:
     """Jobs that have waited for their expansion too long: the message was lost, or its process."""
     return _list(
         session,
         in_state(Job.state, JobState.VALIDATING),
         Job.created_at < clock() - older_than_s,
+        after=after,
         limit=limit,
     )
 
 
-def list_ended(session: Session, *, limit: int = PAGE) -> list[JobId]:
+def list_ended(session: Session, *, after: JobId | None = None, limit: int = PAGE) -> list[JobId]:
     """Jobs whose items have all ended, but which have not."""
     begun = (JobState.IN_PROGRESS, JobState.FINALIZING, JobState.CANCELLING)
     is_begun = or_(*(in_state(Job.state, state) for state in begun))
-    return _list(session, is_begun, _NUM_OPEN == 0, limit=limit)
+    return _list(session, is_begun, _NUM_OPEN == 0, after=after, limit=limit)
 
 
 def list_past_window(session: Session, *, limit: int = PAGE) -> list[JobId]:
@@ -419,7 +422,11 @@ def list_cancelling(session: Session, *, limit: int = PAGE) -> list[JobId]:
     return _list(session, in_state(Job.state, JobState.CANCELLING), _NUM_OPEN > 0, limit=limit)
 
 
-def _list(session: Session, *conditions: ColumnElement[bool], limit: int) -> list[JobId]:
+def _list(
+    session: Session, *conditions: ColumnElement[bool], after: JobId | None = None, limit: int
+) -> list[JobId]:
+    if after is not None:
+        conditions = (*conditions, Job.id > after)
     return list(session.scalars(select(Job.id).where(*conditions).order_by(Job.id).limit(limit)))
 
 

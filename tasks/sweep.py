@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal
 
 import structlog
@@ -136,12 +137,13 @@ class Sweeper:
             )
             if now >= sent.next_s:
                 force = now - sent.first_s > FORCE_AFTER_S
+                if not send(job, force=force):
+                    return  # no broker: the next sweep finds it again
                 logger.warning("sent_again", task=kind, job=str(job), force=force)
-                send(job, force=force)
                 sent.wait_s = min(2 * sent.wait_s, RESEND_MAX_S)
                 sent.next_s = now + sent.wait_s
-        gone = [key for key in self._sent if key[0] == kind and key[1] not in set(found)]
-        for key in gone:
+        there = set(found)
+        for key in [key for key in self._sent if key[0] == kind and key[1] not in there]:
             del self._sent[key]
 
     def _send_permits(self) -> None:
@@ -167,9 +169,18 @@ class Sweeper:
             return jobs.list_cancelling(session)
 
     def _list_unexpanded(self) -> list[JobId]:
-        with self._stores.database.read() as session:
-            return jobs.list_unexpanded(session, older_than_s=self._config.sweep_s)
+        return self._list_all(partial(jobs.list_unexpanded, older_than_s=self._config.sweep_s))
 
     def _list_ended(self) -> list[JobId]:
-        with self._stores.database.read() as session:
-            return jobs.list_ended(session)
+        return self._list_all(jobs.list_ended)
+
+    def _list_all(self, list_page: Callable[..., list[JobId]]) -> list[JobId]:
+        """Page by page: jobs that cannot be helped, however many, hide no later one."""
+        found: list[JobId] = []
+        for _ in range(MAX_PAGES):
+            with self._stores.database.read() as session:
+                page = list_page(session, after=found[-1] if found else None)
+            found += page
+            if len(page) < jobs.PAGE:
+                break
+        return found

@@ -87,6 +87,50 @@ def test_job_that_was_never_expanded_is_sent_again_but_not_at_each_beat(
     assert (0, 1) == (at_once, dispatcher.count(TaskName.EXPAND))
 
 
+def test_jobs_that_cannot_be_helped_hide_no_later_one(
+    stores: Stores,
+    dispatcher: RecordingDispatcher,
+    soon: Config,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "PAGE", 2)
+    monkeypatch.setattr(jobs.list_unexpanded, "__kwdefaults__", {"after": None, "limit": 2})
+    for number in range(5):  # none of which is ever expanded
+        submit(stores, dispatcher, parse_submission({"requests": [build_request(f"r-{number}")]}))
+    dispatcher.sent.clear()
+    now_s = 1000.0
+    sweeper = Sweeper(stores, dispatcher, soon, read_clock=lambda: now_s)
+    dispatcher.count_queued = lambda model: 0  # type: ignore[method-assign]
+    time.sleep(0.1)  # the database's clock, by which the jobs are old enough
+
+    sweeper.sweep()
+    now_s += 0.06
+    sweeper.sweep()
+
+    assert 5 == len({sent["job"] for name, _, sent in dispatcher.sent if name is TaskName.EXPAND})
+
+
+def test_broker_that_takes_nothing_delays_no_job_once_it_is_back(
+    stores: Stores, dispatcher: RecordingDispatcher, soon: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(stores, dispatcher, parse_submission({"requests": [build_request("a")]}))
+    dispatcher.sent.clear()
+    now_s = 1000.0
+    sweeper = Sweeper(stores, dispatcher, soon, read_clock=lambda: now_s)
+    dispatcher.count_queued = lambda model: 0  # type: ignore[method-assign]
+    time.sleep(0.1)  # the database's clock, by which the job is old enough
+    sweeper.sweep()
+
+    with monkeypatch.context() as away:
+        away.setattr(dispatcher, "_send", lambda *_: False)
+        for _ in range(20):
+            now_s += 60
+            sweeper.sweep()
+    sweeper.sweep()
+
+    assert 1 == dispatcher.count(TaskName.EXPAND)
+
+
 def test_windows_and_cancellations_end_their_items(
     stores: Stores, dispatcher: RecordingDispatcher, soon: Config
 ) -> None:
