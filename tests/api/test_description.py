@@ -65,7 +65,7 @@ def test_fuzzer_finds_no_crash_and_no_other_answer(
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json"),
                 *("--header", f"Authorization: Bearer {client.key}", "--checks", CHECKS),
                 *(("--max-time", str(FUZZ_S)) if FUZZ_S else FEW),
-                "--no-color",
+                *("--request-timeout", "90", "--no-color"),  # a poll may wait for a minute
             ],
             cwd=tmp_path,  # it keeps what it found in the current folder
             stdout=output,
