@@ -326,6 +326,8 @@ def num_kv_rows(
     if kv_bytes is None:
         kv_bytes = max(CPU_KV_BYTES, least * shape.row_bytes)
         if checkpoint.device.type == "cuda":
+            # Layers that were merged left blocks of their old weights, which look like memory in use.
+            torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(checkpoint.device)
             # A tenth of the device stays free for the activations of encoder and prefill.
             kv_bytes = int(free - total * (1 - utilization) - total * 0.1)
