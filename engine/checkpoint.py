@@ -118,11 +118,8 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     generation = _read_json(engine, folder / _GENERATION) or {}
     device = _device(engine)
     dtype = _read("dtype", engine, lambda: _dtype(engine, config, device))
-    if engine.quantization == "fp8" and device.type == "cuda" and not can_multiply(device, dtype):
-        raise BadConfig(
-            "quantization='fp8' needs a GPU of compute capability 8.9 or later (Ada, Hopper) and "
-            f"dtype bfloat16, not {str(dtype).removeprefix('torch.')}. Leave it out."
-        )
+    if engine.quantization == "fp8" and device.type == "cuda":
+        _check_fp8(device, dtype)
     return Checkpoint(
         folder,
         config,
@@ -301,6 +298,19 @@ def _max_model_len(engine: EngineConfig, config: Any) -> int:
     return engine.max_model_len or most
 
 
+def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    if dtype != torch.bfloat16:
+        raise BadConfig(
+            "quantization='fp8' needs dtype bfloat16 on a GPU, not "
+            f"{str(dtype).removeprefix('torch.')}. Give dtype='bfloat16', or leave quantization out."
+        )
+    if not can_multiply(device, dtype):
+        raise BadConfig(
+            "quantization='fp8' needs a GPU of compute capability 8.9 or later (Ada, Hopper). "
+            "Leave it out."
+        )
+
+
 def _device(engine: EngineConfig) -> torch.device:
     name = engine.device
     if name == "auto":
@@ -311,6 +321,11 @@ def _device(engine: EngineConfig) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise BadConfig(f"device must be auto, cpu or cuda, got {name!r}.")
+    if device.index:  # kernels and events go to the first GPU that a process sees
+        raise BadConfig(
+            f"device={name!r} is not supported. Give device='cuda', and set "
+            f"CUDA_VISIBLE_DEVICES={device.index} before the process starts."
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadConfig("device is cuda, but torch sees no GPU. Use device='cpu'.")
     return device

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine import LLM, PromptFailedError, Request, Result, SamplingParams
 from engine.config import BUNDLED_FOLDER
 from engine.errors import BadConfig, BadPrompt
 from engine.kernels.quantised import Fp8Linear
+from engine.runner import num_kv_rows
 from models.train.settings import SYSTEM_PROMPT
 from tests.engine.pictures import (
     CLIP,
@@ -837,6 +839,49 @@ def test_fp8_answers_with_another_rounding(tiny_folder: Path) -> None:
         assert output.outputs[0].token_ids
         layers = runner._text.layers
         assert all(isinstance(layer.mlp.down, Fp8Linear) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "why"),
+    [
+        ("float16", (9, 0), r"needs dtype bfloat16 on a GPU, not float16\. Give dtype="),
+        ("bfloat16", (8, 0), r"needs a GPU of compute capability 8\.9 or later \(Ada, Hopper\)\. "),
+    ],
+)
+def test_fp8_that_a_gpu_cannot_do_is_refused_with_the_reason(
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    capability: tuple[int, int],
+    why: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    with pytest.raises(BadConfig, match=rf"^quantization='fp8' {why}"):
+        LLM(str(tiny_folder), device="cuda", dtype=dtype, quantization="fp8")
+
+
+def test_another_gpu_than_the_first_is_chosen_outside(tiny_folder: Path) -> None:
+    with pytest.raises(BadConfig, match=r"^device='cuda:1' is not supported.*CUDA_VISIBLE_DEVICES"):
+        LLM(str(tiny_folder), device="cuda:1")
+
+
+def test_what_merged_layers_left_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch keeps the blocks of freed weights; a driver says that they are in use."""
+    config = SimpleNamespace(
+        num_hidden_layers=1, num_key_value_heads=1, hidden_size=8, num_attention_heads=1
+    )
+    checkpoint: Any = SimpleNamespace(
+        config=SimpleNamespace(text_config=config),
+        dtype=torch.float32,
+        device=torch.device("cuda"),
+    )
+    free = [10_000]
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: free.append(70_000))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free[-1], 100_000))
+    rows = num_kv_rows(checkpoint, least=16, most=9999, kv_bytes=None, utilization=0.9)
+
+    assert (70_000 - 10_000 - 10_000) // 64 == rows
 
 
 def test_what_is_not_supported_is_refused(llm: LLM, tiny_folder: Path) -> None:
