@@ -172,8 +172,8 @@ class Engine:
         vocab_size = checkpoint.config.text_config.vocab_size
         self._sampler = Sampler(vocab_size, checkpoint.device)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
-        # Callables may wait for a network: one thread for each request that is prepared ahead, so
-        # that no text waits behind them. Decoding takes turns on the cores, whoever does it.
+        # Callables may wait for a network: they have threads of their own, more than there are cores,
+        # so that no text waits behind them. Decoding takes turns on the cores, whoever does it.
         self._fetching_pool = ThreadPoolExecutor(
             NUM_PREPARED_AHEAD, thread_name_prefix="media-fetch"
         )
@@ -831,7 +831,7 @@ def knows_budget(config: EngineConfig, checkpoint: Checkpoint) -> bool:
 
 
 def _num_cores() -> int:
-    """Cores that this process may use, which a container's quota can make fewer than there are."""
+    """Cores that this process may run on, 16 at most. A container's quota of time is not seen here."""
     return max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
 
 

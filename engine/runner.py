@@ -123,8 +123,12 @@ class Runner:
                 if visual.key is not None:
                     known[visual.key] = feature
                     self.cache.put(visual.key, feature)
-        found = (fresh.get(id(v), None if v.key is None else known[v.key]) for v in visuals)
-        return [feature for feature in found if feature is not None]
+        found = []
+        for visual in visuals:
+            of_visual = fresh.get(id(visual), None if visual.key is None else known[visual.key])
+            assert of_visual is not None, "a picture that is left out would shift all behind it"
+            found.append(of_visual)
+        return found
 
     # --- prompts -----------------------------------------------------------------------------------
 
