@@ -365,7 +365,8 @@ def _build_params(defaults: SamplingParams, sampling: str) -> SamplingParams:
 
 def _check_message(message: object, where: str) -> Iterator[Mapping[str, Any]]:
     """Check one message; yield its parts that are not text."""
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(role, str) or role not in _ROLES:
         raise _bad_messages(where, f"must be an object with a role: {', '.join(_ROLES)}")
     unknown = sorted(message.keys() - {"role", "content", "name"})
     if unknown:

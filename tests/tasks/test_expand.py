@@ -15,11 +15,12 @@ from storage.keys import build_file_key
 from storage.served import Served
 from storage.states import ItemState, JobState
 from storage.tables import Job
+from tasks import bodies
 from tasks import expand as expanding
 from tasks import submit as submitting
 from tasks.app import TaskName
 from tasks.bodies import ImagePolicy, choose_images
-from tasks.config import Config, ModelSettings
+from tasks.config import Config, MediaLimits, ModelSettings
 from tasks.errors import BadSubmissionError
 from tasks.expand import LineChecker, expand
 from tasks.manifest import Line
@@ -151,6 +152,39 @@ def test_all_line_errors_are_reported_with_their_lines_and_nothing_runs(
     assert texts[11].startswith(TOO_MANY)
     assert {} == _count(stores, job)
     assert 0 == dispatcher.count(TaskName.RUN_CHUNK)
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, -1, 2**63, 1.5, 1e308, "", "a", "\0", "\ud800"),
+    *([], {}, [[]], [{}], [None], ["a"], {"a": []}, {"1": "x"}, {"type": []}),
+]
+
+
+def test_line_of_any_shape_is_taken_or_refused() -> None:
+    """A line that the check itself stumbles over would keep its job validating for ever."""
+    checker = LineChecker(MODEL, "/v1/chat/completions", MediaLimits(), {})
+    fields = [*bodies._SAMPLING, *bodies._NEUTRAL, *bodies._OWN, "user", "mystery"]
+    lines: list[Any] = list(ODD_VALUES)
+    for odd in ODD_VALUES:
+        plain = build_request("a")
+        lines += [{**plain, name: odd} for name in plain]
+        lines += [build_request("a", **{name: odd}) for name in fields]
+        message = {"role": "user", "content": "a"}
+        messages: list[Any] = [odd, *({**message, name: odd} for name in message)]
+        for kind in ("text", "image_url", "video_url", "image_file", odd):
+            part = {"type": kind, "text": "a", "image_url": "data:,", "video_url": "data:,"}
+            parts = [odd, *({**part, name: odd} for name in (*part, "image_file", "fps", "uuid"))]
+            messages += [{**message, "content": [part]} for part in parts]
+        lines += [build_request("a", messages=[message]) for message in messages]
+
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, dict) and line.get("custom_id") == "a":
+            line = {**line, "custom_id": f"r-{number}"}
+        content = json.dumps(line).encode()
+        checker.check(Line(number, 0, len(content), content))
+
+    assert len(lines) > 1000
+    assert 0 < checker.num_refused < len(lines)
 
 
 def test_field_whose_name_no_jsonb_holds_is_reported_all_the_same(
