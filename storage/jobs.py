@@ -417,6 +417,13 @@ def list_past_window(session: Session, *, limit: int = PAGE) -> list[JobId]:
     )
 
 
+def list_unread(session: Session, *, limit: int = PAGE) -> list[JobId]:
+    """Jobs whose window is over, and whose lines have not all become items: `reject`."""
+    return _list(
+        session, in_state(Job.state, JobState.VALIDATING), Job.expires_at <= clock(), limit=limit
+    )
+
+
 def list_cancelling(session: Session, *, limit: int = PAGE) -> list[JobId]:
     """Cancelled jobs with open items: `items.end_page` with CANCELLED."""
     return _list(session, in_state(Job.state, JobState.CANCELLING), _NUM_OPEN > 0, limit=limit)

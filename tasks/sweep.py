@@ -37,6 +37,13 @@ FORCE_AFTER_S: Final = 600.0
 
 Kind = Literal["expand", "finish"]
 
+_UNREAD: Final = {
+    "code": "not_read_in_time",
+    "message": "The input could not be read before the completion window ended. Hand it in again.",
+    "param": None,
+    "line": None,
+}
+
 
 @dataclass(slots=True)
 class _Sent:
@@ -95,6 +102,7 @@ class Sweeper:
             StorageError: the next sweep goes on.
         """
         self._expire_leases()
+        self._reject_unread()
         self._end_items(self._list_past_window, ItemState.EXPIRED)
         self._end_items(self._list_cancelling, ItemState.CANCELLED)
         self._send_again("expand", self._list_unexpanded(), self._dispatcher.send_expand)
@@ -110,6 +118,16 @@ class Sweeper:
             logger.warning("leases_expired", num_items=len(outcome.items))
             for job in outcome.ended_jobs:
                 self._dispatcher.send_finish(job)
+
+    def _reject_unread(self) -> None:
+        """No job stays for ever, not even one whose lines we cannot read."""
+        with self._stores.database.read() as session:
+            unread = jobs.list_unread(session)
+        for job in unread:
+            with self._stores.database.write() as session:
+                is_mine = jobs.reject(session, job, [_UNREAD])
+            if is_mine:
+                logger.error("job_never_expanded", job=str(job))
 
     def _end_items(self, list_jobs: Callable[[], list[JobId]], state: ItemState) -> None:
         for job in list_jobs():

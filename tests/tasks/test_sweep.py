@@ -6,7 +6,9 @@ import time
 import pytest
 
 from storage import items, jobs
+from storage.ids import JobId
 from storage.states import ItemState, JobState
+from storage.tables import Job
 from tasks.app import TaskName
 from tasks.broker import build_client
 from tasks.config import Config
@@ -129,6 +131,31 @@ def test_broker_that_takes_nothing_delays_no_job_once_it_is_back(
     sweeper.sweep()
 
     assert 1 == dispatcher.count(TaskName.EXPAND)
+
+
+def test_job_that_is_never_expanded_ends_with_its_window(
+    stores: Stores, dispatcher: RecordingDispatcher, soon: Config
+) -> None:
+    given = parse_submission({"requests": [build_request("a")]})
+    job = submit(stores, dispatcher, given).job.id
+    sweeper = Sweeper(stores, dispatcher, soon)
+    dispatcher.count_queued = lambda model: 0  # type: ignore[method-assign]
+
+    sweeper.sweep()
+    before = find_job(stores, job).state
+    let_window_end(stores.database, job)
+    sweeper.sweep()
+
+    after = find_job(stores, job)
+    assert (JobState.VALIDATING, JobState.FAILED) == (before, after.state)
+    assert ["not_read_in_time"] == [error["code"] for error in after.errors or []]
+
+
+def find_job(stores: Stores, job: JobId) -> Job:
+    with stores.database.read() as session:
+        found = jobs.find(session, job)
+    assert found is not None
+    return found
 
 
 def test_windows_and_cancellations_end_their_items(
