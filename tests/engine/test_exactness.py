@@ -66,6 +66,7 @@ def test_random_weights_answer_as_the_reference_in_any_order(
     check_all_ways(llm, Reference(folder), mixed_requests(NUM_RANDOM), ignore_eos=True)
 
 
+@pytest.mark.timeout(900)  # a minute of work on a machine that does nothing else
 @pytest.mark.skipif(
     not (BUNDLED_FOLDER / "model.safetensors").is_file(), reason="the bundled weights are missing"
 )
