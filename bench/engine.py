@@ -73,6 +73,7 @@ def _measure(options: argparse.Namespace, model: Path) -> None:
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "max_num_seqs": llm.engine.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
+        "llm": options.llm,
         "load_s": round(load_s, 1),
         "ready_s": round(ready_s, 1),
         **_machine(checkpoint.device),
