@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 NUM_PREPARED_AHEAD = 32  # requests of a stream in media threads or waiting, beside those that run
 MAX_PREPARED_BYTES = 1 << 30  # pixels that wait for the encoder; over it only so many are ahead
+# Requests whose pixels nobody knows yet. Small ones that came before say nothing about them: where
+# pictures of 12 megapixels follow on short texts, a thousand at once would be 38 GB.
+MAX_UNPREPARED = 128
 # Prefills of prompts that wait for a GPU, beside those of NUM_PREPARED_AHEAD. Enough to fill the next
 # one at any moment; more would only be prepared all at once, while Python has kernels to launch.
 NUM_PREFILLS_AHEAD = 3
@@ -284,6 +287,7 @@ class Engine:
             and tokens_ahead < self._max_tokens_ahead
             and num_ahead < self._num_ahead
             and self._prepared_bytes < MAX_PREPARED_BYTES
+            and len(self._preparing) - len(self._prepared) < MAX_UNPREPARED
         )
 
     def _has_news(self, feed: _Feed) -> bool:

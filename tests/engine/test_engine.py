@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine import LLM, Request, Result, SamplingParams
-from engine.engine import NUM_PREPARED_AHEAD
+from engine.engine import MAX_UNPREPARED, NUM_PREPARED_AHEAD, _Feed
 from engine.errors import EngineClosed
 from engine.families.qwen2_vl import Visual
 from engine.sampler import SamplingRow
@@ -52,6 +52,24 @@ def by_name(results: Sequence[Result]) -> dict[str, Result]:
 
 
 # --- streaming ---------------------------------------------------------------------------------------
+
+
+def test_requests_of_unknown_size_are_pulled_only_so_far_ahead(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small those were that came before."""
+    engine = llm.engine
+    feed = _Feed(iter(()), num_waiting=500)
+    monkeypatch.setattr(engine, "_num_ahead", 1000)
+    monkeypatch.setattr(engine, "_usual_tokens", 1.0)
+    monkeypatch.setattr(engine, "_preparing", dict.fromkeys(range(MAX_UNPREPARED - 1)))
+    has_room = engine._can_pull(feed)
+    engine._preparing |= dict.fromkeys(range(MAX_UNPREPARED))  # type: ignore[arg-type]
+    is_full = not engine._can_pull(feed)
+    monkeypatch.setattr(engine, "_prepared", [None])
+    one_is_known = engine._can_pull(feed)
+
+    assert (True, True, True) == (has_room, is_full, one_is_known)
 
 
 def test_endless_source_is_pulled_a_little_ahead_and_no_further(llm: LLM) -> None:
