@@ -19,18 +19,13 @@ class FeatureCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.num_hits = 0
-        self.num_misses = 0
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def find(self, key: bytes) -> Tensor | None:
         """The features of a picture, or None where they are not kept."""
         found = self._kept.get(key)
-        if found is None:
-            self.num_misses += 1
-            return None
-        self.num_hits += 1
-        self._kept.move_to_end(key)
+        if found is not None:
+            self._kept.move_to_end(key)
         return found
 
     def put(self, key: bytes, features: Tensor) -> None:
