@@ -647,6 +647,7 @@ class Engine:
                 continue
             if flight.is_prefill:
                 ticket.prefill_ms += took_ms
+                _let_pixels_go(ticket)
             else:
                 ticket.decode_ms += took_ms
         self._hand_out(landed, now)
@@ -783,6 +784,16 @@ class Engine:
         self._sweep()
         for pool in (self._pool, self._fetching_pool):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _let_pixels_go(ticket: _Ticket) -> None:
+    """Once all outputs have read their prompt: a long answer need not hold its pictures in memory."""
+    prepared = ticket.prepared
+    if prepared is None or not prepared.media or not all(s.num_launched for s in ticket.sequences):
+        return
+    ticket.prepared = replace(prepared, media=())
+    for sequence in ticket.sequences:
+        sequence.prepared = ticket.prepared
 
 
 def _outcome(future: Future[Prepared]) -> Prepared:

@@ -54,6 +54,24 @@ def by_name(results: Sequence[Result]) -> dict[str, Result]:
 # --- streaming ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 8])
+def test_pixels_are_let_go_when_all_outputs_have_read_them(
+    llm: LLM, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
+) -> None:
+    """With one place, the second output reads the prompt when the first has ended."""
+    params = SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=5, ignore_eos=True)
+    asked = Request(prompt=PICTURE, multi_modal_data={"image": draw(1)}, params=params)
+    expected = [output.token_ids for output in llm.generate(asked, use_tqdm=False)[0].outputs]
+    few = LLM(str(tiny_folder), max_num_seqs=max_num_seqs)
+    held = []
+    poison_runner(few, monkeypatch, "decode", lambda s: bool(held.append(len(s.prepared.media))))  # type: ignore[func-returns-value]
+    (result,) = few.generate(asked, use_tqdm=False)
+    few.close()
+
+    assert expected == [output.token_ids for output in result.outputs]
+    assert ([1] * 4 + [0] * 4 if max_num_seqs == 1 else [0] * 8) == held
+
+
 def test_requests_of_unknown_size_are_pulled_only_so_far_ahead(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
