@@ -118,7 +118,8 @@ def parse_submission(given: object, *, default_key: str | None = None) -> Submis
         submission = Submission.model_validate(given, strict=True)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, problem['loc'])) or 'submission'}: {problem['msg']}"
+            f"{'.'.join(map(str, problem['loc'])) or 'submission'}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
             for problem in error.errors(include_input=False, include_url=False)[:20]
         ]
         raise BadSubmissionError("; ".join(problems)) from error
