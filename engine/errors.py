@@ -160,7 +160,7 @@ class TooManyImages(RequestError):
     code = "too_many_images"
     param = "image"
     modality = "image"
-    job_remedy = ", or image_policy=truncate or sample in a job"
+    job_remedy = ", or image_policy=truncate, sample or split in a job"
 
     def __init__(self, *, limit: int, given: int, is_model_limit: bool = False) -> None:
         self.limit = limit

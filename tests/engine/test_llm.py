@@ -422,7 +422,7 @@ def test_too_many_pictures_are_refused_before_one_is_decoded(tiny_folder: Path) 
     assert error_of(results[:1]) == (
         "At most 1 image(s) may be provided in one prompt. Set `--limit-mm-per-prompt` to increase "
         'this limit. This prompt has 3; use image=3, or limit_mm_per_prompt={"image": 3} in Python, '
-        "or image_policy=truncate or sample in a job."
+        "or image_policy=truncate, sample or split in a job."
     )
     assert results[0].error is not None
     assert ("too_many_images", "image", False) == (

@@ -480,7 +480,7 @@ def test_too_many_images_says_vllms_sentence_then_how_many_and_what_to_do() -> N
     text = (
         "At most 1 image(s) may be provided in one prompt. Set `--limit-mm-per-prompt` to increase "
         'this limit. This prompt has 3; use image=3, or limit_mm_per_prompt={"image": 3} in '
-        "Python, or image_policy=truncate or sample in a job."
+        "Python, or image_policy=truncate, sample or split in a job."
     )
 
     error = TooManyImages(limit=1, given=3)
@@ -511,7 +511,7 @@ def test_models_own_limit_is_not_said_to_be_a_setting() -> None:
 
     assert str(error).endswith(
         "This prompt has 2, and the model itself takes no more than 1: send fewer, or "
-        "image_policy=truncate or sample in a job."
+        "image_policy=truncate, sample or split in a job."
     )
 
 
