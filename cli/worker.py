@@ -6,6 +6,7 @@ import os
 from contextlib import closing
 
 from cli.service import prepare_database, reported
+from tasks.stopping import leaving_at_signal
 
 
 def run_worker(
@@ -28,7 +29,7 @@ def run_worker(
     Raises:
         CannotStartError: the message says what to change.
     """
-    with reported():
+    with reported(), leaving_at_signal():
         from tasks.broker import open_broker
         from tasks.config import MediaLimits, load_config, parse_limits
         from tasks.engines import EngineOptions, load_engine

@@ -603,6 +603,18 @@ def release(session: Session, fences: Sequence[Fence], *, wait_s: float = 0.0) -
     return Outcome(frozenset(ids))
 
 
+def release_all(session: Session, *, worker: str) -> Outcome:
+    """Give back uncharged all that this worker holds, whichever its leases: it ends."""
+    ids = session.scalars(
+        select(Item.id)
+        .where(in_state(Item.state, ItemState.LEASED), Item.worker == worker)
+        .order_by(Item.id)
+        .with_for_update()
+    ).all()
+    _give_back(session, ids, 0.0)
+    return Outcome(frozenset(ids))
+
+
 def report_crash(session: Session, suspects: Sequence[Fence]) -> Outcome:
     """Give back what was in the step that killed its process: each will run alone."""
     return _crash(session, _lock_fenced(session, suspects), are_suspects=True)

@@ -48,6 +48,12 @@ MAX_UNCOMMITTED: Final = 1024
 
 FLUSH_S: Final = 2.0
 
+GIVE_BACK_S: Final = 10.0
+"""How long a worker that ends waits for the database to take its leases back; a supervisor kills it
+15 s after the deadline of the drain."""
+
+GIVE_BACK_RETRY_S: Final = 0.2
+
 
 @dataclass(slots=True, eq=False)
 class Flight:
@@ -184,13 +190,15 @@ class Runner:
         self._engine = engine
         self._preparer = preparer
         self._model = preparer.model
-        self._worker = worker
+        self.worker = worker
         self._on_device_lost = on_device_lost
         self._device_lost = threading.Lock()
         self._gate = Gate()
         self._budget = Budget(config.max_media_bytes)
         self._lock = threading.Lock()
         self._flights: dict[LeaseId, Flight] = {}
+        self._leases = threading.Condition()
+        self._num_leasing = 0  # transactions that may lease, and have not ended
         self._last_beat = self._progress_at = time.monotonic()
         self._progress = 0.0  # the engine's, when we last looked
         self._committer = Committer(self)
@@ -209,7 +217,7 @@ class Runner:
             served.register(
                 session,
                 Served(self._model, limits.image, limits.video),
-                worker=self._worker,
+                worker=self.worker,
                 alive_s=self._config.lease_s,
             )
         self._committer.start()
@@ -221,7 +229,7 @@ class Runner:
         self._committer.stop()
         self._heart.join()
         with suppress(StorageError), self._stores.database.write() as session:
-            served.leave(session, self._model, worker=self._worker)
+            served.leave(session, self._model, worker=self.worker)
 
     # --- one permit ----------------------------------------------------------------------------------
 
@@ -260,13 +268,24 @@ class Runner:
             return 0 if chunk is None else self._see_to_the_end(chunk)
 
     def _lease_if_allowed(self, is_fast: bool) -> Chunk | None:
-        if self.is_draining.is_set():
+        with self._leases:  # whoever sees under it that we drain, and nobody leasing, sees the last
+            is_draining = self.is_draining.is_set()
+            self._num_leasing += not is_draining
+        if is_draining:
             # This one was meant for somebody else.
             if is_fast:
                 self._dispatcher.send_fast_permit(self._model)
             else:
                 self._dispatcher.send_permits(self._model, 1)
             return None
+        try:
+            return self._lease_or_log(is_fast)
+        finally:
+            with self._leases:
+                self._num_leasing -= 1
+                self._leases.notify_all()
+
+    def _lease_or_log(self, is_fast: bool) -> Chunk | None:
         if time.monotonic() - self._last_beat > self._config.lease_s / 2:
             logger.warning("lease_refused", reason="the heartbeat is late")
             return None
@@ -295,7 +314,7 @@ class Runner:
             return items.lease(
                 session,
                 model=self._model,
-                worker=self._worker,
+                worker=self.worker,
                 max_items=self._config.chunk_items,
                 lease_s=self._config.lease_s,
                 max_priority=max_priority,
@@ -424,6 +443,35 @@ class Runner:
         for flight in self._all_flights():
             self.release(flight.take_rest())
 
+    def give_back(self, within_s: float) -> bool:
+        """
+        Lease no more, and give back all that the database has under this worker's name, uncharged.
+
+        The last act of a worker: what its chunks know is not all. A release may have failed, and a
+        lease whose commit was not answered may be ours.
+
+        Returns:
+            Whether nothing is left, and nothing can follow; False when the time is over first.
+        """
+        self.is_draining.set()
+        deadline = time.monotonic() + within_s
+        with self._leases:
+            is_last = self._leases.wait_for(lambda: not self._num_leasing, within_s)
+        while True:
+            try:
+                with self._stores.database.write() as session:
+                    outcome = items.release_all(session, worker=self.worker)
+            except StorageError as error:
+                logger.warning("give_back_failed", error=error.code)
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(GIVE_BACK_RETRY_S)
+                continue
+            if outcome.items:
+                logger.info("items_released", num_items=len(outcome.items))
+                self._dispatcher.send_permits_for(self._model, len(outcome.items))
+            return is_last
+
     @property
     def num_in_flight(self) -> int:
         return sum(len(flight.open) for flight in self._all_flights())
@@ -454,7 +502,9 @@ class Runner:
             with self._stores.database.write() as session:
                 items.report_crash(session, sorted(suspects, key=lambda fence: fence.item))
         except StorageError as error:
-            logger.warning("crash_not_reported", error=error.code)
+            logger.warning("crash_not_reported", error=error.code)  # their leases end by themselves
+        else:
+            self.give_back(GIVE_BACK_S)
         logger.error("device_lost", num_suspects=len(suspects))
         self._on_device_lost()
 
@@ -497,7 +547,7 @@ class Runner:
                 logger.warning("leases_lost", num_items=len(lost))
                 self._engine.abort({fence.name for fence in lost})
         with self._stores.database.write() as session:
-            served.touch(session, self._model, worker=self._worker)
+            served.touch(session, self._model, worker=self.worker)
         self._last_beat = time.monotonic()
 
     # --- commits, called by the committer --------------------------------------------------------------

@@ -4,7 +4,8 @@ A worker's start and stop: one engine and the permits of its model, or the tasks
 A GPU worker is one Celery worker with a pool of threads, a few permits in flight. On SIGTERM it
 drains: what the engine has begun goes on until the deadline, everything else is given back at once,
 and at the deadline the rest, all without a charge. Celery waits for running tasks without limit, so
-a thread of ours watches the clock and ends the process. A second SIGTERM is the deadline.
+a thread of ours watches the clock and ends the process. A second SIGTERM is the deadline. Before
+Celery handles signals nothing is leased, and one ends the process at once (`tasks.stopping`).
 
 The sweeper runs in a thread of every worker: what a lost message left behind is found again as long
 as any process lives.
@@ -52,7 +53,8 @@ from tasks.fast import EXPAND_LIST, FastLane, name_permit_list, serving
 from tasks.finish import finish
 from tasks.ingest import StreamIngest, bury
 from tasks.prefetch import Fetch, Preparer, refuse_to_fetch
-from tasks.run import Runner
+from tasks.run import GIVE_BACK_S, Runner
+from tasks.stopping import leave_if_told, leaving_at_signal
 from tasks.stores import Stores, open_stores
 from tasks.submit import parse_submission, submit
 from tasks.sweep import Sweeper
@@ -66,7 +68,7 @@ FAST_GPU_THREADS: Final = 4
 
 FETCH_THREADS: Final = 32
 EXIT_GRACE_S: Final = 1.0
-"""From the deadline to the end of the process, whatever its threads are doing."""
+"""From the deadline to the worker's last act, whatever its threads are doing."""
 
 IDLE_S: Final = 30.0
 
@@ -103,11 +105,11 @@ def run_gpu_worker(
     Raises:
         BadSettingError, ServedOtherwiseError: it does not start.
     """
-    config.refuse_other_limits(model, engine.limits)
-    app = build_app(config, broker_url)
-    refuse_unsafe(app, GPU_POOL, env, is_gpu=True)
-    refuse_unsafe_broker(broker_url)
-    with ExitStack() as open_things:
+    with leaving_at_signal(), ExitStack() as open_things:
+        config.refuse_other_limits(model, engine.limits)
+        app = build_app(config, broker_url)
+        refuse_unsafe(app, GPU_POOL, env, is_gpu=True)
+        refuse_unsafe_broker(broker_url)
         stores = open_stores(config, num_threads=config.chunks_in_flight + FAST_GPU_THREADS + 4)
         open_things.callback(stores.close)
         dispatcher = Dispatcher(config, broker_url)
@@ -126,22 +128,29 @@ def run_gpu_worker(
         )
         app.conf.task_queues = [build_queue(name_gpu_queue(model))]
         _add_permit_task(app, runner)
-        runner.start()
-        logger.info("worker_ready", model=model, queue=name_gpu_queue(model))
-        drain = Drain(runner, config.drain_s)
         lanes = [
             FastLane(broker_url, name_permit_list(model), lambda _: runner.run_chunk(is_fast=True))
             for _ in range(FAST_GPU_THREADS)
         ]
         runs = [lane.run for lane in lanes] + [partial(look_when_idle, runner)]
-        with _sweeping(stores, dispatcher, config), serving(runs, runner.is_draining):
-            _serve(app, config.chunks_in_flight, drain.on_signal)
-        drain.finish()
-        runner.stop()
+
+        def begin() -> None:
+            leasing.enter_context(serving(runs, runner.is_draining))
+            logger.info("worker_ready", model=model, queue=name_gpu_queue(model))
+
+        runner.start()
+        drain = Drain(runner, config.drain_s)
+        try:
+            with _sweeping(stores, dispatcher, config), ExitStack() as leasing:
+                _serve(app, config.chunks_in_flight, begin, drain.on_signal)
+        finally:
+            drain.finish()
+            runner.stop()
+            is_all_back = give_back(runner)
         logger.info(
             "worker_ended", num_completed=runner.num_completed, num_failed=runner.num_failed
         )
-        return ExitCode.DRAINED
+        return ExitCode.DRAINED if is_all_back else ExitCode.DEADLINE
 
 
 def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> ExitCode:
@@ -151,10 +160,10 @@ def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> E
     Raises:
         UnsafeSettingError: it does not start.
     """
-    app = build_app(config, broker_url)
-    refuse_unsafe(app, GPU_POOL, env, is_gpu=False)
-    refuse_unsafe_broker(broker_url)
-    with ExitStack() as open_things:
+    with leaving_at_signal(), ExitStack() as open_things:
+        app = build_app(config, broker_url)
+        refuse_unsafe(app, GPU_POOL, env, is_gpu=False)
+        refuse_unsafe_broker(broker_url)
         stores = open_stores(config, num_threads=CPU_THREADS + FAST_CPU_THREADS + 4)
         open_things.callback(stores.close)
         dispatcher = Dispatcher(config, broker_url)
@@ -168,14 +177,17 @@ def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> E
 
         collector = Collector(stores, grace_s=config.blob_grace_s, every_s=config.collect_s)
         lanes = [FastLane(broker_url, EXPAND_LIST, expand_fast) for _ in range(FAST_CPU_THREADS)]
-        logger.info("worker_ready", queue=CPU_QUEUE)
+
+        def begin() -> None:
+            logger.info("worker_ready", queue=CPU_QUEUE)
+
         with (
             _sweeping(stores, dispatcher, config),
             _in_thread("ingest", ingest.run),
             _in_thread("collector", collector.run),
             serving([lane.run for lane in lanes], threading.Event()),
         ):
-            _serve(app, CPU_THREADS, lambda: None)
+            _serve(app, CPU_THREADS, begin, lambda: None)
     return ExitCode.DRAINED
 
 
@@ -265,8 +277,24 @@ def _logged(task: TaskName, **facts: str) -> Iterator[None]:
 # Around Celery
 
 
-def _serve(app: Celery, num_threads: int, on_stop: Callable[[], None]) -> None:
-    """Run a Celery worker in this thread until a signal ends it. `on_stop` runs in the handler."""
+def _serve(
+    app: Celery, num_threads: int, on_start: Callable[[], None], on_stop: Callable[[], None]
+) -> None:
+    """
+    Run a Celery worker in this thread until a signal ends it.
+
+    Args:
+        on_start: called when Celery's handlers stand, and no sooner: whoever leases before them would
+            be killed without a drain.
+        on_stop: runs in the handler.
+    """
+    worker_class: Any = app.Worker
+
+    class Worker(worker_class):  # type: ignore[misc]
+        def on_start(self) -> None:
+            super().on_start()
+            leave_if_told()
+            on_start()
 
     def stop(**_: Any) -> None:
         on_stop()
@@ -277,7 +305,7 @@ def _serve(app: Celery, num_threads: int, on_stop: Callable[[], None]) -> None:
     signals.worker_shutting_down.connect(stop)
     signals.setup_logging.connect(keep_logging)
     try:
-        app.Worker(
+        Worker(
             pool=GPU_POOL,
             concurrency=num_threads,
             hostname=f"darkroom@{name_worker()}",
@@ -335,7 +363,17 @@ class Drain:
         if not self._is_over.wait(EXIT_GRACE_S / 2 if num_left else CLOSE_S):
             # Threads that are inside the engine cannot be ended in any other way.
             logger.warning("drain_deadline", num_items=num_left)
-            os._exit(ExitCode.DEADLINE if num_left else ExitCode.DRAINED)
+            is_all_back = give_back(self._runner) and not num_left
+            os._exit(ExitCode.DRAINED if is_all_back else ExitCode.DEADLINE)
+
+
+def give_back(runner: Runner) -> bool:
+    """A worker's last act. Returns whether the database has said that it holds nothing any more."""
+    said: list[bool] = []
+    _begin(lambda: said.append(runner.give_back(GIVE_BACK_S))).join(GIVE_BACK_S)
+    if said != [True]:
+        logger.error("leases_left", worker=runner.worker)
+    return said == [True]
 
 
 def _begin(act: Callable[[], None]) -> threading.Thread:

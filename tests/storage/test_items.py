@@ -420,6 +420,24 @@ def test_release_charges_nothing_however_often(database: Database) -> None:
     assert (11, 0) == (last.fence.attempt, last.charged)
 
 
+def test_worker_that_ends_gives_back_all_of_its_own_and_is_charged_nothing(
+    database: Database,
+) -> None:
+    job = make_job(database, 5)
+    for worker, num_items in (("w", 1), ("w", 2), ("other", 1)):
+        with database.write() as session:
+            assert items.lease(session, model=MODEL, worker=worker, max_items=num_items)
+    let_leases_end(database)
+
+    with database.write() as session:
+        given_back = items.release_all(session, worker="w").items
+        again = items.release_all(session, worker="w").items
+
+    assert (3, 0) == (len(given_back), len(again))
+    assert {ItemState.PENDING: 4, ItemState.LEASED: 1} == count_items(database, job)
+    assert {0} == {item.charged for item in lease(database, 9).items}
+
+
 def test_item_that_crashes_workers_runs_alone_then_fails(database: Database) -> None:
     job = make_job(database, 3)
     companies = []

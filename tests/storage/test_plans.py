@@ -150,6 +150,7 @@ def test_heart_and_sweep_read_no_more_rows_than_they_move(postgresql: Database) 
     measure("renew", lambda session: items.renew(session, leases))
     fences = [item.fence for item in chunk.items]
     measure("release", lambda session: items.release(session, fences).items)
+    measure("release all", lambda session: items.release_all(session, worker="worker-1").items)
     measure("count", lambda session: items.count_waiting(session, limit=100))
     let_leases_end(postgresql)
     measure("expire", lambda session: items.expire_leases(session, limit=100).items)

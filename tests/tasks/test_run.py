@@ -551,11 +551,15 @@ def test_deadline_holds_while_the_database_does_not_answer(
 ) -> None:
     class StuckRunner:
         num_in_flight = 1
+        worker = "w"
 
         def drain(self) -> None:
             never.wait(60)
 
         abandon = drain
+
+        def give_back(self, within_s: float) -> bool:
+            return never.wait(60)
 
     never, exited = threading.Event(), threading.Event()
     codes: list[int] = []
@@ -565,6 +569,7 @@ def test_deadline_holds_while_the_database_does_not_answer(
         exited.set()
 
     monkeypatch.setattr("tasks.worker.os._exit", leave)
+    monkeypatch.setattr(worker, "GIVE_BACK_S", 0.05)
     drain = worker.Drain(StuckRunner(), 0.05)  # type: ignore[arg-type]
     drain.on_signal()
 
@@ -597,6 +602,95 @@ def test_drain_gives_back_at_once_what_was_not_begun_without_a_charge(rig: Rig) 
         chunk = items.lease(session, model=MODEL, worker="w", max_items=99)
     assert chunk is not None
     assert {0} == {item.charged for item in chunk.items}
+
+
+def test_worker_that_ends_gives_back_what_a_failed_release_left(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rig.make(*(build_request(f"r-{n}") for n in range(4)))
+    begun, door = threading.Event(), threading.Event()
+
+    def wait(text: str) -> None:
+        begun.set()
+        assert door.wait(60)
+
+    def refuse(*args: Any, **words: Any) -> Any:
+        raise DatabaseBusyError
+
+    released = items.release_all
+    answers = [refuse, refuse, released]
+    monkeypatch.setattr(items, "release", refuse)
+    monkeypatch.setattr(items, "release_all", lambda *a, **words: answers.pop(0)(*a, **words))
+    with rig.runner(InstantEngine(on_prompt=wait)) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert begun.wait(60)
+        runner.drain()
+        door.set()
+        thread.join()
+    assert {ItemState.LEASED: 3, ItemState.COMPLETED: 1} == rig.count(job)
+
+    assert runner.give_back(60.0)
+    assert {ItemState.PENDING: 3, ItemState.COMPLETED: 1} == rig.count(job)
+    with rig.stores.database.read() as session:
+        assert {0} == set(session.scalars(select(Item.charged)))
+
+
+def test_lease_that_is_under_way_when_a_worker_ends_is_given_back_and_none_follows(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rig.make(*(build_request(f"r-{n}") for n in range(4)))
+    leasing, door = threading.Event(), threading.Event()
+    lease = items.lease
+
+    def lease_slowly(*args: Any, **words: Any) -> Any:
+        leasing.set()
+        assert door.wait(60)
+        return lease(*args, **words)
+
+    def refuse(*args: Any, **words: Any) -> Any:
+        raise DatabaseBusyError
+
+    monkeypatch.setattr(items, "lease", lease_slowly)
+    monkeypatch.setattr(items, "release", refuse)  # so that nobody else gives it back
+    said: list[bool] = []
+    with rig.runner(InstantEngine()) as runner:
+        threads = [threading.Thread(target=runner.run_chunk)]
+        threads[0].start()
+        assert leasing.wait(60)
+        threads.append(threading.Thread(target=lambda: said.append(runner.give_back(60.0))))
+        threads[1].start()
+        assert runner.is_draining.wait(60)
+        assert 0 == runner.run_chunk()
+        assert [] == said
+        door.set()
+        threads[1].join()
+
+        assert [True] == said
+        assert {ItemState.PENDING: 4} == rig.count(job)
+        threads[0].join()
+    assert {ItemState.PENDING: 4} == rig.count(job)
+
+
+def test_lease_that_never_comes_back_is_not_said_to_be_given_back(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.make(build_request("a"))
+    leasing, door = threading.Event(), threading.Event()
+
+    def hang(*args: Any, **words: Any) -> None:
+        leasing.set()
+        assert door.wait(60)
+
+    with rig.runner(InstantEngine()) as runner:
+        monkeypatch.setattr(runner, "_lease", hang)
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert leasing.wait(60)
+        assert not runner.give_back(0.01)
+        door.set()
+        thread.join()
+        assert runner.give_back(60.0)
 
 
 def test_deadline_gives_back_what_the_engine_has(rig: Rig) -> None:

@@ -8,22 +8,24 @@ from pathlib import Path
 
 import pytest
 from celery import Celery
+from sqlalchemy import select
 
 from storage import items, jobs
 from storage.ids import JobId
 from storage.states import ItemState, JobState
-from storage.tables import Job
+from storage.tables import Item, Job
 from tasks.app import CPU_QUEUE
 from tasks.broker import build_client
 from tasks.config import Config
 from tasks.dispatch import Dispatcher
+from tasks.expand import expand
 from tasks.ingest import DEAD, STREAM
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
 from tests.storage.rows import put_in_fast_lane
 from tests.tasks.fakes import RecordingDispatcher, build_request
 from tests.tasks.processes import Fleet, open_fleet, wait_until
-from tests.tasks.worker import TOOK_FIRST
+from tests.tasks.worker import MOMENTS, TOOK_FIRST
 
 pytestmark = pytest.mark.services
 
@@ -163,6 +165,31 @@ def test_deadline_ends_a_worker_whose_engine_does_not_come_back(
         assert 75 == worker.wait(timeout=20), fleet.logs()  # and the engine takes a minute
 
         assert {ItemState.PENDING: 20} == count(stores, job), fleet.logs()
+
+
+def test_worker_told_to_stop_while_it_starts_ends_well_and_holds_nothing(
+    tmp_path: Path,
+    stores: Stores,
+    config: Config,
+    broker: str,
+    dispatcher: RecordingDispatcher,
+) -> None:
+    given = {"requests": [build_request(f"r-{n}") for n in range(60)]}
+    job = submit(stores, dispatcher, parse_submission(given)).job.id
+    expand(stores, dispatcher, config, job)
+    with open_fleet(tmp_path, **settings_of(config, broker)) as fleet:
+        starting = [fleet.start("gpu", "0", moment) for moment in MOMENTS]
+        assert [0] * len(MOMENTS) == [worker.wait(timeout=120) for worker in starting], fleet.logs()
+        assert {ItemState.PENDING: 60} == count(stores, job), fleet.logs()
+
+        ready = fleet.start("gpu", "0.05", "ready")
+        wait_until(lambda: fleet.count_logged(ready, "worker_ready") > 0, fleet, timeout_s=120)
+        ready.send_signal(signal.SIGTERM)
+        assert 0 == ready.wait(timeout=60), fleet.logs()
+
+    assert ItemState.LEASED not in count(stores, job), fleet.logs()
+    with stores.database.read() as session:
+        assert {0} == set(session.scalars(select(Item.charged)))
 
 
 def test_worker_without_a_model_says_what_to_give() -> None:
