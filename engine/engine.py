@@ -26,13 +26,13 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
 from engine.inputs import Request, may_fetch, text_of
+from engine.kernels.greedy import NO_TOKEN
 from engine.kv import KVShape
 from engine.meter import Work
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
 from engine.sampler import (
-    NO_TOKEN,
     Sampled,
     Sampler,
     TokenLogprobs,

@@ -20,13 +20,13 @@ from engine.checkpoint import Checkpoint
 from engine.families.qwen2_vl import Visual
 from engine.features import FeatureCache
 from engine.graphs import Graphs, Replayed
+from engine.kernels.greedy import argmax
 from engine.kv import KVRows, KVShape
 from engine.meter import Meter, Work
 from engine.repeats import Repeats, power_up, round_up
-from engine.sampler import argmax
 from engine.sequence import Sequence
 from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots, Table
-from engine.swaps import find_argmax, find_decode_attention
+from engine.swaps import find_decode_attention
 from engine.uploads import upload
 
 MAX_ENCODER_PATCHES = 32_768  # of one encoder call; a larger picture gets a call alone
@@ -66,7 +66,7 @@ class Runner:
         self._last_table: tuple[list[Sequence], Table, int] = [], np.zeros((0, 0), np.int64), 0
         self._uses_flash = can_use_flash(self.device, self.dtype, shape.dim)
         self._decode_kernel = find_decode_attention(self.device, self.dtype)
-        self._argmax = find_argmax(self.device) or argmax
+        self._argmax = argmax
         self._graphs: Graphs | None = None
         self._prefills: Repeats | None = None
         if uses_graphs and self._uses_flash:

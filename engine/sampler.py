@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.kernels.greedy import NO_TOKEN, plain_argmax
 from engine.request import ALL, Logprob, SamplingParams
 
-NO_TOKEN = -1  # instead of an id: the row holds a NaN, or nothing that may be chosen
 MAX_CANDIDATES = 1024  # ids that top_p looks at before it sorts the whole vocabulary
 # Logits worked on at once: 8 float64 copies of them stay under 600 MB, whatever the batch.
 MAX_BLOCK_LOGITS = 1 << 23
@@ -201,12 +201,12 @@ class Sampler:
     def sample_plain(self, logits: Tensor) -> Sampled:
         """For rows whose parameters all are plain (`is_plain`): one argmax, and no rows needed."""
         # No cast to float32 first: it is exact, so it could not change which is the largest.
-        return Sampled(argmax(logits))
+        return Sampled(plain_argmax(logits))
 
     def _choose(self, raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """raw: (num_rows, vocab), float32. Returns (num_rows,), int64."""
         logits = _penalise(_restrict(raw, rows), rows)
-        token_ids = argmax(logits)
+        token_ids = plain_argmax(logits)
         drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
         if drawn:
             choice = self._draw(_take(logits, drawn), [rows[i] for i in drawn])
@@ -346,13 +346,6 @@ def _num_logprobs(params: SamplingParams, vocab_size: int) -> int | None:
     if params.logprobs is None:
         return None
     return vocab_size if params.logprobs == ALL else min(params.logprobs, vocab_size)
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """(num_rows, vocab) -> (num_rows,), int64: the lowest id of the largest, or `NO_TOKEN`."""
-    token_ids = logits.argmax(dim=-1)  # documented to give the first of equal ones; NaN is largest
-    largest = logits.gather(-1, token_ids[:, None]).flatten()
-    return torch.where(largest.isfinite(), token_ids, NO_TOKEN)
 
 
 def _restrict(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.fuse import Fusions, apply
 from engine.kernels import has_kernels
 from engine.kernels.decode import attend
-from engine.kernels.greedy import argmax
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +29,5 @@ def fuse(model: Any, *, fp8: bool = False) -> None:
 
 def find_decode_attention(device: torch.device, dtype: torch.dtype) -> DecodeAttention | None:
     """A kernel for one new token a sequence, straight on the slabs; None where none runs."""
-    if dtype not in (torch.float16, torch.bfloat16) or not _has_kernels(device):
-        return None
-    return attend
-
-
-def find_argmax(device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """(num_rows, vocab) -> (num_rows,), int64, as `Sampler.sample_plain` chooses; or None."""
-    return argmax if _has_kernels(device) else None
-
-
-def _has_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and has_kernels(torch.empty(1, device=device))
+    is_taken = dtype in (torch.float16, torch.bfloat16)
+    return attend if is_taken and has_kernels(torch.empty(1, device=device)) else None

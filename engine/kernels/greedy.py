@@ -5,7 +5,7 @@ from torch import Tensor
 
 from engine.kernels import has_kernels
 
-NO_TOKEN = -1  # as the sampler has it: a NaN, an infinity, or nothing that may be chosen
+NO_TOKEN = -1  # instead of an id: the row holds a NaN, or nothing that may be chosen
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -18,6 +18,11 @@ def argmax(logits: Tensor) -> Tensor:
         from engine.kernels.gpu import greedy
 
         return greedy.argmax(logits)
-    token_ids = logits.argmax(dim=-1)
+    return plain_argmax(logits)
+
+
+def plain_argmax(logits: Tensor) -> Tensor:
+    """`argmax` in torch alone."""
+    token_ids = logits.argmax(dim=-1)  # documented to give the first of equal ones; NaN is largest
     largest = logits.gather(-1, token_ids[:, None]).flatten()
     return torch.where(largest.isfinite(), token_ids, NO_TOKEN)

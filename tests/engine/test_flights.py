@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine import LLM, Request, Result, SamplingParams
 from engine.graphs import Replayed
-from engine.sampler import Sampled, Sampler, argmax
+from engine.kernels.greedy import argmax
+from engine.sampler import Sampled, Sampler
 from engine.uploads import Download
 from tests.engine.conftest import LIMITS
 from tests.engine.idle import assert_idle

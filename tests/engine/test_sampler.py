@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine import sampler as sampler_module
+from engine.kernels.greedy import NO_TOKEN
 from engine.request import SamplingParams
-from engine.sampler import NO_TOKEN, Sampler, SamplingRow, is_plain
+from engine.sampler import Sampler, SamplingRow, is_plain
 
 VOCAB = 50
 GREEDY = SamplingParams(temperature=0)
