@@ -15,24 +15,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+from engine.families.qwen2_vl import CLIP_MEAN, CLIP_STD
+from models.train.settings import SPECIAL_TOKENS
+
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
@@ -169,8 +154,8 @@ def _configs(shape: Shape, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
             "patch_size": 14,
             "temporal_patch_size": 2,
             "merge_size": 2,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
+            "image_mean": list(CLIP_MEAN),
+            "image_std": list(CLIP_STD),
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

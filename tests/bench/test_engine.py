@@ -8,10 +8,11 @@ import pytest
 from transformers import AutoConfig
 
 from bench import engine
-from bench.configs import SHAPES, SPECIAL_TOKENS, build_tokenizer, write_model
+from bench.configs import SHAPES, build_tokenizer, write_model
 from bench.floors import RATES, Asked, floor
 from bench.profiles import Span, summarise
 from bench.workloads import Line, build_prompts, read_work
+from models.train.settings import SPECIAL_TOKENS
 
 
 def test_floor_of_captions_is_what_the_arithmetic_says(tmp_path: Path) -> None:

@@ -13,15 +13,14 @@ from typing import TypedDict, Unpack
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
+from bench.configs import build_tokenizer
 from models.train import export
-from models.train.settings import SPECIAL_TOKENS
 
 WEIGHT_STD = 0.2
+NUM_BYTES = 256  # the tokenizer's ids before its special tokens
 
 
 class Shape(TypedDict, total=False):
@@ -82,22 +81,10 @@ ALL_KV_HEADS: Shape = {
 
 def write_tiny_qwen2_vl(folder: Path, *, seed: int = 0, **shape: Unpack[Shape]) -> Path:
     """Write a whole checkpoint (weights, configs, tokenizer, chat template); return its folder."""
-    export.write_configs(folder, build_tokenizer())
+    export.write_configs(folder, build_tokenizer(NUM_BYTES))
     _reshape(folder, DEFAULT | shape)
     save_file(_draw_weights(folder, seed), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def build_tokenizer() -> Tokenizer:
-    """Build a byte-level tokenizer: 256 bytes, then the special tokens."""
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
-    return tokenizer
 
 
 def _reshape(folder: Path, shape: Shape) -> None:
