@@ -58,18 +58,7 @@ SWEEP = [
     for stages in (2, 3)
 ]
 PICTURE_SWEEP = [
-    (rows, tile, warps, stages)
-    for rows, tile, warps in (
-        (128, 64, 8),
-        (128, 64, 4),
-        (128, 128, 8),
-        (64, 64, 4),
-        (64, 128, 4),
-        (128, 32, 4),
-        (128, 32, 8),
-        (256, 64, 8),
-    )
-    for stages in (2, 3, 4)
+    (rows, warps, stages) for rows, warps in ((128, 8), (128, 4), (64, 4)) for stages in (2, 3, 4)
 ]
 
 
@@ -233,12 +222,9 @@ def _pictures(name: str, sizes: list[int]) -> None:
     if len(set(sizes)) == 1:
         _line(f"pictures {name} cudnn", dense, flops=flops)
     best: tuple[float, dict[str, Any]] | None = None
-    for rows, tile, warps, stages in PICTURE_SWEEP:
-        run = partial(
-            attend, query, key, value, starts, most, scale,
-            rows=rows, tile=tile, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        facts = {"rows": rows, "tile": tile, "num_warps": warps, "num_stages": stages}
+    for rows, warps, stages in PICTURE_SWEEP:
+        facts = {"rows": rows, "num_warps": warps, "num_stages": stages}
+        run = partial(attend, query, key, value, starts, most, scale, **facts)
         took = _line(f"pictures {name} kernel", run, flops=flops, facts=facts)
         if took is None:
             continue

@@ -28,15 +28,14 @@ APART = 0.02  # of two attentions in 16 bits
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Query rows of a program, keys of one turn of its loop; what Triton makes of them."""
+    """Query rows of a program, and what Triton makes of it."""
 
     rows: int = 128
-    tile: int = 64
     num_warps: int = 8
     num_stages: int = 3
 
 
-CUTS = (Cut(), Cut(64, 64, 4, 3), Cut(128, 128, 8, 2))
+CUTS = (Cut(), Cut(64, 4, 2), Cut(128, 4, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,6 @@ def attend(
             max_len,
             scale,
             rows=cut.rows,
-            tile=cut.tile,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
         )

@@ -8,6 +8,7 @@ TRITON_INTERPRET=1 it runs without a GPU, on Triton's interpreter, at a smaller 
 
 import os
 import random
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -332,11 +333,9 @@ def test_decode_attention_in_a_graph_reads_changed_lengths() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize(("rows", "tile"), [(128, 64), (64, 128)])
+@pytest.mark.parametrize("cut", pictures.CUTS, ids=str)
 @pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 80), (1, 96), (2, 128)])
-def test_attention_in_pictures(
-    heads: int, dim: int, rows: int, tile: int, dtype: torch.dtype
-) -> None:
+def test_attention_in_pictures(heads: int, dim: int, cut: pictures.Cut, dtype: torch.dtype) -> None:
     sizes = [4, 64, 129, 1, 200] if IS_INTERPRETED else [4, 64, 1564, 1, 576, 129, 3996]
     starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
     merged = drawn(sum(sizes), 3 * heads, dim, dtype=dtype)
@@ -345,7 +344,7 @@ def test_attention_in_pictures(
 
     expected = pictures.attend(q, k, v, starts, max(sizes), dim**-0.5)
     actual = kernel("pictures").attend(
-        query, key, value, starts.to(DEVICE), max(sizes), dim**-0.5, rows=rows, tile=tile
+        query, key, value, starts.to(DEVICE), max(sizes), dim**-0.5, **asdict(cut)
     )
 
     assert actual.is_contiguous()
