@@ -125,18 +125,6 @@ class BadFrameSamplingError(MediaError):
     code: ClassVar[str] = "bad_frame_sampling"
 
 
-class BadSegmentsError(MediaError):
-    """The clip cannot be cut so. Give segments seconds or count, and an overlap smaller than one of them."""
-
-    code: ClassVar[str] = "bad_segments"
-
-
-class TooManySegmentsError(MediaError):
-    """The clip would be cut into too many segments. Give longer ones."""
-
-    code: ClassVar[str] = "too_many_segments"
-
-
 class BadDataUrlError(MediaError):
     """The data URL cannot be read. Its form is data:image/jpeg;base64,<data> with standard base64."""
 
@@ -169,6 +157,30 @@ class HostNotAllowedError(FetchFailedError):
     """The host of the URL, or one it redirects to, may not be reached. Use a public host, or upload the file."""
 
     code: ClassVar[str] = "host_not_allowed"
+
+
+class BucketNotAllowedError(FetchFailedError):
+    """The object that s3:// names is in no bucket that is open to you. Ask the operator, or upload the file."""
+
+    code: ClassVar[str] = "bucket_not_allowed"
+
+
+class ObjectNotFoundError(FetchFailedError):
+    """There is no such object in the bucket, or no such bucket. Check the s3:// reference."""
+
+    code: ClassVar[str] = "object_not_found"
+
+
+class ObjectDeniedError(FetchFailedError):
+    """The bucket does not give this object to the service, or only to who pays for it. Ask the operator, or upload the file."""
+
+    code: ClassVar[str] = "object_denied"
+
+
+class ObjectArchivedError(FetchFailedError):
+    """The object is archived and cannot be read at once. Restore it and send the item again, or upload the file."""
+
+    code: ClassVar[str] = "object_archived"
 
 
 class FetchTimeoutError(FetchFailedError):

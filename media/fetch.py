@@ -23,10 +23,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
-from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakValueDictionary
@@ -37,18 +36,18 @@ import stamina
 from media.addresses import PUBLIC_ONLY, Address, AddressRules, judge
 from media.errors import (
     BadUrlError,
+    BucketNotAllowedError,
     FetchFailedError,
     FetchTimeoutError,
     FetchTooLargeError,
     HostNotAllowedError,
 )
+from media.fetched import UNKNOWN_MEDIA_TYPE, Fetched, FetchReport
 from media.limits import FETCH_LIMITS, FetchLimits, ImageLimits, VideoLimits
 from media.urls import WebUrl, join_url, parse_url
 
 Resolve = Callable[[str], Awaitable[Iterable[str]]]
 """A host name in, its addresses as text out, best first. Raises OSError where there is none."""
-
-UNKNOWN_MEDIA_TYPE = "application/octet-stream"
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _RETRYABLE_STATUSES = frozenset({408, 429})  # and all from 500 on
@@ -114,43 +113,20 @@ def _timeout_from(env: Mapping[str, str], name: str, default_s: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class FetchReport:
+class Errand:
     """
-    What happened, for the item's report; nothing in it is secret to who sent the URL.
+    What is to be fetched, and under which name.
 
     Attributes:
-        scheme, host: as typed; None where the URL was refused or its host may not be reached.
-        num_bytes: of the body, as far as it came.
-        sha256: in hex; None unless all of the body came.
-        fetch_ms: all tries, redirects and waits between them; not the wait for a free slot.
-        num_redirects: of the last try.
-        num_tries: 0 where the failure of a moment ago was remembered.
-        error_code: of `media.errors`; None where the fetch worked.
+        scheme, host: for the report; the slots of a host are counted by its name.
+        key: by which a failure is remembered.
+        find_url: asked before each try.
     """
 
-    scheme: str | None
-    host: str | None
-    num_bytes: int
-    sha256: str | None
-    fetch_ms: float
-    num_redirects: int
-    num_tries: int
-    error_code: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """
-    Attributes:
-        content: the whole body.
-        media_type: what the server calls it, in lower case: a claim, the decoders look at the
-            bytes. `UNKNOWN_MEDIA_TYPE` where it makes none.
-        report: for the item.
-    """
-
-    content: bytes
-    media_type: str
-    report: FetchReport
+    scheme: str
+    host: str
+    key: str
+    find_url: Callable[[], Awaitable[WebUrl]]
 
 
 class Fetcher:
@@ -206,7 +182,7 @@ class Fetcher:
         Return what stands behind one URL, after up to `max_tries` tries.
 
         Args:
-            url: http or https; `media.data_url` reads the others.
+            url: http or https; see `media.sources` for the others.
             limits: `max_bytes` counts, and whether it is an image or a video chooses the timeout.
 
         Raises:
@@ -217,20 +193,31 @@ class Fetcher:
             FetchFailedError: the base of these, and any other way to fail. Each carries `facts`,
                 and says with `retryable` whether the same URL may work later.
         """
-        progress = _Progress()
         try:
             parsed = parse_url(url, self._config.ports)
-            progress.scheme, progress.host = parsed.scheme, parsed.host
-            key = (str(parsed), limits.max_bytes, isinstance(limits, VideoLimits))
+        except BadUrlError as error:
+            error.facts = asdict(report_of_refusal(error))
+            raise
+
+        async def find_url() -> WebUrl:
+            return parsed
+
+        return await self.run(Errand(parsed.scheme, parsed.host, str(parsed), find_url), limits)
+
+    async def run(self, errand: Errand, limits: ImageLimits | VideoLimits) -> Fetched:
+        """Return what one errand brings. Raises as `fetch` does, and what its `find_url` raises."""
+        progress = _Progress(errand.scheme, errand.host)
+        key = (errand.key, limits.max_bytes, isinstance(limits, VideoLimits))
+        try:
             self._failures.raise_if_remembered(key)
             host_slots = self._slots_by_host.setdefault(
-                parsed.host, asyncio.Semaphore(self._limits.max_connections_per_host)
+                errand.host, asyncio.Semaphore(self._limits.max_connections_per_host)
             )
             async with host_slots, self._slots:
                 self._failures.raise_if_remembered(key)  # it may have failed while this one waited
                 progress.started_at = time.monotonic()
                 try:
-                    return await self._fetch_in_time(parsed, limits, progress)
+                    return await self._fetch_in_time(errand, limits, progress)
                 except FetchFailedError as error:
                     self._failures.remember(key, error)
                     raise
@@ -239,11 +226,11 @@ class Fetcher:
             raise
 
     async def _fetch_in_time(
-        self, url: WebUrl, limits: ImageLimits | VideoLimits, progress: "_Progress"
+        self, errand: Errand, limits: ImageLimits | VideoLimits, progress: "_Progress"
     ) -> Fetched:
         try:
             async with asyncio.timeout(self._limits.whole_timeout_s):
-                content, media_type = await self._try_until_it_works(url, limits, progress)
+                content, media_type = await self._try_until_it_works(errand, limits, progress)
         except TimeoutError as error:
             raise FetchTimeoutError(
                 "Failed to fetch media from URL: with all its tries it took more than the "
@@ -251,10 +238,11 @@ class Fetcher:
                 "upload the file.",
                 retryable=True,
             ) from error
+        progress.media_type = media_type
         return Fetched(content, media_type, progress.report(None))
 
     async def _try_until_it_works(
-        self, url: WebUrl, limits: ImageLimits | VideoLimits, progress: "_Progress"
+        self, errand: Errand, limits: ImageLimits | VideoLimits, progress: "_Progress"
     ) -> tuple[bytes, str]:
         def wait_after(error: Exception) -> bool | float:
             """Return whether to try again, or the seconds that the server asks to wait before."""
@@ -276,11 +264,11 @@ class Fetcher:
         ):
             with attempt:
                 progress.start_try()
-                return await self._try(url, limits, progress)
+                return await self._try(errand, limits, progress)
         raise AssertionError("stamina ends with a result or an error")
 
     async def _try(
-        self, url: WebUrl, limits: ImageLimits | VideoLimits, progress: "_Progress"
+        self, errand: Errand, limits: ImageLimits | VideoLimits, progress: "_Progress"
     ) -> tuple[bytes, str]:
         """Try once, and turn what the network may raise into errors of this room."""
         is_video = isinstance(limits, VideoLimits)
@@ -289,7 +277,7 @@ class Fetcher:
         )
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._follow(url, limits, progress)
+                return await self._follow(errand, limits, progress)
         except (TimeoutError, httpcore2.TimeoutException) as error:
             raise FetchTimeoutError(
                 "Failed to fetch media from URL: no complete answer within the "
@@ -305,19 +293,29 @@ class Fetcher:
             ) from error
 
     async def _follow(
-        self, url: WebUrl, limits: ImageLimits | VideoLimits, progress: "_Progress"
+        self, errand: Errand, limits: ImageLimits | VideoLimits, progress: "_Progress"
     ) -> tuple[bytes, str]:
+        url = await errand.find_url()
         while True:
             async with self._pool.stream(
                 "GET", _as_core_url(url), headers=self._headers_for(url), extensions=self._timeouts
             ) as response:
                 response.extensions["network_stream"].end_head()
                 headers = _joined(response.headers)
-                if response.status not in _REDIRECTS or b"location" not in headers:
-                    _check_head(response.status, headers, limits)
+                is_redirect = response.status in _REDIRECTS and b"location" in headers
+                if not is_redirect or not self._limits.max_redirects:
+                    if response.status != 200:
+                        raise await self._failed_with(errand, response, headers)
+                    _check_head(headers, limits)
                     content = await self._read_body(response, limits, progress)
                     return content, _media_type_of(headers)
             url = self._next_url(url, headers[b"location"], progress)
+
+    async def _failed_with(
+        self, errand: Errand, response: httpcore2.Response, headers: Mapping[bytes, bytes]
+    ) -> FetchFailedError:
+        """What a status other than 200 means; nothing of the body has been read."""
+        return failed_with(response.status, headers)
 
     def _headers_for(self, url: WebUrl) -> list[tuple[bytes, bytes]]:
         return [
@@ -380,45 +378,6 @@ class Fetcher:
             ) from error
         progress.is_complete = True
         return bytes(body)
-
-
-class FetcherThread:
-    """A `Fetcher` for callers that are threads themselves: its event loop runs in one of its own."""
-
-    def __init__(
-        self,
-        config: FetchConfig | None = None,
-        resolve: Resolve | None = None,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="darkroom-fetch", daemon=True)
-        self._fetcher = Fetcher(config, resolve, tls)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def fetch(self, url: str, limits: ImageLimits | VideoLimits) -> Fetched:
-        """Wait for what `Fetcher.fetch` returns or raises."""
-        return asyncio.run_coroutine_threadsafe(
-            self._fetcher.fetch(url, limits), self._loop
-        ).result()
-
-    def close(self) -> None:
-        """Close the connections and end the thread. No fetch may be running."""
-        asyncio.run_coroutine_threadsafe(self._fetcher.aclose(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 class SystemResolver:
@@ -583,6 +542,7 @@ class _Progress:
 
     scheme: str | None = None
     host: str | None = None
+    media_type: str | None = None
     started_at: float = field(default_factory=time.monotonic)
     num_tries: int = 0
     num_redirects: int = 0
@@ -604,10 +564,11 @@ class _Progress:
         self.sha256.update(chunk)
 
     def report(self, error_code: str | None) -> FetchReport:
-        is_refused = error_code in (BadUrlError.code, HostNotAllowedError.code)
+        is_refused = error_code in _REFUSED
         return FetchReport(
             scheme=None if is_refused else self.scheme,
             host=None if is_refused else self.host,
+            media_type=self.media_type,
             num_bytes=self.num_bytes,
             sha256=self.sha256.hexdigest() if self.is_complete else None,
             fetch_ms=round(self.seconds * 1000, 1),
@@ -615,6 +576,14 @@ class _Progress:
             num_tries=self.num_tries,
             error_code=error_code,
         )
+
+
+_REFUSED = frozenset({BadUrlError.code, HostNotAllowedError.code, BucketNotAllowedError.code})
+
+
+def report_of_refusal(error: FetchFailedError) -> FetchReport:
+    """The report of a fetch that was never begun."""
+    return replace(_Progress().report(error.code), fetch_ms=0.0)
 
 
 _FailureKey = tuple[str, int, bool]
@@ -664,12 +633,8 @@ def _joined(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     return joined
 
 
-def _check_head(
-    status: int, headers: Mapping[bytes, bytes], limits: ImageLimits | VideoLimits
-) -> None:
-    """Raise unless the body that follows is the file, plain and of a size that is taken."""
-    if status != 200:
-        raise _failed_with(status, headers)
+def _check_head(headers: Mapping[bytes, bytes], limits: ImageLimits | VideoLimits) -> None:
+    """Raise unless the body that follows is plain and of a size that is taken."""
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
         raise FetchFailedError(
             "Failed to fetch media from URL: the server compressed the file although it was asked "
@@ -680,7 +645,8 @@ def _check_head(
         raise _too_many_bytes(limits)
 
 
-def _failed_with(status: int, headers: Mapping[bytes, bytes]) -> FetchFailedError:
+def failed_with(status: int, headers: Mapping[bytes, bytes]) -> FetchFailedError:
+    """What an answer of this status means for whoever sent the URL."""
     retryable = status in _RETRYABLE_STATUSES or status >= 500
     what_to_do = (
         "Send the item again later"

@@ -91,6 +91,7 @@ class FetchLimits:
         whole_timeout_s: one fetch with all its tries, redirects and waits.
         min_bytes_per_s: of a body, on average over each `min_rate_window_s`.
         max_header_bytes: of one answer, with the 1xx answers before it.
+        max_redirects: of one try; 0: a redirect is an error like any other status.
         max_tries: in one fetch. An item has more of them later.
         retry_wait_s: before the second try, doubled for each further one; as much again by chance.
         max_retry_after_s: a server that asks for more patience is left alone in this fetch.

@@ -48,6 +48,10 @@ def find(session: Session, name: str) -> Tenant | None:
     return session.scalars(select(Tenant).where(Tenant.name == name)).one_or_none()
 
 
+def get_name(session: Session, tenant: TenantId) -> str:
+    return session.scalars(select(Tenant.name).where(Tenant.id == tenant)).one()
+
+
 def get_locked(session: Session, tenant: TenantId) -> Tenant:
     """The tenant's row, under a lock: who compares its open work with its limits comes one by one."""
     return session.scalars(

@@ -17,6 +17,8 @@ from uuid import UUID
 
 from engine.errors import BadSamplingParams, TooManyImages, TooManyVideos
 from engine.request import SamplingParams
+from media.errors import BadUrlError
+from media.s3_url import is_s3_url, parse_s3_url
 from storage.ids import FileId
 from tasks.config import MediaLimits
 from tasks.errors import BadLineError
@@ -260,12 +262,14 @@ def check_body(
     model: str,
     limits: MediaLimits,
     image_policy: ImagePolicy = ImagePolicy.REJECT,
+    opens_buckets: bool = True,
 ) -> Body:
     """
     Check a chat completion's body.
 
     Args:
         model: of the job; a line may name no other.
+        opens_buckets: whether s3:// is read at all; which of it may be read, the worker says.
         image_policy: the job's; a line's own goes before it.
 
     Raises:
@@ -289,6 +293,12 @@ def check_body(
         for part in _check_message(message, f"messages[{index}]"):
             num_images += part["type"] in IMAGE_PARTS
             num_videos += part["type"] == "video_url"
+            if not opens_buckets and is_s3_url(read_source(part)):
+                raise _bad_address(
+                    f"messages[{index}]",
+                    "s3:// is not read here. Upload the file, or ask the operator to open a bucket "
+                    "with DARKROOM_MEDIA_S3_BUCKETS.",
+                )
     if num_images > limits.image and policy is ImagePolicy.REJECT:
         raise BadLineError(
             TooManyImages.code,
@@ -408,7 +418,7 @@ def _check_part(part: object, where: str) -> None:
 
 def read_source(part: Mapping[str, Any], where: str = "messages") -> str:
     """
-    Where an image or video comes from: a data URL, an http URL, or `file-…`.
+    Where an image or video comes from: a data URL, an http URL, an object of s3, or `file-…`.
 
     Raises:
         BadLineError: none of these.
@@ -427,13 +437,25 @@ def read_source(part: Mapping[str, Any], where: str = "messages") -> str:
         raise _bad_messages(where, f"has {kind}.{_quote(unknown[0])}, which is not supported")
     if _FILE_ID.fullmatch(source):
         return source
-    if name == "file_id" or not source[:8].lower().startswith(("data:", "http://", "https://")):
-        raise BadLineError(
-            "invalid_media_url",
-            f"{where}: give a data: URL, an http or https URL, or the id of an uploaded file.",
-            param="messages",
+    if name == "file_id" or not source[:8].lower().startswith(_SCHEMES):
+        raise _bad_address(
+            where,
+            "give a data: URL, an http or https URL, an s3:// reference, or the id of an uploaded "
+            "file.",
         )
+    if is_s3_url(source):
+        try:
+            parse_s3_url(source)
+        except BadUrlError as error:
+            raise _bad_address(where, str(error)) from error
     return source
+
+
+_SCHEMES: Final = ("data:", "http://", "https://", "s3://")
+
+
+def _bad_address(where: str, problem: str) -> BadLineError:
+    return BadLineError("invalid_media_url", f"{where}: {problem}", param="messages")
 
 
 def parse_file_id(source: str) -> FileId | None:

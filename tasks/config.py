@@ -73,6 +73,11 @@ class Config(BaseSettings):
         database_url: sqlite:///PATH or postgresql://…; by default a file under `home`.
         blobs: a folder, or s3://bucket/prefix; by default a folder under `home`.
         redis_url: of a broker that is there; by default we start one of our own.
+        media_s3_buckets: what items may name as s3://…: buckets or prefixes with commas between, where
+            {tenant} is a segment that stands for the tenant's name; by default nothing.
+        media_s3_profile: of AWS's shared files, whose keys read them; by default requests are not
+            signed. The keys of the blobs are never used.
+        media_s3_endpoint_url, media_s3_region: where those buckets are.
         pepper: what API keys are hashed with, in hexadecimal digits, the same on every host; by
             default, without `database_url`, a file under `home`.
         metrics_from: networks that may read /metrics besides the host itself, as 10.0.0.0/8,fd00::/8.
@@ -116,6 +121,10 @@ class Config(BaseSettings):
     s3_region: str | None = None
     s3_checksums: bool = True
     redis_url: str | None = None
+    media_s3_buckets: Annotated[tuple[str, ...], NoDecode] = ()
+    media_s3_profile: str | None = None
+    media_s3_endpoint_url: str | None = None
+    media_s3_region: str | None = None
     pepper: SecretStr = SecretStr("")
 
     metrics_from: Annotated[tuple[Network, ...], NoDecode] = ()
@@ -162,14 +171,19 @@ class Config(BaseSettings):
     def _parse_limits(cls, given: object) -> object:
         return parse_limits(given) if isinstance(given, str) else given
 
-    @field_validator("metrics_from", mode="before")
+    @field_validator("metrics_from", "media_s3_buckets", mode="before")
     @classmethod
-    def _split_networks(cls, given: object) -> object:
+    def _split_list(cls, given: object) -> object:
         return (
             [part.strip() for part in given.split(",") if part.strip()]
             if isinstance(given, str)
             else given
         )
+
+    @field_validator("media_s3_profile", "media_s3_endpoint_url", "media_s3_region")
+    @classmethod
+    def _empty_is_unset(cls, text: str | None) -> str | None:
+        return text or None
 
     @field_validator("redis_url")
     @classmethod

@@ -96,7 +96,9 @@ def _choose_limits(config: Config, model: str, word: Served | None) -> MediaLimi
 def _expand(
     stores: Stores, dispatcher: Dispatcher, config: Config, job: Job, limits: MediaLimits
 ) -> None:
-    checker = LineChecker(job.model, job.endpoint, limits, job.options)
+    checker = LineChecker(
+        job.model, job.endpoint, limits, job.options, opens_buckets=bool(config.media_s3_buckets)
+    )
     page: list[NewItem] = []
     num_inserted, num_lines, end = job.num_expanded, 0, 0
 
@@ -168,6 +170,7 @@ class LineChecker:
     endpoint: str
     limits: MediaLimits
     raw_options: Mapping[str, Any]
+    opens_buckets: bool = False
     errors: list[dict[str, Any]] = field(default_factory=list)
     num_refused: int = 0
     is_file_refused: bool = False
@@ -220,6 +223,7 @@ class LineChecker:
                 model=self.model,
                 limits=self.limits,
                 image_policy=self._options.image_policy,
+                opens_buckets=self.opens_buckets,
             )
         except BadLineError as bad:
             bad.custom_id = custom_id

@@ -2,7 +2,7 @@
 Leased items become prompts, their media on the way, ahead of the engine and within bounds.
 
 Data URLs go to the engine as they are and uploaded files as callables: both are read in its media
-threads. What lies behind http is fetched here, several at a time, so that a slow host holds up no
+threads. What lies behind http or in a bucket is fetched here, several at a time, so that a slow host holds up no
 neighbour; a prompt is handed on when its last byte is there. At most `MAX_AHEAD` prompts of a chunk
 wait or are fetched at a time, whatever its size, and all chunks together hold no more bytes than
 `tasks.budget` lets them.
@@ -10,13 +10,14 @@ wait or are fetched at a time, whatever its size, and all chunks together hold n
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from engine.request import SamplingParams
 from media.errors import FetchFailedError, ImageTooLargeError, MediaError, VideoTooLargeError
+from media.fetched import Fetched
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
-from storage import files
+from storage import files, tenants
 from storage.errors import BlobMissingError, StorageError
 from storage.ids import FileId, JobId, TenantId
 from storage.items import LeasedItem
@@ -44,12 +45,12 @@ _PART_OPTIONS: Final = ("min_pixels", "max_pixels", "num_frames", "fps")
 
 
 class Fetch(Protocol):
-    """A URL in, its bytes out, or a `FetchFailedError`."""
+    """A URL and the name of who asks in, its bytes out, or a `FetchFailedError`."""
 
-    def __call__(self, url: str, limits: ImageLimits | VideoLimits, /) -> bytes: ...
+    def __call__(self, url: str, limits: ImageLimits | VideoLimits, tenant: str, /) -> Fetched: ...
 
 
-def refuse_to_fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+def refuse_to_fetch(url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
     """Where fetching is not installed."""
     raise FetchFailedError(
         "Failed to fetch media from URL: fetching is not installed here. Upload the file, or send "
@@ -105,6 +106,7 @@ class Preparer:
         model: this worker's, and so the items'.
         limits: the engine's own.
         pool: threads that wait for hosts.
+        names: of the tenants that were met.
     """
 
     stores: Stores
@@ -113,6 +115,7 @@ class Preparer:
     defaults: SamplingParams
     fetch: Fetch
     pool: Executor
+    names: dict[TenantId, str] = field(default_factory=dict)
 
     def prepare(
         self,
@@ -213,19 +216,28 @@ class Preparer:
 
     def _fetch_all(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
         try:
+            tenant = self._name(draft.item.tenant)
             fetched = {
-                url: self.fetch(url, VIDEO_LIMITS if is_video else IMAGE_LIMITS)
+                url: self.fetch(url, VIDEO_LIMITS if is_video else IMAGE_LIMITS, tenant)
                 for url, is_video in draft.urls.items()
             }
-        except FetchFailedError as error:
+        except (FetchFailedError, StorageError) as error:
             return Refused(draft.item, error)
-        hold.shrink(draft.item.fence.item, draft.num_bytes + sum(map(len, fetched.values())))
+        num_bytes = sum(len(one.content) for one in fetched.values())
+        hold.shrink(draft.item.fence.item, draft.num_bytes + num_bytes)
         return draft.build(fetched)
+
+    def _name(self, tenant: TenantId) -> str:
+        """Names of tenants stay, so each is read once."""
+        if tenant not in self.names:
+            with self.stores.database.read() as session:
+                self.names[tenant] = tenants.get_name(session, tenant)
+        return self.names[tenant]
 
 
 class _Draft:
     """
-    A prompt whose media behind http have not come yet.
+    A prompt whose media behind http or s3 have not come yet.
 
     Args:
         num_bytes: of its line, data URLs included; uploaded files are added as they are met.
@@ -296,13 +308,13 @@ class _Draft:
         self.urls[source] = is_video
         return {"type": kind, kind: source, **options}
 
-    def build(self, fetched: Mapping[str, bytes]) -> Ready:
+    def build(self, fetched: Mapping[str, Fetched]) -> Ready:
         """The prompt, with bytes in the place of URLs."""
         for message in self._messages:
             for part in message["content"] if isinstance(message["content"], list) else ():
                 kind = part["type"]
                 if kind in ("image", "video") and isinstance(part[kind], str):
-                    part[kind] = fetched[part[kind]]
+                    part[kind] = fetched[part[kind]].content
         return Ready(
             self.item,
             Prompt(self.item.fence.name, self._messages, self._params, self.item.priority),

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 import redis
@@ -30,7 +30,7 @@ import structlog
 from celery import Celery, Task, signals
 from celery.exceptions import Reject
 
-from media.limits import ImageLimits, VideoLimits
+from media.s3_url import parse_open_prefix
 from storage.errors import IdempotencyConflictError, NotFoundError, StorageError
 from storage.ids import JobId
 from tasks.app import (
@@ -47,7 +47,7 @@ from tasks.collect import Collector
 from tasks.config import Config
 from tasks.dispatch import Dispatcher
 from tasks.engines import EnginePort
-from tasks.errors import BadSubmissionError
+from tasks.errors import BadSettingError, BadSubmissionError
 from tasks.expand import expand
 from tasks.fast import EXPAND_LIST, FastLane, name_permit_list, serving
 from tasks.finish import finish
@@ -58,6 +58,9 @@ from tasks.stopping import leave_if_told, leaving_at_signal
 from tasks.stores import Stores, open_stores
 from tasks.submit import parse_submission, submit
 from tasks.sweep import Sweeper
+
+if TYPE_CHECKING:
+    from media.buckets import BucketConfig
 
 logger = structlog.get_logger(__name__)
 
@@ -116,7 +119,7 @@ def run_gpu_worker(
         open_things.callback(dispatcher.close)
         pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
         open_things.callback(pool.shutdown, wait=False, cancel_futures=True)
-        fetch = fetch or open_things.enter_context(open_fetch(env))
+        fetch = fetch or open_things.enter_context(open_fetch(config, env))
         runner = Runner(
             stores,
             dispatcher,
@@ -402,30 +405,49 @@ def _in_thread(name: str, run: Callable[[threading.Event], None]) -> Iterator[No
 
 
 @contextmanager
-def open_fetch(env: dict[str, str]) -> Iterator[Fetch]:
+def open_fetch(config: Config, env: dict[str, str]) -> Iterator[Fetch]:
     """
     The one way out to the network, for the block; refusing where it is not installed.
 
     Raises:
         ValueError: a timeout makes no sense; the text names its variable.
+        BadSettingError: likewise, of a bucket.
     """
     try:
-        from media.fetch import (
-            FetchConfig,
-            FetcherThread,
-            fetch_timeout_from,
-            video_fetch_timeout_from,
-        )
+        from media.buckets import BadProfileError
+        from media.fetch import FetchConfig, fetch_timeout_from, video_fetch_timeout_from
+        from media.sources import SourcesThread
     except ModuleNotFoundError:
         yield refuse_to_fetch
         return
-    config = FetchConfig(
+    fetching = FetchConfig(
         image_fetch_timeout_s=fetch_timeout_from(env),
         video_fetch_timeout_s=video_fetch_timeout_from(env),
     )
-    with FetcherThread(config) as fetcher:
+    try:
+        sources = SourcesThread(fetching, buckets=_read_buckets(config))
+    except BadProfileError as error:
+        raise BadSettingError(f"DARKROOM_MEDIA_S3_PROFILE: {error}.") from error
+    except ValueError as error:
+        raise BadSettingError(
+            "DARKROOM_MEDIA_S3_ENDPOINT_URL is no address: give http://HOST:PORT or https://HOST."
+        ) from error
+    with sources:
+        yield sources.fetch
 
-        def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
-            return fetcher.fetch(url, limits).content
 
-        yield fetch
+def _read_buckets(config: Config) -> "BucketConfig | None":
+    from media.buckets import BucketConfig
+
+    if not config.media_s3_buckets:
+        return None
+    try:
+        prefixes = tuple(parse_open_prefix(text) for text in config.media_s3_buckets)
+    except ValueError as error:
+        raise BadSettingError(f"DARKROOM_MEDIA_S3_BUCKETS: {error}.") from error
+    return BucketConfig(
+        prefixes,
+        profile=config.media_s3_profile,
+        endpoint_url=config.media_s3_endpoint_url,
+        region=config.media_s3_region,
+    )

@@ -30,17 +30,16 @@ from media.errors import (
     HostNotAllowedError,
 )
 from media.fetch import (
-    UNKNOWN_MEDIA_TYPE,
     FetchConfig,
-    Fetched,
     Fetcher,
-    FetcherThread,
     Resolve,
     SystemResolver,
     fetch_timeout_from,
     video_fetch_timeout_from,
 )
+from media.fetched import UNKNOWN_MEDIA_TYPE, Fetched
 from media.limits import FetchLimits, ImageLimits, VideoLimits
+from media.sources import SourcesThread
 from tests.media.servers import (
     Answer,
     Names,
@@ -236,9 +235,9 @@ def test_body_until_the_connection_ends_is_read() -> None:
 def test_thread_of_its_own_serves_other_threads() -> None:
     async def scenario() -> Fetched:
         async with serve(answering(JPEG)) as server:
-            with FetcherThread(config_for(server), Names()) as fetcher:
+            with SourcesThread(config_for(server), Names()) as sources:
                 url = f"http://pictures.test:{server.port}/"
-                return await asyncio.to_thread(fetcher.fetch, url, LIMITS)
+                return await asyncio.to_thread(sources.fetch, url, LIMITS, "anyone")
 
     assert JPEG == run(scenario()).content
 

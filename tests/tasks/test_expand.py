@@ -107,15 +107,8 @@ def test_all_line_errors_are_reported_with_their_lines_and_nothing_runs(
             b"\xff\xfe",
             b"[" * 100_000,
             build_request("m", image_policy="split"),
-            build_request(
-                "n",
-                messages=[
-                    {
-                        "role": "user",
-                        "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}],
-                    }
-                ],
-            ),
+            build_request("n", messages=show("file:///x")),
+            build_request("o", messages=show("s3://photographs/a.jpg")),  # none is opened
         ),
     )
 
@@ -147,11 +140,33 @@ def test_all_line_errors_are_reported_with_their_lines_and_nothing_runs(
         (22, "invalid_json_line"),
         (23, "invalid_image_policy"),
         (24, "invalid_media_url"),
+        (25, "invalid_media_url"),
     ] == codes(found)
     texts = {error["line"]: error["message"] for error in found.errors or []}
     assert texts[11].startswith(TOO_MANY)
     assert {} == _count(stores, job)
     assert 0 == dispatcher.count(TaskName.RUN_CHUNK)
+
+
+def show(url: str) -> list[Any]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+def test_references_into_buckets_are_taken_where_some_are_opened(
+    stores: Stores, dispatcher: RecordingDispatcher, config: Config
+) -> None:
+    opened = config.model_copy(update={"media_s3_buckets": ("s3://photographs",)})
+    good = [
+        build_request("a", messages=show("s3://photographs/a.jpg")),
+        build_request("b", messages=show("s3://others/a.jpg")),  # whose it is, the worker says
+    ]
+    bad = [build_request("c", messages=show("s3://photographs/../a.jpg"))]
+    jobs_made = [make(stores, encode(*requests)) for requests in (good, bad)]
+
+    for job in jobs_made:
+        expand(stores, dispatcher, opened, job)
+
+    assert [[], [(1, "invalid_media_url")]] == [codes(find(stores, job)) for job in jobs_made]
 
 
 ODD_VALUES: list[Any] = [

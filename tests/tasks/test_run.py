@@ -1,6 +1,7 @@
 """A permit's work, in this process: every item ends once, in the right way."""
 
 import base64
+import hashlib
 import json
 import threading
 import time
@@ -17,6 +18,7 @@ from sqlalchemy import select
 from engine.errors import MediaRefused
 from engine.request import Result, Stamp
 from media.errors import FetchFailedError, MediaError
+from media.fetched import Fetched, FetchReport
 from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
 from storage.blobs import Blobs
@@ -51,6 +53,12 @@ def fetch_nothing(url: str, limits: ImageLimits | VideoLimits) -> bytes:
     raise AssertionError(url)
 
 
+def bring(content: bytes) -> Fetched:
+    digest = hashlib.sha256(content).hexdigest()
+    report = FetchReport("https", "host", "image/png", len(content), digest, 1.5, 0, 1, None)
+    return Fetched(content, "image/png", report)
+
+
 class Rig:
     """A job and what runs it."""
 
@@ -76,7 +84,15 @@ class Rig:
         self, engine: InstantEngine, *, fetch: Fetch = fetch_nothing, **words: Any
     ) -> Iterator[Runner]:
         with ThreadPoolExecutor(4) as pool:
-            preparer = Preparer(self.stores, MODEL, engine.limits, engine.defaults, fetch, pool)
+
+            def fetch_with_report(
+                url: str, limits: ImageLimits | VideoLimits, tenant: str
+            ) -> Fetched:
+                return bring(fetch(url, limits))
+
+            preparer = Preparer(
+                self.stores, MODEL, engine.limits, engine.defaults, fetch_with_report, pool
+            )
             runner = Runner(
                 self.stores, self.dispatcher, self.config, engine, preparer, worker="w", **words
             )
@@ -789,6 +805,29 @@ def test_images_come_from_urls_and_files_and_bad_ones_end_their_item_only(rig: R
     }
     assert {"type": "image", "image": b"https://host/a"} == parts["https://host/a"]
     assert rig.stores.blobs.read(upload.manifest_key) == parts[file_url]["image"]()
+
+
+def test_objects_are_fetched_in_the_name_of_their_tenant(rig: Rig) -> None:
+    rig.config = rig.config.model_copy(update={"media_s3_buckets": ("s3://photographs",)})
+    asked: list[tuple[str, str]] = []
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
+        asked.append((url, tenant))
+        return bring(url.encode())
+
+    part = {"type": "video_url", "video_url": {"url": "s3://photographs/a.mp4"}}
+    request = build_request("a", messages=[{"role": "user", "content": [part]}])
+    job = rig.make(request, tenant="somebody")
+    engine = InstantEngine()
+    with ThreadPoolExecutor(4) as pool:
+        preparer = Preparer(rig.stores, MODEL, engine.limits, engine.defaults, fetch, pool)
+        runner = Runner(rig.stores, rig.dispatcher, rig.config, engine, preparer, worker="w")
+        runner.start()
+        runner.run_chunk()
+        runner.stop()
+
+    assert {ItemState.COMPLETED: 1} == rig.count(job)
+    assert [("s3://photographs/a.mp4", "somebody")] == asked
 
 
 def test_bytes_of_pictures_are_bounded_over_all_chunks_and_free_in_the_end(rig: Rig) -> None:

@@ -1,0 +1,107 @@
+"""
+Every place that media are fetched from, by scheme: the web and, where an operator opens them, buckets.
+
+What comes inside a URL (`media.data_url`) or was uploaded is no fetch, and is read elsewhere.
+"""
+
+import asyncio
+import ssl
+from dataclasses import asdict
+from threading import Thread
+from types import TracebackType
+from typing import Self
+
+from media.buckets import BucketConfig, BucketFetcher
+from media.errors import BucketNotAllowedError
+from media.fetch import FetchConfig, Fetcher, Resolve, report_of_refusal
+from media.fetched import Fetched
+from media.limits import ImageLimits, VideoLimits
+from media.s3_url import is_s3_url
+
+
+class Sources:
+    """One for each process, used on one event loop."""
+
+    def __init__(
+        self,
+        config: FetchConfig | None = None,
+        resolve: Resolve | None = None,
+        tls: ssl.SSLContext | None = None,
+        *,
+        buckets: BucketConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            config, resolve, tls: as `Fetcher` takes them.
+            buckets: None: s3:// is refused.
+
+        Raises:
+            ValueError: `buckets` has a profile or an address that cannot be.
+        """
+        self._web = Fetcher(config, resolve, tls)
+        self._buckets = None if buckets is None else BucketFetcher(buckets, config, resolve, tls)
+
+    async def fetch(self, url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
+        """
+        Return what stands behind one URL.
+
+        Args:
+            tenant: whose request it is, by name.
+
+        Raises:
+            FetchFailedError: as `Fetcher.fetch` and `BucketFetcher.fetch`.
+        """
+        if not is_s3_url(url):
+            return await self._web.fetch(url, limits)
+        if self._buckets is None:
+            error = BucketNotAllowedError()
+            error.facts = asdict(report_of_refusal(error))
+            raise error
+        return await self._buckets.fetch(url, limits, tenant)
+
+    async def aclose(self) -> None:
+        """Close the connections that wait for more work."""
+        await self._web.aclose()
+        if self._buckets is not None:
+            await self._buckets.aclose()
+
+
+class SourcesThread:
+    """`Sources` for callers that are threads themselves: its event loop runs in one of its own."""
+
+    def __init__(
+        self,
+        config: FetchConfig | None = None,
+        resolve: Resolve | None = None,
+        tls: ssl.SSLContext | None = None,
+        *,
+        buckets: BucketConfig | None = None,
+    ) -> None:
+        self._sources = Sources(config, resolve, tls, buckets=buckets)
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="darkroom-fetch", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def fetch(self, url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
+        """Wait for what `Sources.fetch` returns or raises."""
+        return asyncio.run_coroutine_threadsafe(
+            self._sources.fetch(url, limits, tenant), self._loop
+        ).result()
+
+    def close(self) -> None:
+        """Close the connections and end the thread. No fetch may be running."""
+        asyncio.run_coroutine_threadsafe(self._sources.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
