@@ -74,11 +74,14 @@ class VisionContext:
         starts: (pictures + 1,), int32, device: where each begins, for the kernel that takes any
             sizes at once; None where every run is a dense batch.
         cut: how our kernel for that is cut; None for torch's.
+        windows: of an encoder some of whose layers look at a window of each picture only: the
+            starts that these layers hand on, by which they are known, and what they attend to.
     """
 
     runs: Sequence[tuple[int, int]]
     starts: Tensor | None = None
     cut: pictures.Cut | None = None
+    windows: "tuple[Tensor, VisionContext] | None" = None
 
 
 class _Current(threading.local):
@@ -239,6 +242,7 @@ def attend_vision(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """
@@ -246,6 +250,7 @@ def attend_vision(
 
     Args:
         query, key, value: (1, heads, patches, dim).
+        cu_seq_lens_q: the starts that this layer hands on; read only to know layers with windows.
 
     Returns:
         (1, patches, heads, dim), and no weights.
@@ -253,6 +258,8 @@ def attend_vision(
     context = _current.vision
     assert context is not None
     assert attention_mask is None
+    if context.windows is not None and cu_seq_lens_q is context.windows[0]:
+        context = context.windows[1]
     if context.starts is not None:
         return _attend_varlen(query, key, value, context, scaling), None
     attended, start = [], 0

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import QuickGELUActivation, SiLUActivation
+from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 from engine.kernels import activations, norms, quantised, rope
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
@@ -73,6 +76,11 @@ def apply(model: nn.Module, fusions: Fusions | None = None) -> Counter[str]:
     fusions = fusions or Fusions()
     swapped: Counter[str] = Counter()
     _swap_below(model, fusions, swapped)
+    for module in model.modules():
+        if isinstance(module, qwen3_vl.Qwen3VLVisionModel):  # it looks at some blocks' results
+            blocks: Any = module.blocks
+            for index in module.deepstack_visual_indexes:
+                blocks[index].is_last = True
     if fusions.adds_in_products and not fusions.fp8:
         for layers in model.modules():
             if isinstance(layers, nn.ModuleList):
@@ -218,20 +226,37 @@ class GatedMLP(nn.Module):
 
 
 class QuickGELUMLP(nn.Module):
-    """fc2(quick_gelu(fc1(x)))."""
+    """down(quick_gelu(up(x)))."""
 
-    def __init__(self, mlp: Any, fusions: Fusions) -> None:
+    def __init__(self, up: nn.Linear, down: nn.Linear, fusions: Fusions) -> None:
         super().__init__()
-        self.fc1, self.fc2 = _project(mlp.fc1, fusions), _project(mlp.fc2, fusions)
+        self.up, self.down = _project(up, fusions), _project(down, fusions)
 
     def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
-        inner = self.fc1(x)
+        inner = self.up(x)
         if onto is not None:
-            add_product_(onto, activations.quick_gelu_(inner), self.fc2)
+            add_product_(onto, self.activate_(inner), self.down)
             return onto
-        if isinstance(self.fc2, Fp8Linear):
-            return self.fc2(quantised.quick_gelu(inner))  # type: ignore[no-any-return]
-        return self.fc2(activations.quick_gelu_(inner))  # type: ignore[no-any-return]
+        if isinstance(self.down, Fp8Linear):
+            return self.down(self.quantise(inner))  # type: ignore[no-any-return]
+        return self.down(self.activate_(inner))  # type: ignore[no-any-return]
+
+    def activate_(self, inner: Tensor) -> Tensor:
+        return activations.quick_gelu_(inner)
+
+    def quantise(self, inner: Tensor) -> Tensor | Fp8Rows:
+        """Activated, as the second product reads it in fp8."""
+        return quantised.quick_gelu(inner)
+
+
+class GELUTanhMLP(QuickGELUMLP):
+    """down(gelu(up(x))), the GELU by tanh."""
+
+    def activate_(self, inner: Tensor) -> Tensor:
+        return F.gelu(inner, approximate="tanh")
+
+    def quantise(self, inner: Tensor) -> Tensor | Fp8Rows:
+        return self.activate_(inner)
 
 
 def _call_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
@@ -256,8 +281,7 @@ class RotaryTable(nn.Module):
         self.num_positions = num_positions
         cos, sin = rope.build_table(rotary.inv_freq, num_positions, rotary.attention_scaling)
         self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
-        sections = getattr(rotary, "mrope_section", [len(rotary.inv_freq)])
-        axis_of = [axis % 3 for axis, count in enumerate(sections) for _ in range(count)]
+        axis_of = _axes(rotary)
         self.axis_of = nn.Buffer(
             torch.tensor(axis_of, device=rotary.inv_freq.device), persistent=False
         )
@@ -269,8 +293,22 @@ class RotaryTable(nn.Module):
         return cos[None], sin[None]
 
 
+def _axes(rotary: Any) -> list[int]:
+    """Which axis of a position turns each pair of numbers: time, row or column."""
+    sections = getattr(rotary, "mrope_section", [len(rotary.inv_freq)])
+    if not isinstance(rotary, qwen3_vl.Qwen3VLTextRotaryEmbedding):
+        return [axis % 3 for axis, count in enumerate(sections) for _ in range(count)]
+    # Interleaved: time, row, column, time, row, … until rows and columns have had their share.
+    half = len(rotary.inv_freq)
+    return [pair % 3 if pair < 3 * sections[pair % 3] and pair % 3 else 0 for pair in range(half)]
+
+
 class FusedTextAttention(nn.Module):
-    """Attention of a text layer on one row of tokens, (1, T, width)."""
+    """
+    Attention of a text layer on one row of tokens, (1, T, width).
+
+    Of Qwen3 too, which norms each head of queries and keys before it is rotated.
+    """
 
     def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
@@ -284,6 +322,8 @@ class FusedTextAttention(nn.Module):
         merged = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
         self.qkv = _project(merged, fusions)
         self.out = _project_attended(attention.o_proj, fusions)
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.head_norms = nn.ModuleList(FusedRMSNorm(norm) for norm in norms if norm is not None)
 
     def forward(
         self,
@@ -295,6 +335,10 @@ class FusedTextAttention(nn.Module):
     ) -> Tensor:
         projected = self.qkv(x)
         heads = projected.view(projected.shape[1], -1, self.head_dim)
+        if self.head_norms:
+            parts = heads.tensor_split([-2 * self.kv_heads, -self.kv_heads], dim=1)
+            for part, norm in zip(parts, self.head_norms, strict=False):
+                part.copy_(norm(part))
         cos, sin = (angles[0] for angles in position_embeddings)
         if self.rope_in_attention:
             kwargs["merged"] = heads, cos, sin
@@ -329,7 +373,7 @@ class FusedDecoderLayer(nn.Module):
         self.mlp = GatedMLP(layer.mlp, fusions)
         self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.qkv)
         self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.gate_up)
-        self.is_last = is_last
+        self.is_last = is_last  # or its result is looked at: a plain tensor
         self.is_first: bool | None = None  # known where products add in place
 
     def add_in_products(self, owed: Tensor | None, *, is_first: bool) -> Tensor | None:
@@ -382,7 +426,7 @@ def _fuse_rotary(rotary: Any, fusions: Fusions, _is_last: bool) -> nn.Module | N
 
 
 class FusedVisionAttention(nn.Module):
-    """Attention of a Qwen2-VL encoder block on packed patches, (T, width)."""
+    """Attention of a Qwen-VL encoder block on packed patches, (T, width)."""
 
     def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
@@ -417,24 +461,33 @@ class FusedVisionAttention(nn.Module):
 
 
 class FusedVisionBlock(nn.Module):
-    """A block of Qwen2-VL's encoder."""
+    """A block of an encoder of Qwen-VL, whose generations differ in norms and MLP."""
 
-    def __init__(self, block: Any, fusions: Fusions, is_last: bool) -> None:
+    def __init__(
+        self, block: Any, mlp: "GatedMLP | QuickGELUMLP", fusions: Fusions, is_last: bool
+    ) -> None:
         super().__init__()
         self.attention = FusedVisionAttention(block.attn, fusions)
-        self.mlp = QuickGELUMLP(block.mlp, fusions)
-        self.attention_norm = FusedLayerNorm(block.norm1, self.attention.qkv)
-        self.mlp_norm = FusedLayerNorm(block.norm2, self.mlp.fc1)
-        self.is_last = is_last
+        self.mlp = mlp
+        norm = FusedLayerNorm if isinstance(block.norm1, nn.LayerNorm) else FusedRMSNorm
+        self.attention_norm = norm(block.norm1, self.attention.qkv)
+        self.mlp_norm = norm(block.norm2, mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up)
+        self.is_last = is_last  # or its result is looked at: a plain tensor
         self.is_first: bool | None = None  # known where products add in place
         self.owed: list[Tensor | None] = []
 
     def add_in_products(self, owed: Tensor | None, *, is_first: bool) -> Tensor | None:
-        """From now on; what is owed to the input has this block's biases added for the next."""
+        """
+        From now on; what is owed to the input has this block's biases added for the next.
+
+        RMSNorm takes no shift, so blocks that have it are left as they are.
+        """
+        if isinstance(self.attention_norm, FusedRMSNorm):
+            return owed
         self.is_first = is_first
         after_attention = _plus(owed, self.attention.out.bias)
-        self.owed = [owed, after_attention, _plus(after_attention, self.mlp.fc2.bias)]
-        return self.owed[-1]
+        self.owed = [owed, after_attention, _plus(after_attention, self.mlp.down.bias)]
+        return None if self.is_last else self.owed[-1]
 
     def forward(
         self,
@@ -453,6 +506,8 @@ class FusedVisionBlock(nn.Module):
         }
         if self.is_first is not None:
             assert isinstance(hidden_states, Tensor)
+            assert isinstance(self.attention_norm, FusedLayerNorm)
+            assert isinstance(self.mlp_norm, FusedLayerNorm)
             x = hidden_states.clone() if self.is_first else hidden_states
             before, between, after = self.owed
             shifted = self.attention_norm.shifted(x, before)
@@ -491,7 +546,21 @@ class FusedCLIPAttention(nn.Module):
 def _fuse_vision_block(block: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
     if not (fusions.vision and isinstance(block.mlp.act, QuickGELUActivation)):
         return None
-    return FusedVisionBlock(block, fusions, is_last)
+    mlp = QuickGELUMLP(block.mlp.fc1, block.mlp.fc2, fusions)
+    return FusedVisionBlock(block, mlp, fusions, is_last)
+
+
+def _fuse_gated_vision_block(block: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
+    if not (fusions.vision and _is_silu(block.mlp.act_fn)):
+        return None
+    return FusedVisionBlock(block, GatedMLP(block.mlp, fusions), fusions, is_last)
+
+
+def _fuse_gelu_vision_block(block: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
+    if not (fusions.vision and isinstance(block.mlp.act_fn, GELUTanh)):
+        return None
+    mlp = GELUTanhMLP(block.mlp.linear_fc1, block.mlp.linear_fc2, fusions)
+    return FusedVisionBlock(block, mlp, fusions, is_last)
 
 
 def _fuse_layer_norm(norm: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
@@ -508,7 +577,7 @@ def _fuse_clip_attention(attention: Any, fusions: Fusions, _is_last: bool) -> nn
 def _fuse_clip_mlp(mlp: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
     if not (fusions.vision and isinstance(mlp.activation_fn, QuickGELUActivation)):
         return None
-    return QuickGELUMLP(mlp, fusions)
+    return QuickGELUMLP(mlp.fc1, mlp.fc2, fusions)
 
 
 def _is_silu(activation: nn.Module) -> bool:
@@ -523,6 +592,14 @@ _SWAPS: dict[type[nn.Module], _Build] = {
     qwen2_vl.Qwen2VLRMSNorm: _fuse_rms_norm,
     qwen2_vl.Qwen2VLRotaryEmbedding: _fuse_rotary,
     qwen2_vl.Qwen2VLVisionBlock: _fuse_vision_block,
+    qwen2_5_vl.Qwen2_5_VLDecoderLayer: _fuse_decoder_layer,
+    qwen2_5_vl.Qwen2_5_VLRMSNorm: _fuse_rms_norm,
+    qwen2_5_vl.Qwen2_5_VLRotaryEmbedding: _fuse_rotary,
+    qwen2_5_vl.Qwen2_5_VLVisionBlock: _fuse_gated_vision_block,
+    qwen3_vl.Qwen3VLTextDecoderLayer: _fuse_decoder_layer,
+    qwen3_vl.Qwen3VLTextRMSNorm: _fuse_rms_norm,
+    qwen3_vl.Qwen3VLTextRotaryEmbedding: _fuse_rotary,
+    qwen3_vl.Qwen3VLVisionBlock: _fuse_gelu_vision_block,
     llama.LlamaDecoderLayer: _fuse_decoder_layer,
     llama.LlamaRMSNorm: _fuse_rms_norm,
     llama.LlamaRotaryEmbedding: _fuse_rotary,

@@ -125,6 +125,18 @@ class BadFrameSamplingError(MediaError):
     code: ClassVar[str] = "bad_frame_sampling"
 
 
+class BadSegmentsError(MediaError):
+    """The clip cannot be cut so. Give segments seconds or count, and an overlap smaller than one of them."""
+
+    code: ClassVar[str] = "bad_segments"
+
+
+class TooManySegmentsError(MediaError):
+    """The clip would be cut into too many segments. Give longer ones."""
+
+    code: ClassVar[str] = "too_many_segments"
+
+
 class BadDataUrlError(MediaError):
     """The data URL cannot be read. Its form is data:image/jpeg;base64,<data> with standard base64."""
 

@@ -1,8 +1,8 @@
 """
-L1 to L6: what must hold in every database at every moment, as queries that return no row.
+L1 to L7: what must hold in every database at every moment, as queries that return no row.
 
-`install_log` adds triggers that copy each change of an item into `items_log`: for tests only. Where
-there is no log, the statements about changes are left out, so the script runs on any database.
+`install_log` adds triggers that copy each change of an item into `items_log`, and each part that is
+written into `parts_log`: for tests only. Where there is no log, the statements about changes are left out, so the script runs on any database.
 """
 
 from collections.abc import Mapping
@@ -58,6 +58,22 @@ ROWS: Final[Mapping[str, str]] = {
         SELECT items.id FROM items LEFT JOIN results ON results.item_id = items.id
         WHERE items.state = 'completed' AND results.item_id IS NULL
         """,
+    "L7 a part stands under an attempt of its item": """
+        SELECT items.id FROM parts JOIN items ON items.id = parts.item_id
+        WHERE parts.attempt < 1 OR parts.attempt > items.attempt
+        """,
+    "L7 an item's parts are of one plan": """
+        SELECT item_id FROM parts GROUP BY item_id HAVING count(DISTINCT plan) > 1
+        """,
+    "L7 a result over parts has all of them": """
+        SELECT results.item_id FROM results
+        WHERE details ->> 'num_parts' IS NOT NULL
+          AND CAST(details ->> 'num_parts' AS integer) <> (
+            SELECT count(*) FROM parts
+            WHERE parts.item_id = results.item_id AND number >= 1
+              AND number <= CAST(results.details ->> 'num_parts' AS integer)
+          )
+        """,
 }
 
 CHANGES: Final[Mapping[str, str]] = {
@@ -81,6 +97,9 @@ CHANGES: Final[Mapping[str, str]] = {
     "L4 a job that has ended stays": f"""
         SELECT seq FROM jobs_log WHERE old_state IN ({_JOB_ENDED}) AND new_state <> old_state
         """,  # noqa: S608 - our own words
+    "L7 no part is answered twice under one plan": """
+        SELECT item_id FROM parts_log GROUP BY item_id, number, plan HAVING count(*) > 1
+        """,
 }
 
 
@@ -106,7 +125,7 @@ def find_violations(session: Session, *, max_rows: int = 5) -> list[Violation]:
 
 
 def install_log(session: Session) -> None:
-    """Create `items_log` and `jobs_log` with the triggers that fill them. For tests."""
+    """Create `items_log`, `jobs_log` and `parts_log` with the triggers that fill them. For tests."""
     for statement in _LOG_ON_SQLITE if is_sqlite(session) else _LOG_ON_POSTGRESQL:
         session.execute(text(statement))
 
@@ -119,6 +138,7 @@ _ITEMS_LOG: Final = """
 _JOBS_LOG: Final = (
     "CREATE TABLE jobs_log (seq {serial}, job_id text, old_state text, new_state text)"
 )
+_PARTS_LOG: Final = "CREATE TABLE parts_log (seq {serial}, item_id bigint, number int, plan text)"
 _LOG_ITEM: Final = """
     INSERT INTO items_log (item_id, old_state, new_state, old_attempt, new_attempt, old_lease_id,
                            lease_id, worker, at)
@@ -126,22 +146,33 @@ _LOG_ITEM: Final = """
             NEW.lease_id, NEW.worker, {now});"""
 _LOG_JOB: Final = """
     INSERT INTO jobs_log (job_id, old_state, new_state) VALUES (NEW.id, OLD.state, NEW.state);"""
+_LOG_PART: Final = """
+    INSERT INTO parts_log (item_id, number, plan) VALUES (NEW.item_id, NEW.number, {plan});"""
 
 _LOG_ON_SQLITE: Final = (
     _ITEMS_LOG.format(serial="INTEGER PRIMARY KEY"),
     _JOBS_LOG.format(serial="INTEGER PRIMARY KEY"),
+    _PARTS_LOG.format(serial="INTEGER PRIMARY KEY"),
     "CREATE TRIGGER items_log_change AFTER UPDATE ON items BEGIN "
     + _LOG_ITEM.format(now="(julianday('now') - 2440587.5) * 86400.0")
     + " END",
     f"CREATE TRIGGER jobs_log_change AFTER UPDATE ON jobs BEGIN {_LOG_JOB} END",
+    "CREATE TRIGGER parts_log_new AFTER INSERT ON parts BEGIN "
+    + _LOG_PART.format(plan="hex(NEW.plan)")
+    + " END",
 )
 _LOG_ON_POSTGRESQL: Final = (
     _ITEMS_LOG.format(serial="bigserial PRIMARY KEY"),
     _JOBS_LOG.format(serial="bigserial PRIMARY KEY"),
+    _PARTS_LOG.format(serial="bigserial PRIMARY KEY"),
     "CREATE FUNCTION log_item() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
     + _LOG_ITEM.format(now="extract(epoch FROM clock_timestamp())")
     + " RETURN NULL; END $$",
     f"CREATE FUNCTION log_job() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {_LOG_JOB} RETURN NULL; END $$",
+    "CREATE FUNCTION log_part() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+    + _LOG_PART.format(plan="encode(NEW.plan, 'hex')")
+    + " RETURN NULL; END $$",
+    "CREATE TRIGGER parts_log_new AFTER INSERT ON parts FOR EACH ROW EXECUTE FUNCTION log_part()",
     "CREATE TRIGGER items_log_change AFTER UPDATE ON items FOR EACH ROW EXECUTE FUNCTION log_item()",
     "CREATE TRIGGER jobs_log_change AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION log_job()",
 )

@@ -686,6 +686,11 @@ def _may_end(state: ItemState) -> ColumnElement[bool]:
     return and_(in_state(Job.state, JobState.IN_PROGRESS), Job.expires_at <= clock())
 
 
+def lock(session: Session, fences: Sequence[Fence]) -> frozenset[ItemId]:
+    """Those of the items that are still held by these leases, which they stay while we transact."""
+    return frozenset(item.id for item in _lock_fenced(session, fences))
+
+
 # What has ended
 
 

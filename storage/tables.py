@@ -347,7 +347,7 @@ class Result(Base):
 
 
 class Part(Base):
-    """One segment of a video item, described by itself."""
+    """A stretch of a video item, or some of an item's images, asked about by itself and answered."""
 
     __tablename__ = "parts"
 
@@ -355,11 +355,27 @@ class Part(Base):
         ForeignKey("items.id"), primary_key=True, autoincrement=False
     )
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    start_s: Mapped[float]
-    end_s: Mapped[float]
-    frame_times_s: Mapped[list[Any]]
-    text: Mapped[str]
-    finish_reason: Mapped[str]
+    """Within its item, from 1."""
+    plan: Mapped[bytes]
+    """A digest of what the item was cut from and how: parts of two plans are never joined."""
+    attempt: Mapped[int]
+    """The item's, under whose lease it was answered."""
+    start_s: Mapped[float | None]
+    end_s: Mapped[float | None]
+    """Of the stretch; None for images."""
+    images: Mapped[list[Any]]
+    """As they were used: a result's report."""
+    text: Mapped[str | None]
+    finish_reason: Mapped[str | None]
+    num_prompt_tokens: Mapped[int]
+    num_completion_tokens: Mapped[int]
+    error_code: Mapped[str | None]
+    """Of a part that failed for good, and has no text."""
+    error_message: Mapped[str | None]
+
+    __table_args__ = (
+        CheckConstraint("(text IS NULL) = (error_code IS NOT NULL)", name="text_or_error"),
+    )
 
 
 class ServedModel(Base):

@@ -1,7 +1,7 @@
 """Attention over packed sequences: each token sees its own rows, whatever lies around them."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,23 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_window_index
 
 from engine import LLM, Request
-from engine.attention import TextContext, VisionContext, attend_text, attend_vision, using
+from engine.attention import (
+    VISION_ATTENTION,
+    TextContext,
+    VisionContext,
+    attend_text,
+    attend_vision,
+    using,
+)
 from engine.families.qwen2_vl import Qwen2VL, Visual
 from engine.runner import MAX_ENCODER_PATCHES, _calls
 from engine.sequence import Sequence as Running
 from tests.engine.pictures import CLIP, GREEDY, PICTURE, draw, draw_clip, token_ids
+from tests.engine.tiny_qwen import QWEN2_5_VL_OTHER, Changes, write_tiny_qwen2_5_vl
 
 DIM = 8
 SCALE = 0.3
@@ -172,6 +182,33 @@ def test_vision_runs_of_mixed_sizes_are_pictures_one_by_one(
         )
         torch.testing.assert_close(expected.transpose(1, 2), attended[:, one])
         start += size
+
+
+@pytest.mark.parametrize("changes", [None, QWEN2_5_VL_OTHER], ids=["default", "other"])
+@torch.inference_mode()
+def test_layers_with_windows_see_what_transformers_own_see(
+    tmp_path: Path, changes: Changes | None
+) -> None:
+    folder = write_tiny_qwen2_5_vl(tmp_path, seed=2, changes=changes)
+    own = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
+    model: Any = own
+    visual, vision = model.model.visual.eval(), model.config.vision_config
+    grids = torch.tensor([[1, 6, 10], [3, 4, 4], [1, 14, 2]])
+    shape = int(grids.prod(1).sum()), 3 * 2 * vision.patch_size**2
+    patches = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    expected = visual(patches, grid_thw=grids).pooler_output
+
+    index, starts = get_vision_window_index(grids, 2, vision.window_size, vision.patch_size)
+    windows = [(1, size) for size in starts.diff().tolist()]
+    context = VisionContext([(1, 60), (3, 16), (1, 28)], windows=(starts, VisionContext(windows)))
+    visual.config._attn_implementation = VISION_ATTENTION
+    with using(context):
+        found = visual(patches, grid_thw=grids, window_index=index, cu_window_seqlens=starts)
+    with using(replace(context, windows=None)):
+        unseen = visual(patches, grid_thw=grids, window_index=index, cu_window_seqlens=starts)
+
+    torch.testing.assert_close(found.pooler_output, expected)
+    assert (unseen.pooler_output - expected).abs().max() > 0.01
 
 
 def test_context_is_gone_when_its_block_ends() -> None:

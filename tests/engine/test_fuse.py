@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.vision_utils import get_vision_window_index
 
 from engine import fuse
 from engine.attention import VISION_ATTENTION, VisionContext, using
@@ -24,6 +27,12 @@ from engine.fuse import Fusions
 from engine.kernels import rope
 from engine.kernels.quantised import Fp8Linear
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
+from tests.engine.tiny_qwen import (
+    QWEN2_5_VL_OTHER,
+    QWEN3_VL_OTHER,
+    write_tiny_qwen2_5_vl,
+    write_tiny_qwen3_vl,
+)
 
 NUM_TOKENS = 23
 # A merged product may sum in another order; the tiny weights are large, so states are too.
@@ -35,6 +44,22 @@ def qwen(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     shape: Shape = request.param
     folder = write_tiny_qwen2_vl(tmp_path, seed=7, **shape)
     return _frozen(Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
+
+
+@pytest.fixture(
+    params=[
+        (write_tiny_qwen2_5_vl, None),
+        (write_tiny_qwen2_5_vl, QWEN2_5_VL_OTHER),
+        (write_tiny_qwen3_vl, None),
+        (write_tiny_qwen3_vl, QWEN3_VL_OTHER),
+    ],
+    ids=["2.5", "2.5 other", "3", "3 other"],
+)
+def later_qwen(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A Qwen-VL after the second generation."""
+    write, changes = request.param
+    folder = write(tmp_path, seed=7, changes=changes)
+    return _frozen(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
 
 
 @pytest.fixture
@@ -107,6 +132,48 @@ def run_vision(model: Any) -> Tensor:
     patches = torch.randn(40, width, generator=torch.Generator().manual_seed(1))
     with using(VisionContext([(2, 8), (1, 24)])):
         return model.model.visual(patches.to(model.dtype), grid_thw=grids).pooler_output  # type: ignore[no-any-return]
+
+
+def run_later_vision(model: Any) -> list[Tensor]:
+    """All that the encoder hands to the text: of 8 patches, 2 times 24, and 60, packed."""
+    model.model.visual.config._attn_implementation = VISION_ATTENTION
+    vision = model.config.vision_config
+    grids = torch.tensor([[1, 2, 4], [2, 4, 6], [1, 10, 6]])
+    context = VisionContext([(1, 8), (2, 24), (1, 60)])
+    given: dict[str, Any] = {}
+    if hasattr(vision, "window_size"):
+        index, starts = get_vision_window_index(
+            grids, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        given = {"window_index": index, "cu_window_seqlens": starts}
+        sizes = [(1, size) for size in starts.diff().tolist()]
+        context = replace(context, windows=(starts, VisionContext(sizes)))
+    shape = int(grids.prod(1).sum()), vision.in_channels * 2 * vision.patch_size**2
+    patches = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with using(context):
+        output = model.model.visual(patches, grid_thw=grids, **given)
+    return [output.pooler_output, *getattr(output, "deepstack_features", ())]
+
+
+@pytest.mark.parametrize("fusions", [Fusions(), Fusions(adds_in_products=True)])
+def test_layers_of_later_generations_say_the_same(later_qwen: Any, fusions: Fusions) -> None:
+    fused = fused_copy(later_qwen, fusions)
+
+    for expected, actual in zip(run_later_vision(later_qwen), run_later_vision(fused), strict=True):
+        assert_near(expected, actual)
+    assert_near(run_text(later_qwen), run_text(fused))
+
+
+def test_everything_of_later_generations_is_swapped(later_qwen: Any) -> None:
+    swapped = fuse.apply(later_qwen)
+    text, vision = later_qwen.config.text_config, later_qwen.config.vision_config
+    kinds = {type(layer).__name__ for layer in later_qwen.model.visual.blocks}
+
+    assert {"FusedVisionBlock"} == kinds
+    assert text.num_hidden_layers in swapped.values()
+    assert vision.depth in swapped.values()
+    assert isinstance(later_qwen.model.language_model.rotary_emb, fuse.RotaryTable)
+    assert {} == dict(fuse.apply(later_qwen))  # nothing is left to swap
 
 
 def test_text_layers_say_the_same(qwen: Any) -> None:

@@ -9,12 +9,12 @@ checkpoints of the world.
 
 import json
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bench.configs import build_tokenizer
 from models.train import export
@@ -83,7 +83,7 @@ def write_tiny_qwen2_vl(folder: Path, *, seed: int = 0, **shape: Unpack[Shape]) 
     """Write a whole checkpoint (weights, configs, tokenizer, chat template); return its folder."""
     export.write_configs(folder, build_tokenizer(NUM_BYTES))
     _reshape(folder, DEFAULT | shape)
-    save_file(_draw_weights(folder, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    save_weights(folder, draw_weights(folder, seed))
     return folder
 
 
@@ -115,16 +115,21 @@ def _reshape(folder: Path, shape: Shape) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | limits))
 
 
-def _draw_weights(folder: Path, seed: int) -> dict[str, Tensor]:
+def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def draw_weights(folder: Path, seed: int) -> dict[str, Tensor]:
     """Draw weights under their published names, each exact in bfloat16 as well as in float32."""
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):  # names and shapes, without transformers' own initialisation
-        model = Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(folder))
+        model: Any = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator) * WEIGHT_STD
         is_scale = parameter.dim() == 1 and name.endswith("weight")  # of a norm: around one
-        for ours, theirs in export.PUBLISHED_NAMES:
+        for ours, theirs in () if config.model_type == "qwen3_vl" else export.PUBLISHED_NAMES:
             name = f"{theirs}{name.removeprefix(ours)}" if name.startswith(ours) else name
         weights[name] = (1 + drawn if is_scale else drawn).bfloat16().float()
     return weights

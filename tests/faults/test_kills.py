@@ -2,7 +2,7 @@
 Workers killed at random while the broker dies and comes back empty: nothing is lost or doubled.
 
 The profile is short; `make faults` runs the full one, 5,000 items with 40 kills and 3 losses of the
-broker. The `database` fixture checks L1 to L6, changes included, when the test is over.
+broker. The `database` fixture checks L1 to L7, changes included, when the test is over.
 """
 
 import json

@@ -54,7 +54,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    """An empty database; when the test is over, L1 to L6 must hold in what it left."""
+    """An empty database; when the test is over, L1 to L7 must hold in what it left."""
     database = Database(database_url, pool_size=16)
     yield database
     with database.read() as session:

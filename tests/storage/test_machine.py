@@ -1,5 +1,5 @@
 """
-The queue as a state machine: any order of what clients, workers and the sweeper do keeps L1 to L6.
+The queue as a state machine: any order of what clients, workers and the sweeper do keeps L1 to L7.
 
 The model is a dictionary of what each item should be. What ran as one worker's lease is kept after
 it was lost, so that zombies try to commit all the time.

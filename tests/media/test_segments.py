@@ -1,0 +1,134 @@
+"""Where a clip is cut: numbers only."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from media.errors import BadSegmentsError, MediaError, TooManySegmentsError
+from media.segments import MAX_SEGMENTS, Cut, Segment, plan_segments
+
+
+def plan(duration_s: float, num_frames: int = 1000, **cut: Any) -> list[tuple[float, float]]:
+    segments = plan_segments(duration_s, num_frames, Cut(**cut))
+    return [(segment.start_s, segment.end_s) for segment in segments]
+
+
+def test_five_minutes_in_steps_of_ten_seconds_are_thirty_segments() -> None:
+    segments = plan(300.0, seconds=10)
+
+    assert 30 == len(segments)
+    assert [(10.0 * n, 10.0 * (n + 1)) for n in range(30)] == segments
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "cut", "expected"),
+    [
+        (25.0, {"seconds": 10}, [(0, 10), (10, 20), (20, 25)]),
+        (20.9, {"seconds": 10}, [(0, 10), (10, 20.9)]),  # less than a tenth is left
+        (20.9, {"seconds": 10, "min_s": 0.5}, [(0, 10), (10, 20), (20, 20.9)]),
+        (20.9, {"seconds": 10, "min_s": 0}, [(0, 10), (10, 20), (20, 20.9)]),
+        (24.0, {"seconds": 10, "min_s": 5}, [(0, 10), (10, 24)]),
+        (25.0, {"seconds": 10, "min_s": 5}, [(0, 10), (10, 20), (20, 25)]),
+        (7.0, {"seconds": 10}, [(0, 7)]),
+        (10.0, {"seconds": 10}, [(0, 10)]),
+        (0.0, {"seconds": 10}, [(0, 0)]),
+        (0.9, {"seconds": 0.3}, [(0, 0.3), (0.3, 0.6), (0.6, 0.9)]),
+        (20.0, {"seconds": 10, "overlap_s": 5}, [(0, 10), (5, 15), (10, 20)]),
+        (21.0, {"seconds": 10, "overlap_s": 5}, [(0, 10), (5, 15), (10, 20), (15, 21)]),
+        (20.4, {"seconds": 10, "overlap_s": 5}, [(0, 10), (5, 15), (10, 20.4)]),
+        (30.0, {"count": 3}, [(0, 10), (10, 20), (20, 30)]),
+        (10.0, {"count": 3}, [(0, 3.333333), (3.333333, 6.666667), (6.666667, 10)]),
+        (20.0, {"count": 3, "overlap_s": 5}, [(0, 10), (5, 15), (10, 20)]),
+        (9.0, {"count": 1, "overlap_s": 20}, [(0, 9)]),
+        (0.0, {"count": 4}, [(0, 0)]),
+    ],
+)
+def test_clip_is_cut_in_order_and_to_its_end(
+    duration_s: float, cut: dict[str, Any], expected: list[tuple[float, float]]
+) -> None:
+    assert expected == plan(duration_s, **cut)
+
+
+def test_clip_has_no_more_segments_than_frames() -> None:
+    assert [(0, 1), (1, 2)] == plan(2.0, num_frames=2, count=30)
+
+
+@given(
+    duration_s=st.floats(0, 3600),
+    seconds=st.floats(4, 600),
+    share=st.floats(0, 0.9),
+    least=st.none() | st.floats(0, 5),
+)
+def test_segments_cover_the_clip_and_overlap_as_asked(
+    duration_s: float, seconds: float, share: float, least: float | None
+) -> None:
+    cut = Cut(seconds=seconds, overlap_s=share * seconds, min_s=least)
+    try:
+        segments = plan_segments(duration_s, 10_000, cut)
+    except TooManySegmentsError:
+        assert duration_s / (seconds - cut.overlap_s) > MAX_SEGMENTS - 1
+        return
+
+    assert 0 == segments[0].start_s
+    assert segments[-1].end_s == pytest.approx(duration_s, abs=1e-5)
+    for before, after in pairwise(segments):
+        assert after.start_s == pytest.approx(before.end_s - cut.overlap_s, abs=1e-4)
+        assert before.end_s < after.end_s
+    for segment in segments[:-1]:
+        assert segment.end_s - segment.start_s == pytest.approx(seconds, abs=1e-4)
+    assert segments[-1].end_s - segments[-1].start_s < 2 * seconds + (least or 0)
+
+
+@given(duration_s=st.floats(0.5, 3600), count=st.integers(1, MAX_SEGMENTS))
+def test_so_many_segments_are_of_equal_length(duration_s: float, count: int) -> None:
+    segments = plan_segments(duration_s, 10_000, Cut(count=count))
+
+    assert count == len(segments)
+    lengths = [segment.end_s - segment.start_s for segment in segments]
+    assert duration_s / count == pytest.approx(min(lengths), abs=1e-5)
+    assert duration_s / count == pytest.approx(max(lengths), abs=1e-5)
+    assert all(before.end_s == after.start_s for before, after in pairwise(segments))
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        ({}, "either seconds or count"),
+        ({"seconds": 10, "count": 3}, "either seconds or count"),
+        ({"seconds": 0}, "segments.seconds"),
+        ({"seconds": float("inf")}, "segments.seconds"),
+        ({"seconds": float("nan")}, "segments.seconds"),
+        ({"count": 0}, "segments.count"),
+        ({"count": MAX_SEGMENTS + 1}, "segments.count"),
+        ({"seconds": 10, "overlap_s": 10}, "smaller than segments.seconds"),
+        ({"seconds": 10, "overlap_s": -1}, "segments.overlap"),
+        ({"count": 3, "min_s": 1}, "min_seconds"),
+        ({"seconds": 10, "min_s": -1}, "min_seconds"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(cut: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadSegmentsError, match=words):
+        Cut(**cut)
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "cut", "kind"),
+    [
+        (3600.0, {"seconds": 3.5}, TooManySegmentsError),
+        (1e9, {"seconds": 0.001}, TooManySegmentsError),
+        (4.0, {"count": 3, "overlap_s": 4}, BadSegmentsError),
+    ],
+)
+def test_clip_that_cannot_be_cut_so_is_refused(
+    duration_s: float, cut: dict[str, Any], kind: type[MediaError]
+) -> None:
+    with pytest.raises(kind, match=r"(The|the) clip has"):
+        plan(duration_s, **cut)
+
+
+def test_as_many_segments_as_there_may_be() -> None:
+    assert MAX_SEGMENTS == len(plan(3600.0, seconds=3.6))
+    assert Segment(3596.4, 3600.0) == plan_segments(3600.0, 10_000, Cut(seconds=3.6))[-1]

@@ -1,0 +1,179 @@
+"""Parts are written under their item's fence, outlive its lease, and are answered once."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from storage import invariants, items, parts
+from storage.db import Database
+from storage.errors import DatabaseRefusedError
+from storage.ids import ItemId
+from storage.items import Completion, Fence
+from storage.parts import Answer, NewPart
+from tests.storage.rows import lease, let_leases_end, make_job
+
+PLAN, OTHER_PLAN = b"a plan", b"another plan"
+
+
+def answer(number: int, **values: Any) -> Answer:
+    return Answer(
+        number,
+        start_s=10.0 * (number - 1),
+        end_s=10.0 * number,
+        images=[{"index": 0, "kind": "video", "times_s": [0.5]}],
+        **{"text": f"part {number}", "finish_reason": "stop", "num_prompt_tokens": 7, **values},
+    )
+
+
+def keep(database: Database, fence: Fence, *answers: Answer, plan: bytes = PLAN) -> bool:
+    with database.write() as session:
+        held = parts.keep(session, [NewPart(fence, plan, one) for one in answers])
+    return fence.item in held
+
+
+def begin(database: Database, fence: Fence, plan: bytes = PLAN) -> list[Answer] | None:
+    with database.write() as session:
+        return parts.begin(session, fence, plan)
+
+
+def read(database: Database, item: ItemId) -> list[Answer]:
+    with database.read() as session:
+        return parts.list_by_item(session, [item]).get(item, [])
+
+
+def lease_again(database: Database) -> Fence:
+    let_leases_end(database)
+    with database.write() as session:
+        items.expire_leases(session)
+        session.execute(text("UPDATE items SET not_before = 0.0"))
+    return lease(database, 1).items[0].fence
+
+
+def test_parts_outlive_the_lease_and_are_found_at_the_next(database: Database) -> None:
+    make_job(database, 1)
+    fence = lease(database, 1).items[0].fence
+    assert [] == begin(database, fence)
+    assert keep(database, fence, answer(2), answer(1))
+
+    found = begin(database, lease_again(database))
+
+    assert [answer(1), answer(2)] == found
+
+
+def test_lost_lease_writes_no_part_and_reads_none(database: Database) -> None:
+    make_job(database, 1)
+    old = lease(database, 1).items[0].fence
+    assert keep(database, old, answer(1))
+    new = lease_again(database)
+
+    assert not keep(database, old, answer(2))
+    assert begin(database, old) is None
+    assert keep(database, new, answer(3))
+    assert [answer(1), answer(3)] == read(database, new.item)
+
+
+def test_lease_that_is_over_writes_no_part_while_nobody_has_taken_the_item(
+    database: Database,
+) -> None:
+    make_job(database, 1)
+    fence = lease(database, 1).items[0].fence
+    let_leases_end(database)
+
+    assert not keep(database, fence, answer(1))
+
+
+def test_parts_of_another_plan_go(database: Database) -> None:
+    make_job(database, 1)
+    fence = lease(database, 1).items[0].fence
+    keep(database, fence, answer(1), answer(2), answer(3))
+
+    assert [] == begin(database, fence, OTHER_PLAN)
+    assert keep(database, fence, answer(1, text="other"), plan=OTHER_PLAN)
+    assert [answer(1, text="other")] == read(database, fence.item)
+
+
+def test_part_that_is_written_again_stays_as_it_was(database: Database) -> None:
+    make_job(database, 1)
+    fence = lease(database, 1).items[0].fence
+    keep(database, fence, answer(1))
+
+    assert keep(database, fence, answer(1, text="once more"), answer(2))
+    assert [answer(1), answer(2)] == read(database, fence.item)
+
+
+def test_part_that_failed_for_good_is_kept_with_its_error(database: Database) -> None:
+    make_job(database, 1)
+    fence = lease(database, 1).items[0].fence
+    failed = answer(1, text=None, error_code="video_unreadable", error_message="No frame.")
+
+    assert keep(database, fence, failed)
+    assert [failed] == read(database, fence.item)
+
+
+@pytest.mark.parametrize("values", [{"text": None}, {"error_code": "x", "error_message": "y"}])
+def test_part_has_a_text_or_an_error(database: Database, values: dict[str, Any]) -> None:
+    make_job(database, 1)
+    fence = lease(database, 1).items[0].fence
+
+    with pytest.raises(DatabaseRefusedError):
+        keep(database, fence, answer(1, **values))
+
+
+def test_parts_of_several_items_are_written_in_one_go(database: Database) -> None:
+    make_job(database, 3)
+    first, second, third = (item.fence for item in lease(database, 3).items)
+    with database.write() as session:
+        held = parts.keep(session, [NewPart(f, PLAN, answer(1)) for f in (third, first)])
+
+    assert {first.item, third.item} == held
+    with database.read() as session:
+        found = parts.list_by_item(session, [first.item, second.item, third.item])
+    assert {first.item: [answer(1)], third.item: [answer(1)]} == found
+
+
+def complete(database: Database, fence: Fence, num_parts: int) -> None:
+    done = Completion(fence, "all", "stop", 9, 9, {"num_parts": num_parts})
+    with database.write() as session:
+        items.complete(session, [done])
+
+
+def find_violations(database: Database) -> set[str]:
+    with database.read() as session:
+        return {found.statement[:2] for found in invariants.find_violations(session)}
+
+
+def test_result_over_all_its_parts_holds_the_invariants(database: Database) -> None:
+    make_job(database, 2)
+    first, second = (item.fence for item in lease(database, 2).items)
+    keep(database, first, answer(1), answer(2))
+    complete(database, first, num_parts=2)
+    with database.write() as session:
+        items.complete(session, [Completion(second, "text", "stop", 1, 1)])
+
+    assert set() == find_violations(database)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "DELETE FROM parts WHERE number = 1",
+        "UPDATE parts SET number = 7 WHERE number = 2",
+        "UPDATE parts SET attempt = 2 WHERE number = 1",
+        "UPDATE parts SET attempt = 0 WHERE number = 1",
+        "UPDATE parts SET plan = '1' WHERE number = 1",
+        "INSERT INTO parts_log (item_id, number, plan) SELECT item_id, number, plan FROM parts_log",
+    ],
+)
+def test_each_harm_to_parts_is_seen(database: Database, harm: str) -> None:
+    make_job(database, 1)
+    fence = lease(database, 1).items[0].fence
+    keep(database, fence, answer(1), answer(2))
+    complete(database, fence, num_parts=2)
+
+    with database.write() as session:
+        session.execute(text(harm))
+        seen = {found.statement[:2] for found in invariants.find_violations(session)}
+        session.rollback()
+
+    assert {"L7"} == seen
