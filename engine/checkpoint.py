@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer
 from transformers.utils import logging as progress
 
 from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
 from engine.config import EngineConfig
 from engine.errors import BadConfig, BadSamplingParams
-from engine.families.qwen2_vl import Qwen2VL
+from engine.families import FAMILIES, Entry, find_entry
+from engine.families.protocol import Description, Family
 from engine.kernels.quantised import can_multiply
 from engine.request import SamplingParams
 from engine.swaps import fuse
@@ -32,11 +33,6 @@ from engine.swaps import fuse
 Loaded = TypeVar("Loaded")
 
 _GENERATION = "generation_config.json"
-
-# The family and the class of the weights for each `model_type` of a config.json.
-FAMILIES: dict[str, tuple[type[Qwen2VL], type[Any]]] = {
-    "qwen2_vl": (Qwen2VL, Qwen2VLForConditionalGeneration),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,8 @@ class Checkpoint:
         folder: where all its files lie.
         config: transformers' config object.
         tokenizer: a fast tokenizer.
-        family: bound to the config; `load_weights` attaches the encoder.
+        entry: where its family's classes are found.
+        family: bound to the config; `load_weights` attaches the model.
         defaults: how to answer where a request does not say, as its author chose.
         eos_token_ids: ids that end an output.
         max_model_len: prompt and output together, in tokens.
@@ -57,7 +54,8 @@ class Checkpoint:
     folder: Path
     config: Any
     tokenizer: Any
-    family: Qwen2VL
+    entry: Entry
+    family: Family
     defaults: SamplingParams
     eos_token_ids: tuple[int, ...]
     max_model_len: int
@@ -75,12 +73,16 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     """
     folder = _get_folder(engine, engine.folder_or_id)
     options = {"trust_remote_code": engine.trust_remote_code, "local_files_only": True}
-    config = _read("config.json", engine, lambda: AutoConfig.from_pretrained(folder, **options))
-    if config.model_type not in FAMILIES:
+    written = _read_json(engine, folder / "config.json") or {}
+    entry = find_entry(written)
+    if entry is None and isinstance(written.get("model_type"), str):
+        known = sorted({name.partition("/")[0] for name in FAMILIES})
         raise BadConfig(
-            f"The model type {config.model_type!r} is not supported yet: "
-            f"use {', '.join(sorted(FAMILIES))}."
+            f"The model type {written['model_type'][:40]!r} is not supported yet: "
+            f"use {', '.join(known)}."
         )
+    config = _read("config.json", engine, lambda: _read_config(entry, folder, options))
+    assert entry is not None, "a config without a type cannot be read"
     tokenizer = _read(
         "tokenizer",
         engine,
@@ -93,24 +95,25 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     together = (
         _read_json(engine, folder / "processor_config.json") or {}
     )  # as transformers 5 saves them
-    pictures = _read_json(engine, folder / "preprocessor_config.json") or together.get(
-        "image_processor"
+    pictures = _read_json(engine, folder / "preprocessor_config.json") or together.pop(
+        "image_processor", None
     )
-    clips = _read_json(engine, folder / "video_preprocessor_config.json") or together.get(
-        "video_processor"
+    clips = _read_json(engine, folder / "video_preprocessor_config.json") or together.pop(
+        "video_processor", None
     )
-    if pictures is None:
+    if pictures is None and "vision_config" in written:
         raise BadConfig("The model has no preprocessor_config.json, so its pictures have no size.")
+    description = Description(config, tokenizer, pictures or {}, clips or {}, together)
     family = _read(
         "config.json and preprocessor_config.json that go together",
         engine,
-        lambda: _build_family(config, pictures, clips),
+        lambda: _build_family(entry, description),
     )
     for token, token_id in (
         (family.image_placeholder, family.image_token_id),
         (family.video_placeholder, family.video_token_id),
     ):
-        if tokenizer.convert_tokens_to_ids(token) != token_id:
+        if token is not None and tokenizer.convert_tokens_to_ids(token) != token_id:
             raise BadConfig(
                 f"The tokenizer does not fit the model: {token} is not its token {token_id}. Give "
                 "the model's own tokenizer.json."
@@ -124,23 +127,31 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         folder,
         config,
         tokenizer,
+        entry,
         family,
         _read(_GENERATION, engine, lambda: _defaults(generation)),
-        _read(_GENERATION, engine, lambda: _eos_token_ids(config, generation, tokenizer)),
-        _read("context length", engine, lambda: _max_model_len(engine, config)),
+        _read(_GENERATION, engine, lambda: _eos_token_ids(family, generation, tokenizer)),
+        _read("context length", engine, lambda: _max_model_len(engine, family)),
         dtype,
         device,
         folder.name if folder.parent.name == "snapshots" else None,
     )
 
 
-def _build_family(config: Any, pictures: dict[str, Any], clips: dict[str, Any] | None) -> Qwen2VL:
-    family = FAMILIES[config.model_type][0](config, pictures, clips)
-    areas = (family.image_area, family.video_area)
-    are_areas = all(0 < area.min_pixels <= area.max_pixels for area in areas)
-    are_colours = all(len(values) == 3 for values in (family.mean, family.std))
-    if not (are_areas and are_colours and isinstance(family.image_token_id, int)):
-        raise ValueError("no model looks at pictures like that")
+def _read_config(entry: Entry | None, folder: Path, options: dict[str, Any]) -> Any:
+    if entry is None:
+        raise ValueError("no model_type")
+    return entry.load_config_class().from_pretrained(folder, **options)
+
+
+def _build_family(entry: Entry, description: Description) -> Family:
+    family = entry.load_family()(description)
+    for token, token_id in (
+        (family.image_placeholder, family.image_token_id),
+        (family.video_placeholder, family.video_token_id),
+    ):
+        if token_id is not None and not (isinstance(token_id, int) and token is not None):
+            raise ValueError("no token stands for a picture")
     return family
 
 
@@ -151,7 +162,7 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
     Raises:
         BadConfig: no safetensors, or weights that do not fit the config.
     """
-    model_class = FAMILIES[checkpoint.config.model_type][1]
+    model_class = checkpoint.entry.load_model_class()
     # A config that names our attention could not build a second model, so the model gets a copy.
     config = copy.deepcopy(checkpoint.config)
     if engine.load_format == "dummy":
@@ -186,7 +197,7 @@ def draw_model(model_class: type[Any], config: Any, checkpoint: Checkpoint) -> A
 
     Never converted: a buffer of frequencies cast to 16 bits would stand elsewhere than a loaded one.
     """
-    for part in (config, config.text_config, config.vision_config):
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         part.dtype = checkpoint.dtype
     devices = [checkpoint.device] if checkpoint.device.type == "cuda" else []
     was = torch.get_default_dtype()
@@ -217,8 +228,9 @@ def prepare_model(model: Any, checkpoint: Checkpoint, quantization: str | None =
     """Move a built model to the device, route its attention through our functions, fuse layers."""
     model.eval().requires_grad_(False).to(checkpoint.device)
     # Set after construction: from_pretrained would look for an installed flash-attn by this name.
-    model.config.text_config._attn_implementation = TEXT_ATTENTION
-    model.config.vision_config._attn_implementation = VISION_ATTENTION
+    for name in model.config.sub_configs:
+        getattr(model.config, name)._attn_implementation = VISION_ATTENTION
+    model.config.get_text_config()._attn_implementation = TEXT_ATTENTION
     fuse(model, fp8=quantization == "fp8")
     checkpoint.family.attach(model)
 
@@ -288,8 +300,8 @@ def _defaults(generation: dict[str, Any]) -> SamplingParams:
         raise BadConfig(f"The model's generation_config.json cannot be used: {error}") from error
 
 
-def _max_model_len(engine: EngineConfig, config: Any) -> int:
-    most: int = config.text_config.max_position_embeddings
+def _max_model_len(engine: EngineConfig, family: Family) -> int:
+    most: int = family.text_config.max_position_embeddings
     if engine.max_model_len is not None and engine.max_model_len > most:
         raise BadConfig(
             f"max_model_len={engine.max_model_len} is more than the model's maximum of {most} "
@@ -341,10 +353,10 @@ def _dtype(engine: EngineConfig, config: Any, device: torch.device) -> torch.dty
     return getattr(torch, names.get(engine.dtype, engine.dtype))  # type: ignore[no-any-return]
 
 
-def _eos_token_ids(config: Any, generation: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+def _eos_token_ids(family: Family, generation: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """All that may end an output: generation_config.json first, then the model's and tokenizer's."""
     found = generation.get("eos_token_id")
     if found is None:
-        found = [getattr(config.text_config, "eos_token_id", None), tokenizer.eos_token_id]
+        found = [getattr(family.text_config, "eos_token_id", None), tokenizer.eos_token_id]
     ids = found if isinstance(found, list) else [found]
     return tuple(dict.fromkeys(index for index in ids if index is not None))

@@ -27,7 +27,6 @@ from engine.config import EngineConfig
 from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
 from engine.inputs import Request, may_fetch, text_of
 from engine.kernels.greedy import NO_TOKEN
-from engine.kv import KVShape
 from engine.meter import Work
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
@@ -157,7 +156,6 @@ class Engine:
         checkpoint.family.uses_keys = config.encoder_cache_bytes > 0
         self._runner = Runner(
             checkpoint,
-            model,
             rows,
             max_num_seqs=self.max_num_seqs,
             cache_bytes=config.encoder_cache_bytes,
@@ -172,7 +170,7 @@ class Engine:
         self._prepared_bytes = 0
         self._usual_tokens = 0.0  # of a prompt, lately
         self.meter = self._runner.meter
-        vocab_size = checkpoint.config.text_config.vocab_size
+        vocab_size = checkpoint.family.text_config.vocab_size
         self._sampler = Sampler(vocab_size, checkpoint.device)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
         # Callables may wait for a network: they have threads of their own, more than there are cores,
@@ -196,7 +194,7 @@ class Engine:
         self._idle_since = self._ready_since = self._told_at = time.perf_counter()
         self._told = self.meter.read()
         self._waited_for_media_s = 0.0  # since then, with nothing else to do
-        row_bytes = KVShape.of(checkpoint.config.text_config, checkpoint.dtype).row_bytes
+        row_bytes = checkpoint.family.kv_shape(checkpoint.dtype).row_bytes
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         logger.info(
             "engine_ready model=%s device=%s dtype=%s max_model_len=%d weights_mib=%d kv_rows=%d "

@@ -396,7 +396,9 @@ class UnsupportedModality(RequestError):
 
     def __init__(self, modality: object, supported: Iterable[str] = ("image", "video")) -> None:
         name = _cut(modality) if isinstance(modality, str) else type(modality).__name__
-        super().__init__(f"Unsupported modality: {name}. Use {' or '.join(supported)}.")
+        known = " or ".join(supported)
+        advice = f"Use {known}." if known else "This model reads text alone."
+        super().__init__(f"Unsupported modality: {name}. {advice}")
 
 
 class UnsupportedPart(RequestError):

@@ -8,28 +8,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class KVShape:
-    """What one row holds: `kv_heads` keys and values of `dim` numbers, in each of `num_layers`."""
+class KVLayer:
+    """One layer's part of a row: `kv_heads` keys and values of `dim` numbers."""
 
-    num_layers: int
     kv_heads: int
     dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one row holds, layer by layer."""
+
+    layers: tuple[KVLayer, ...]
     dtype: torch.dtype
 
     @classmethod
     def of(cls, text_config: Any, dtype: torch.dtype) -> Self:
-        """Read off a model's text config."""
-        return cls(
-            text_config.num_hidden_layers,
-            text_config.num_key_value_heads,
-            text_config.hidden_size // text_config.num_attention_heads,
-            dtype,
+        """Of a text config whose layers are all alike, as most are."""
+        heads = text_config.num_attention_heads
+        layer = KVLayer(
+            getattr(text_config, "num_key_value_heads", None) or heads,
+            getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
         )
+        return cls((layer,) * text_config.num_hidden_layers, dtype)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row over all layers, keys and values together."""
-        return 2 * self.num_layers * self.kv_heads * self.dim * self.dtype.itemsize
+        return 2 * self.dtype.itemsize * sum(x.kv_heads * x.dim for x in self.layers)
 
 
 class KVRows:
@@ -42,6 +48,6 @@ class KVRows:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for rows in (self.keys, self.values):
-            for _ in range(shape.num_layers):
-                size = (num_rows, shape.kv_heads, shape.dim)
+            for layer in shape.layers:
+                size = (num_rows, layer.kv_heads, layer.dim)
                 rows.append(torch.zeros(size, dtype=shape.dtype, device=device))

@@ -37,16 +37,9 @@ from engine.errors import (
     PromptTooLong,
     TooManyImages,
     TooManyVideos,
+    UnsupportedModality,
 )
-from engine.families.qwen2_vl import (
-    PATCH_PX,
-    TOKEN_PX,
-    AreaLimits,
-    Grid,
-    ImageTooNarrowError,
-    Visual,
-    square_grid,
-)
+from engine.families.protocol import AreaLimits, ImageTooNarrowError, Plan, Visual
 from engine.inputs import (
     Clip,
     Embeddings,
@@ -91,6 +84,14 @@ OUR_TEMPLATE_WORDS = (
 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """A picture or clip, cut or given as features, and the places of its features in the prompt."""
+
+    rows: npt.NDArray[np.int64]
+    content: Visual | Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """
@@ -98,9 +99,9 @@ class Prepared:
 
     Attributes:
         prompt: its text as the tokenizer saw it; None where it came as token ids.
-        token_ids: with one id for each feature of a picture.
-        positions: (3, num_tokens), int64. rope_delta: see `Qwen2VL.positions`.
-        media: for each picture or clip in order: (first placeholder, patches or features).
+        token_ids: with all ids of each picture in the place of its placeholder.
+        positions: (num_axes, num_tokens), int64. rope_delta: see `Family.positions`.
+        media: the pictures and clips in order.
         max_tokens: at most so many output tokens, the context's end considered.
         preprocess_ms: time spent here, on the host.
     """
@@ -109,7 +110,7 @@ class Prepared:
     token_ids: list[int]
     positions: npt.NDArray[np.int64]
     rope_delta: int
-    media: tuple[tuple[int, Visual | Tensor], ...]
+    media: tuple[Placed, ...]
     images: tuple[ImageUsed, ...]
     params: SamplingParams
     max_tokens: int
@@ -119,7 +120,9 @@ class Prepared:
     def num_pixel_bytes(self) -> int:
         """What its pictures and clips hold of the host's memory."""
         return sum(
-            content.pixels.numel() for _, content in self.media if isinstance(content, Visual)
+            placed.content.pixels.numel()
+            for placed in self.media
+            if isinstance(placed.content, Visual)
         )
 
 
@@ -140,11 +143,12 @@ class _Ready:
     Attributes:
         content: None where it alone is longer than the context: its prompt will be refused, so
             nothing was cut, however large `min_pixels` made it.
-        area: the limits it was planned with; None for features, which have none.
+        area: the limits it was planned with; None where it has none: features, and models that see
+            all pictures at one size.
     """
 
     content: Visual | Tensor | None
-    grid: Grid
+    plan: Plan
     kind: MediaKind
     area: AreaLimits | None = None
     width_px: int = 0
@@ -172,7 +176,7 @@ class Processor:
         self._limits = engine.limits
         self._family = checkpoint.family
         self._tokenizer = checkpoint.tokenizer
-        self._vocab_size: int = checkpoint.config.text_config.vocab_size
+        self._vocab_size: int = checkpoint.family.text_config.vocab_size
         self._template = engine.chat_template
         self._image_area = _area(self._family.image_area, engine.media.image)
         self._video_area = _area(self._family.video_area, engine.media.video)
@@ -227,14 +231,18 @@ class Processor:
         max_tokens = self._room(num_text_tokens, [*ready, *ready_clips], params)
         token_ids, media = self._expand(ids, ready, ready_clips)
         positions, delta = self._family.positions(
-            len(token_ids), [(start, item.grid) for start, item in media]
+            len(token_ids), [(start, item.plan) for start, item in media]
         )
         return Prepared(
             prompt,
             token_ids,
             positions,
             delta,
-            tuple((start, item.content) for start, item in media if item.content is not None),
+            tuple(
+                Placed(item.plan.rows_from(start), item.content)
+                for start, item in media
+                if item.content is not None
+            ),
             _report([item for _, item in media]),
             params,
             max_tokens,
@@ -267,7 +275,8 @@ class Processor:
         pictures, clips = parse_media(request.multi_modal_data)
         prompt = request.prompt
         if isinstance(prompt, str):
-            ids: list[int] = self._encoder.encode(_checked_text(prompt)).ids
+            prompt = self._family.read_text(_checked_text(prompt))
+            ids: list[int] = self._encoder.encode(prompt).ids
             return prompt, ids, pictures, clips
         token_ids = find_token_ids(prompt)
         if token_ids is None:
@@ -374,6 +383,10 @@ class Processor:
             ) from error
         pieces = re.split(f"({MARK_START}{nonce}:\\d+{MARK_END})", rendered)
         typed = [marks.get(piece) for piece in pieces]
+        pieces = [
+            piece if user is not None else self._family.read_text(piece)
+            for piece, user in zip(pieces, typed, strict=True)
+        ]
         text, own_specials = "", []
         for piece, user in zip(pieces, typed, strict=True):
             if user is None:
@@ -449,6 +462,10 @@ class Processor:
     # --- pictures ----------------------------------------------------------------------------------
 
     def _check_limits(self, num_pictures: int, num_clips: int) -> None:
+        known = self._family.modalities
+        for modality, number in (("image", num_pictures), ("video", num_clips)):
+            if number and modality not in known:
+                raise UnsupportedModality(modality, known)
         if num_pictures > self._limits["image"]:
             raise TooManyImages(limit=self._limits["image"], given=num_pictures)
         if num_clips > self._limits["video"]:
@@ -461,8 +478,9 @@ class Processor:
             (num_pictures, family.image_token_id, family.image_placeholder, "image"),
             (num_clips, family.video_token_id, family.video_placeholder, "video"),
         ):
-            found = ids.count(token_id)
+            found = 0 if token_id is None else ids.count(token_id)
             if found != given:
+                assert placeholder is not None, "what has no placeholder was refused above"
                 raise PlaceholderMismatch(
                     num_items=given,
                     num_placeholders=found,
@@ -476,7 +494,7 @@ class Processor:
         if isinstance(picture, Embeddings):
             return self._ready_embeddings(picture)
         limits = _area(self._image_area, options.image)
-        if picture.is_low:
+        if picture.is_low and limits is not None:
             limits = AreaLimits(limits.min_pixels, limits.min_pixels)
         limits = _area(limits, picture.area)
         source = fetch(picture.source)
@@ -484,12 +502,12 @@ class Processor:
             image = read_picture(source)
             size = image.width_px, image.height_px
             try:
-                grid = self._family.plan_grid(*size, limits)
+                plan = self._family.plan_picture(*size, limits)
             except ImageTooNarrowError as error:
                 raise ImageTooNarrow(width=size[0], height=size[1], index=index) from error
-            fits = grid.num_tokens < self._max_model_len
-            visual = self._family.cut_picture(image.image, limits) if fits else None
-        return _Ready(visual, grid, MediaKind.IMAGE, limits, *size)
+            fits = plan.num_tokens < self._max_model_len
+            visual = self._family.cut_picture(image.image, plan) if fits else None
+        return _Ready(visual, plan, MediaKind.IMAGE, limits, *size)
 
     def _ready_clip(self, clip: Clip, options: MediaOptions) -> _Ready:
         limits = _area(_area(self._video_area, options.video), clip.area)
@@ -498,14 +516,14 @@ class Processor:
             frames = read_clip(source, clip.sampling, {**self._sampling, **options.sampling})
             size = frames.width_px, frames.height_px
             try:
-                grid = self._family.plan_grid(*size, limits, frames.num_frames)
+                plan = self._family.plan_clip(*size, frames.num_frames, frames.times_s, limits)
             except ImageTooNarrowError as error:
                 raise ImageTooNarrow(width=size[0], height=size[1]) from error
-            fits = grid.num_tokens < self._max_model_len
+            fits = plan.num_tokens < self._max_model_len
             images = [image.image for image in frames.images]
-            visual = self._family.cut_clip(images, limits) if fits else None
+            visual = self._family.cut_clip(images, plan) if fits else None
         taken = _FramesTaken(frames.num_frames, frames.times_s, frames.indices)
-        return _Ready(visual, grid, MediaKind.VIDEO, limits, *size, taken)
+        return _Ready(visual, plan, MediaKind.VIDEO, limits, *size, taken)
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:
         features = given.features
@@ -513,20 +531,20 @@ class Processor:
             raise BadEmbeddings(
                 f"Image embeddings must be dense, (tokens, hidden), got {tuple(features.shape)}."
             )
-        if features.shape[1] != self._family.hidden_size:
+        if features.shape[1] != self._family.feature_size:
             raise BadEmbeddings.wrong_width(
-                shape=(1, *features.shape), expected=self._family.hidden_size
+                shape=(1, *features.shape), expected=self._family.feature_size
             )
         if not features.is_floating_point() or not bool(features.isfinite().all()):
             raise BadEmbeddings("Image embeddings must be finite floating-point numbers.")
-        grid = square_grid(len(features)) if given.grid is None else Grid(*given.grid)
-        return _Ready(features, grid, MediaKind.EMBEDS)
+        plan = self._family.plan_embeddings(len(features), given.grid)
+        return _Ready(features, plan, MediaKind.EMBEDS)
 
     def _expand(
         self, ids: Sequence[int], pictures: Sequence[_Ready], clips: Sequence[_Ready]
     ) -> tuple[list[int], list[tuple[int, _Ready]]]:
-        """One id a feature instead of one a picture, and where each picture starts."""
-        waiting = {
+        """All ids of a picture instead of one, and where each picture starts."""
+        waiting: dict[int | None, Iterator[_Ready]] = {
             self._family.image_token_id: iter(pictures),
             self._family.video_token_id: iter(clips),
         }
@@ -538,11 +556,11 @@ class Processor:
                 continue
             item = next(waiting[token_id])
             media.append((len(expanded), item))
-            expanded += [token_id] * item.grid.num_tokens
+            expanded += item.plan.token_ids()
         return expanded, media
 
     def _room(self, num_text_tokens: int, media: Sequence[_Ready], params: SamplingParams) -> int:
-        num_media_tokens = sum(item.grid.num_tokens for item in media)
+        num_media_tokens = sum(item.plan.num_tokens for item in media)
         num_tokens = num_text_tokens + num_media_tokens
         left = self._max_model_len - num_tokens
         if left < 1:
@@ -565,23 +583,26 @@ class Processor:
     def _find_max_pixels(self, media: Sequence[_Ready], max_tokens: int) -> int | None:
         """The largest `max_pixels` with which all media would fit; None where none would do."""
 
-        def num_tokens(tokens_each: int) -> int:
-            most = tokens_each * TOKEN_PX**2
-            grids = [
-                item.grid
-                if item.area is None
-                else self._family.plan_grid(
-                    item.width_px,
-                    item.height_px,
-                    AreaLimits(min(item.area.min_pixels, most), most),
-                    item.num_frames or 1,
-                )
-                for item in media
-            ]
-            return sum(grid.num_tokens for grid in grids)
+        pixels_a_token = self._family.pixels_a_token
 
+        def num_tokens(tokens_each: int) -> int:
+            most = tokens_each * pixels_a_token
+            return sum(self._plan_within(item, most).num_tokens for item in media)
+
+        if not pixels_a_token:
+            return None
         tokens_each = bisect_right(range(1, max_tokens + 1), max_tokens, key=num_tokens)
-        return tokens_each * TOKEN_PX**2 or None
+        return tokens_each * pixels_a_token or None
+
+    def _plan_within(self, item: _Ready, max_pixels: int) -> Plan:
+        """The plan of a picture or clip if it were no larger; its own where it has no size."""
+        if item.area is None:
+            return item.plan
+        size = item.width_px, item.height_px
+        area = AreaLimits(min(item.area.min_pixels, max_pixels), max_pixels)
+        if item.frames is None:
+            return self._family.plan_picture(*size, area)
+        return self._family.plan_clip(*size, item.frames.num_frames, item.frames.times_s, area)
 
 
 @contextmanager
@@ -661,8 +682,16 @@ def _checked_text(text: str) -> str:
     return text
 
 
-def _area(default: AreaLimits, given: Mapping[str, int]) -> AreaLimits:
+def _area(default: AreaLimits | None, given: Mapping[str, int]) -> AreaLimits | None:
     """The smaller bound gives way where a request moves only one of the two past the other."""
+    if default is None:
+        if given:
+            raise BadPrompt(
+                "is not for this model, which sees every picture at a size of its own",
+                where=next(iter(given)),
+                remedy="Leave it out",
+            )
+        return None
     smallest = given.get("min_pixels", default.min_pixels)
     largest = given.get("max_pixels", default.max_pixels)
     if smallest > largest:
@@ -681,15 +710,14 @@ def _report(media: Sequence[_Ready]) -> tuple[ImageUsed, ...]:
     report = []
     for item in media:
         counted_as = MediaKind.VIDEO if item.kind == MediaKind.VIDEO else MediaKind.IMAGE
-        has_pixels = item.area is not None
         report.append(
             ImageUsed(
                 index=counts[counted_as],
                 width=item.width_px,
                 height=item.height_px,
-                used_width=item.grid.columns * PATCH_PX if has_pixels else 0,
-                used_height=item.grid.rows * PATCH_PX if has_pixels else 0,
-                num_tokens=item.grid.num_tokens,
+                used_width=item.plan.width_px,
+                used_height=item.plan.height_px,
+                num_tokens=item.plan.num_tokens,
                 kind=item.kind,
                 num_frames=item.num_frames,
                 times_s=item.frames.times_s if item.frames else None,

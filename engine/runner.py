@@ -8,7 +8,6 @@ hidden); engine/attention.py knows whose they are. Nothing here waits for the de
 import math
 from collections.abc import Sequence as Many
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from engine.attention import TextContext, can_use_flash, using
 from engine.checkpoint import Checkpoint
-from engine.families.qwen2_vl import Visual
+from engine.families.protocol import Visual
 from engine.features import FeatureCache
 from engine.graphs import Graphs, Replayed
 from engine.kernels.greedy import argmax
-from engine.kv import KVRows, KVShape
+from engine.kv import KVRows
 from engine.meter import Meter, Work
 from engine.repeats import Repeats, power_up, round_up
 from engine.sequence import Sequence
@@ -36,7 +35,7 @@ CPU_KV_BYTES = 1 << 29
 class Runner:
     """
     Args:
-        checkpoint: with the encoder attached to `model`.
+        checkpoint: its family attached to the loaded model.
         num_rows: KV rows to hold, scratch included.
         max_num_seqs: sequences that decode together at most.
         cache_bytes: of encoded pictures that are kept for prompts to come.
@@ -46,7 +45,6 @@ class Runner:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        model: Any,
         num_rows: int,
         *,
         max_num_seqs: int,
@@ -55,16 +53,18 @@ class Runner:
     ) -> None:
         self.device, self.dtype = checkpoint.device, checkpoint.dtype
         self._family = checkpoint.family
-        self._text = model.model.language_model
-        self._embed = self._text.embed_tokens
-        self._head = model.lm_head
-        shape = KVShape.of(checkpoint.config.text_config, self.dtype)
+        self._text, self._embed = self._family.text, self._family.embed
+        self._head = self._family.head
+        self._num_axes = self._family.num_axes
+        shape = self._family.kv_shape(self.dtype)
         self._rows = KVRows(shape, num_rows, self.device)
         self.meter = Meter(self.device)
         self.cache = FeatureCache(cache_bytes)
         self._slots = Slots(max_num_seqs, self.device)
         self._last_table: tuple[list[Sequence], Table, int] = [], np.zeros((0, 0), np.int64), 0
-        self._uses_flash = can_use_flash(self.device, self.dtype, shape.dim)
+        self._uses_flash = all(
+            can_use_flash(self.device, self.dtype, layer.dim) for layer in shape.layers
+        )
         self._decode_kernel = find_decode_attention(self.device, self.dtype)
         self._argmax = argmax
         self._graphs: Graphs | None = None
@@ -88,15 +88,15 @@ class Runner:
         """Give every sequence the features of its pictures; those that came as features stay."""
         # One of each request: its outputs share a list of features.
         waiting = list({id(s.features): s for s in sequences if not s.features}.values())
-        contents = [content for sequence in waiting for _, content in sequence.prepared.media]
+        contents = [placed.content for sequence in waiting for placed in sequence.prepared.media]
         visuals = [content for content in contents if isinstance(content, Visual)]
         encoded = iter(self._encode(visuals))
         for sequence in waiting:  # NOTE: only now, so that a call that fails can be repeated
             sequence.features.extend(
-                content.to(self.device, self.dtype)
-                if isinstance(content, Tensor)
+                placed.content.to(self.device, self.dtype)
+                if isinstance(placed.content, Tensor)
                 else next(encoded)
-                for _, content in sequence.prepared.media
+                for placed in sequence.prepared.media
             )
 
     def _encode(self, visuals: Many[Visual]) -> list[Tensor]:
@@ -111,11 +111,11 @@ class Runner:
                 if known[visual.key] is None:
                     unknown.append(visual)
         # Equal sizes stand together in one call: they make dense batches.
-        unknown.sort(key=lambda visual: (visual.unit, visual.grid.rows))
+        unknown.sort(key=_size_of)
         fresh: dict[int, Tensor] = {}
-        for call in _calls([visual.grid.num_patches for visual in unknown]):
+        for call in _calls([visual.plan.num_patches for visual in unknown]):
             picked = [unknown[i] for i in call]
-            num_patches = sum(visual.grid.num_patches for visual in picked)
+            num_patches = sum(visual.plan.num_patches for visual in picked)
             with self.meter.span(Work.ENCODE, num_patches):
                 features = self._family.encode(picked)
             for visual, feature in zip(picked, features, strict=True):
@@ -155,26 +155,28 @@ class Runner:
             # Empty prompts, and blocks behind the end of one, cost next to nothing.
             num_places, num_spans = round_up(num_tokens), power_up(num_spans, 64)
             most = power_up(most, 1024)
-        # One table goes up: ids, three axes of positions, and rows to write. What fills it up
+        # One table goes up: ids, the axes of positions, and rows to write. What fills it up
         # writes to scratch, and no sequence looks at it.
-        table = np.zeros((5, num_places), dtype=np.int64)
+        table = np.zeros((2 + self._num_axes, num_places), dtype=np.int64)
         for sequence, first, length, start in zip(
             sequences, first_rows, lens, starts, strict=False
         ):
             columns = slice(int(first), int(first) + length)
             table[0, columns] = sequence.prepared.token_ids
-            table[1:4, columns] = sequence.prepared.positions
-            table[4, columns] = np.arange(start, start + length)
+            table[1:-1, columns] = sequence.prepared.positions
+            table[-1, columns] = np.arange(start, start + length)
         on_device = upload(table, self.device)
         x = self._embed(on_device[0])
-        spans = [
-            (int(first) + start, feature)
-            for first, sequence in zip(first_rows, sequences, strict=False)
-            for (start, _), feature in zip(sequence.prepared.media, sequence.features, strict=True)
-        ]
-        if spans:
-            places = np.concatenate([np.arange(start, start + len(f)) for start, f in spans])
-            x.index_copy_(0, upload(places, self.device), torch.cat([f for _, f in spans]))
+        features = [feature for sequence in sequences for feature in sequence.features]
+        if features:
+            places = np.concatenate(
+                [
+                    first + placed.rows
+                    for first, sequence in zip(first_rows, sequences, strict=False)
+                    for placed in sequence.prepared.media
+                ]
+            )
+            x.index_copy_(0, upload(places, self.device), torch.cat(features))
         if self._uses_flash:
             inputs = x, on_device[1:], self._device_spans(starts, lens, num_spans)
             layers = partial(self._prefill_layers, most=most)
@@ -184,9 +186,9 @@ class Runner:
                 hidden = self._prefills.run((num_places, num_spans, most), layers, *inputs)
         else:
             context = TextContext(
-                self._rows.keys, self._rows.values, on_device[4], starts, lens, lens
+                self._rows.keys, self._rows.values, on_device[-1], starts, lens, lens
             )
-            hidden = self._forward(x, on_device[1:4], context)
+            hidden = self._forward(x, on_device[1:-1], context)
         for sequence in sequences:
             sequence.features = []  # another: outputs that have no rows yet still need the old one
         return self._head(hidden[upload(first_rows[1:] - 1, self.device)])  # type: ignore[no-any-return]
@@ -196,14 +198,14 @@ class Runner:
         All of a prefill between embedding and head, reading nothing of the host's.
 
         Args:
-            x: (T, hidden). table: (4, T), int64: positions, and rows to write.
+            x: (T, hidden). table: (num_axes + 1, T), int64: positions, and rows to write.
             spans: (3, num_seqs + 1), int32, of `_device_spans`.
             most: no prompt is longer.
         """
         context = TextContext(
             self._rows.keys,
             self._rows.values,
-            table[3],
+            table[-1],
             (),
             (),
             (),
@@ -211,7 +213,7 @@ class Runner:
             max_queries=most,
             max_rows=most,
         )
-        return self._forward(x, table[:3], context)
+        return self._forward(x, table[:-1], context)
 
     # --- tokens ------------------------------------------------------------------------------------
 
@@ -287,7 +289,7 @@ class Runner:
             decode_kernel=self._decode_kernel,
         )
         x = self._embed(self._slots.tokens[table[SLOT]])
-        hidden = self._forward(x, table[POSITION].expand(3, -1), context)
+        hidden = self._forward(x, table[POSITION].expand(self._num_axes, -1), context)
         return self._head(hidden)  # type: ignore[no-any-return]
 
     def _choose(self, logits: Tensor, table: Tensor) -> Tensor:
@@ -296,11 +298,10 @@ class Runner:
         return token_ids
 
     def _forward(self, x: Tensor, positions: Tensor, context: TextContext) -> Tensor:
-        """x: (T, hidden), positions: (3, T) -> (T, hidden)."""
+        """x: (T, hidden), positions: (num_axes, T) -> (T, hidden)."""
+        by_sequence = positions if self._num_axes == 1 else positions[:, None]
         with using(context):
-            output = self._text(
-                inputs_embeds=x[None], position_ids=positions[:, None], use_cache=False
-            )
+            output = self._text(inputs_embeds=x[None], position_ids=by_sequence, use_cache=False)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def _device_spans(self, starts: Many[int], lens: Many[int], num: int) -> Tensor:
@@ -326,7 +327,7 @@ def num_kv_rows(
         kv_bytes: an explicit budget; None for a share of the device.
         utilization: that share, of the whole device, what is in use already included.
     """
-    shape = KVShape.of(checkpoint.config.text_config, checkpoint.dtype)
+    shape = checkpoint.family.kv_shape(checkpoint.dtype)
     if kv_bytes is None:
         kv_bytes = max(CPU_KV_BYTES, least * shape.row_bytes)
         if checkpoint.device.type == "cuda":
@@ -336,6 +337,11 @@ def num_kv_rows(
             # A tenth of the device stays free for the activations of encoder and prefill.
             kv_bytes = int(free - total * (1 - utilization) - total * 0.1)
     return max(0, min(most, kv_bytes // shape.row_bytes))
+
+
+def _size_of(visual: Visual) -> tuple[int, int]:
+    _, height_px, width_px, _ = visual.pixels.shape
+    return height_px * width_px, height_px
 
 
 def _start(sequence: Sequence) -> int:

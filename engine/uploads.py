@@ -5,6 +5,7 @@ A plain copy of pageable memory makes the host wait until the device has done al
 before it. From pinned memory the copy is queued like everything else.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -43,3 +44,29 @@ class Download:
         if self._event is not None:
             self._event.synchronize()
         return self._host
+
+
+class Uploads:
+    """Pixels from the host to the device, on a stream of their own, beside what was queued before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def gather(self, pieces: Sequence[Tensor]) -> Tensor:
+        """All of them, one after the other, on the device: (bytes,), uint8."""
+        flat = [piece.view(-1) for piece in pieces]
+        if self._stream is None:
+            return torch.cat(flat).to(self._device)
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            gathered = torch.empty(sum(map(len, flat)), dtype=torch.uint8, device=self._device)
+            at = 0
+            for piece in flat:
+                gathered[at : at + len(piece)].copy_(piece, non_blocking=True)
+                at += len(piece)
+        computing.wait_stream(self._stream)
+        gathered.record_stream(computing)
+        return gathered

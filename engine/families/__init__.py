@@ -1,1 +1,66 @@
-"""One file a model family: how its pictures become patches, tokens and positions."""
+"""
+Model families: one adapter each, which knows what is that family's own and nothing else.
+
+An adapter is a class under `engine.families.protocol.Family` in a file of its own. It says what a
+picture becomes in a prompt, cuts pixels on the host, and runs the encoder on the device. What many
+share stands beside it: `packed.py` for encoders that read the patches of pictures of any size in one
+row, `tiles.py` for those that read pictures of one size, or tiles of them, as dense batches.
+
+To add a family: write the adapter, add its line to FAMILIES, give `engine/fuse.py` its modules where
+they are none of those that it knows, and add one entry to tests/engine/families.py, which compares
+it with transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.families.protocol import Family
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """
+    Where a family is found, each as "module:name", so that nothing is imported before it is used.
+
+    Attributes:
+        family: a class under `protocol.Family`.
+        model: what holds the weights: transformers' class, or one of ours with its
+            `from_pretrained`.
+        config: the class of its config.json; None where transformers knows the model type.
+    """
+
+    family: str
+    model: str
+    config: str | None = None
+
+    def load_family(self) -> "type[Family]":
+        return _load(self.family)  # type: ignore[no-any-return]
+
+    def load_model_class(self) -> Any:
+        return _load(self.model)
+
+    def load_config_class(self) -> Any:
+        return _load(self.config or "transformers:AutoConfig")
+
+
+# By the `model_type` of a config.json; "type/vision type" goes first where one type has several encoders.
+FAMILIES: Mapping[str, Entry] = {
+    "qwen2_vl": Entry(
+        "engine.families.qwen2_vl:Qwen2VL", "transformers:Qwen2VLForConditionalGeneration"
+    ),
+}
+
+
+def find_entry(config: Mapping[str, Any]) -> Entry | None:
+    """The entry for the content of a config.json; None for a model that no family here reads."""
+    model_type, vision = config.get("model_type"), config.get("vision_config")
+    vision_type = vision.get("model_type") if isinstance(vision, Mapping) else None
+    return FAMILIES.get(f"{model_type}/{vision_type}") or FAMILIES.get(str(model_type))
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

@@ -6,8 +6,6 @@ limits, cut into patches of 14 x 14 pixels, and MERGE x MERGE neighbouring patch
 The functions are arithmetic on sizes and uint8 pixels; `Qwen2VL` binds them to a checkpoint.
 """
 
-import hashlib
-import logging
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -23,14 +21,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.attention import VisionContext, can_use_flash, dense_kernels, using
 from engine.errors import BadConfig
-from engine.kernels.pictures import Choice, choose
+from engine.families.packed import PackedEncoder, in_packing_order, split_rows
+from engine.families.protocol import (
+    AreaLimits,
+    Description,
+    Family,
+    ImageTooNarrowError,
+    Plan,
+    Rows,
+    Visual,
+)
 from engine.kernels.pixels import centre
-from engine.repeats import Repeats, power_up, round_up
 from engine.uploads import upload
-
-logger = logging.getLogger(__name__)
 
 PATCH_PX = 14
 MERGE = 2
@@ -38,24 +41,11 @@ TEMPORAL = 2  # frames that share one patch in a video; a still image is its own
 TOKEN_PX = PATCH_PX * MERGE
 MAX_ASPECT = 200
 MID_PIXEL = 128  # pixels less this are whole numbers below 2**8: exact in bfloat16 too
-MAX_DENSE_RUNS, MIN_DENSE_PICTURES = 4, 8  # of an encoder call whose pictures are dense batches
 MAX_KNOWN_GRIDS = 256  # sizes whose positions are kept on the device
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that the encoder was trained on
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Patches = npt.NDArray[np.uint8]
-
-
-class ImageTooNarrowError(ValueError):
-    """One side is over 200 times the other. The client's fault: never retried."""
-
-
-@dataclass(frozen=True, slots=True)
-class AreaLimits:
-    """Smallest and largest area after resampling, in pixels, both inclusive."""
-
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,50 +196,21 @@ def square_grid(num_tokens: int) -> Grid:
     return Grid(1, rows * MERGE, num_tokens // rows * MERGE)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Visual:
-    """
-    One picture or clip, resampled and ready for the encoder, which cuts it where it runs.
-
-    Attributes:
-        pixels: (num_frames, height_px, width_px, 3), uint8, host; one frame for a picture, TEMPORAL
-            times grid.times for a clip.
-        grid: of the patches that it is cut into.
-        key: what it is: equal for equal pixels of equal shape; None where nobody asked.
-    """
-
-    pixels: Tensor
-    grid: Grid
-    is_clip: bool = False
-    key: bytes | None = None
-
-    @property
-    def unit(self) -> int:
-        """Patches that attend to each other: those of one picture, or of one pair of frames."""
-        return self.grid.rows * self.grid.columns
-
-
-class Qwen2VL:
-    """
-    What is Qwen2-VL's own about running a checkpoint; everything else is the same for all families.
-
-    Args:
-        config: the checkpoint's, a `Qwen2VLConfig`.
-        processor: its preprocessor_config.json.
-        video_processor: its video_preprocessor_config.json; None where it has none.
-    """
+class Qwen2VL(Family):
+    """A plan's layout is its `Grid`."""
 
     image_placeholder = "<|image_pad|>"
     video_placeholder = "<|video_pad|>"
     image_slot = f"<|vision_start|>{image_placeholder}<|vision_end|>"  # as its template writes one
     video_slot = f"<|vision_start|>{video_placeholder}<|vision_end|>"
+    num_axes = 3
+    pixels_a_token = TOKEN_PX**2
+    image_area: AreaLimits
+    video_area: AreaLimits
 
-    def __init__(
-        self,
-        config: Any,
-        processor: Mapping[str, Any],
-        video_processor: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, description: Description) -> None:
+        super().__init__(description)
+        config = description.config
         vision = config.vision_config
         if (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size) != (
             PATCH_PX,
@@ -262,84 +223,66 @@ class Qwen2VL:
             )
         self.image_token_id: int = config.image_token_id
         self.video_token_id: int = config.video_token_id
-        self.hidden_size: int = config.text_config.hidden_size
         self._num_heads: int = vision.num_heads
         self._head_dim: int = vision.embed_dim // vision.num_heads
-        self.image_area = _area_of(processor)
-        self.video_area = _area_of(video_processor or processor)
-        self.mean = tuple(processor.get("image_mean", CLIP_MEAN))
-        self.std = tuple(processor.get("image_std", CLIP_STD))
-        self.uses_keys = False  # whether pictures are told apart, for a cache
-        self._pins = False
+        pictures = description.pictures
+        self.image_area = _area_of(pictures)
+        self.video_area = _area_of(description.clips or pictures)
+        self._mean = tuple(pictures.get("image_mean", CLIP_MEAN))
+        self._std = tuple(pictures.get("image_std", CLIP_STD))
+        areas = (self.image_area, self.video_area)
+        are_areas = all(0 < area.min_pixels <= area.max_pixels for area in areas)
+        are_colours = all(len(values) == 3 for values in (self._mean, self._std))
+        if not (are_areas and are_colours):
+            raise ValueError("no model looks at pictures like that")
 
-    def plan_grid(
-        self, width_px: int, height_px: int, area: AreaLimits, num_frames: int = 1
-    ) -> Grid:
-        """
-        The patches that a picture or clip of this size is cut into; no pixel is needed to know.
+    def plan_picture(self, width_px: int, height_px: int, area: AreaLimits | None) -> Plan:
+        return self._plan(self.image_token_id, width_px, height_px, area or self.image_area, 1)
 
-        Raises:
-            ImageTooNarrowError: one side is over MAX_ASPECT times the other.
-        """
-        height_px, width_px = target_size(height_px, width_px, area)
+    def plan_clip(
+        self,
+        width_px: int,
+        height_px: int,
+        num_frames: int,
+        times_s: Sequence[float] | None,
+        area: AreaLimits | None,
+    ) -> Plan:
+        """An odd last frame is doubled."""
         times = -(-num_frames // TEMPORAL)
-        return Grid(times, height_px // PATCH_PX, width_px // PATCH_PX)
+        return self._plan(self.video_token_id, width_px, height_px, area or self.video_area, times)
 
-    def cut_picture(self, image: Image.Image, area: AreaLimits) -> Visual:
-        """
-        Resample an RGB picture for the encoder.
-
-        Raises:
-            ImageTooNarrowError: one side is over MAX_ASPECT times the other.
-        """
-        return self._build([image], area, is_clip=False)
-
-    def cut_clip(self, frames: Sequence[Image.Image], area: AreaLimits) -> Visual:
-        """The same for a clip, all frames of one size; an odd last frame is doubled."""
-        missing = [frames[-1]] * (-len(frames) % TEMPORAL)
-        return self._build([*frames, *missing], area, is_clip=True)
-
-    def _build(self, frames: Sequence[Image.Image], area: AreaLimits, *, is_clip: bool) -> Visual:
-        height_px, width_px = target_size(frames[0].height, frames[0].width, area)
-        pixels = self._empty((len(frames), height_px, width_px, 3))
-        on_host = pixels.numpy()
-        for index, frame in enumerate(frames):
-            on_host[index] = np.asarray(resample(frame, height_px, width_px))
-        times = len(frames) // TEMPORAL if is_clip else 1
+    def _plan(
+        self, token_id: int, width_px: int, height_px: int, area: AreaLimits, times: int
+    ) -> Plan:
+        height_px, width_px = target_size(height_px, width_px, area)
         grid = Grid(times, height_px // PATCH_PX, width_px // PATCH_PX)
-        key = None
-        if self.uses_keys:
-            shape = f"{is_clip} {pixels.shape} ".encode()
-            digest = hashlib.sha256(shape)
-            digest.update(on_host.data)
-            key = digest.digest()
-        return Visual(pixels, grid, is_clip, key)
+        return Plan(
+            (Rows(token_id, grid.num_tokens),),
+            num_patches=grid.num_patches,
+            width_px=width_px,
+            height_px=height_px,
+            layout=grid,
+        )
 
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        """Memory of the host; where the device copies from it, in a place that stays."""
-        if self._pins:
-            try:
-                return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:
-                logger.warning("pinned_memory_is_out pictures go up more slowly", exc_info=True)
-                self._pins = False
-        return torch.empty(shape, dtype=torch.uint8)
+    def plan_embeddings(self, num_rows: int, grid: tuple[int, int, int] | None) -> Plan:
+        of_rows = square_grid(num_rows) if grid is None else Grid(*grid)
+        return Plan((Rows(self.image_token_id, num_rows),), layout=of_rows)
+
+    def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
+        return self._build([resample(image, plan.height_px, plan.width_px)], plan)
+
+    def cut_clip(self, frames: Sequence[Image.Image], plan: Plan) -> Visual:
+        frames = [*frames, *[frames[-1]] * (-len(frames) % TEMPORAL)]
+        resampled = [resample(frame, plan.height_px, plan.width_px) for frame in frames]
+        return self._build(resampled, plan, is_clip=True)
 
     def positions(
-        self, num_tokens: int, spans: Sequence[tuple[int, Grid]]
+        self, num_tokens: int, media: Sequence[tuple[int, Plan]]
     ) -> tuple[npt.NDArray[np.int64], int]:
-        """
-        M-RoPE positions of a whole prompt.
-
-        Args:
-            spans: for each picture or clip, in order: where its placeholders start, and its grid.
-
-        Returns:
-            positions: (3, num_tokens), int64.
-            delta: what generated tokens add to their row in the slab to get their position.
-        """
+        """M-RoPE positions of a whole prompt."""
         pieces, row, at = [], 0, 0
-        for start, grid in spans:
+        for start, plan in media:
+            grid = plan.layout
             pieces.append(np.tile(np.arange(at, at + start - row), (3, 1)))
             at += start - row
             pieces.append(token_positions(grid, at))
@@ -360,12 +303,13 @@ class Qwen2VL:
         It reads pixels less MID_PIXEL: in 16 bits, what weights lose in rounding counts by the size
         of what they multiply, and a bias for pixels from 0 to 255 would take most of the sum back.
         """
+        super().attach(model)
         self._visual = model.model.visual
         weight: Tensor = self._visual.patch_embed.proj.weight.detach()
         exact = weight.double().flatten(3)  # (embed, 3, TEMPORAL, PATCH_PX**2)
         mean, std = (
             torch.tensor(x, dtype=torch.float64, device=weight.device).view(1, 3, 1, 1)
-            for x in (self.mean, self.std)
+            for x in (self._mean, self._std)
         )
         scaled = exact / (255 * std)
         self._clip_weight = _padded(scaled.flatten(1).to(weight.dtype))
@@ -374,80 +318,33 @@ class Qwen2VL:
         self._patch_bias = bias.flatten(1).sum(1).to(weight.dtype)
         self._visual.patch_embed = nn.Identity()
         self._device, self._dtype = weight.device, weight.dtype
-        self._pins = weight.device.type == "cuda"
-        self._copies: torch.cuda.Stream | None = None
-        if self._pins:
-            self._copies = torch.cuda.Stream(weight.device)  # type: ignore[no-untyped-call]
-        self._has_varlen = can_use_flash(weight.device, weight.dtype, self._head_dim)
-        self._choice = Choice()
-        if self._has_varlen:
-            self._choice = choose(weight.device, weight.dtype, self._num_heads, self._head_dim)
+        self.encoder = PackedEncoder(weight.device, weight.dtype, self._num_heads, self._head_dim)
         self._positions: OrderedDict[Grid, Tensor] = OrderedDict()
-        self.repeats: Repeats | None = None  # the runner gives it where there are graphs
 
     @torch.inference_mode()
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        """
-        Run the encoder once over many pictures and clips of any sizes, packed into one row.
-
-        Returns:
-            For each, (num_tokens, hidden_size), on the model's device.
-        """
-        order = sorted(
-            range(len(visuals)),
-            key=lambda i: (visuals[i].is_clip, visuals[i].unit, visuals[i].grid.rows),
-        )
+        """Run the encoder once over many pictures and clips of any sizes, packed into one row."""
+        order = in_packing_order(visuals)
         packed = [visuals[i] for i in order]
-        units = [unit for v in packed for unit in [v.unit] * v.grid.times]
-        runs = _runs(units)
-        # A few large batches of equal pictures are fastest dense; others go through one kernel,
-        # which takes any sizes without having to be planned for each.
-        is_even = len(runs) <= MAX_DENSE_RUNS and min(runs)[0] >= MIN_DENSE_PICTURES
-        is_dense = not self._has_varlen or (is_even and not self._choice.beats_dense)
-        embedded = self._embed(packed)
-        positions = torch.cat([self._patch_positions(visual.grid) for visual in packed])
-        starts = np.cumsum([0, *units], dtype=np.int32)
-        if self.repeats is not None and not is_dense:
-            # Rounded up, sizes come back. What fills up belongs to no picture and nobody reads it:
-            # pictures of no patches, and patches behind the last picture.
-            runs = [(1, power_up(max(units), 256))]
-            num_missing = round_up(len(embedded)) - len(embedded)
-            embedded = F.pad(embedded, (0, 0, 0, num_missing))
-            positions = F.pad(positions, (0, 0, 0, num_missing))
-            num_starts = 1 + power_up(len(units), 16)
-            starts = np.pad(starts, (0, num_starts - len(starts)), mode="edge")
-        see = partial(self._see, tuple(runs), is_dense)
-        inputs = embedded, positions, upload(starts, self._device)
-        if self.repeats is None:
-            features = see(*inputs)
-        else:
-            features = self.repeats.run((*runs, is_dense, len(embedded), len(starts)), see, *inputs)
-        num_tokens = [visual.grid.num_tokens for visual in packed]
-        pieces = torch.split(features[: sum(num_tokens)], num_tokens)
-        found: list[Tensor] = [features] * len(visuals)
-        for index, piece in zip(order, pieces, strict=True):
-            found[index] = piece
-        return found
+        grids: list[Grid] = [visual.plan.layout for visual in packed]
+        units = [unit for grid in grids for unit in [grid.rows * grid.columns] * grid.times]
+        packing = self.encoder.pack(units, rounds_up=self.repeats is not None)
+        embedded = packing.fill(self._embed(packed))
+        positions = packing.fill(torch.cat([self._patch_positions(grid) for grid in grids]))
+        see = partial(self._see, packing.max_patches)
+        features = self.encoder.run(packing, self.repeats, see, embedded, positions)
+        return split_rows(features, visuals, order)
 
-    def _see(
-        self,
-        runs: tuple[tuple[int, int], ...],
-        is_dense: bool,
-        embedded: Tensor,
-        positions: Tensor,
-        starts: Tensor,
-    ) -> Tensor:
+    def _see(self, max_patches: int, starts: Tensor, embedded: Tensor, positions: Tensor) -> Tensor:
         """The encoder's layers on packed patches: (patches, width) -> (tokens, hidden_size)."""
-        context = VisionContext(runs, None if is_dense else starts, self._choice.own)
         grids = torch.tensor([[1, MERGE, len(embedded) // MERGE]])  # asked for, and not read
-        with using(context), dense_kernels(self._device):
-            return self._visual(  # type: ignore[no-any-return]
-                embedded,
-                grid_thw=grids,
-                position_ids=positions,
-                cu_seqlens=starts,
-                max_seqlen=max(num_patches for _, num_patches in runs),
-            ).pooler_output
+        return self._visual(  # type: ignore[no-any-return]
+            embedded,
+            grid_thw=grids,
+            position_ids=positions,
+            cu_seqlens=starts,
+            max_seqlen=max_patches,
+        ).pooler_output
 
     def _patch_positions(self, grid: Grid) -> Tensor:
         """`patch_positions` on the device, kept for the next picture of this size."""
@@ -467,7 +364,7 @@ class Qwen2VL:
             packed: pictures before clips, equal sizes together.
         """
         embedded = []
-        pixels = self._upload(packed)
+        pixels = self.encoder.uploads.gather([visual.pixels for visual in packed])
         at = 0
         for is_clip, of_kind in groupby(packed, key=lambda visual: visual.is_clip):
             pieces = []
@@ -482,23 +379,6 @@ class Qwen2VL:
             centred = centre(patches, MID_PIXEL, weight.shape[1], self._dtype)
             embedded.append(F.linear(centred, weight, self._patch_bias))
         return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
-
-    def _upload(self, packed: Sequence[Visual]) -> Tensor:
-        """The pixels of all, one after the other, on the device: (bytes,), uint8."""
-        flat = [visual.pixels.view(-1) for visual in packed]
-        if self._copies is None:
-            return torch.cat(flat).to(self._device)
-        # On a stream of its own, so that it runs beside what was queued before.
-        computing = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._copies):
-            pixels = torch.empty(sum(map(len, flat)), dtype=torch.uint8, device=self._device)
-            at = 0
-            for piece in flat:
-                pixels[at : at + len(piece)].copy_(piece, non_blocking=True)
-                at += len(piece)
-        computing.wait_stream(self._copies)
-        pixels.record_stream(computing)
-        return pixels
 
 
 def _padded(weight: Tensor) -> Tensor:
@@ -532,11 +412,6 @@ def cut_on_device(pixels: Tensor, is_clip: bool) -> Tensor:
     # times, token row, token column, patch row, patch column, channel, frame, pixel row and column
     ordered = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
     return ordered.reshape(-1, 3 * together * PATCH_PX**2)
-
-
-def _runs(units: Sequence[int]) -> list[tuple[int, int]]:
-    """(how many, how large) of neighbours of equal size."""
-    return [(len(list(group)), size) for size, group in groupby(units)]
 
 
 def _area_of(processor: Mapping[str, Any]) -> AreaLimits:

@@ -1,6 +1,6 @@
 """The sizes of darkroom-tiny: what its checkpoint's configs say, in one place."""
 
-from engine.families.qwen2_vl import AreaLimits
+from engine.families.protocol import AreaLimits
 
 AREA = AreaLimits(min_pixels=112 * 112, max_pixels=224 * 224)  # 16 to 64 tokens a picture
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine import LLM, Result, SamplingParams
-from engine.families.qwen2_vl import Visual
+from engine.families.protocol import Family, Visual
 from media.decoded import Frames
 from media.images import from_pil
 
@@ -58,9 +58,20 @@ def data_url(image: Image.Image, file_format: str = "PNG") -> str:
 def features_of(llm: LLM, *images: Image.Image) -> tuple[list[Tensor], list[list[int]]]:
     """What the model's encoder makes of pictures: (tokens, hidden) each, and their grids."""
     family = llm.engine.checkpoint.family
-    cut: list[Visual] = [family.cut_picture(image, family.image_area) for image in images]
-    grids = [[visual.grid.times, visual.grid.rows, visual.grid.columns] for visual in cut]
-    return family.encode(cut), grids
+    cut = [cut_picture(family, image) for image in images]
+    grids = [visual.plan.layout for visual in cut]
+    return family.encode(cut), [[grid.times, grid.rows, grid.columns] for grid in grids]
+
+
+def cut_picture(family: Family, image: Image.Image) -> Visual:
+    """A picture, by its plan."""
+    return family.cut_picture(image, family.plan_picture(*image.size, family.image_area))
+
+
+def cut_clip(family: Family, frames: Sequence[Image.Image]) -> Visual:
+    """A clip of frames without moments, by its plan."""
+    plan = family.plan_clip(*frames[0].size, len(frames), None, family.video_area)
+    return family.cut_clip(frames, plan)
 
 
 def texts(results: Sequence[Result]) -> list[str]:

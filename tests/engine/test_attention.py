@@ -23,10 +23,18 @@ from engine.attention import (
     attend_vision,
     using,
 )
-from engine.families.qwen2_vl import Qwen2VL, Visual
 from engine.runner import MAX_ENCODER_PATCHES, _calls
 from engine.sequence import Sequence as Running
-from tests.engine.pictures import CLIP, GREEDY, PICTURE, draw, draw_clip, token_ids
+from tests.engine.pictures import (
+    CLIP,
+    GREEDY,
+    PICTURE,
+    cut_clip,
+    cut_picture,
+    draw,
+    draw_clip,
+    token_ids,
+)
 from tests.engine.tiny_qwen import QWEN2_5_VL_OTHER, Changes, write_tiny_qwen2_5_vl
 
 DIM = 8
@@ -225,18 +233,16 @@ def test_context_is_gone_when_its_block_ends() -> None:
 
 
 def test_encoder_reads_pictures_and_clips_together_as_one_by_one(llm: LLM) -> None:
-    family: Qwen2VL = llm.engine.checkpoint.family
+    family = llm.engine.checkpoint.family
     sizes = [(84, 84), (200, 60), (84, 84), (28, 224), (60, 200)]
-    visuals: list[Visual] = [
-        family.cut_picture(draw(seed, *size), family.image_area) for seed, size in enumerate(sizes)
-    ]
-    visuals.insert(2, family.cut_clip(draw_clip(1, 5), family.video_area))
-    visuals.append(family.cut_clip(draw_clip(2, 2, 60, 200), family.video_area))
+    visuals = [cut_picture(family, draw(seed, *size)) for seed, size in enumerate(sizes)]
+    visuals.insert(2, cut_clip(family, draw_clip(1, 5)))
+    visuals.append(cut_clip(family, draw_clip(2, 2, 60, 200)))
     together = family.encode(visuals)
 
     for visual, features in zip(visuals, together, strict=True):
         (alone,) = family.encode([visual])
-        assert (visual.grid.num_tokens, family.hidden_size) == features.shape
+        assert (visual.plan.num_rows, family.hidden_size) == features.shape
         torch.testing.assert_close(alone, features, atol=1e-4, rtol=1e-4)
 
 

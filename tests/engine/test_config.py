@@ -172,7 +172,9 @@ def test_processors_may_be_saved_in_one_file(tiny_folder: Path, tmp_path: Path, 
     assert token_ids(llm.generate(prompt, GREEDY, use_tqdm=False)) == token_ids(
         moved.generate(prompt, GREEDY, use_tqdm=False)
     )
-    assert 56 * 56 == moved.engine.checkpoint.family.video_area.max_pixels
+    area = moved.engine.checkpoint.family.video_area
+    assert area is not None
+    assert 56 * 56 == area.max_pixels
 
 
 def test_tokenizer_of_another_model_is_told(tiny_folder: Path, tmp_path: Path) -> None:

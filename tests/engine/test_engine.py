@@ -18,7 +18,7 @@ from torch import Tensor
 from engine import LLM, Request, Result, SamplingParams
 from engine.engine import MAX_UNPREPARED, NUM_PREPARED_AHEAD, _Feed
 from engine.errors import EngineClosed
-from engine.families.qwen2_vl import Visual
+from engine.families.protocol import Visual
 from engine.sampler import SamplingRow
 from engine.sequence import Sequence as Running
 from tests.engine.idle import assert_idle, num_free_rows
@@ -480,7 +480,7 @@ def test_picture_that_breaks_the_encoder_fails_alone(
     encode = family.encode
 
     def encode_poisoned(visuals: Sequence[Visual]) -> list[Tensor]:
-        if any(visual.grid.columns == 8 for visual in visuals):
+        if any(visual.plan.layout.columns == 8 for visual in visuals):
             raise PoisonError
         return encode(visuals)
 

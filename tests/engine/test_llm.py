@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from engine import LLM, PromptFailedError, Request, Result, SamplingParams
 from engine.config import BUNDLED_FOLDER
 from engine.errors import BadConfig, BadPrompt
 from engine.kernels.quantised import Fp8Linear
+from engine.kv import KVShape
 from engine.runner import num_kv_rows
 from models.train.settings import SYSTEM_PROMPT
 from tests.engine.pictures import (
@@ -872,7 +874,7 @@ def test_what_merged_layers_left_counts_as_free(monkeypatch: pytest.MonkeyPatch)
         num_hidden_layers=1, num_key_value_heads=1, hidden_size=8, num_attention_heads=1
     )
     checkpoint: Any = SimpleNamespace(
-        config=SimpleNamespace(text_config=config),
+        family=SimpleNamespace(kv_shape=partial(KVShape.of, config)),
         dtype=torch.float32,
         device=torch.device("cuda"),
     )

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 from transformers import Qwen2VLImageProcessorPil
 
+from engine.families.protocol import AreaLimits, ImageTooNarrowError
 from engine.families.qwen2_vl import (
     MERGE,
     PATCH_PX,
-    AreaLimits,
     Grid,
-    ImageTooNarrowError,
     cut_patches,
     double_frames,
     resample,

@@ -18,12 +18,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.vision_utils import get_vision_position_ids
 
 from engine import LLM
+from engine.families.protocol import AreaLimits, Description, ImageTooNarrowError, Plan, Rows
 from engine.families.qwen2_vl import (
     MERGE,
     TOKEN_PX,
-    AreaLimits,
     Grid,
-    ImageTooNarrowError,
     Qwen2VL,
     cut_on_device,
     cut_patches,
@@ -36,7 +35,7 @@ from engine.families.qwen2_vl import (
     token_positions,
 )
 from engine.reference import Reference
-from tests.engine.pictures import draw
+from tests.engine.pictures import cut_picture, draw
 from tests.engine.tiny import write_tiny_qwen2_vl
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # as in transformers' mm_token_type_ids
@@ -260,13 +259,13 @@ def test_positions_of_mixed_prompts_are_transformers(
 def family(tmp_path_factory: pytest.TempPathFactory) -> Qwen2VL:
     folder: Path = write_tiny_qwen2_vl(tmp_path_factory.mktemp("tiny"))
     processor = json.loads((folder / "preprocessor_config.json").read_text())
-    return Qwen2VL(AutoConfig.from_pretrained(folder), processor)
+    return Qwen2VL(Description(AutoConfig.from_pretrained(folder), None, processor))
 
 
-def spans_of(prompt: list[Span]) -> list[tuple[int, Grid]]:
+def media_of(prompt: list[Span]) -> list[tuple[int, Plan]]:
     starts = np.cumsum([0, *(span.num_tokens for span in prompt)])
     return [
-        (int(start), span.grid)
+        (int(start), Plan((Rows(0, span.num_tokens),), layout=span.grid))
         for start, span in zip(starts, prompt, strict=False)
         if span.kind != TEXT
     ]
@@ -275,7 +274,7 @@ def spans_of(prompt: list[Span]) -> list[tuple[int, Grid]]:
 @given(prompt=prompts())
 def test_positions_of_a_prompt_are_those_of_its_parts(family: Qwen2VL, prompt: list[Span]) -> None:
     expected, _ = walk(prompt)
-    positions, _ = family.positions(expected.shape[1], spans_of(prompt))
+    positions, _ = family.positions(expected.shape[1], media_of(prompt))
 
     np.testing.assert_array_equal(expected, positions)
 
@@ -291,7 +290,7 @@ def test_answer_goes_on_after_the_last_word(family: Qwen2VL, times: int) -> None
     """tests/engine/test_reference.py watches `generate` do so; its `rope_deltas` say otherwise."""
     prompt = [text_of(5), Span(VIDEO, Grid(times, 4, 6)), text_of(2)]
     num_tokens = sum(span.num_tokens for span in prompt)
-    positions, delta = family.positions(num_tokens, spans_of(prompt))
+    positions, delta = family.positions(num_tokens, media_of(prompt))
 
     assert positions[0, -1] + 1 == num_tokens + delta
 
@@ -317,7 +316,7 @@ def test_bfloat16_loses_no_more_than_transformers_loses(tmp_path: Path, seed: in
     their_error = our_error = 0.0
     for picture in pictures:
         expected = features_by(exact, picture)
-        ours = family.encode([family.cut_picture(picture, family.image_area)])[0].double()
+        ours = family.encode([cut_picture(family, picture)])[0].double()
         their_error += float((features_by(theirs, picture) - expected).square().mean())
         our_error += float((ours - expected).square().mean())
 

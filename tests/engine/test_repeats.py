@@ -10,10 +10,11 @@ from torch import Tensor
 
 from engine.checkpoint import load_weights, read_checkpoint
 from engine.config import EngineConfig
-from engine.families.qwen2_vl import Qwen2VL, Visual
+from engine.families.protocol import Family, Visual
+from engine.families.qwen2_vl import Qwen2VL
 from engine.kernels.pictures import Choice, Cut
 from engine.repeats import power_up, round_up
-from tests.engine.pictures import draw
+from tests.engine.pictures import cut_clip, cut_picture, draw
 
 
 class Runs:
@@ -32,16 +33,17 @@ def family(tiny_folder: Path) -> Qwen2VL:
     config = EngineConfig(model=str(tiny_folder))
     checkpoint = read_checkpoint(config)
     load_weights(checkpoint, config)
+    assert isinstance(checkpoint.family, Qwen2VL)
     return checkpoint.family
 
 
-def visuals_of(family: Qwen2VL, sizes: list[tuple[int, int]]) -> list[Visual]:
+def visuals_of(family: Family, sizes: list[tuple[int, int]]) -> list[Visual]:
     found = []
     for seed, (width, height) in enumerate(sizes):
         image: Image.Image = draw(seed, width, height)
-        found.append(family.cut_picture(image, family.image_area))
+        found.append(cut_picture(family, image))
     clip = [draw(seed, 56, 56) for seed in range(16)]
-    return [*found, family.cut_clip(clip, family.video_area)]
+    return [*found, cut_clip(family, clip)]
 
 
 def test_filled_up_calls_give_the_same_features(
@@ -50,8 +52,8 @@ def test_filled_up_calls_give_the_same_features(
     visuals = visuals_of(family, [(56, 84), (112, 56), (56, 84), (84, 84)])
     expected = family.encode(visuals)
 
-    monkeypatch.setattr(family, "_choice", Choice(Cut(), beats_dense=True))  # its twin, here
-    monkeypatch.setattr(family, "_has_varlen", True)
+    monkeypatch.setattr(family.encoder, "choice", Choice(Cut(), beats_dense=True))  # its twin, here
+    monkeypatch.setattr(family.encoder, "has_varlen", True)
     runs = Runs()
     monkeypatch.setattr(family, "repeats", runs)
     found = family.encode(visuals)

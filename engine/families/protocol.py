@@ -1,0 +1,312 @@
+"""
+What the engine asks of a model family, and what it hands to one.
+
+A request's way through an adapter:
+
+1. `read_text` turns what a prompt or template wrote into text in which each picture is one token,
+   `image_token_id`. Only where a family writes it otherwise.
+2. `plan_picture`, `plan_clip`: from sizes alone to a `Plan`: rows of features that take the placeholder's
+   place, and the text that the family writes between them: breaks at the ends of rows, tile names,
+   moments of a clip.
+3. `cut_picture`, `cut_clip`, in a media thread: pixels as the encoder wants them, still uint8, in a
+   `Visual`: one array of equal frames, tiles or crops.
+4. `positions`: of the whole prompt, `num_axes` of them, and what generated tokens add.
+5. `encode`, on the device: many visuals in one call -> (rows, feature_size) each. Features that go
+   into later layers too stand behind the first `hidden_size` columns, so that caches and caller's
+   embeddings need not know of them.
+6. The text model is called with what `attach` left in `text`, `embed` and `head`: on one row of tokens,
+   attention through `engine.attention`. A window comes from the layer by the name `sliding_window`.
+
+What is the same for all is in `Family`; an adapter writes what differs.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from engine.errors import BadEmbeddings
+from engine.kv import KVShape
+from engine.repeats import Repeats
+
+logger = logging.getLogger(__name__)
+
+Pixels = npt.NDArray[np.uint8]
+Positions = npt.NDArray[np.int64]
+
+
+class ImageTooNarrowError(ValueError):
+    """One side is so much longer than the other that no plan is made. The client's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class AreaLimits:
+    """Smallest and largest area after resampling, in pixels, both inclusive."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """
+    What a checkpoint says of itself, beside its weights.
+
+    Attributes:
+        config: transformers' config object.
+        tokenizer: transformers' fast tokenizer.
+        pictures, clips: of preprocessor_config.json and video_preprocessor_config.json, or of their
+            parts in processor_config.json; empty where there are none.
+        processor: the rest of processor_config.json.
+    """
+
+    config: Any
+    tokenizer: Any
+    pictures: Mapping[str, Any] = field(default_factory=dict)
+    clips: Mapping[str, Any] = field(default_factory=dict)
+    processor: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Neighbouring places of a prompt that features take, all under one id."""
+
+    token_id: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """
+    What one picture or clip becomes, known before a pixel is.
+
+    Attributes:
+        pieces: what its placeholder expands to: rows for features, in their order, and ids of text
+            around and between them. Nothing as long as the prompt: whoever asks for a thousand
+            million tokens is refused before they are made.
+        num_patches: of the encoder, in all its tiles or frames: what its call costs.
+        width_px, height_px: of all that is seen of it; 0 for features that came as they are.
+        layout: the family's own, with a repr that tells it from others: how it is cut, where its
+            tokens stand. Equal pixels of equal layout have equal features.
+    """
+
+    pieces: tuple[Rows | tuple[int, ...], ...]
+    num_patches: int = 0
+    width_px: int = 0
+    height_px: int = 0
+    layout: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(_length(piece) for piece in self.pieces)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of features, at most num_tokens."""
+        return sum(piece.number for piece in self.pieces if isinstance(piece, Rows))
+
+    def token_ids(self) -> list[int]:
+        """(num_tokens,): all that stands in the prompt."""
+        ids: list[int] = []
+        for piece in self.pieces:
+            ids += [piece.token_id] * piece.number if isinstance(piece, Rows) else piece
+        return ids
+
+    def rows_from(self, start: int) -> Positions:
+        """The places of its features in a prompt in which it begins at `start`: (num_rows,)."""
+        found = []
+        for piece in self.pieces:
+            end = start + _length(piece)
+            if isinstance(piece, Rows):
+                found.append(np.arange(start, end))
+            start = end
+        return np.concatenate(found).astype(np.int64)
+
+
+def _length(piece: Rows | tuple[int, ...]) -> int:
+    return piece.number if isinstance(piece, Rows) else len(piece)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Visual:
+    """
+    One picture or clip, resampled and ready for the encoder, which cuts it where it runs.
+
+    Attributes:
+        pixels: (frames, tiles or crops; height_px, width_px, 3), uint8, host.
+        key: what it is: equal for equal pixels of equal layout; None where nobody asked.
+    """
+
+    pixels: Tensor
+    plan: Plan
+    is_clip: bool = False
+    key: bytes | None = None
+
+
+class Family:
+    """
+    What is one family's own about running a checkpoint. This class is a text-only model.
+
+    Attributes:
+        image_placeholder, image_token_id: how a prompt says that a picture stands here, as a token of
+            the tokenizer; None where the model sees none. The same for clips.
+        image_slot, video_slot: as its chat template writes one, for templates that take only text.
+        num_axes: of positions.
+        hidden_size: of the text model. feature_size: of a row of features.
+        image_area, video_area: limits of the checkpoint; None where a picture's size is not to choose.
+        pixels_a_token: about how many pixels cost one token, where the size is to choose.
+        uses_keys: whether pictures are told apart, for a cache.
+        repeats: given by the runner where there are CUDA graphs.
+        text, embed, head: of the loaded model, after `attach`.
+    """
+
+    image_placeholder: str | None = None
+    video_placeholder: str | None = None
+    image_slot = video_slot = ""
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    num_axes = 1
+    image_area: AreaLimits | None = None
+    video_area: AreaLimits | None = None
+    pixels_a_token = 0
+
+    text: Any  # transformers' modules
+    embed: nn.Module
+    head: nn.Module
+
+    def __init__(self, description: Description) -> None:
+        """
+        Raises:
+            BadConfig: a checkpoint of this type that is not supported, in words for its user.
+            Exception: anything else that is missing or has no meaning.
+        """
+        self.text_config = description.config.get_text_config()
+        self.hidden_size: int = self.text_config.hidden_size
+        self.feature_size = self.hidden_size
+        self.uses_keys = False
+        self.repeats: Repeats | None = None
+        self._pins = False
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a prompt may hold beside text, in the words of `multi_modal_data`."""
+        seen = (("image", self.image_token_id), ("video", self.video_token_id))
+        return tuple(name for name, token_id in seen if token_id is not None)
+
+    def kv_shape(self, dtype: torch.dtype) -> KVShape:
+        return KVShape.of(self.text_config, dtype)
+
+    # --- on the host, in media threads -------------------------------------------------------------
+
+    def read_text(self, text: str) -> str:
+        """A prompt's text, or what a template wrote, with each placeholder as its one token."""
+        return text
+
+    def plan_picture(self, width_px: int, height_px: int, area: AreaLimits | None) -> Plan:
+        """
+        Args:
+            area: `image_area`, or what a request has in its place.
+
+        Raises:
+            ImageTooNarrowError: the family takes no picture of this form.
+        """
+        raise NotImplementedError
+
+    def plan_clip(
+        self,
+        width_px: int,
+        height_px: int,
+        num_frames: int,
+        times_s: Sequence[float] | None,
+        area: AreaLimits | None,
+    ) -> Plan:
+        """The same for a clip; times_s has the moment of each frame where it is known."""
+        raise NotImplementedError
+
+    def plan_embeddings(self, num_rows: int, grid: tuple[int, int, int] | None) -> Plan:
+        """
+        A plan for features that a caller made.
+
+        Args:
+            grid: times, rows and columns in patches, where the caller gave `image_grid_thw`.
+
+        Raises:
+            BadEmbeddings: no picture has so many.
+        """
+        if grid is not None:
+            raise BadEmbeddings(
+                "This model takes no image_grid_thw: give embeddings as a tensor of (images, "
+                "tokens, hidden)."
+            )
+        assert self.image_token_id is not None
+        return Plan((Rows(self.image_token_id, num_rows),))
+
+    def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
+        """An RGB picture as the encoder takes it, by its plan."""
+        raise NotImplementedError
+
+    def cut_clip(self, frames: Sequence[Image.Image], plan: Plan) -> Visual:
+        """The frames of a clip, all of one size."""
+        raise NotImplementedError
+
+    def positions(
+        self, num_tokens: int, media: Sequence[tuple[int, Plan]]
+    ) -> tuple[Positions, int]:
+        """
+        Args:
+            media: for each picture or clip, in order: where its ids start, and its plan.
+
+        Returns:
+            positions: (num_axes, num_tokens).
+            delta: what generated tokens add to their row in the slab to get their position.
+        """
+        return np.arange(num_tokens, dtype=np.int64)[None], 0
+
+    def _build(self, parts: Sequence[Image.Image], plan: Plan, *, is_clip: bool = False) -> Visual:
+        """A visual of frames, tiles or crops of equal size, in memory that the device reads."""
+        width_px, height_px = parts[0].size
+        pixels = self._empty((len(parts), height_px, width_px, 3))
+        on_host = pixels.numpy()
+        for index, part in enumerate(parts):
+            on_host[index] = np.asarray(part)
+        key = None
+        if self.uses_keys:
+            digest = hashlib.sha256(f"{is_clip} {pixels.shape} {plan.layout!r} ".encode())
+            digest.update(on_host.data)
+            key = digest.digest()
+        return Visual(pixels, plan, is_clip, key)
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory of the host; where the device copies from it, in a place that stays."""
+        if self._pins:
+            try:
+                return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                logger.warning("pinned_memory_is_out pictures go up more slowly", exc_info=True)
+                self._pins = False
+        return torch.empty(shape, dtype=torch.uint8)
+
+    # --- on the device -----------------------------------------------------------------------------
+
+    def attach(self, model: Any) -> None:
+        """Take the parts of a loaded model; once its layers are swapped and its attention is ours."""
+        self.text = getattr(model.model, "language_model", model.model)
+        self.embed = self.text.get_input_embeddings()
+        self.head = model.lm_head
+        self._pins = next(model.parameters()).device.type == "cuda"
+
+    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
+        """
+        Run the encoder once over many pictures and clips, in inference mode.
+
+        Returns:
+            For each, (plan.num_rows, feature_size), on the model's device.
+        """
+        raise NotImplementedError
