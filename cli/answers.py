@@ -24,7 +24,7 @@ _HINTS = {
     "frames_differ_in_size": "Or show them with --as images.",
     "max_tokens_too_large": "Here: lower --max-tokens.",
     "prompt_too_long": "Here: lower --max-pixels or --frames, or raise --max-model-len.",
-    "video_too_large": "Here: lower --frames.",
+    "video_too_large": "Here: lower --frames or --fps.",
 }
 
 
@@ -39,10 +39,18 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FramesUsed:
-    """Which frames of a clip were looked at: places in the source from 0, and times in seconds."""
+    """
+    Which frames of a clip were looked at.
+
+    Attributes:
+        indices: their places in the source, from 0.
+        times_s: their times, in seconds.
+        num_dropped: frames left out since they look like the one before; None where nobody asked.
+    """
 
     indices: tuple[int, ...] | None
     times_s: tuple[float, ...] | None
+    num_dropped: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ class Answer:
             ms=_cost_ms(result),
             flags=tuple(flag.value for flag in result.flags),
             error=_explain(error.code, error.message, error.retryable) if error else None,
-            frames=FramesUsed(clip.indices, clip.times_s) if clip else None,
+            frames=FramesUsed(clip.indices, clip.times_s, clip.num_dropped) if clip else None,
         )
 
     @classmethod

@@ -29,10 +29,16 @@ from cli.errors import (
 )
 from media.decoded import Frames, RGBImage
 from media.errors import MediaError
-from media.frames import FrameSampling, spread_evenly
+from media.frames import FrameSampling, choose_untimed
 from media.images import find_format, read_image
 from media.limits import IMAGE_LIMITS, STILL_FORMATS, VIDEO_LIMITS, ImageLimits
-from media.video import ANIMATION_FORMATS, count_source_frames, decode_video, gather_frames
+from media.video import (
+    ANIMATION_FORMATS,
+    count_source_frames,
+    decode_video,
+    gather_frames,
+    plan_frames,
+)
 
 PICTURE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif")
@@ -239,14 +245,16 @@ class ClipReader:
     Reads a clip file or a folder of frames when the engine asks for it.
 
     `indices` and `times_s` say which frames were kept once it has been read: their places in the
-    source, and their times where the source has any.
+    source, and their times where the source has any. `num_dropped` says how many were left out since
+    they look like the one before, where that was asked for.
     """
 
-    def __init__(self, found: Input, num_frames: int) -> None:
+    def __init__(self, found: Input, sampling: FrameSampling) -> None:
         self.indices: tuple[int, ...] | None = None
         self.times_s: tuple[float, ...] | None = None
+        self.num_dropped: int | None = None
         self._found = found
-        self._num_frames = num_frames
+        self._sampling = sampling
         self._lock = Lock()
         self._images: Sequence[RGBImage] = ()
 
@@ -257,13 +265,13 @@ class ClipReader:
         Raises:
             MediaError: nothing can be read, or a folder's pictures differ in size.
         """
-        sampling = FrameSampling(num_frames=self._num_frames)
         with _own_errors():
             if self._found.frames:
-                frames = gather_frames(self._found.frames, _load_frame, sampling)
+                frames = gather_frames(self._found.frames, _load_frame, self._sampling)
             else:
-                frames = decode_video(self._read_file(), sampling)
+                frames = decode_video(self._read_file(), self._sampling)
         self.indices, self.times_s = frames.indices, frames.times_s
+        self.num_dropped = frames.num_dropped
         return frames
 
     def build_loaders(self) -> Sequence[Callable[[], RGBImage]]:
@@ -271,25 +279,28 @@ class ClipReader:
         One call for each frame that is shown as a picture of its own; a folder's may differ in size.
 
         A file is read here, to count its frames, and decoded with the first call: so many clips may
-        be waiting without one frame in memory.
+        be waiting without one frame in memory. Where frames that look alike are to be left out, it is
+        decoded here as well: nothing else says how many will be left.
 
         Raises:
             MediaError: there is no clip to count. The calls raise it too.
         """
         frames = self._found.frames
-        if frames:
-            self.indices = spread_evenly(len(frames), self._num_frames)
+        if self._sampling.min_change is not None:
+            num_loaders = self.load().num_frames
+        elif frames:
+            self.indices = choose_untimed(len(frames), self._sampling)
             return [partial(_load_frame, frames[index], IMAGE_LIMITS) for index in self.indices]
-        with _own_errors():
-            num_source = count_source_frames(self._read_file())
-        num_loaders = min(num_source, self._num_frames)
+        else:
+            with _own_errors():
+                num_loaders = len(plan_frames(self._read_file(), self._sampling))
         return [partial(self._take, index, num_loaders) for index in range(num_loaders)]
 
     def _take(self, index: int, num_loaders: int) -> RGBImage:
         with self._lock:
             if not self._images:
                 self._images = self.load().images
-            # Fewer than were counted, where some are damaged: their neighbour stands in.
+            # Fewer than were planned, where some are damaged: their neighbour stands in.
             image = self._images[min(index, len(self._images) - 1)]
             if index == num_loaders - 1:  # the last one; nobody holds a clip that was shown
                 self._images = ()

@@ -7,6 +7,7 @@ does. Importing this file loads neither torch nor transformers, so that --help i
 
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,8 @@ from cli.show import Screen, note_left_out
 from engine.config import BUNDLED_MODEL
 from engine.errors import BadSamplingParams
 from engine.request import SamplingParams
+from media.errors import BadFrameSamplingError
+from media.frames import build_sampling
 from media.limits import VIDEO_LIMITS
 
 app = typer.Typer(
@@ -240,15 +243,55 @@ def describe(
         typer.Argument(metavar="CLIP", help="Clips, folders of frames (one clip each), or globs."),
     ],
     frames: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             max=VIDEO_LIMITS.max_frames,
             metavar="N",
             envvar="DARKROOM_FRAMES",
             help="Frames to look at, spread evenly over the clip.",
+            show_default=f"{NUM_FRAMES}, or what --fps makes of the clip",
         ),
-    ] = NUM_FRAMES,
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            envvar="DARKROOM_FPS",
+            help="Frames to look at for each second of the clip; with --frames, at most so many.",
+        ),
+    ] = None,
+    start: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", envvar="DARKROOM_START", help="Where to begin, from the first frame."
+        ),
+    ] = 0.0,
+    end: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            envvar="DARKROOM_END",
+            help="Where to end.",
+            show_default="the clip's end",
+        ),
+    ] = None,
+    keyframes: Annotated[
+        bool,
+        typer.Option(
+            "--keyframes",
+            envvar="DARKROOM_KEYFRAMES",
+            help="Look at key frames only: quicker, but they stand where the encoder put them.",
+        ),
+    ] = False,
+    dedupe: Annotated[
+        bool,
+        typer.Option(
+            "--dedupe",
+            envvar="DARKROOM_DEDUPE",
+            help="Leave out frames that look like the one before.",
+        ),
+    ] = False,
     prompt: Prompt = CLIP_PROMPT,
     form: Annotated[
         Form,
@@ -267,7 +310,8 @@ def describe(
     Describe clips by a few of their frames.
 
     A folder is one clip: its pictures are the frames, in the order in which people count
-    (frame2 before frame10). --json says which frames were looked at, and their times.
+    (frame2 before frame10). --json says which frames were looked at, and their times; with --dedupe
+    also how many were left out.
 
     Output, errors and exit codes are those of `darkroom caption`.
 
@@ -275,20 +319,35 @@ def describe(
     Examples:
       darkroom describe ball.mp4
       darkroom describe ball.mp4 --frames 16 --json
+      darkroom describe lecture.mp4 --start 600 --end 660 --fps 0.5 --dedupe
       darkroom describe timelapse/ --as images --prompt "What changes?"
     """
+    asked = {"num_frames": frames, "fps": fps, "start_s": start, "end_s": end}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if frames is None and fps is None:
+        given["num_frames"] = NUM_FRAMES
+    try:
+        sampling = build_sampling({**given, "keyframes": keyframes, "dedupe_frames": dedupe})
+    except BadFrameSamplingError as error:
+        raise typer.BadParameter(_in_options(str(error))) from error
     found = find_clips(paths)
     is_video = form is Form.VIDEO
+    max_frames = sampling.num_frames or VIDEO_LIMITS.max_frames
     raise typer.Exit(
         run(
             found.inputs,
-            partial(ask_about_clip, num_frames=frames, form=form, prompt=prompt),
+            partial(ask_about_clip, sampling=sampling, form=form, prompt=prompt),
             build_screen("clips", found, as_json=as_json),
             options=EngineOptions(model, device, dtype, max_model_len, max_pixels),
             params=build_params(max_tokens, temperature),
-            limits={"image": 0, "video": 1} if is_video else {"image": frames, "video": 0},
+            limits={"image": 0, "video": 1} if is_video else {"image": max_frames, "video": 0},
         )
     )
+
+
+def _in_options(text: str) -> str:
+    """What media says of a sampling, in the words of this command."""
+    return re.sub(r"\b(start|end)_s\b", r"--\1", re.sub(r"\bfps\b", "--fps", text))
 
 
 @app.command()

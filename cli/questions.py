@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 from cli.inputs import ClipReader, Input, load_picture
 from media.errors import MediaError
+from media.frames import FrameSampling
 
 PICTURE_PROMPT = "Describe the image."
 CLIP_PROMPT = "What happens?"
 NUM_FRAMES = 8
+FEW_FRAMES = FrameSampling(num_frames=NUM_FRAMES)
 
 
 class Form(StrEnum):
@@ -47,10 +49,10 @@ def ask_about_picture(found: Input, prompt: str = PICTURE_PROMPT) -> Question:
 def ask_about_clip(
     found: Input,
     prompt: str = CLIP_PROMPT,
-    num_frames: int = NUM_FRAMES,
+    sampling: FrameSampling = FEW_FRAMES,
     form: Form = Form.VIDEO,
 ) -> Question:
-    clip = ClipReader(found, num_frames)
+    clip = ClipReader(found, sampling)
     parts = [{"type": "video", "video": clip.load}] if form is Form.VIDEO else _build_stills(clip)
     return Question(found.path, [*parts, {"type": "text", "text": prompt}], clip)
 

@@ -8,12 +8,14 @@ import difflib
 import json
 import math
 import numbers
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.errors import BadConfig
+from media.errors import BadFrameSamplingError
+from media.frames import MAX_MIN_CHANGE, build_sampling
 
 BUNDLED_MODEL = "darkroom-tiny"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / BUNDLED_MODEL
@@ -26,7 +28,7 @@ DEFAULT_LIMITS = {"image": 1, "video": 1}
 ABSENT_MODALITIES = ("audio", "vision_chunk")  # vLLM's; a limit of 0 for them asks for nothing
 AREA_KEYS = ("min_pixels", "max_pixels")
 KEEP_ALL = -1  # vLLM's num_frames for every frame of a clip
-SAMPLING_KEYS = ("num_frames", "fps")
+SAMPLING_KEYS = ("num_frames", "fps", "start_s", "end_s", "keyframes", "dedupe_frames")
 EDGES: Mapping[Any, str] = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
 # Words of vLLM's constructor that have no use here: accepted, and said once in the log.
@@ -94,7 +96,8 @@ class MediaOptions:
 
     Attributes:
         image, video: `min_pixels` and `max_pixels` of pictures, and of the frames of clips.
-        sampling: `num_frames` and `fps` of encoded clips; `num_frames` of None keeps all.
+        sampling: of encoded clips, the fields of `media.frames.FrameSampling` that were given;
+            `num_frames` of None keeps all.
     """
 
     image: Mapping[str, int] = field(default_factory=dict)
@@ -217,7 +220,7 @@ def _check_positive(name: str, value: object, *, may_be_none: bool) -> None:
     if value is None and may_be_none:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise BadConfig(f"{name} must be a whole number of 1 or more, got {value!r}.")
+        raise BadConfig(f"{name} must be a whole number of 1 or more, got {_show(value)}.")
 
 
 def parse_limits(given: Mapping[str, Any] | None) -> dict[str, int]:
@@ -268,14 +271,18 @@ def _count_of(modality: str, limit: object) -> int:
     return int(count)
 
 
-def parse_processor_kwargs(given: Mapping[str, Any] | None) -> MediaOptions:
+def parse_processor_kwargs(
+    given: Mapping[str, Any] | None, name: str = "mm_processor_kwargs"
+) -> MediaOptions:
     """
     Read `mm_processor_kwargs`: what stands in no scope is for pictures and clips alike.
 
+    Args:
+        name: where it stands, for what is said of it.
+
     Raises:
-        BadConfig: another key, which would otherwise be dropped in silence.
+        BadConfig: another key, which would otherwise be dropped in silence; or a value that cannot be.
     """
-    name = "mm_processor_kwargs"
     known = {"images_kwargs": AREA_KEYS, "videos_kwargs": (*AREA_KEYS, *SAMPLING_KEYS)}
     scopes: dict[str, dict[str, Any]] = {scope: {} for scope in known}
     unscoped: dict[str, Any] = {}
@@ -289,13 +296,30 @@ def parse_processor_kwargs(given: Mapping[str, Any] | None) -> MediaOptions:
     return MediaOptions(
         image={key: image[key] for key in AREA_KEYS if key in image},
         video={key: video[key] for key in AREA_KEYS if key in video},
-        sampling={key: video[key] for key in SAMPLING_KEYS if key in video},
+        sampling=_checked_sampling(
+            name, {key: video[key] for key in SAMPLING_KEYS if key in video}
+        ),
     )
+
+
+def parse_part_options(part: Mapping[str, Any], keys: Collection[str], where: str) -> MediaOptions:
+    """
+    Read what a part says of its own picture or clip; a key that is None is as good as absent.
+
+    Args:
+        keys: of `AREA_KEYS` and `SAMPLING_KEYS`, those that such a part takes; others are not looked at.
+        where: the part's place, for what is said of it.
+
+    Raises:
+        BadConfig: a value that cannot be.
+    """
+    given = {key: part[key] for key in keys if part.get(key) is not None}
+    return parse_processor_kwargs(given, where)
 
 
 def parse_io_kwargs(given: Mapping[str, Any] | None) -> MediaOptions:
     """
-    Read `media_io_kwargs`: `num_frames` and `fps` of encoded clips.
+    Read `media_io_kwargs`: which frames of encoded clips are taken.
 
     Raises:
         BadConfig: another option: pictures are always RGB, transparency laid on white.
@@ -305,7 +329,16 @@ def parse_io_kwargs(given: Mapping[str, Any] | None) -> MediaOptions:
     for modality, options in _items(name, given):
         known = SAMPLING_KEYS if modality == "video" else ()
         sampling |= _read_options(f"{name}[{modality!r}]", options, known)
-    return MediaOptions(sampling=sampling)
+    return MediaOptions(sampling=_checked_sampling(name, sampling))
+
+
+def _checked_sampling(name: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    """Each value has been looked at; here they are looked at together."""
+    try:
+        build_sampling(sampling)
+    except BadFrameSamplingError as error:
+        raise BadConfig(f"{name}: {error}") from error
+    return sampling
 
 
 def _read_options(name: str, given: Any, known: Collection[str]) -> dict[str, Any]:
@@ -321,7 +354,15 @@ def _read_options(name: str, given: Any, known: Collection[str]) -> dict[str, An
                 f"use {' and '.join(known) or 'no options at all'}."
             )
         elif key == "fps":
-            options[key] = _positive_number(where, value)
+            options[key] = _number(where, value, "a finite number over 0", lambda fps: fps > 0)
+        elif key in ("start_s", "end_s"):
+            wanted = "a finite number of seconds, 0 or more"
+            options[key] = _number(where, value, wanted, lambda time_s: time_s >= 0)
+        elif key == "keyframes" or (key == "dedupe_frames" and isinstance(value, bool)):
+            options[key] = _boolean(where, value)
+        elif key == "dedupe_frames":
+            wanted = f"true, false, or a number over 0 and below {MAX_MIN_CHANGE:g}"
+            options[key] = _number(where, value, wanted, lambda least: 0 < least < MAX_MIN_CHANGE)
         elif key == "num_frames" and isinstance(value, int) and value == KEEP_ALL:
             options[key] = None
         else:
@@ -330,11 +371,26 @@ def _read_options(name: str, given: Any, known: Collection[str]) -> dict[str, An
     return options
 
 
-def _positive_number(name: str, value: object) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 < float(value) < math.inf:  # type: ignore[arg-type]
-        raise BadConfig(f"{name} must be a finite number over 0, got {value!r}.")
-    return float(value)  # type: ignore[arg-type]
+def _number(name: str, value: object, wanted: str, fits: Callable[[float], bool]) -> float:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number) and fits(number):
+            return number
+    raise BadConfig(f"{name} must be {wanted}, got {_show(value)}.")
+
+
+def _boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadConfig(f"{name} must be true or false, got {_show(value)}.")
+    return value
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def nearest_word(word: str, known: list[str]) -> str:

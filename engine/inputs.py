@@ -22,6 +22,7 @@ from engine.config import (
     SAMPLING_KEYS,
     MediaOptions,
     parse_io_kwargs,
+    parse_part_options,
     parse_processor_kwargs,
 )
 from engine.errors import (
@@ -39,9 +40,8 @@ from engine.request import SamplingParams
 from media import data_url, images, video
 from media.decoded import Frames, RGBImage
 from media.errors import MediaError
-from media.frames import FrameSampling
+from media.frames import build_sampling
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS
-from media.video import DEFAULT_SAMPLING
 
 PROMPT_KEYS = (
     "prompt",
@@ -96,8 +96,8 @@ class Clip:
         source: Frames, a list of pictures, a 4-D array, an encoded file's bytes, or a callable that
             returns one of them.
         area: `min_pixels` and `max_pixels` of its frames.
-        sampling: `num_frames` and `fps` of an encoded file. Frames that are frames already are used
-            as they are.
+        sampling: which frames of an encoded file are taken, by the names of
+            `media.frames.FrameSampling`. Frames that are frames already are used as they are.
     """
 
     source: Any
@@ -157,7 +157,8 @@ class Request:
         params: how to answer; None for the defaults of the call, then of the model.
         request_id: the caller's name for it; "" lets the engine number it.
         mm_processor_kwargs: `min_pixels` and `max_pixels` for this request's pictures and frames,
-            `num_frames` and `fps` for its encoded clips; or several such dicts, later ones first.
+            `num_frames`, `fps` and the like (`SAMPLING_KEYS`) for its encoded clips; or several such
+            dicts, later ones first.
         media_io_kwargs: as `LLM` takes them, for this request.
         priority: lower runs first.
     """
@@ -467,13 +468,10 @@ def parse_part_area(part: Mapping[str, Any], where: str) -> Mapping[str, int]:
 
 
 def _part_options(part: Mapping[str, Any], keys: Sequence[str], where: str) -> MediaOptions:
-    given = {key: part[key] for key in keys if part.get(key) is not None}
     try:
-        return parse_processor_kwargs(given)
+        return parse_part_options(part, keys, where)
     except BadConfig as error:
-        raise BadPrompt.worded(
-            str(error).replace("mm_processor_kwargs", where, 1), where=where
-        ) from error
+        raise BadPrompt.worded(str(error), where=where) from error
 
 
 # --- conversations ---------------------------------------------------------------------------------
@@ -673,7 +671,7 @@ def read_clip(source: Any, own: Mapping[str, Any], inherited: Mapping[str, Any])
     Decode one clip, whatever form it came in; a callable has been called already.
 
     Args:
-        own: `num_frames` and `fps` that its part gave; refused for frames, which are used as they are.
+        own: the sampling that its part gave; refused for frames, which are used as they are.
         inherited: the same of its request, which are for encoded clips only.
 
     Raises:
@@ -686,7 +684,7 @@ def read_clip(source: Any, own: Mapping[str, Any], inherited: Mapping[str, Any])
             raise BadPrompt(
                 "came as frames, which are used as they are",
                 where="video",
-                remedy="Leave out num_frames and fps, or give the encoded clip",
+                remedy=f"Leave out {', '.join(own)}, or give the encoded clip",
             )
         if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], Mapping):
             source = source[0]
@@ -714,8 +712,7 @@ def read_clip(source: Any, own: Mapping[str, Any], inherited: Mapping[str, Any])
 
 
 def _decode_clip(source: bytes | bytearray | DataURL, options: Mapping[str, Any]) -> Frames:
-    # One of the two alone takes the place of the default.
-    sampling = FrameSampling(**{"num_frames": None, **options}) if options else DEFAULT_SAMPLING
+    sampling = build_sampling(options)
     if not isinstance(source, DataURL):
         return video.decode_video(bytes(source), sampling)
     if data_url.media_type_of(source.url) == data_url.FRAMES_MEDIA_TYPE:

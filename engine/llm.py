@@ -42,8 +42,8 @@ class LLM:
         model: a checkpoint folder, a hub id in the cache, or `darkroom-tiny`.
         limit_mm_per_prompt: pictures and videos one prompt may hold, e.g. `{"image": 4}`; one each
             by default.
-        mm_processor_kwargs: `min_pixels` and `max_pixels` of every picture and frame, `num_frames`
-            and `fps` of encoded clips. What a call, a request, a prompt or a part says goes first,
+        mm_processor_kwargs: `min_pixels` and `max_pixels` of every picture and frame, `num_frames`,
+            `fps` and the like of encoded clips. What a call, a request, a prompt or a part says goes first,
             key by key, the innermost before all.
         media_io_kwargs: `{"video": {"num_frames": 32, "fps": 1}}`, the same in vLLM's other place.
         load_format: "dummy" for random weights, drawn on the device: they cost no download and no

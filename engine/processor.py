@@ -133,6 +133,7 @@ class _FramesTaken:
     num_frames: int
     times_s: tuple[float, ...] | None
     indices: tuple[int, ...] | None
+    num_dropped: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -522,7 +523,7 @@ class Processor:
             fits = plan.num_tokens < self._max_model_len
             images = [image.image for image in frames.images]
             visual = self._family.cut_clip(images, plan) if fits else None
-        taken = _FramesTaken(frames.num_frames, frames.times_s, frames.indices)
+        taken = _FramesTaken(frames.num_frames, frames.times_s, frames.indices, frames.num_dropped)
         return _Ready(visual, plan, MediaKind.VIDEO, limits, *size, taken)
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:
@@ -722,6 +723,7 @@ def _report(media: Sequence[_Ready]) -> tuple[ImageUsed, ...]:
                 num_frames=item.num_frames,
                 times_s=item.frames.times_s if item.frames else None,
                 frame_indices=item.frames.indices if item.frames else None,
+                num_frames_dropped=item.frames.num_dropped if item.frames else None,
             )
         )
         counts[counted_as] += 1

@@ -561,6 +561,8 @@ class ImageUsed:
         num_frames: of a video, after sampling; None otherwise.
         times_s: of a video, when each of these frames is shown; None where they have no times.
         frame_indices: of a video, each frame's place in the source, from 0; None where unknown.
+        num_frames_dropped: of a video, frames left out since they look like the one before; None
+            where nobody asked for that.
     """
 
     index: int
@@ -573,6 +575,7 @@ class ImageUsed:
     num_frames: int | None = None
     times_s: tuple[float, ...] | None = None
     frame_indices: tuple[int, ...] | None = None
+    num_frames_dropped: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ class Frames:
         fps: frames a second of the source, on average; None where unknown.
         source_num_frames: how many frames the source has; None where unknown.
         indices: the place of each kept frame in the source, from 0; None where unknown.
+        num_dropped: frames that were left out since they look like the one before; None where
+            nobody asked for that.
     """
 
     images: tuple[RGBImage, ...]
@@ -65,6 +67,7 @@ class Frames:
     fps: float | None = None
     source_num_frames: int | None = None
     indices: tuple[int, ...] | None = None
+    num_dropped: int | None = None
 
     def __post_init__(self) -> None:
         sizes = {(image.width_px, image.height_px) for image in self.images}

@@ -1,6 +1,8 @@
 """
 Which frames of a clip to keep: pure functions on numbers, with no picture in sight.
 
+The one exception, frames that look alike, is asked for here and found in `media.alike`.
+
 Frames are spread evenly over the *frames* of the window, not over its seconds. In a clip of
 constant rate that is the same, and it is what vLLM and transformers do; where the rate varies, as
 in screen recordings, a still stretch is not sampled over and over, the number of frames is the one
@@ -9,13 +11,19 @@ asked for, and no frame comes twice. The exact times of what was kept go along w
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from media.errors import BadFrameSamplingError
 
 DEFAULT_NUM_FRAMES = 32
 """vLLM's default, so that a clip costs the same number of tokens here."""
+
+DEFAULT_MIN_CHANGE = 2.0
+"""Levels, of 255, that a still scene stays below and a small thing that moves does not: see `media.alike`."""
+
+MAX_MIN_CHANGE = 255.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +39,18 @@ class FrameSampling:
         fps: at most this many for each second of the window; None for no such rule.
         start_s: where the window starts, in seconds from the clip's first frame.
         end_s: where it ends, inclusive; None for the clip's end.
+        keyframes: whether to look at key frames only, which need no other frame to be decoded. They
+            stand where the encoder put them, so `num_frames` and `fps` are spread over them unevenly.
+        dedupe_frames: whether frames that look like the one kept before them are left out in the
+            end; a number is the least change, 0 to 255, that keeps a frame.
     """
 
     num_frames: int | None = DEFAULT_NUM_FRAMES
     fps: float | None = None
     start_s: float = 0.0
     end_s: float | None = None
+    keyframes: bool = False
+    dedupe_frames: bool | float = False
 
     def __post_init__(self) -> None:
         if self.num_frames is not None and self.num_frames < 1:
@@ -55,19 +69,47 @@ class FrameSampling:
             raise BadFrameSamplingError(
                 "end_s must be a finite number of seconds above start_s. Leave it out for the end."
             )
+        if not isinstance(self.dedupe_frames, bool) and not 0 < self.dedupe_frames < MAX_MIN_CHANGE:
+            raise BadFrameSamplingError(
+                "dedupe_frames must be true, false, or the least change that keeps a frame, over 0 and "
+                f"below {MAX_MIN_CHANGE:g}. Leave it out to keep all."
+            )
 
     @property
     def needs_times(self) -> bool:
         """Whether the choice depends on when frames are shown, and not on their number alone."""
         return self.fps is not None or self.start_s > 0 or self.end_s is not None
 
+    @property
+    def min_change(self) -> float | None:
+        """The least change that keeps a frame; None where all are kept."""
+        if isinstance(self.dedupe_frames, bool):
+            return DEFAULT_MIN_CHANGE if self.dedupe_frames else None
+        return self.dedupe_frames
 
-def choose_indices(times_s: Sequence[float], sampling: FrameSampling) -> tuple[int, ...]:
+
+def build_sampling(options: Mapping[str, Any]) -> FrameSampling:
+    """
+    The sampling that options ask for, by `FrameSampling`'s names: what is left out is the default,
+    but `fps` alone is no longer capped by the default number of frames.
+
+    Raises:
+        BadFrameSamplingError: they cannot be, or not together.
+    """
+    if "fps" in options:
+        options = {"num_frames": None, **options}
+    return FrameSampling(**options)
+
+
+def choose_indices(
+    times_s: Sequence[float], sampling: FrameSampling, is_key: Sequence[bool] | None = None
+) -> tuple[int, ...]:
     """
     Choose frames of a clip by the times at which they are shown.
 
     Args:
         times_s: ascending, in seconds, one for each frame of the clip, the first of them 0.
+        is_key: for each frame whether it is a key frame; None where every frame stands alone.
 
     Returns:
         Ascending indices into `times_s`, no two the same; empty if the window misses the clip.
@@ -75,9 +117,36 @@ def choose_indices(times_s: Sequence[float], sampling: FrameSampling) -> tuple[i
     window = find_window(times_s, sampling)
     if not window:
         return ()
+    candidates: Sequence[int] = window
+    if sampling.keyframes and is_key is not None:
+        candidates = _find_key_frames(window, is_key)
     span_s = estimate_span_s([times_s[window[0]], times_s[window[-1]]], len(window))
-    num_kept = count_frames(len(window), span_s, sampling)
-    return tuple(window[index] for index in spread_evenly(len(window), num_kept))
+    num_kept = count_frames(len(candidates), span_s, sampling)
+    return tuple(candidates[index] for index in spread_evenly(len(candidates), num_kept))
+
+
+def _find_key_frames(window: range, is_key: Sequence[bool]) -> Sequence[int]:
+    """The key frames of a window; one without any sees the last one before it, or the next."""
+    inside = [index for index in window if is_key[index]]
+    if inside:
+        return inside
+    before = [index for index in range(window.start) if is_key[index]][-1:]
+    return before or [index for index in range(window.stop, len(is_key)) if is_key[index]][:1]
+
+
+def choose_untimed(num_source_frames: int, sampling: FrameSampling) -> tuple[int, ...]:
+    """
+    Choose frames of a list that has no times, each of which stands alone.
+
+    Raises:
+        BadFrameSamplingError: `sampling` asks by seconds.
+    """
+    if sampling.needs_times:
+        raise BadFrameSamplingError(
+            "A list of frames has no times, so fps, start_s and end_s cannot be applied. Use "
+            "num_frames."
+        )
+    return spread_evenly(num_source_frames, count_frames(num_source_frames, 0.0, sampling))
 
 
 def find_window(times_s: Sequence[float], sampling: FrameSampling) -> range:

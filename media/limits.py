@@ -62,6 +62,7 @@ class VideoLimits:
         max_bytes: encoded.
         max_duration_s: from the first frame to the last. Longer clips are cut by the sender.
         max_source_frames: frames in the clip, an hour at 60 a second: each may have to be decoded.
+        max_fps: frames a second, on average over the clip, or in a second of a shorter one.
         max_pixels: one frame; 8K as cameras have it, 8192 x 4320.
         max_frames: kept of one clip. More than any supported model is trained to look at.
         max_kept_pixels: all kept frames together; three bytes each, so 0.9 GB.
@@ -72,6 +73,7 @@ class VideoLimits:
     max_bytes: int = 256 * MEBIBYTE
     max_duration_s: float = 3_600.0
     max_source_frames: int = 216_000
+    max_fps: float = 240.0
     max_pixels: int = 8192 * 4320
     max_frames: int = 768
     max_kept_pixels: int = 300_000_000

@@ -15,19 +15,20 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from io import BytesIO
+from itertools import chain, islice
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from media.alike import drop_alike
 from media.decoded import Frames, RGBImage
 from media.errors import (
-    BadFrameSamplingError,
     FramesDifferError,
     MediaError,
     VideoFormatNotSupportedError,
@@ -40,9 +41,8 @@ from media.errors import (
 from media.frames import (
     FrameSampling,
     choose_indices,
-    count_frames,
+    choose_untimed,
     estimate_span_s,
-    spread_evenly,
 )
 from media.images import (
     A_VIDEO,
@@ -105,8 +105,33 @@ def decode_video(
     container = _judge(encoded, limits)
     if container is None:
         with _open_animation(encoded) as clip:
-            return _read_animation(clip, sampling, limits)
-    return _decode_stream(encoded, container, sampling, limits)
+            frames = _read_animation(clip, sampling, limits)
+    else:
+        frames = _decode_stream(encoded, container, sampling, limits)
+    return drop_alike(frames, sampling.min_change)
+
+
+def plan_frames(
+    encoded: bytes,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
+    limits: VideoLimits = VIDEO_LIMITS,
+) -> tuple[int, ...]:
+    """
+    Return which frames of a clip `decode_video` would decode, by their places in it.
+
+    Fewer are kept where some are damaged, or look alike and that was asked for.
+
+    Raises:
+        MediaError: as `decode_video`. Frames that are damaged are found by decoding only.
+    """
+    container = _judge(encoded, limits)
+    if container is None:
+        with _open_animation(encoded) as clip:
+            return _choose_of_animation(clip, sampling, limits)
+    with _open_stream(encoded, container, limits) as (source, stream):
+        indices = _choose_indices(_read_track(source, stream, limits), sampling)
+        _Keep(limits, len(indices))
+        return indices
 
 
 def count_source_frames(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> int:
@@ -180,13 +205,8 @@ def gather_frames(
     Raises:
         MediaError: as `decode_jpeg_frames`, and whatever `decode` raises.
     """
-    if sampling.needs_times:
-        raise BadFrameSamplingError(
-            "A list of frames has no times, so fps, start_s and end_s cannot be applied. Use "
-            "num_frames."
-        )
     num_source = len(sources)
-    indices = spread_evenly(num_source, count_frames(num_source, 0.0, sampling))
+    indices = choose_untimed(num_source, sampling)
     keep = _Keep(limits, len(indices))
     still = ImageLimits(max_bytes=limits.max_bytes, max_pixels=limits.max_pixels)
     images = []
@@ -196,7 +216,8 @@ def gather_frames(
         images.append(image)
     if len({(image.width_px, image.height_px) for image in images}) > 1:
         raise FramesDifferError
-    return Frames(tuple(images), source_num_frames=num_source, indices=indices)
+    frames = Frames(tuple(images), source_num_frames=num_source, indices=indices)
+    return drop_alike(frames, sampling.min_change)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,10 +295,18 @@ def _decode_stream(
 ) -> Frames:
     with _open_stream(encoded, container, limits) as (source, stream):
         track = _read_track(source, stream, limits)
-        indices = choose_indices(track.times_s(), sampling)
-        keep = _Keep(limits, len(indices))
+        wanted = [track.ticks[index] for index in _choose_indices(track, sampling)]
+        keep = _Keep(limits, len(wanted))
         keep.check(stream.codec_context.width, stream.codec_context.height)
-        return _keep_frames(stream, track, [track.ticks[index] for index in indices], keep)
+        runs = _plan_runs(track, wanted, sampling)
+        if track.is_timed:
+            with suppress(_SeekLostError):
+                seeking = _decode(stream, track, runs, _Seeker(source, stream))
+                return _keep_frames(seeking, track, wanted, keep)
+    # Without times to seek by, or where seeking does not lead to the frames that were read before.
+    with _open_stream(encoded, container, limits) as (source, stream):
+        scanning = _decode(stream, track, runs, _Scanner(source, stream))
+        return _keep_frames(scanning, track, wanted, keep)
 
 
 @contextmanager
@@ -327,19 +356,37 @@ def _find_stream(source: InputContainer) -> VideoStream:
 
 
 @dataclass(frozen=True, slots=True)
-class _Track:
+class _Start:
     """
-    The compressed frames of one clip.
+    A packet at which decoding may begin: a key frame, or the clip's first packet, whatever it is.
 
     Attributes:
-        packets: in decoding order.
+        place: of the packet in decoding order, from 0.
+        pts, dts: in ticks, as the container stores them.
+    """
+
+    place: int
+    pts: int | None
+    dts: int | None
+    is_key: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """
+    When the frames of one clip are shown, and where they can be entered; none of their data.
+
+    Attributes:
+        shown: for each packet, in decoding order, the tick at which it is shown; None where unknown.
+        starts: ascending.
         ticks: when frames are shown, ascending, no two the same.
         tick_s: seconds a tick, a fraction so that 23 tenths of a second are 2.3.
         is_timed: False where the container stores no times of showing (AVI); a tick is then the
             frame's place in the order of showing.
     """
 
-    packets: tuple[Packet[VideoStream], ...]
+    shown: Sequence[int | None]
+    starts: Sequence[_Start]
     ticks: tuple[int, ...]
     tick_s: Fraction
     is_timed: bool
@@ -351,50 +398,80 @@ class _Track:
     def times_s(self) -> tuple[float, ...]:
         return tuple(self.time_s(tick) for tick in self.ticks)
 
+    def find_keys(self) -> dict[int, _Start]:
+        """
+        The key frames by their ticks.
+
+        Without times that is the packet's place, a few frames early where others are shown first.
+        """
+        found = (
+            (key.pts if self.is_timed else key.place, key) for key in self.starts if key.is_key
+        )
+        return {tick: key for tick, key in found if tick is not None}
+
 
 def _read_track(source: InputContainer, stream: VideoStream, limits: VideoLimits) -> _Track:
-    packets = _read_packets(source, stream, limits)
-    shown = [packet.pts for packet in packets if not packet.is_discard]
-    ticks = tuple(sorted({pts for pts in shown if pts is not None}))
-    tick_s = stream.time_base
-    is_timed = source.format.name != "avi" and None not in shown
-    if not is_timed:
-        rate = stream.average_rate or stream.guessed_rate
-        ticks = tuple(range(len(packets)))
-        tick_s = 1 / rate if rate else None
-    if not ticks:
-        raise VideoHasNoFramesError
-    if not tick_s or tick_s <= 0:
-        raise VideoUnreadableError("Failed to load video: it has no frame rate. Save it again.")
-    track = _Track(packets, ticks, tick_s, is_timed)
-    if track.time_s(ticks[-1]) > limits.max_duration_s:
-        raise VideoTooLargeError(
-            f"The video is longer than {limits.max_duration_s:g} seconds. Cut it into parts."
-        )
-    return track
-
-
-def _read_packets(
-    source: InputContainer, stream: VideoStream, limits: VideoLimits
-) -> tuple[Packet[VideoStream], ...]:
-    packets = []
+    """Read all packets and let go of them: a long clip's would be as large as its file."""
+    shown: list[int | None] = []
+    starts: list[_Start] = []
+    ticks: set[int] = set()
+    is_timed = source.format.name != "avi"
     for packet in source.demux(stream):
         if not packet.size:
             continue  # the empty packet at the end
-        packets.append(packet)
-        if len(packets) > limits.max_source_frames:
+        if packet.is_keyframe or not shown:
+            starts.append(_Start(len(shown), packet.pts, packet.dts, packet.is_keyframe))
+        shown.append(packet.pts)
+        if packet.pts is None:
+            is_timed = is_timed and packet.is_discard
+        elif not packet.is_discard:
+            ticks.add(packet.pts)
+        if len(shown) > limits.max_source_frames:
             raise VideoTooLargeError(
                 f"The video has more than the {limits.max_source_frames} frames that one may "
                 "have. Cut it into parts."
             )
-    return tuple(packets)
+    in_order, tick_s = tuple(sorted(ticks)), stream.time_base
+    if not is_timed:
+        rate = stream.average_rate or stream.guessed_rate
+        in_order = tuple(range(len(shown)))
+        tick_s = 1 / rate if rate else None
+    if not in_order:
+        raise VideoHasNoFramesError
+    if not tick_s or tick_s <= 0:
+        raise VideoUnreadableError("Failed to load video: it has no frame rate. Save it again.")
+    track = _Track(shown, starts, in_order, tick_s, is_timed)
+    _check_times(track, limits)
+    return track
 
 
-def _keep_frames(stream: VideoStream, track: _Track, wanted: Sequence[int], keep: _Keep) -> Frames:
+def _check_times(track: _Track, limits: VideoLimits) -> None:
+    last_s = track.time_s(track.ticks[-1])
+    if last_s > limits.max_duration_s:
+        raise VideoTooLargeError(
+            f"The video is longer than {limits.max_duration_s:g} seconds. Cut it into parts."
+        )
+    # A few frames in an instant are no flood, so no less than a second is judged; times are rounded.
+    if len(track.ticks) - 1 > limits.max_fps * max(last_s + float(track.tick_s), 1):
+        raise VideoTooLargeError(
+            f"The video has more than {limits.max_fps:g} frames a second. Save it with fewer."
+        )
+
+
+def _choose_indices(track: _Track, sampling: FrameSampling) -> tuple[int, ...]:
+    if not sampling.keyframes:
+        return choose_indices(track.times_s(), sampling)
+    keys = track.find_keys()
+    return choose_indices(track.times_s(), sampling, [tick in keys for tick in track.ticks])
+
+
+def _keep_frames(
+    decoded: Iterator[tuple[int, VideoFrame]], track: _Track, wanted: Sequence[int], keep: _Keep
+) -> Frames:
     images: list[RGBImage] = []
     ticks: list[int] = []
     size: tuple[int, int] | None = None
-    for tick, frame in _pick(_decode(stream, track, wanted), wanted):
+    for tick, frame in _pick(decoded, wanted):
         keep.check(frame.width, frame.height)
         size = size or (frame.width, frame.height)
         images.append(_as_rgb_image(frame, size))
@@ -430,58 +507,117 @@ def _pick(
             return
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """
+    Packets that are decoded in one go.
+
+    Attributes:
+        end: the place behind the last packet that may be needed.
+        last_tick: nothing is decoded once a frame of this tick, or a later one, is there.
+    """
+
+    start: _Start
+    end: int
+    last_tick: int
+
+
+def _plan_runs(track: _Track, wanted: Sequence[int], sampling: FrameSampling) -> list[_Run]:
+    """
+    Return what to decode for the wanted ticks, each run from a key frame on.
+
+    A key frame and all packets up to the next one form a group. Frames that are shown before their
+    group's key frame need the group before it.
+    """
+    if sampling.keyframes:
+        keys = track.find_keys()
+        return [_Run(keys[tick], keys[tick].place + 1, tick) for tick in wanted]
+    if not track.is_timed:
+        return [_Run(track.starts[0], len(track.shown), wanted[-1])]
+    starts = [start.place for start in track.starts]
+    ends = [*starts[1:], len(track.shown)]
+    among = set(wanted)
+    places = {tick: place for place, tick in enumerate(track.shown) if tick in among}
+    runs: list[_Run] = []
+    reached = -1  # the group in which the run so far ends
+    for tick in wanted:
+        group = bisect_right(starts, places[tick]) - 1
+        pts = track.starts[group].pts
+        first = group - 1 if group and pts is not None and tick < pts else group
+        if runs and first <= reached:
+            runs[-1] = replace(runs[-1], end=ends[max(group, reached)], last_tick=tick)
+        else:
+            runs.append(_Run(track.starts[first], ends[group], tick))
+        reached = max(group, reached)
+    return runs
+
+
+PacketReader = Callable[[_Start], "Iterator[Packet[VideoStream]]"]
+
+
 def _decode(
-    stream: VideoStream, track: _Track, wanted: Sequence[int]
+    stream: VideoStream, track: _Track, runs: Sequence[_Run], read_from: PacketReader
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode at least the wanted frames, in order of time, leaving out the stretches between."""
-    place = 0
-    for run in _find_runs(track, set(wanted)):
-        for frame in _decode_run(stream, run):
-            if not track.is_timed:
-                yield place, frame
-            elif frame.pts is not None:
-                yield frame.pts, frame
-            place += 1
+    """Decode the runs, frame by frame, in order of time."""
+    for run in runs:
+        packets = islice(read_from(run.start), run.end - run.start.place)
+        for place, frame in enumerate(_decode_run(stream, packets), run.start.place):
+            tick = frame.pts if track.is_timed else place
+            if tick is None:
+                continue
+            yield tick, frame
+            if tick >= run.last_tick:
+                break
         stream.codec_context.flush_buffers()
 
 
-def _decode_run(stream: VideoStream, run: Sequence[Packet[VideoStream]]) -> Iterator[VideoFrame]:
-    for packet in (*run, None):  # None: hand out what the decoder still holds
+def _decode_run(
+    stream: VideoStream, packets: Iterator[Packet[VideoStream]]
+) -> Iterator[VideoFrame]:
+    for packet in chain(packets, (None,)):  # None: hand out what the decoder still holds
         try:
             yield from stream.decode(packet)
         except _load_av().FFmpegError:
             continue  # one damaged packet; its neighbours may do
 
 
-def _find_runs(track: _Track, wanted: set[int]) -> list[list[Packet[VideoStream]]]:
-    """
-    Return the stretches of packets to decode, each from a key frame on.
+class _SeekLostError(Exception):
+    """A packet is not found again by its time."""
 
-    A key frame and all packets up to the next one form a group. Groups that show no wanted frame
-    are left out. Frames that are shown before their group's key frame need the group before it.
-    """
-    if not track.is_timed:
-        return [list(track.packets)]
-    groups: list[list[Packet[VideoStream]]] = []
-    for packet in track.packets:
-        if packet.is_keyframe or not groups:
-            groups.append([])
-        groups[-1].append(packet)
-    needed = [False] * len(groups)
-    for place, group in enumerate(groups):
-        shown = [packet.pts for packet in group if packet.pts is not None]
-        if wanted.isdisjoint(shown):
-            continue
-        needed[place] = True
-        if min(wanted.intersection(shown)) < shown[0]:
-            needed[max(place - 1, 0)] = True
-    runs: list[list[Packet[VideoStream]]] = []
-    for place, group in enumerate(groups):
-        if needed[place] and place and needed[place - 1]:
-            runs[-1].extend(group)
-        elif needed[place]:
-            runs.append(list(group))
-    return runs
+
+@dataclass(frozen=True, slots=True)
+class _Seeker:
+    """Reads on from any key frame, found by its time and looked at: what is no key frame is lost."""
+
+    source: InputContainer
+    stream: VideoStream
+
+    def __call__(self, start: _Start) -> Iterator[Packet[VideoStream]]:
+        target = start.pts if start.dts is None else start.dts
+        if target is None:
+            raise _SeekLostError
+        try:
+            self.source.seek(target, stream=self.stream)
+        except _load_av().FFmpegError as error:
+            raise _SeekLostError from error
+        packets = (packet for packet in self.source.demux(self.stream) if packet.size)
+        for packet in packets:
+            if packet.is_keyframe and packet.pts == start.pts:
+                return chain((packet,), packets)
+            if packet.dts is not None and packet.dts > target:
+                break
+        raise _SeekLostError
+
+
+class _Scanner:
+    """Reads all packets from the clip's start, in one pass: the starts must come in their order."""
+
+    def __init__(self, source: InputContainer, stream: VideoStream) -> None:
+        packets = (packet for packet in source.demux(stream) if packet.size)
+        self._numbered = enumerate(packets)
+
+    def __call__(self, start: _Start) -> Iterator[Packet[VideoStream]]:
+        return (packet for place, packet in self._numbered if place >= start.place)
 
 
 # Rows of FFmpeg's display matrix (a, b, c, d), where x' = a x + c y and y' = b x + d y, y downwards.
@@ -527,7 +663,9 @@ def _open_animation(encoded: bytes) -> Iterator[Image.Image]:
         raise VideoUnreadableError from error
 
 
-def _read_animation(clip: Image.Image, sampling: FrameSampling, limits: VideoLimits) -> Frames:
+def _choose_of_animation(
+    clip: Image.Image, sampling: FrameSampling, limits: VideoLimits
+) -> tuple[int, ...]:
     num_source = getattr(clip, "n_frames", 1)
     if (
         num_source > limits.max_source_frames
@@ -543,9 +681,13 @@ def _read_animation(clip: Image.Image, sampling: FrameSampling, limits: VideoLim
             raise VideoTooLargeError
         indices = choose_indices(times_s, sampling)
     else:
-        indices = spread_evenly(num_source, count_frames(num_source, 0.0, sampling))
-    keep = _Keep(limits, len(indices))
-    keep.check(clip.width, clip.height)
+        indices = choose_untimed(num_source, sampling)
+    _Keep(limits, len(indices)).check(clip.width, clip.height)
+    return indices
+
+
+def _read_animation(clip: Image.Image, sampling: FrameSampling, limits: VideoLimits) -> Frames:
+    indices = _choose_of_animation(clip, sampling, limits)
     clip.seek(0)
     canvas = (0, 0, clip.width, clip.height)
     images, played_s = [], []
@@ -557,7 +699,7 @@ def _read_animation(clip: Image.Image, sampling: FrameSampling, limits: VideoLim
         images=tuple(images),
         times_s=tuple(played_s[index] for index in indices),
         fps=_mean_fps(played_s),
-        source_num_frames=num_source,
+        source_num_frames=getattr(clip, "n_frames", 1),
         indices=indices,
     )
 

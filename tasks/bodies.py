@@ -15,7 +15,8 @@ from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
-from engine.errors import BadSamplingParams, TooManyImages, TooManyVideos
+from engine.config import AREA_KEYS, SAMPLING_KEYS, parse_part_options
+from engine.errors import BadConfig, BadSamplingParams, TooManyImages, TooManyVideos
 from engine.request import SamplingParams
 from media.errors import BadUrlError
 from media.s3_url import is_s3_url, parse_s3_url
@@ -88,11 +89,13 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 _OWN: Final = frozenset({"model", "messages", "max_completion_tokens", "image_policy"})
 
+PART_OPTIONS: Final = (*AREA_KEYS, *SAMPLING_KEYS)
+"""How a part's picture or clip is sized and sampled; the engine says what they mean."""
 _PART_KEYS: Final[Mapping[str, frozenset[str]]] = {
     "text": frozenset({"text"}),
-    "image_url": frozenset({"image_url", "uuid", "min_pixels", "max_pixels"}),
-    "image_file": frozenset({"image_file", "uuid", "min_pixels", "max_pixels"}),
-    "video_url": frozenset({"video_url", "uuid", "min_pixels", "max_pixels", "num_frames", "fps"}),
+    "image_url": frozenset({"image_url", "uuid", *AREA_KEYS}),
+    "image_file": frozenset({"image_file", "uuid", *AREA_KEYS}),
+    "video_url": frozenset({"video_url", "uuid", *PART_OPTIONS}),
 }
 IMAGE_PARTS: Final = frozenset({"image_url", "image_file"})
 
@@ -414,6 +417,10 @@ def _check_part(part: object, where: str) -> None:
             raise _bad_messages(where, "must have a text")
         return
     read_source(part, where)
+    try:
+        parse_part_options(part, PART_OPTIONS, where)
+    except BadConfig as error:
+        raise BadLineError("invalid_messages", str(error), param="messages") from error
 
 
 def read_source(part: Mapping[str, Any], where: str = "messages") -> str:

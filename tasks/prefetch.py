@@ -23,6 +23,7 @@ from storage.ids import FileId, JobId, TenantId
 from storage.items import LeasedItem
 from tasks.bodies import (
     IMAGE_PARTS,
+    PART_OPTIONS,
     Body,
     ImagePolicy,
     build_params,
@@ -40,8 +41,6 @@ from tasks.manifest import read_bodies
 from tasks.stores import Stores
 
 MAX_AHEAD: Final = 32
-
-_PART_OPTIONS: Final = ("min_pixels", "max_pixels", "num_frames", "fps")
 
 
 class Fetch(Protocol):
@@ -291,7 +290,7 @@ class _Draft:
     def _read_part(self, part: Mapping[str, Any], preparer: Preparer) -> dict[str, Any]:
         if part["type"] == "text":
             return {"type": "text", "text": part["text"]}
-        options = {key: part[key] for key in _PART_OPTIONS if part.get(key) is not None}
+        options = {key: part[key] for key in PART_OPTIONS if part.get(key) is not None}
         is_video = part["type"] == "video_url"
         kind = "video" if is_video else "image"
         source = read_source(part)

@@ -58,7 +58,7 @@ def test_folder_of_frames_is_one_clip_without_times(darkroom: Invoke) -> None:
 
     record = json.loads(result.stdout)
     assert f"{PROMPT} video 20x10" == record["text"]
-    assert {"indices": [0, 5, 10], "times_s": None} == record["frames"]
+    assert {"indices": [0, 5, 10], "times_s": None, "num_dropped": None} == record["frames"]
 
 
 @pytest.mark.parametrize("form", ["video", "images"])
@@ -89,7 +89,32 @@ def test_frames_of_many_sizes_can_be_shown_as_images_only(darkroom: Invoke) -> N
     assert f"clip: {PROMPT} image 10x10 image 11x10\n" == as_images.stdout
 
 
-@pytest.mark.parametrize("option", [("--frames", "0"), ("--as", "film")])
+@pytest.mark.parametrize("form", ["video", "images"])
+def test_options_say_which_frames_are_looked_at(darkroom: Invoke, form: str) -> None:
+    still_then_moving = [shades(12)[max(place - 8, 0)] for place in range(20)]
+    Path("ball.mp4").write_bytes(clip(still_then_moving, options={"g": "5", "sc_threshold": "0"}))
+
+    def look(*options: str) -> dict[str, object]:
+        result = darkroom("describe", "ball.mp4", "--json", "--as", form, *options)
+        record = json.loads(result.stdout)
+        assert record["error"] is None
+        found: dict[str, object] = record["frames"]
+        return found
+
+    assert [10, 15] == look("--start", "1", "--end", "1.9", "--keyframes")["indices"]
+    assert [0, 9, 19] == look("--fps", "5", "--frames", "3")["indices"]
+    assert [0, 19] == look("--fps", "1")["indices"]
+    seen = look("--frames", "20", "--dedupe")
+    assert ([0, *range(9, 20)], 8) == (seen["indices"], seen["num_dropped"])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(("--frames", "0"), ("--as", "film"), ("--fps", "0"), ("--fps", "nan"), ("--start", "-1")),
+        ("--end", "0"),
+    ],
+)
 def test_option_that_makes_no_sense_is_refused(darkroom: Invoke, option: tuple[str, str]) -> None:
     result = darkroom("describe", "ball.mp4", *option)
 

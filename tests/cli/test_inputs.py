@@ -267,7 +267,7 @@ def test_frames_of_a_folder_are_spread_evenly() -> None:
     frames = [f"clip/{index}.png" for index in range(9)]
     for index, path in enumerate(frames):
         save_picture(path, 10, 10 + index)
-    clip = ClipReader(Input("clip", frames), num_frames=3)
+    clip = ClipReader(Input("clip", frames), FrameSampling(num_frames=3))
 
     images = [load() for load in clip.build_loaders()]
 
@@ -279,7 +279,7 @@ def test_frames_that_differ_in_size_are_no_clip_but_may_be_images() -> None:
     frames = ["clip/0.png", "clip/1.png"]
     for index, path in enumerate(frames):
         save_picture(path, 10 + index)
-    clip = ClipReader(Input("clip", frames), num_frames=2)
+    clip = ClipReader(Input("clip", frames), FrameSampling(num_frames=2))
 
     with pytest.raises(MediaError, match=r"differ in size") as caught:
         clip.load()
@@ -291,7 +291,7 @@ def test_frames_that_differ_in_size_are_no_clip_but_may_be_images() -> None:
 def test_folder_of_frames_keeps_to_the_limits_of_a_clip() -> None:
     frames = ["clip/0.png", "clip/1.png"]
     save_picture(frames[0], 7_000, 5_100)
-    clip = ClipReader(Input("clip", frames), num_frames=2)
+    clip = ClipReader(Input("clip", frames), FrameSampling(num_frames=2))
 
     with pytest.raises(MediaError) as caught:
         clip.load()
@@ -309,7 +309,7 @@ def test_clip_is_decoded_once_and_let_go_when_it_was_shown(
 
     monkeypatch.setattr("cli.inputs.decode_video", decode)
     Path("ball.mp4").write_bytes(video_clip(shades(20)))
-    loaders = ClipReader(Input("ball.mp4"), num_frames=4).build_loaders()
+    loaders = ClipReader(Input("ball.mp4"), FrameSampling(num_frames=4)).build_loaders()
     before = list(decoded)
 
     images = [weakref.ref(load().image) for load in loaders]
@@ -322,7 +322,7 @@ def test_clip_is_decoded_once_and_let_go_when_it_was_shown(
 def test_shorter_clip_gives_as_many_images_as_it_has_frames() -> None:
     Path("ball.mp4").write_bytes(video_clip(shades(3)))
 
-    loaders = ClipReader(Input("ball.mp4"), num_frames=8).build_loaders()
+    loaders = ClipReader(Input("ball.mp4"), FrameSampling(num_frames=8)).build_loaders()
 
     assert 3 == len(loaders)
 
@@ -330,7 +330,7 @@ def test_shorter_clip_gives_as_many_images_as_it_has_frames() -> None:
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp"])
 def test_still_picture_is_no_clip(suffix: str) -> None:
     save_picture(f"cat.{suffix}", 20)
-    clip = ClipReader(Input(f"cat.{suffix}"), num_frames=2)
+    clip = ClipReader(Input(f"cat.{suffix}"), FrameSampling(num_frames=2))
 
     for read in (clip.load, clip.build_loaders):
         with pytest.raises(MediaError, match=r"a picture, not a clip: use `darkroom caption`"):
@@ -345,14 +345,14 @@ def test_clip_without_room_in_memory_is_its_own_failure(monkeypatch: pytest.Monk
     Path("ball.mp4").write_bytes(video_clip(shades(3)))
 
     with pytest.raises(MediaError) as caught:
-        ClipReader(Input("ball.mp4"), num_frames=2).load()
+        ClipReader(Input("ball.mp4"), FrameSampling(num_frames=2)).load()
     assert "no_memory" == caught.value.code
 
 
 def test_bad_frame_is_named() -> None:
     save_picture("clip/0.png", 10)
     Path("clip/1.png").write_bytes(b"no picture")
-    clip = ClipReader(Input("clip", ["clip/0.png", "clip/1.png"]), num_frames=2)
+    clip = ClipReader(Input("clip", ["clip/0.png", "clip/1.png"]), FrameSampling(num_frames=2))
 
     with pytest.raises(MediaError, match=r"^1\.png: Failed to load image") as caught:
         clip.load()

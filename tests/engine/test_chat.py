@@ -1,6 +1,7 @@
 """`LLM.chat`: the model's own format around what people typed, which stays what they typed."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,26 @@ def test_one_bad_conversation_costs_itself_alone(llm: LLM) -> None:
         (
             user([{"type": "video_url", "video_url": "data:,", "num_frames": 0}]),
             "messages[0].content[0]['num_frames'] must be a whole number of 1 or more, got 0.",
+        ),
+        (
+            user([{"type": "video_url", "video_url": "data:,", "start_s": 5, "end_s": 2}]),
+            "messages[0].content[0]: end_s must be a finite number of seconds above start_s.",
+        ),
+        (
+            user([{"type": "video_url", "video_url": "data:,", "start_s": math.nan}]),
+            "messages[0].content[0]['start_s'] must be a finite number of seconds, 0 or more, got nan.",
+        ),
+        (
+            user([{"type": "video_url", "video_url": "data:,", "fps": 10**400}]),
+            "messages[0].content[0]['fps'] must be a finite number over 0, got 1000",
+        ),
+        (
+            user([{"type": "video_url", "video_url": "data:,", "keyframes": 1}]),
+            "messages[0].content[0]['keyframes'] must be true or false, got 1.",
+        ),
+        (
+            user([{"type": "video_url", "video_url": "data:,", "dedupe_frames": 255}]),
+            "messages[0].content[0]['dedupe_frames'] must be true, false, or a number over 0 and below",
         ),
         (
             user([{"type": "image", "image": TWO_PICTURES_FEATURES}]),

@@ -334,6 +334,8 @@ def test_frames_of_clips_are_read_from_media_io_kwargs() -> None:
         assert options == parse_io_kwargs({"video": options}).sampling
     assert {"num_frames": None} == parse_io_kwargs({"video": {"num_frames": -1}}).sampling
     assert {} == parse_io_kwargs({"image": {}}).sampling
+    asked = {"start_s": 1, "end_s": 2.5, "keyframes": True, "dedupe_frames": 4}
+    assert asked == parse_io_kwargs({"video": asked}).sampling
 
 
 @pytest.mark.parametrize(
@@ -344,6 +346,9 @@ def test_frames_of_clips_are_read_from_media_io_kwargs() -> None:
         {"video": {"backend": "opencv"}},
         {"video": {"num_frames": 0}},
         {"video": {"fps": "2"}},
+        {"video": {"end_s": 0}},
+        {"video": {"start_s": 2, "end_s": 2}},
+        {"video": {"keyframes": "yes"}},
         {"audio": {"rate": 1}},
         {"video": 5},
         [],

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 
 from engine import LLM, Request, Result
 from engine.inputs import is_conversation, is_token_ids
+from engine.request import ImageUsed
 from media.errors import ImageTruncatedError
 from media.images import from_pil
 from tests.engine.pictures import (
@@ -491,6 +492,28 @@ def test_encoded_clip_is_sampled_as_its_part_says(llm: LLM, watch: Ask) -> None:
     )
 
 
+def test_window_key_frames_and_alike_frames_are_a_parts_own_business(llm: LLM) -> None:
+    images = [image for drawn in draw_clip(1, 5) for image in (drawn, drawn.copy())]
+    for image in images[1::2]:
+        image.putpixel((0, 0), (0, 0, 0))  # frames that are the same become one
+    encoded = base64.b64encode(encode_animation(images, "PNG")).decode()
+    url = f"data:image/png;base64,{encoded}"
+
+    def chat(**options: Any) -> ImageUsed:
+        part = {"type": "video_url", "video_url": {"url": url}, **options}
+        (result,) = llm.chat([{"role": "user", "content": [part]}], GREEDY, use_tqdm=False)
+        return result.images[0]
+
+    assert (1.0, 1.5, 2.0) == chat(start_s=1, end_s=2.4).times_s
+    assert (1.0, 2.0) == chat(start_s=1, end_s=2.4, num_frames=2).times_s
+    assert 10 == chat(keyframes=True).num_frames  # each frame stands alone
+    seen = chat(dedupe_frames=True)
+    assert (5, 5) == (seen.num_frames, seen.num_frames_dropped)
+    assert (0.0, 1.0, 2.0, 3.0, 4.0) == seen.times_s
+    assert 9 == chat(dedupe_frames=254.9).num_frames_dropped
+    assert chat().num_frames_dropped is None
+
+
 def test_result_tells_which_frames_were_seen_and_when(watch: Ask) -> None:
     encoded = watch(encode_animation(draw_clip(1, 10)), mm_processor_kwargs={"num_frames": 4})
     decoded = watch(draw_clip(1, 4))
@@ -529,9 +552,9 @@ def test_encoded_clip_is_sampled_as_its_request_or_the_engine_says(
         assert 10 == ask(words, media_io_kwargs={"video": {"num_frames": -1}})
 
 
-def encode_animation(images: list[Image.Image]) -> bytes:
+def encode_animation(images: list[Image.Image], name: str = "GIF") -> bytes:
     file = BytesIO()
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=500)
+    images[0].save(file, name, save_all=True, append_images=images[1:], duration=500)
     return file.getvalue()
 
 

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from media.errors import BadFrameSamplingError
 from media.frames import (
+    DEFAULT_MIN_CHANGE,
     FrameSampling,
+    build_sampling,
     choose_indices,
+    choose_untimed,
     count_frames,
     find_window,
     spread_evenly,
@@ -127,6 +130,45 @@ def test_window_starts_with_the_frame_on_the_screen() -> None:
     assert range(1, 3) == find_window(slides, FrameSampling(start_s=10))
 
 
+def test_only_key_frames_of_the_window_are_taken() -> None:
+    times_s, are_keys = at_rate(100, 10), [place % 20 == 0 for place in range(100)]
+
+    def choose(**options: Any) -> tuple[int, ...]:
+        return choose_indices(times_s, build_sampling({"keyframes": True, **options}), are_keys)
+
+    assert (0, 20, 40, 60, 80) == choose()
+    assert (0, 40, 80) == choose(num_frames=3)
+    assert (20, 40, 60) == choose(start_s=1.5, end_s=7.9)
+    assert (20, 60) == choose(start_s=1.5, end_s=7.9, fps=0.35)  # of 6.4 s
+
+
+def test_window_without_a_key_frame_sees_the_one_before_or_the_next() -> None:
+    times_s, are_keys = at_rate(30, 10), [place in (10, 20) for place in range(30)]
+
+    def choose(**options: Any) -> tuple[int, ...]:
+        return choose_indices(times_s, build_sampling({"keyframes": True, **options}), are_keys)
+
+    assert (10,) == choose(start_s=1.2, end_s=1.8)
+    assert (10,) == choose(end_s=0.5)
+    assert () == choose_indices(times_s, FrameSampling(keyframes=True), [False] * 30)
+
+
+def test_each_frame_of_a_list_is_a_key_frame() -> None:
+    assert (0, 2, 4) == choose_untimed(5, FrameSampling(num_frames=3, keyframes=True))
+
+
+def test_rate_alone_is_not_capped_by_the_default_number() -> None:
+    assert FrameSampling(num_frames=None, fps=2) == build_sampling({"fps": 2})
+    assert FrameSampling(num_frames=4, fps=2) == build_sampling({"fps": 2, "num_frames": 4})
+    assert FrameSampling(start_s=5) == build_sampling({"start_s": 5})
+
+
+def test_least_change_is_the_default_or_a_number() -> None:
+    changes = [FrameSampling(dedupe_frames=asked).min_change for asked in (False, True, 1, 0.5)]
+
+    assert [None, DEFAULT_MIN_CHANGE, 1, 0.5] == changes
+
+
 def test_window_behind_the_clip_is_empty() -> None:
     assert () == choose_indices([0.0, 1.0], FrameSampling(start_s=1.5))
     assert () == choose_indices([], FrameSampling())
@@ -151,6 +193,10 @@ def test_still_stretches_are_not_sampled_over_and_over() -> None:
         ("end_s", 0),
         ("end_s", math.inf),
         ("end_s", math.nan),
+        ("dedupe_frames", 0),
+        ("dedupe_frames", -1.0),
+        ("dedupe_frames", 255),
+        ("dedupe_frames", math.nan),
     ],
 )
 def test_senseless_choices_are_refused_by_name(word: str, value: Any) -> None:

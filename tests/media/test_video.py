@@ -23,7 +23,7 @@ from media.errors import (
 )
 from media.frames import FrameSampling
 from media.limits import VideoLimits
-from media.video import decode_video
+from media.video import decode_video, plan_frames
 from tests.media.clips import clip, jpeg_clip, shade, shades, sound, turned
 from tests.media.files import Pixels, assert_fit_for_clients, catch, encode
 
@@ -130,6 +130,57 @@ def test_leaving_out_stretches_changes_no_pixel(name: str, num_frames: int, star
     assert every.indices == tuple(range(40))
     for index, image in zip(some.indices, some.images, strict=True):
         assert np.array_equal(every.images[index].pixels(), image.pixels())
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_key_frames_alone_are_decoded_from_themselves(name: str) -> None:
+    container, codec, pixel_format = ENCODINGS[name]
+    options = {"g": "8", "sc_threshold": "0", "bf": "0"}
+    encoded = clip(shades(40), container, codec, pixel_format=pixel_format, options=options)
+
+    frames = decode_video(encoded, FrameSampling(num_frames=40, keyframes=True))
+
+    assert find_key_frames(encoded) == frames.indices
+    assert_shades(frames)
+    assert 40 == frames.source_num_frames
+
+
+def find_key_frames(encoded: bytes) -> tuple[int, ...]:
+    """Their places in a clip whose packets come in the order of showing."""
+    import av
+
+    with av.open(BytesIO(encoded), "r") as source:
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+    return tuple(place for place, packet in enumerate(packets) if packet.is_keyframe)
+
+
+def test_key_frames_are_those_that_decoding_everything_gives() -> None:
+    for name, encoded in GROUPED.items():
+        keys = decode_video(encoded, FrameSampling(keyframes=True))
+
+        assert keys.indices is not None
+        assert 6 <= len(keys.indices) <= 8
+        for index, image in zip(keys.indices, keys.images, strict=True):
+            assert np.array_equal(EVERY_FRAME[name].images[index].pixels(), image.pixels())
+
+
+def test_plan_is_what_is_decoded() -> None:
+    samplings = [ALL, FrameSampling(5), FrameSampling(fps=2), FrameSampling(keyframes=True)]
+    gif = encode(Image.new("RGB", (8, 8)), "GIF")
+    for encoded in (*GROUPED.values(), clip(shades(20), "avi", "mpeg4"), gif):
+        for sampling in samplings:
+            assert plan_frames(encoded, sampling) == decode_video(encoded, sampling).indices
+
+
+def test_frames_that_look_alike_are_left_out_where_that_is_asked_for() -> None:
+    still_then_moving = [shades(12)[max(place - 8, 0)] for place in range(20)]
+
+    frames = decode_video(clip(still_then_moving), FrameSampling(20, dedupe_frames=True))
+
+    assert (0, *range(9, 20)) == frames.indices
+    assert (0.0, *(place / 10 for place in range(9, 20))) == frames.times_s
+    assert 8 == frames.num_dropped
+    assert decode_video(clip(still_then_moving)).num_dropped is None
 
 
 TURNS: dict[str, tuple[tuple[int, int, int, int], Callable[[Pixels], Pixels]]] = {
@@ -278,6 +329,17 @@ def test_claimed_hours_are_refused() -> None:
     error = catch(VideoTooLargeError, decode_video, jpeg_clip(jpegs, [0, 36_000_000]))
 
     assert "longer than 3600 seconds" in str(error)
+
+
+def test_flood_of_frames_is_refused_and_240_a_second_are_not() -> None:
+    still = shades(1, 16, 16) * 500
+    good, bad = (clip(still, "matroska", "mpeg4", fps=fps) for fps in (240, 330))
+
+    frames = decode_video(good, FrameSampling(3))
+    error = catch(VideoTooLargeError, decode_video, bad)
+
+    assert (0.0, 1.038, 2.079) == pytest.approx(frames.times_s, abs=1 / 480)
+    assert "more than 240 frames a second" in str(error)
 
 
 SMALL: dict[str, tuple[dict[str, Any], FrameSampling]] = {

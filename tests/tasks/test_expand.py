@@ -21,7 +21,7 @@ from tasks import submit as submitting
 from tasks.app import TaskName
 from tasks.bodies import ImagePolicy, choose_images
 from tasks.config import Config, MediaLimits, ModelSettings
-from tasks.errors import BadSubmissionError
+from tasks.errors import BadLineError, BadSubmissionError
 from tasks.expand import LineChecker, expand
 from tasks.manifest import Line
 from tasks.stores import Stores
@@ -169,6 +169,45 @@ def test_references_into_buckets_are_taken_where_some_are_opened(
     assert [[], [(1, "invalid_media_url")]] == [codes(find(stores, job)) for job in jobs_made]
 
 
+@pytest.mark.parametrize(
+    ("kind", "option", "problem"),
+    [
+        ("video_url", {"num_frames": 0}, "['num_frames'] must be a whole number of 1 or more"),
+        ("video_url", {"fps": "2"}, "['fps'] must be a finite number over 0, got '2'"),
+        ("video_url", {"start_s": -1}, "['start_s'] must be a finite number of seconds"),
+        ("video_url", {"start_s": 9, "end_s": 3}, ": end_s must be a finite number of seconds"),
+        ("video_url", {"keyframes": 1}, "['keyframes'] must be true or false, got 1"),
+        ("video_url", {"dedupe_frames": 300}, "['dedupe_frames'] must be true, false, or a number"),
+        ("video_url", {"frames": 8}, " has the field 'frames', which is not supported"),
+        ("image_url", {"max_pixels": 0}, "['max_pixels'] must be a whole number of 1 or more"),
+        ("image_url", {"start_s": 1}, " has the field 'start_s', which is not supported"),
+    ],
+)
+def test_option_of_a_part_that_cannot_be_is_refused_with_its_line(
+    kind: str, option: dict[str, Any], problem: str
+) -> None:
+    part = {"type": kind, kind: {"url": "https://example.org/a"}, **option}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "?"}, part]}]
+
+    with pytest.raises(BadLineError) as caught:
+        bodies.check_body({"model": MODEL, "messages": messages}, model=MODEL, limits=MediaLimits())
+
+    assert "invalid_messages" == caught.value.line_code
+    assert f"messages[0].content[1]{problem}" in str(caught.value)
+
+
+def test_options_of_parts_are_taken() -> None:
+    options = {"start_s": 1, "end_s": 2.5, "fps": 2, "keyframes": True, "dedupe_frames": 4}
+    part = {"type": "video_url", "video_url": "data:video/mp4;base64,AAAA", "num_frames": -1}
+    messages = [{"role": "user", "content": [{**part, **options, "max_pixels": None}]}]
+
+    body = bodies.check_body(
+        {"model": MODEL, "messages": messages}, model=MODEL, limits=MediaLimits()
+    )
+
+    assert 1 == body.num_videos
+
+
 ODD_VALUES: list[Any] = [
     *(None, True, -1, 2**63, 1.5, 1e308, "", "a", "\0", "\ud800"),
     *([], {}, [[]], [{}], [None], ["a"], {"a": []}, {"1": "x"}, {"type": []}),
@@ -188,7 +227,10 @@ def test_line_of_any_shape_is_taken_or_refused() -> None:
         messages: list[Any] = [odd, *({**message, name: odd} for name in message)]
         for kind in ("text", "image_url", "video_url", "image_file", odd):
             part = {"type": kind, "text": "a", "image_url": "data:,", "video_url": "data:,"}
-            parts = [odd, *({**part, name: odd} for name in (*part, "image_file", "fps", "uuid"))]
+            parts = [
+                odd,
+                *({**part, name: odd} for name in (*part, "image_file", "fps", "end_s", "uuid")),
+            ]
             messages += [{**message, "content": [part]} for part in parts]
         lines += [build_request("a", messages=[message]) for message in messages]
 
