@@ -27,7 +27,7 @@ ICC profiles are ignored, as both of them do. Of an animation only the first fra
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
@@ -237,7 +237,59 @@ def open_lazily(encoded: bytes, formats: Sequence[str]) -> Image.Image:
     Raises:
         DECODER_ERRORS: whatever Pillow says. The caller turns it into an error of this room.
     """
-    return Image.open(BytesIO(encoded), formats=[name for name in formats if name in Image.OPEN])
+    read = [name for name in formats if name in Image.OPEN]
+    return Image.open(BytesIO(_without_bulk(encoded)), formats=read)
+
+
+_MAX_BULK_BYTES = 1024 * 1024
+
+
+def _without_bulk(encoded: bytes) -> bytes:
+    """
+    Return a JPEG or WebP without its metadata where that is large; any other file as it is.
+
+    Nobody looks at it, and Pillow would copy it three times: 50 MB of a colour profile cost 190 MB
+    of memory (13.0, 2026). A camera's EXIF stays: it is small, and says how the picture is turned.
+    """
+    name = find_format(encoded) if len(encoded) > _MAX_BULK_BYTES else None
+    if name not in ("JPEG", "WEBP"):
+        return encoded
+    spans = list(_find_jpeg_bulk(encoded) if name == "JPEG" else _find_webp_bulk(encoded))
+    if sum(end - start for start, end in spans) <= _MAX_BULK_BYTES:
+        return encoded
+    kept, at = bytearray(), 0
+    for start, end in spans:
+        kept += memoryview(encoded)[at:start]
+        at = end
+    kept += memoryview(encoded)[at:]
+    if name == "WEBP":
+        kept[4:8] = (len(kept) - 8).to_bytes(4, "little")
+    return bytes(kept)
+
+
+_APP_0, _APP_1, _APP_14, _APP_15 = 0xE0, 0xE1, 0xEE, 0xEF
+
+
+def _find_jpeg_bulk(jpeg: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where metadata lie ahead of the pixels, but for JFIF, EXIF and Adobe's colour mark."""
+    at = 2
+    while (marker := _MARKER.match(jpeg, at)) and marker[1][0] != _SCAN[1]:
+        code, end = marker[1][0], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if _APP_0 <= code <= _APP_15 and code not in (_APP_0, _APP_1, _APP_14):
+            yield at, end
+        at = end
+
+
+def _find_webp_bulk(webp: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where the colour profile and XMP lie, and EXIF of a size that no camera writes."""
+    at = 12
+    while at + 8 <= len(webp):
+        name, size = webp[at : at + 4], int.from_bytes(webp[at + 4 : at + 8], "little")
+        end = at + 8 + size + size % 2
+        is_bulk = name in (b"ICCP", b"XMP ") or (name == b"EXIF" and size > _MAX_BULK_BYTES)
+        if is_bulk and end <= len(webp):
+            yield at, end
+        at = end
 
 
 def _unreadable(encoded: bytes, limits: ImageLimits) -> MediaError:

@@ -67,7 +67,7 @@ class VideoLimits:
         max_frames: kept of one clip. More than any supported model is trained to look at.
         max_kept_pixels: all kept frames together; three bytes each, so 0.9 GB.
         max_animation_pixels: all frames of an animated GIF, WebP or PNG together. They have no
-            key frames to skip to: each frame is drawn, in one thread.
+            key frames to skip to: each frame is drawn, in one thread, some 100 million a second.
     """
 
     max_bytes: int = 256 * MEBIBYTE
@@ -77,7 +77,7 @@ class VideoLimits:
     max_pixels: int = 8192 * 4320
     max_frames: int = 768
     max_kept_pixels: int = 300_000_000
-    max_animation_pixels: int = 1_000_000_000
+    max_animation_pixels: int = 500_000_000
 
 
 VIDEO_LIMITS = VideoLimits()

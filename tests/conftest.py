@@ -42,6 +42,13 @@ def has_cuda_device() -> bool:
     return torch.cuda.is_available()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The corpus of bad input ends in a table; here, since processes that share tests tell it here."""
+    from tests.corpus.report import report
+
+    report(terminalreporter, os.environ.get("DARKROOM_CORPUS_REPORT"))
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator["S3Server"]:
     """One for all rooms: who kills or freezes it lets it go on afterwards."""

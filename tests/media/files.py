@@ -75,6 +75,52 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
+def bomb(num_bytes: int) -> bytes:
+    """Zeros, packed a thousand times smaller."""
+    return zlib.compress(bytes(num_bytes))
+
+
+def png_with_bad_checksum(image: Image.Image) -> bytes:
+    encoded = bytearray(encode(image, "PNG"))
+    encoded[encoded.index(b"IDAT") + 20] ^= 1
+    return bytes(encoded)
+
+
+def jpeg_that_says(width: int, height: int) -> bytes:
+    """A JPEG whose header says so, whatever follows."""
+    encoded = encode(picture(), "JPEG")
+    at = encoded.index(b"\xff\xc0\0\x11\x08") + 5
+    return encoded[:at] + struct.pack(">HH", height, width) + encoded[at + 4 :]
+
+
+def jpeg_with_scans(image: Image.Image, num_scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    encoded = encode(image, "JPEG", progressive=True)
+    last_scan = encoded[encoded.rindex(b"\xff\xda") : -2]
+    return encoded[:-2] + last_scan * num_scans + b"\xff\xd9"
+
+
+def webp_whose_canvas_lies() -> bytes:
+    """An animation whose frames are larger than what they are drawn on."""
+    encoded = bytearray(animation("WEBP", [(255, 0, 0), (0, 255, 0)], lossless=True))
+    canvas = encoded.index(b"VP8X") + 12
+    encoded[canvas : canvas + 6] = struct.pack("<I", 3)[:3] + struct.pack("<I", 1)[:3]
+    return bytes(encoded)
+
+
+def jpeg_segment(marker: int, content: bytes) -> bytes:
+    return bytes((0xFF, marker)) + struct.pack(">H", len(content) + 2) + content
+
+
+def webp_with_profile(image: Image.Image, profile: bytes) -> bytes:
+    """A WebP by hand around its pixels: with a canvas, and a colour profile before them."""
+    still = encode(image, "WEBP", lossless=True)
+    canvas = b"".join(struct.pack("<I", side - 1)[:3] for side in image.size)
+    extended = b"VP8X" + struct.pack("<I", 10) + b"\x20\0\0\0" + canvas
+    body = b"WEBP" + extended + b"ICCP" + struct.pack("<I", len(profile)) + profile + still[12:]
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def gif(width: int, height: int, frames: list[tuple[int, int, int, int]]) -> bytes:
     """A GIF by hand, black and white; each frame is (left, top, width, height), one pixel long."""
     blocks = [

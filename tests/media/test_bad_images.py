@@ -3,11 +3,11 @@
 import random
 import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from io import BytesIO
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,12 +27,20 @@ from media.limits import ImageLimits
 from tests.media.files import (
     animation,
     assert_fit_for_clients,
+    bomb,
     catch,
     encode,
+    exif,
     gif,
+    jpeg_segment,
+    jpeg_that_says,
+    jpeg_with_scans,
     picture,
     png,
     png_chunk,
+    png_with_bad_checksum,
+    webp_whose_canvas_lies,
+    webp_with_profile,
 )
 
 ALL_FORMATS = ImageLimits(formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
@@ -96,21 +104,8 @@ def test_cut_file_is_truncated(name: str, share: float) -> None:
     assert "image_truncated" == error.code
 
 
-def png_with_bad_checksum() -> bytes:
-    encoded = bytearray(encode(picture(), "PNG"))
-    encoded[encoded.index(b"IDAT") + 20] ^= 1
-    return bytes(encoded)
-
-
-def webp_whose_canvas_lies() -> bytes:
-    encoded = bytearray(animation("WEBP", [(255, 0, 0), (0, 255, 0)], lossless=True))
-    canvas = encoded.index(b"VP8X") + 12
-    encoded[canvas : canvas + 6] = struct.pack("<I", 3)[:3] + struct.pack("<I", 1)[:3]
-    return bytes(encoded)
-
-
 DAMAGED: dict[str, Callable[[], bytes]] = {
-    "png with a bad checksum": png_with_bad_checksum,
+    "png with a bad checksum": lambda: png_with_bad_checksum(picture()),
     "png of no size": lambda: png(0, 0, b""),
     "png whose colour profile is a bomb": lambda: png(
         1, 1, b"\0\0", before=png_chunk(b"iCCP", b"x\0\0" + bomb(50_000_000))
@@ -135,25 +130,15 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
 }
 
 
-def bomb(num_bytes: int) -> bytes:
-    return zlib.compress(bytes(num_bytes))
-
-
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_file_is_unreadable(name: str) -> None:
     catch(ImageUnreadableError, decode_image, DAMAGED[name](), ALL_FORMATS)
 
 
-def jpeg_with_header(width: int, height: int) -> bytes:
-    encoded = encode(picture(), "JPEG")
-    at = encoded.index(b"\xff\xc0\0\x11\x08") + 5
-    return encoded[:at] + struct.pack(">HH", height, width) + encoded[at + 4 :]
-
-
 TOO_LARGE: dict[str, Callable[[], bytes]] = {
     "1-bit png that warns": lambda: png(13_000, 13_000, bytes(1626 * 13_000), bits=1),
     "png of a header only": lambda: png(65_535, 65_535, b""),
-    "jpeg of a header only": lambda: jpeg_with_header(65_500, 65_500),
+    "jpeg of a header only": lambda: jpeg_that_says(65_500, 65_500),
     "gif whose frame overflows its canvas": lambda: gif(1, 1, [(0, 0, 65_535, 65_535)]),
     "gif whose frame lies far off": lambda: gif(1, 1, [(65_000, 65_000, 1, 1)]),
     "bmp": lambda: encode(picture(), "BMP").replace(
@@ -202,10 +187,7 @@ def test_200_to_1_is_not_too_narrow() -> None:
 
 
 def test_jpeg_of_ten_thousand_scans_is_refused() -> None:
-    encoded = encode(picture(), "JPEG", progressive=True)
-    last_scan = encoded[encoded.rindex(b"\xff\xda") : -2]
-
-    error = catch(ImageTooLargeError, decode_image, encoded[:-2] + last_scan * 10_000 + b"\xff\xd9")
+    error = catch(ImageTooLargeError, decode_image, jpeg_with_scans(picture(), 10_000))
 
     assert "scans" in str(error)
 
@@ -240,6 +222,23 @@ def test_animated_png_with_wrong_frame_numbers_is_one_picture_or_one_error() -> 
     outcome = decode_or_catch(encoded)
 
     assert outcome in ("image_unreadable", "ok")
+
+
+def test_large_metadata_change_no_pixel_and_hide_no_cut() -> None:
+    notes = bytes(1_100_000)
+    jpeg = encode(picture(), "JPEG", exif=exif(6))
+    pieces = [jpeg_segment(0xED, notes[at : at + 65_000]) for at in range(0, len(notes), 65_000)]
+    files = [
+        (jpeg, jpeg[:2] + b"".join(pieces) + jpeg[2:]),
+        (encode(picture(), "WEBP", lossless=True), webp_with_profile(picture(), notes)),
+    ]
+
+    for plain, noted in files:
+        expected = decode_image(plain)
+        image = decode_image(noted)
+
+        assert np.array_equal(expected.pixels(), image.pixels())
+        catch(ImageTruncatedError, decode_image, noted[:-100])
 
 
 def test_gif_frame_beyond_the_canvas_grows_it_within_the_limits() -> None:

@@ -1,0 +1,46 @@
+"""
+Whatever comes in, it ends in its own word within seconds and megabytes, and nobody else notices.
+
+Each case is one item between two good ones of the same job, and the worker is the same for all.
+DARKROOM_CORPUS=full runs the slow ones too; DARKROOM_CORPUS_REPORT names a file for the table, as
+Markdown or JSON.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+pytest.importorskip("av", reason="the extra `video` is not installed")
+
+from tests.corpus.cases import Case
+from tests.corpus.front import MAX_GROWTH_BYTES, Front, check_row, open_front
+from tests.corpus.images import CASES as IMAGES
+from tests.corpus.report import PROPERTY
+from tests.storage.conftest import sqlite_template
+
+__all__ = ["sqlite_template"]
+
+CASES = [case for cases in (IMAGES,) for case in cases]
+IS_FULL = os.environ.get("DARKROOM_CORPUS") == "full"
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory, sqlite_template: bytes) -> Iterator[Front]:
+    with open_front(tmp_path_factory.mktemp("corpus"), sqlite_template) as front:
+        yield front
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+def test_case_ends_as_it_must_and_disturbs_nobody(
+    case: Case, front: Front, record_property: Callable[[str, object], None]
+) -> None:
+    if case.is_slow and not IS_FULL:
+        pytest.skip("slow: DARKROOM_CORPUS=full runs it")
+    row = front.ask(case)
+    record_property(PROPERTY, row.as_json())
+    check_row(row, case)
+
+
+def test_worker_holds_no_more_than_one_case_may_cost_after_all_of_them(front: Front) -> None:
+    assert front.read_growth() < MAX_GROWTH_BYTES
