@@ -83,12 +83,19 @@ def build_api_config(config: "Config", host: str) -> "ApiConfig":
     What the API is told of the settings, when it listens on this address.
 
     Raises:
-        BadSettingError, BadApiConfigError: there is no good pepper.
+        BadSettingError, BadApiConfigError: there is no good pepper, or files of this host are open to
+            another one.
     """
     from api.config import ApiConfig, ServedModel, is_loopback
     from tasks.config import DEFAULT_TENANT
+    from tasks.errors import BadSettingError
     from tasks.stores import load_pepper
 
+    if config.media_root is not None and not is_loopback(host):
+        raise BadSettingError(
+            "DARKROOM_MEDIA_ROOT opens files of this host, so the server listens on a loopback "
+            "address only. Unset it, or use --host 127.0.0.1."
+        )
     return ApiConfig(
         pepper=load_pepper(config),
         is_open=not config.database_url and is_loopback(host),

@@ -195,6 +195,18 @@ class ObjectArchivedError(FetchFailedError):
     code: ClassVar[str] = "object_archived"
 
 
+class FileNotAllowedError(FetchFailedError):
+    """The URL leads to no file that is open here. Give a plain file, no link, of the folder that is open, or upload it."""
+
+    code: ClassVar[str] = "file_not_allowed"
+
+
+class FileNotReadableError(FetchFailedError):
+    """The file behind the URL is not there or cannot be read. Check its name and its rights."""
+
+    code: ClassVar[str] = "file_not_readable"
+
+
 class FetchTimeoutError(FetchFailedError):
     """The media behind the URL did not arrive in time. Send the item again, or upload the file."""
 

@@ -1,5 +1,6 @@
 """
-Every place that media are fetched from, by scheme: the web and, where an operator opens them, buckets.
+Every place that media are fetched from, by scheme: the web and, where an operator opens them, buckets
+and a folder.
 
 What comes inside a URL (`media.data_url`) or was uploaded is no fetch, and is read elsewhere.
 """
@@ -12,9 +13,10 @@ from types import TracebackType
 from typing import Self
 
 from media.buckets import BucketConfig, BucketFetcher
-from media.errors import BucketNotAllowedError
+from media.errors import BucketNotAllowedError, FetchFailedError, FileNotAllowedError
 from media.fetch import FetchConfig, Fetcher, Resolve, report_of_refusal
 from media.fetched import Fetched
+from media.folder import FolderReader, is_file_url
 from media.limits import ImageLimits, VideoLimits
 from media.s3_url import is_s3_url
 
@@ -29,17 +31,19 @@ class Sources:
         tls: ssl.SSLContext | None = None,
         *,
         buckets: BucketConfig | None = None,
+        folder: FolderReader | None = None,
     ) -> None:
         """
         Args:
             config, resolve, tls: as `Fetcher` takes them.
-            buckets: None: s3:// is refused.
+            buckets, folder: None: s3:// and file:// are refused.
 
         Raises:
             ValueError: `buckets` has a profile or an address that cannot be.
         """
         self._web = Fetcher(config, resolve, tls)
         self._buckets = None if buckets is None else BucketFetcher(buckets, config, resolve, tls)
+        self._folder = folder
 
     async def fetch(self, url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
         """
@@ -49,21 +53,28 @@ class Sources:
             tenant: whose request it is, by name.
 
         Raises:
-            FetchFailedError: as `Fetcher.fetch` and `BucketFetcher.fetch`.
+            FetchFailedError: as `Fetcher.fetch`, `BucketFetcher.fetch` and `FolderReader.fetch`.
         """
-        if not is_s3_url(url):
-            return await self._web.fetch(url, limits)
-        if self._buckets is None:
-            error = BucketNotAllowedError()
-            error.facts = asdict(report_of_refusal(error))
-            raise error
-        return await self._buckets.fetch(url, limits, tenant)
+        if is_s3_url(url):
+            if self._buckets is None:
+                raise _refusal(BucketNotAllowedError())
+            return await self._buckets.fetch(url, limits, tenant)
+        if is_file_url(url):
+            if self._folder is None:
+                raise _refusal(FileNotAllowedError())
+            return await self._folder.fetch(url, limits)
+        return await self._web.fetch(url, limits)
 
     async def aclose(self) -> None:
         """Close the connections that wait for more work."""
         await self._web.aclose()
         if self._buckets is not None:
             await self._buckets.aclose()
+
+
+def _refusal(error: FetchFailedError) -> FetchFailedError:
+    error.facts = asdict(report_of_refusal(error))
+    return error
 
 
 class SourcesThread:
@@ -76,8 +87,9 @@ class SourcesThread:
         tls: ssl.SSLContext | None = None,
         *,
         buckets: BucketConfig | None = None,
+        folder: FolderReader | None = None,
     ) -> None:
-        self._sources = Sources(config, resolve, tls, buckets=buckets)
+        self._sources = Sources(config, resolve, tls, buckets=buckets, folder=folder)
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="darkroom-fetch", daemon=True)
         self._thread.start()

@@ -8,7 +8,7 @@ answer is ever ignored: a field that is not known is refused by its name.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -265,14 +265,14 @@ def check_body(
     model: str,
     limits: MediaLimits,
     image_policy: ImagePolicy = ImagePolicy.REJECT,
-    opens_buckets: bool = True,
+    opened: Collection[str] = ("s3", "file"),
 ) -> Body:
     """
     Check a chat completion's body.
 
     Args:
         model: of the job; a line may name no other.
-        opens_buckets: whether s3:// is read at all; which of it may be read, the worker says.
+        opened: of s3 and file, those that are read at all; which of it may be read, the worker says.
         image_policy: the job's; a line's own goes before it.
 
     Raises:
@@ -296,11 +296,12 @@ def check_body(
         for part in _check_message(message, f"messages[{index}]"):
             num_images += part["type"] in IMAGE_PARTS
             num_videos += part["type"] == "video_url"
-            if not opens_buckets and is_s3_url(read_source(part)):
+            scheme = read_source(part)[:8].partition("://")[0].lower()
+            if scheme in _OPENED_WITH and scheme not in opened:
                 raise _bad_address(
                     f"messages[{index}]",
-                    "s3:// is not read here. Upload the file, or ask the operator to open a bucket "
-                    "with DARKROOM_MEDIA_S3_BUCKETS.",
+                    f"{scheme}:// is not read here. Upload the file, or ask the operator to set "
+                    f"{_OPENED_WITH[scheme]}.",
                 )
     if num_images > limits.image and policy is ImagePolicy.REJECT:
         raise BadLineError(
@@ -425,7 +426,7 @@ def _check_part(part: object, where: str) -> None:
 
 def read_source(part: Mapping[str, Any], where: str = "messages") -> str:
     """
-    Where an image or video comes from: a data URL, an http URL, an object of s3, or `file-…`.
+    Where an image or video comes from: a data or http URL, an object of s3, a file:// URL, or `file-…`.
 
     Raises:
         BadLineError: none of these.
@@ -458,7 +459,8 @@ def read_source(part: Mapping[str, Any], where: str = "messages") -> str:
     return source
 
 
-_SCHEMES: Final = ("data:", "http://", "https://", "s3://")
+_SCHEMES: Final = ("data:", "http://", "https://", "s3://", "file://")
+_OPENED_WITH: Final = {"s3": "DARKROOM_MEDIA_S3_BUCKETS", "file": "DARKROOM_MEDIA_ROOT"}
 
 
 def _bad_address(where: str, problem: str) -> BadLineError:

@@ -78,6 +78,7 @@ class Config(BaseSettings):
         media_s3_profile: of AWS's shared files, whose keys read them; by default requests are not
             signed. The keys of the blobs are never used.
         media_s3_endpoint_url, media_s3_region: where those buckets are.
+        media_root: a folder whose files items may name as file://…; on one host without keys only.
         pepper: what API keys are hashed with, in hexadecimal digits, the same on every host; by
             default, without `database_url`, a file under `home`.
         metrics_from: networks that may read /metrics besides the host itself, as 10.0.0.0/8,fd00::/8.
@@ -125,6 +126,7 @@ class Config(BaseSettings):
     media_s3_profile: str | None = None
     media_s3_endpoint_url: str | None = None
     media_s3_region: str | None = None
+    media_root: Path | None = None
     pepper: SecretStr = SecretStr("")
 
     metrics_from: Annotated[tuple[Network, ...], NoDecode] = ()
@@ -215,6 +217,20 @@ class Config(BaseSettings):
             )
         return self
 
+    @field_validator("media_root", mode="before")
+    @classmethod
+    def _no_folder_is_none(cls, given: object) -> object:
+        return given or None  # an empty path would be the folder that we happen to be in
+
+    @model_validator(mode="after")
+    def _check_media_root(self) -> Self:
+        if self.media_root is not None and self.database_url:
+            raise ValueError(
+                f"{PREFIX}MEDIA_ROOT opens files of this host, and {PREFIX}DATABASE_URL makes a "
+                "service of many: unset one"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_bodies(self) -> Self:
         if self.max_body_bytes > self.max_held_bytes:
@@ -231,6 +247,12 @@ class Config(BaseSettings):
     @property
     def blob_place(self) -> str:
         return self.blobs or str(self.home / "blobs")
+
+    @property
+    def opened_schemes(self) -> frozenset[str]:
+        """What items may name besides http, data URLs and uploads."""
+        opened = {"s3": bool(self.media_s3_buckets), "file": self.media_root is not None}
+        return frozenset(scheme for scheme, is_open in opened.items() if is_open)
 
     def refuse_other_limits(self, model: str, limits: MediaLimits) -> None:
         """

@@ -7,7 +7,7 @@ second one ends without a trace.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
@@ -97,7 +97,7 @@ def _expand(
     stores: Stores, dispatcher: Dispatcher, config: Config, job: Job, limits: MediaLimits
 ) -> None:
     checker = LineChecker(
-        job.model, job.endpoint, limits, job.options, opens_buckets=bool(config.media_s3_buckets)
+        job.model, job.endpoint, limits, job.options, opened=config.opened_schemes
     )
     page: list[NewItem] = []
     num_inserted, num_lines, end = job.num_expanded, 0, 0
@@ -170,7 +170,7 @@ class LineChecker:
     endpoint: str
     limits: MediaLimits
     raw_options: Mapping[str, Any]
-    opens_buckets: bool = False
+    opened: Collection[str] = ()
     errors: list[dict[str, Any]] = field(default_factory=list)
     num_refused: int = 0
     is_file_refused: bool = False
@@ -223,7 +223,7 @@ class LineChecker:
                 model=self.model,
                 limits=self.limits,
                 image_policy=self._options.image_policy,
-                opens_buckets=self.opens_buckets,
+                opened=self.opened,
             )
         except BadLineError as bad:
             bad.custom_id = custom_id

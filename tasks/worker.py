@@ -30,6 +30,7 @@ import structlog
 from celery import Celery, Task, signals
 from celery.exceptions import Reject
 
+from media.folder import FolderReader
 from media.s3_url import parse_open_prefix
 from storage.errors import IdempotencyConflictError, NotFoundError, StorageError
 from storage.ids import JobId
@@ -411,7 +412,7 @@ def open_fetch(config: Config, env: dict[str, str]) -> Iterator[Fetch]:
 
     Raises:
         ValueError: a timeout makes no sense; the text names its variable.
-        BadSettingError: likewise, of a bucket.
+        BadSettingError: likewise, of a bucket or a folder.
     """
     try:
         from media.buckets import BadProfileError
@@ -425,7 +426,9 @@ def open_fetch(config: Config, env: dict[str, str]) -> Iterator[Fetch]:
         video_fetch_timeout_s=video_fetch_timeout_from(env),
     )
     try:
-        sources = SourcesThread(fetching, buckets=_read_buckets(config))
+        sources = SourcesThread(
+            fetching, buckets=_read_buckets(config), folder=_read_folder(config)
+        )
     except BadProfileError as error:
         raise BadSettingError(f"DARKROOM_MEDIA_S3_PROFILE: {error}.") from error
     except ValueError as error:
@@ -451,3 +454,12 @@ def _read_buckets(config: Config) -> "BucketConfig | None":
         endpoint_url=config.media_s3_endpoint_url,
         region=config.media_s3_region,
     )
+
+
+def _read_folder(config: Config) -> FolderReader | None:
+    if config.media_root is None:
+        return None
+    try:
+        return FolderReader(config.media_root.expanduser())
+    except ValueError as error:
+        raise BadSettingError(f"DARKROOM_MEDIA_ROOT: {error}.") from error

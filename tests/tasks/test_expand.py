@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,11 +153,14 @@ def show(url: str) -> list[Any]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
 
 
-def test_references_into_buckets_are_taken_where_some_are_opened(
+def test_references_into_buckets_and_folders_are_taken_where_some_are_opened(
     stores: Stores, dispatcher: RecordingDispatcher, config: Config
 ) -> None:
-    opened = config.model_copy(update={"media_s3_buckets": ("s3://photographs",)})
+    opened = config.model_copy(
+        update={"media_s3_buckets": ("s3://photographs",), "media_root": Path("/photographs")}
+    )
     good = [
+        build_request("d", messages=show("file:///photographs/a.jpg")),
         build_request("a", messages=show("s3://photographs/a.jpg")),
         build_request("b", messages=show("s3://others/a.jpg")),  # whose it is, the worker says
     ]
