@@ -5,45 +5,104 @@ The engine imports this file, so it knows neither files nor formats: `media.imag
 `media.video` make these values from bytes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class Header:
+    """
+    What is known of a picture or clip before its pixels are there.
+
+    Attributes:
+        width_px, height_px: of the picture or of each frame, turned upright.
+        work_bytes: what decoding it may hold at a time, roughly and rather too much.
+        num_frames: that will be kept; 1 for a picture.
+    """
+
+    width_px: int
+    height_px: int
+    work_bytes: int = 0
+    num_frames: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The size to which pictures are resampled as soon as they are decoded, and by which filter."""
+
+    width_px: int
+    height_px: int
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    def __post_init__(self) -> None:
+        if self.width_px < 1 or self.height_px < 1:
+            raise ValueError("Fit takes sides of 1 pixel or more.")
+
+
+Ask = Callable[[Header], Fit | None]
+"""Called before pixels are decoded; None wants them as they are. What it raises ends the decoding."""
+
+
 class RGBImage:
     """
     One decoded picture as a person would see it: turned upright, transparency laid on white.
 
-    It wraps a Pillow image because the engine resamples with Pillow, which frees the GIL there.
-    Nobody else holds that image and nobody may change it; two values are equal only if they are
-    the same object.
+    It wraps a Pillow image, because the engine resamples with Pillow, which frees the GIL there; or
+    the pixels alone, where another process has decoded them. Nobody else holds either and nobody may
+    change it; two values are equal only if they are the same object.
 
-    Attributes:
+    Args:
         image: mode RGB, loaded, with no metadata.
     """
 
-    image: Image.Image
+    __slots__ = ("_image", "_pixels")
 
-    def __post_init__(self) -> None:
-        if self.image.mode != "RGB":
+    _image: Image.Image | None
+    _pixels: npt.NDArray[np.uint8] | None
+
+    def __init__(self, image: Image.Image) -> None:
+        if image.mode != "RGB":
             raise ValueError(
                 "RGBImage wraps a Pillow image in mode RGB: use media.images.from_pil."
             )
+        self._image, self._pixels = image, None
+
+    @classmethod
+    def of_pixels(cls, pixels: npt.NDArray[np.uint8]) -> Self:
+        """Wrap (height_px, width_px, 3), uint8, which is not copied."""
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+            raise ValueError("RGBImage.of_pixels takes (height, width, 3), uint8.")
+        made = cls.__new__(cls)
+        made._image, made._pixels = None, pixels
+        return made
+
+    @property
+    def image(self) -> Image.Image:
+        """As a Pillow image; of bare pixels a copy is made, once."""
+        if self._image is None:
+            self._image = Image.fromarray(self.view())
+        return self._image
 
     @property
     def width_px(self) -> int:
-        return self.image.width
+        return self._image.width if self._image is not None else self.view().shape[1]
 
     @property
     def height_px(self) -> int:
-        return self.image.height
+        return self._image.height if self._image is not None else self.view().shape[0]
+
+    def view(self) -> npt.NDArray[np.uint8]:
+        """Return (height_px, width_px, 3), uint8, to be read only; bare pixels are not copied."""
+        return np.asarray(self._image) if self._pixels is None else self._pixels
 
     def pixels(self) -> npt.NDArray[np.uint8]:
         """Return a fresh (height_px, width_px, 3) array, uint8, that the caller may write to."""
-        return np.array(self.image)
+        return np.array(self.view())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -143,6 +143,27 @@ class BadDataUrlError(MediaError):
     code: ClassVar[str] = "bad_data_url"
 
 
+class DecoderFailedError(MediaError):
+    """Decoding ended in a crash and was given up. Save the file again with another program and resend it."""
+
+    code: ClassVar[str] = "media_decoder_failed"
+    # A process that the system killed looks the same, so it may pass; callers bound their tries.
+    retryable: bool = True
+
+
+class DecodeTimeoutError(MediaError):
+    """Decoding took too long and was given up. Scale the image down, or cut the video, and resend it."""
+
+    code: ClassVar[str] = "media_decode_timeout"
+    retryable: bool = True  # as above: the machine may have been busy
+
+
+class DecodeMemoryError(MediaError):
+    """Decoding needed more memory than one file may have and was given up. Save the file again as an ordinary JPEG or MP4."""
+
+    code: ClassVar[str] = "media_needs_too_much_memory"
+
+
 class FetchFailedError(MediaError):
     """Failed to fetch media from URL. Check that it opens without a login and send the item again."""
 

@@ -1,0 +1,600 @@
+"""
+Decoding in processes of their own, which may die: `DecoderPool` beside the functions for threads.
+
+Foreign bytes meet C code there, in a process that has no network, no files and no secrets, bounded
+memory and little time (`media.confine`). Whatever happens to it is the error of the one file that it
+had in hand; another process takes its place. The process that asks opens no container at all: it
+copies the encoded bytes into memory that both share, is told the size, says which size it wants, and
+finds the pixels there, once written and never copied.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Self
+from weakref import finalize
+
+import numpy as np
+import numpy.typing as npt
+
+from media import errors
+from media.arena import Arena
+from media.decoded import Ask, Fit, Header, RGBImage
+from media.errors import (
+    DecodeMemoryError,
+    DecoderFailedError,
+    DecodeTimeoutError,
+    MediaError,
+)
+from media.images import check_size, decode_image
+from media.limits import IMAGE_LIMITS, ImageLimits
+from media.wire import BrokenWireError, Message, SilentError, Wire
+
+logger = logging.getLogger(__name__)
+
+IMAGE_LIMIT_S: Final = 10.0
+START_LIMIT_S: Final = 60.0
+"""From the start of a process until it says that it is ready, on a machine that is very busy."""
+
+MAX_BYTES: Final = 1 << 30
+ARENA_BYTES: Final = 1536 << 20
+"""Address space, not memory: the largest clip that the limits allow, its file, and some pictures."""
+
+WORK_BYTES: Final = 2 << 30
+LOOK_S: Final = 0.5
+"""How often the keeper looks whether a process that does nothing is still there."""
+
+CLOSE_S: Final = 5.0
+MAX_STARTS_FAILED: Final = 3
+RETRY_START_S: Final = 0.5
+MAX_TEXT: Final = 1000
+ENTRY: Final = "media.child:main"
+
+# The environment holds secrets, so none of it is handed on, but for where the loader finds libraries.
+# One thread: what runs side by side are the processes; and each heap of a thread takes address space.
+_ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_KEPT_VARIABLES: Final = ("LD_LIBRARY_PATH",)
+_START: Final = """
+import json, sys
+birth, entry, sys.path[:] = json.loads(sys.argv[1])
+from importlib import import_module
+from media.child import Birth
+module, name = entry.split(":")
+getattr(import_module(module), name)(Birth(**birth))
+"""
+
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class PoolBrokenError(RuntimeError):
+    """Decoder processes do not start here: nothing can be decoded in them."""
+
+
+class PoolClosedError(RuntimeError):
+    """It was closed before or meanwhile."""
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    """
+    A decoder process, its pipes and its arena.
+
+    Attributes:
+        is_retired: nothing new is decoded in it; it is ended when it comes back.
+    """
+
+    process: subprocess.Popen[bytes]
+    wire: Wire
+    arena: Arena
+    is_retired: bool = False
+    left_s: float = 0.0
+
+    def listen(self) -> Message:
+        """
+        What it says, within the time that it has left.
+
+        Raises:
+            BrokenWireError, SilentError: it does not, or not in time.
+        """
+        started = time.monotonic()
+        try:
+            return self.wire.receive(self.left_s)
+        finally:
+            self.left_s -= time.monotonic() - started
+
+    def end(self) -> None:
+        """Whatever it does. Views of its arena stay good."""
+        self.process.kill()
+        self.process.wait()
+        self.wire.close()
+        self.arena.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Grant:
+    """
+    What one decoding was granted.
+
+    Attributes:
+        start: in the arena, where its pixels go.
+        shape: of the pixels, (num_frames, height_px, width_px, 3).
+        work_bytes: of the process's own memory.
+    """
+
+    start: int
+    shape: tuple[int, ...]
+    work_bytes: int
+    fit: Fit | None
+
+    @property
+    def num_bytes(self) -> int:
+        return _volume(self.shape) + self.work_bytes
+
+    def as_message(self) -> Message:
+        fit = self.fit and [self.fit.width_px, self.fit.height_px, self.fit.resample.value]
+        return {"say": "go", "start": self.start, "work_bytes": self.work_bytes, "fit": fit}
+
+
+class DecoderPool:
+    """
+    Args:
+        num_processes: None for one a core.
+        max_bytes: that decodings may hold at a time, with the pixels that callers still have; one
+            that needs more waits until it is alone.
+        image_limit_s: on the clock, for one image.
+        entry: `module:function` that a process runs; another one makes tests' processes misbehave.
+
+    Raises:
+        PoolBrokenError: no process starts.
+    """
+
+    def __init__(
+        self,
+        num_processes: int | None = None,
+        *,
+        max_bytes: int = MAX_BYTES,
+        image_limit_s: float = IMAGE_LIMIT_S,
+        entry: str = ENTRY,
+    ) -> None:
+        self.num_processes = num_processes or count_cores()
+        self._max_bytes = max_bytes
+        self._image_limit_s = image_limit_s
+        self._entry = entry
+        self._lock = threading.RLock()
+        self._idle_changed = threading.Condition(self._lock)
+        self._room_changed = threading.Condition(self._lock)
+        self._buried = threading.Condition(self._lock)
+        self._children: set[_Child] = set()
+        self._idle: deque[_Child] = (
+            deque()
+        )  # the last to come is the first to go: its caches are warm
+        self._turns: deque[object] = deque()  # who waits for room
+        self._num_working = 0
+        self._working_bytes = 0
+        self._held_bytes = 0
+        self._num_starts_failed = 0  # in a row
+        self._next_start = 0.0  # monotonic
+        self._is_closed = False
+        self._errands: SimpleQueue[Any] = SimpleQueue()
+        # A child ends with the thread that started it, so that is one which stays.
+        self._keeper = threading.Thread(target=self._keep, name="decoder-keeper", daemon=True)
+        self._keeper.start()
+        self._errands.put(self._fill)
+        try:
+            self._give(self._take())
+        except BaseException:
+            self.close()
+            raise
+
+    def decode_image(
+        self, encoded: bytes, limits: ImageLimits = IMAGE_LIMITS, ask: Ask | None = None
+    ) -> RGBImage:
+        """
+        As `media.images.decode_image`, with the same pixels; they lie in memory of the pool until
+        nobody has them any more.
+
+        Raises:
+            MediaError: as that function.
+            DecoderFailedError, DecodeTimeoutError, DecodeMemoryError: what became of the process.
+            PoolBrokenError, PoolClosedError: nobody decodes here.
+        """
+        if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
+            return decode_image(encoded, limits)
+        order = {"say": "image", "limits": asdict(limits), "limit_s": self._image_limit_s}
+        pixels = self._decode(encoded, order, ask, partial(_check_image, limits=limits))
+        return RGBImage.of_pixels(pixels[0])
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """Of the processes that there are now."""
+        with self._lock:
+            return frozenset(child.process.pid for child in self._children)
+
+    @property
+    def num_bytes(self) -> int:
+        """Granted to decodings, or in pixels that somebody still has."""
+        with self._lock:
+            return self._working_bytes + self._held_bytes
+
+    def close(self) -> None:
+        """End all processes; who waits for one gets `PoolClosedError`. Pixels stay good."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._idle_changed.notify_all()
+            self._room_changed.notify_all()
+        self._errands.put(None)
+        self._keeper.join()
+        with self._lock:
+            idle = list(self._idle)
+            self._idle.clear()
+            for child in self._children.difference(idle):
+                child.process.kill()  # whoever has it in hand sees its end, and buries it
+        for child in idle:
+            self._bury(child)
+        with self._lock:
+            self._buried.wait_for(lambda: not self._children, CLOSE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- one file ----------------------------------------------------------------------------------
+
+    def _decode(
+        self, encoded: bytes, order: Message, ask: Ask | None, check: Callable[[Header], None]
+    ) -> Pixels:
+        """The pixels of all frames, (num_frames, height_px, width_px, 3)."""
+        while True:
+            child = self._take()
+            is_sound = False
+            try:
+                pixels = self._talk(child, encoded, order, ask, check)
+                is_sound = True
+            except _NotBegunError:  # it had ended before it saw these bytes, or has no room
+                continue
+            except _SoundError as answer:
+                is_sound = True
+                raise answer.error from answer.error.__cause__
+            else:
+                return pixels
+            finally:
+                if is_sound and not child.is_retired:
+                    self._give(child)
+                else:
+                    self._bury(child)
+                    self._errands.put(self._fill)
+
+    def _talk(
+        self,
+        child: _Child,
+        encoded: bytes,
+        order: Message,
+        ask: Ask | None,
+        check: Callable[[Header], None],
+    ) -> Pixels:
+        """
+        Raises:
+            _SoundError: the process answered; the error is the file's, or `ask`'s.
+            _NotBegunError: another process may do it.
+            MediaError: the process is of no use any more.
+        """
+        source = self._find_room(child, len(encoded))
+        grant: _Grant | None = None
+        has_begun = False
+        try:
+            np.copyto(child.arena.view(source, len(encoded)), np.frombuffer(encoded, np.uint8))
+            child.left_s = order["limit_s"]
+            child.wire.send({**order, "start": source, "num_bytes": len(encoded)})
+            while True:
+                message = child.listen()
+                said = message.get("say")
+                if said == "begun":
+                    has_begun = True
+                elif said == "header":
+                    grant = self._answer(child, grant, message, ask, check)
+                    child.wire.send(grant.as_message())
+                elif said == "done" and grant is not None:
+                    pixels = self._hand_over(child, grant)
+                    grant = None
+                    return pixels
+                else:
+                    raise _read_end(message)
+        except BrokenWireError as error:
+            if not has_begun:
+                raise _NotBegunError from error
+            logger.warning("decoder_died pid=%d", child.process.pid)
+            raise DecoderFailedError from error
+        except SilentError as error:
+            logger.warning("decoder_too_slow pid=%d", child.process.pid)
+            raise DecodeTimeoutError from error
+        finally:
+            with self._lock:
+                child.arena.free(source)
+                if grant is not None:
+                    child.arena.free(grant.start)
+                    self._settle(grant)
+
+    def _answer(
+        self,
+        child: _Child,
+        before: _Grant | None,
+        message: Message,
+        ask: Ask | None,
+        check: Callable[[Header], None],
+    ) -> _Grant:
+        """Say which size is wanted, and where it goes; when there is room for it."""
+        try:
+            header = _read_header(message)
+            check(header)
+            fit = ask(header) if ask else None
+        except BrokenWireError:
+            raise
+        except BaseException as error:
+            child.wire.send({"say": "drop"})
+            if child.listen().get("say") != "dropped":
+                raise
+            raise _SoundError(error) from None
+        size = (fit.height_px, fit.width_px) if fit else (header.height_px, header.width_px)
+        shape = (header.num_frames, *size, 3)
+        start = self._find_room(child, _volume(shape))
+        grant = _Grant(start, shape, min(header.work_bytes, WORK_BYTES), fit)
+        if before is None:
+            self._admit(grant)
+        else:  # it turned out otherwise than the header said: the work is as admitted
+            with self._lock:
+                child.arena.free(before.start)
+                grant = replace(grant, work_bytes=before.work_bytes)
+                self._working_bytes += grant.num_bytes - before.num_bytes
+        return grant
+
+    def _hand_over(self, child: _Child, grant: _Grant) -> Pixels:
+        """The pixels where they are; when the last view of them goes, so does their place."""
+        pixels = child.arena.view(grant.start, _volume(grant.shape))
+        with self._lock:
+            self._settle(grant)
+            self._held_bytes += _volume(grant.shape)
+        let_go = partial(self._let_go, child.arena, grant.start, _volume(grant.shape))
+        # It may run at any moment in any thread, also one that holds our lock: it only leaves word.
+        finalize(pixels, self._errands.put, let_go).atexit = False
+        return pixels.reshape(grant.shape)
+
+    def _let_go(self, arena: Arena, start: int, num_bytes: int) -> None:
+        with self._lock:
+            arena.free(start)
+            self._held_bytes -= num_bytes
+            self._room_changed.notify_all()
+
+    # --- bytes -------------------------------------------------------------------------------------
+
+    def _find_room(self, child: _Child, num_bytes: int) -> int:
+        if num_bytes > child.arena.num_bytes:
+            raise DecodeMemoryError
+        with self._lock:
+            start = child.arena.find_room(num_bytes)
+        if start is None:  # callers hold too much of it: the next process has an arena of its own
+            child.is_retired = True
+            raise _NotBegunError
+        return start
+
+    def _admit(self, grant: _Grant) -> None:
+        """Wait for one's turn and for room. Pixels that are held never stop a decoding that is alone."""
+        turn = object()
+        with self._lock:
+            self._turns.append(turn)
+            try:
+                while not (self._turns[0] is turn and self._has_room(grant.num_bytes)):
+                    if self._is_closed:
+                        raise PoolClosedError("The decoder pool was closed.")
+                    self._room_changed.wait()
+                self._num_working += 1
+                self._working_bytes += grant.num_bytes
+            finally:
+                self._turns.remove(turn)
+                self._room_changed.notify_all()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        used = self._working_bytes + self._held_bytes
+        return self._num_working == 0 or used + num_bytes <= self._max_bytes
+
+    def _settle(self, grant: _Grant) -> None:
+        self._num_working -= 1
+        self._working_bytes -= grant.num_bytes
+        self._room_changed.notify_all()
+
+    # --- processes ---------------------------------------------------------------------------------
+
+    def _take(self) -> _Child:
+        with self._lock:
+            while not self._idle:
+                if self._is_closed:
+                    raise PoolClosedError("The decoder pool was closed.")
+                if self._num_starts_failed >= MAX_STARTS_FAILED:
+                    raise PoolBrokenError(
+                        "Decoder processes do not start here: see what stands in the log. Decoding "
+                        "in threads needs none."
+                    )
+                self._idle_changed.wait()
+            if self._is_closed:
+                raise PoolClosedError("The decoder pool was closed.")
+            return self._idle.pop()
+
+    def _give(self, child: _Child) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._idle.append(child)
+                self._idle_changed.notify()
+                return
+        self._bury(child)
+
+    def _bury(self, child: _Child) -> None:
+        child.end()
+        with self._lock:
+            self._children.discard(child)
+            self._buried.notify_all()
+
+    def _keep(self) -> None:
+        """The keeper's work: start processes, and free what was let go."""
+        looked = time.monotonic()
+        while True:
+            with suppress(Empty):
+                errand = self._errands.get(timeout=LOOK_S)
+                if errand is None:
+                    return
+                errand()
+            if time.monotonic() > looked + LOOK_S:
+                self._look()
+                looked = time.monotonic()
+
+    def _look(self) -> None:
+        """Who ended while doing nothing is replaced before somebody needs it."""
+        with self._lock:
+            ended = [child for child in self._idle if child.process.poll() is not None]
+            for child in ended:
+                self._idle.remove(child)
+        for child in ended:
+            logger.warning("decoder_died pid=%d while idle", child.process.pid)
+            self._bury(child)
+        self._fill()
+
+    def _fill(self) -> None:
+        while True:
+            with self._lock:
+                is_full = len(self._children) >= self.num_processes
+                if is_full or self._is_closed or time.monotonic() < self._next_start:
+                    return
+            try:
+                child = self._start()
+            except OSError:
+                logger.exception("decoder_not_started")
+                self._note_failed_start()
+                return
+            with self._lock:
+                self._children.add(child)
+            threading.Thread(target=self._welcome, args=(child,), daemon=True).start()
+
+    def _start(self) -> _Child:
+        arena = Arena(ARENA_BYTES)
+        reading, childs_writing = os.pipe()
+        childs_reading, writing = os.pipe()
+        handed = (childs_reading, childs_writing, arena.fd)
+        birth = {
+            "parent": os.getpid(),
+            "reading": childs_reading,
+            "writing": childs_writing,
+            "memory": arena.fd,
+            "arena_bytes": arena.num_bytes,
+            "work_bytes": WORK_BYTES,
+        }
+        paths = [str(Path(path).absolute()) for path in sys.path]
+        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        try:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter and program
+                [sys.executable, "-I", "-S", "-c", _START, json.dumps([birth, self._entry, paths])],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**_ENVIRONMENT, **kept},
+                cwd="/",
+                pass_fds=handed,
+                start_new_session=True,
+            )
+        except OSError:
+            os.close(reading)
+            os.close(writing)
+            arena.close()
+            raise
+        finally:
+            os.close(childs_reading)
+            os.close(childs_writing)
+        return _Child(process, Wire(reading, writing), arena)
+
+    def _welcome(self, child: _Child) -> None:
+        """Wait until a process that was started is ready, in a thread of its own."""
+        child.left_s = START_LIMIT_S
+        try:
+            message = child.listen()
+        except (BrokenWireError, SilentError):
+            message = {}
+        if message.get("say") != "ready":
+            if not self._is_closed:
+                logger.error("decoder_not_ready pid=%d", child.process.pid)
+            self._bury(child)
+            self._note_failed_start()
+            return
+        if not message.get("is_filtered"):
+            logger.warning("decoder_not_filtered: this system has no filter of system calls")
+        with self._lock:
+            self._num_starts_failed = 0
+        self._give(child)
+
+    def _note_failed_start(self) -> None:
+        with self._lock:
+            self._num_starts_failed += 1
+            self._next_start = time.monotonic() + RETRY_START_S
+            self._idle_changed.notify_all()
+
+
+class _NotBegunError(Exception):
+    """The process has not seen the bytes."""
+
+
+class _SoundError(Exception):
+    """A file's error, from a process that may go on."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
+def count_cores() -> int:
+    """That this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _volume(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _read_header(message: Message) -> Header:
+    """A child may have been taken over: what it says is judged like a stranger's words."""
+    values: list[int] = []
+    for name in ("width", "height", "work_bytes", "num_frames"):
+        value = message.get(name)
+        if type(value) is not int or not 0 <= value < 1 << 40:
+            raise BrokenWireError
+        values.append(value)
+    width, height, work_bytes, num_frames = values
+    if not width or not height or not num_frames:
+        raise BrokenWireError
+    return Header(width, height, work_bytes, num_frames)
+
+
+def _check_image(header: Header, limits: ImageLimits) -> None:
+    check_size((header.width_px, header.height_px), limits)
+
+
+def _read_end(message: Message) -> Exception:
+    """Why there are no pixels."""
+    if message.get("say") == "out_of_memory":
+        return DecodeMemoryError()
+    kind, text = getattr(errors, str(message.get("error")), None), message.get("text")
+    if not (isinstance(kind, type) and issubclass(kind, MediaError) and isinstance(text, str)):
+        return BrokenWireError()
+    return _SoundError(kind(text[:MAX_TEXT]))

@@ -1,0 +1,397 @@
+"""Decoding in processes: the same pixels as in threads, and what becomes of processes that misbehave."""
+
+import errno
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from media.decoded import Fit, Header
+from media.errors import (
+    DecodeMemoryError,
+    DecoderFailedError,
+    DecodeTimeoutError,
+    ImageTooLargeError,
+    ImageUnreadableError,
+    MediaError,
+)
+from media.images import decode_image
+from media.limits import IMAGE_LIMITS, ImageLimits
+from media.pool import DecoderPool, PoolBrokenError, PoolClosedError
+from tests.media.files import animation, encode, exif, picture, png, png_chunk
+
+BAD_CHILD = "tests.media.bad_child:main"
+NUM_ITEMS = int(os.environ.get("DARKROOM_TEST_POOL_ITEMS", "200"))  # one in ten is bad
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecoderPool]:
+    with DecoderPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def bad_pool() -> Iterator[DecoderPool]:
+    with DecoderPool(2, image_limit_s=1.0, entry=BAD_CHILD) as pool:
+        yield pool
+
+
+def wait_until(condition: Callable[[], object], limit_s: float = 2.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def half(header: Header) -> Fit:
+    return Fit(max(header.width_px // 2, 1), max(header.height_px // 2, 1))
+
+
+def lanczos(header: Header) -> Fit:
+    return Fit(48, 31, Image.Resampling.LANCZOS)
+
+
+def as_it_is(header: Header) -> Fit:
+    return Fit(header.width_px, header.height_px)
+
+
+def _late_exif() -> bytes:
+    """A PNG whose orientation stands behind its pixels."""
+    whole = encode(picture(), "PNG", exif=exif(6))
+    at = whole.index(b"eXIf") - 4
+    chunk = whole[at : at + 12 + int.from_bytes(whole[at : at + 4], "big")]
+    rest = whole[:at] + whole[at + len(chunk) :]
+    end = rest.index(b"IEND") - 4
+    return rest[:end] + chunk + rest[end:]
+
+
+def _mpo() -> bytes:
+    return encode(picture(), "MPO", save_all=True, append_images=[picture(seed=1)])
+
+
+FILES: dict[str, bytes] = {
+    **{name: encode(picture(), name) for name in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")},
+    **{f"JPEG turned {n}": encode(picture(), "JPEG", exif=exif(n)) for n in range(2, 9)},
+    **{f"{name} turned": encode(picture(), name, exif=exif(6)) for name in ("WEBP", "PNG", "TIFF")},
+    **{
+        mode: encode(picture().convert(mode), "PNG")
+        for mode in ("1", "L", "LA", "P", "RGBA", "I;16")
+    },
+    "AVIF turned": encode(picture(), "AVIF", exif=exif(6)),
+    "PNG turned late": _late_exif(),
+    "MPO": _mpo(),
+    "progressive": encode(picture(), "JPEG", progressive=True),
+    "CMYK": encode(picture().convert("CMYK"), "JPEG"),
+    "colour key": png(2, 1, b"\0\x10\x20", before=png_chunk(b"tRNS", b"\0\x10")),
+    "GIF": animation("GIF", [(255, 0, 0), (0, 255, 0)], duration=100),
+    "one pixel": encode(picture(1, 1), "PNG"),
+    "several strips": encode(picture(900, 1300), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("ask", [None, half, lanczos, as_it_is])
+@pytest.mark.parametrize("name", FILES)
+def test_processes_give_the_pixels_that_threads_give(
+    pool: DecoderPool, name: str, ask: Callable[[Header], Fit] | None
+) -> None:
+    limits = ImageLimits(formats=(*IMAGE_LIMITS.formats, "TIFF"))
+    expected = decode_image(FILES[name], limits, ask)
+
+    found = pool.decode_image(FILES[name], limits, ask)
+
+    assert np.array_equal(expected.pixels(), found.view())
+    assert np.array_equal(expected.pixels(), np.asarray(found.image))
+    assert (expected.width_px, expected.height_px) == (found.width_px, found.height_px)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"",
+        b"no picture",
+        b"<svg/>",
+        FILES["JPEG"][:-200],
+        FILES["PNG"][:60],
+        FILES["WEBP"][:80],
+        FILES["TIFF"],
+        encode(picture(600, 2), "PNG"),
+    ],
+)
+def test_bad_files_are_refused_in_the_same_words(pool: DecoderPool, encoded: bytes) -> None:
+    pids = pool.pids
+    with pytest.raises(MediaError) as in_thread:
+        decode_image(encoded)
+
+    with pytest.raises(MediaError) as in_process:
+        pool.decode_image(encoded)
+
+    assert type(in_thread.value) is type(in_process.value)
+    assert str(in_thread.value) == str(in_process.value)
+    assert pids == pool.pids
+
+
+def test_limits_of_the_call_count(pool: DecoderPool) -> None:
+    with pytest.raises(ImageTooLargeError, match="60x40"):
+        pool.decode_image(FILES["PNG"], ImageLimits(max_pixels=1000))
+
+
+def test_what_the_caller_raises_comes_back_and_costs_no_process(pool: DecoderPool) -> None:
+    pids = pool.pids
+
+    def refuse(header: Header) -> Fit:
+        raise KeyError((header.width_px, header.height_px))
+
+    for _ in range(4):
+        with pytest.raises(KeyError, match="60, 40"):
+            pool.decode_image(FILES["JPEG"], ask=refuse)
+    assert pids == pool.pids
+
+
+def test_pixels_are_kept_as_long_as_anybody_looks_at_them(pool: DecoderPool) -> None:
+    wait_until(lambda: pool.num_bytes == 0)
+    kept = pool.decode_image(FILES["JPEG"]).view()[5:, 3:].transpose(2, 0, 1)[1]
+    before = kept.copy()
+
+    for seed in range(20):
+        pool.decode_image(encode(picture(seed=seed), "JPEG"))
+    gc.collect()
+
+    assert np.array_equal(before, kept)
+    wait_until(lambda: pool.num_bytes == 60 * 40 * 3)
+    del kept
+    wait_until(lambda: pool.num_bytes == 0)
+
+
+def test_pixels_outlive_the_pool() -> None:
+    with DecoderPool(1) as pool:
+        found = pool.decode_image(FILES["PNG"])
+
+    assert np.array_equal(decode_image(FILES["PNG"]).view(), found.view())
+
+
+def test_callers_may_hold_more_than_one_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("media.pool.ARENA_BYTES", 64 << 10)
+    with DecoderPool(1) as pool:
+        held = [pool.decode_image(FILES["PNG"]) for _ in range(30)]  # 7 KB each
+
+        assert pool.num_bytes == 30 * 60 * 40 * 3
+    for image in held:
+        assert np.array_equal(decode_image(FILES["PNG"]).view(), image.view())
+
+
+def test_decodings_wait_for_room() -> None:
+    large = encode(picture(1000, 1000), "JPEG")  # 9 MB of work, as its header says
+    seen, over = [], threading.Event()
+
+    with DecoderPool(2, max_bytes=11 << 20) as pool, ThreadPoolExecutor(4) as threads:
+
+        def look() -> None:
+            while not over.is_set():
+                seen.append(pool.num_bytes)
+
+        looking = threads.submit(look)
+        done = list(threads.map(lambda _: pool.decode_image(large, ask=half).width_px, range(12)))
+        over.set()
+        looking.result()
+
+    assert [500] * 12 == done
+    assert 9_000_000 < max(seen) <= 11 << 20
+
+
+def test_one_that_needs_more_than_there_is_goes_alone() -> None:
+    with DecoderPool(2, max_bytes=1) as pool, ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: pool.decode_image(FILES["PNG"]), range(8)))
+
+    assert 8 == len(found)
+
+
+# --- processes that misbehave ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoded", "error"),
+    [
+        (b"CRASH", DecoderFailedError),
+        (b"RAISE", DecoderFailedError),
+        (b"LIES.", DecoderFailedError),
+        (b"HANG.", DecodeTimeoutError),
+        (b"HOG..", DecodeMemoryError),
+    ],
+)
+def test_misbehaving_process_is_the_error_of_its_file_and_is_replaced(
+    bad_pool: DecoderPool, encoded: bytes, error: type[MediaError]
+) -> None:
+    wait_until(lambda: len(bad_pool.pids) == 2)
+    before = bad_pool.pids
+
+    with pytest.raises(error) as caught:
+        bad_pool.decode_image(encoded)
+
+    assert error is type(caught.value)
+    wait_until(lambda: len(bad_pool.pids) == 2)
+    assert 1 == len(bad_pool.pids & before)
+    assert bad_pool.num_bytes == 0
+    assert bad_pool.decode_image(FILES["PNG"]).width_px == 60
+
+
+def test_process_that_claims_a_size_over_the_limits_is_not_believed(bad_pool: DecoderPool) -> None:
+    with pytest.raises(ImageTooLargeError):
+        bad_pool.decode_image(b"LARGE")
+
+
+def test_killed_process_is_replaced_while_nobody_asks(bad_pool: DecoderPool) -> None:
+    wait_until(lambda: len(bad_pool.pids) == 2)
+    before = bad_pool.pids
+
+    os.kill(min(before), signal.SIGKILL)
+
+    wait_until(lambda: len(bad_pool.pids - before) == 1)
+    assert min(before) not in bad_pool.pids
+
+
+def test_process_killed_while_idle_costs_no_file_anything(bad_pool: DecoderPool) -> None:
+    wait_until(lambda: len(bad_pool.pids) == 2)
+
+    for pid in bad_pool.pids:
+        os.kill(pid, signal.SIGKILL)
+
+    assert bad_pool.decode_image(FILES["PNG"]).width_px == 60
+
+
+def test_bad_files_harm_no_good_one(bad_pool: DecoderPool) -> None:
+    bad = (b"CRASH", b"RAISE", b"HOG..", b"LIES.", b"no picture", FILES["JPEG"][:-200])
+    files = [FILES["JPEG"]] * (NUM_ITEMS - NUM_ITEMS // 10)
+    files += [bad[index % len(bad)] for index in range(NUM_ITEMS // 10)]
+    random.Random(7).shuffle(files)
+    expected = decode_image(FILES["JPEG"], ask=half).view()
+
+    def read(encoded: bytes) -> bool:
+        try:
+            return np.array_equal(expected, bad_pool.decode_image(encoded, ask=half).view())
+        except MediaError:
+            return False
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(read, files))
+
+    assert [encoded is FILES["JPEG"] for encoded in files] == results
+
+
+@linux
+def test_process_can_reach_nothing(bad_pool: DecoderPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImageUnreadableError) as caught:
+        bad_pool.decode_image(b"TRIES")
+
+    came_of_it = json.loads(str(caught.value))
+    stopped = {f"errno {errno.EPERM}", f"errno {errno.EMFILE}"}
+    assert "done" == came_of_it.pop("nothing")
+    assert ["KeyError", "KeyError"] == [came_of_it.pop("torch"), came_of_it.pop("secrets")]
+    assert {name: found for name, found in came_of_it.items() if found not in stopped} == {}
+
+
+@linux
+def test_process_has_nothing_open_but_its_pipes_and_its_arena(pool: DecoderPool) -> None:
+    pool.decode_image(FILES["JPEG"])
+
+    for pid in pool.pids:
+        opened = {str(fd.readlink()).partition(":")[0] for fd in Path(f"/proc/{pid}/fd").iterdir()}
+        opened.discard(f"/proc/{pid}/statm")
+        assert {"/dev/null", "pipe", "/memfd"} == opened
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode()
+        names = {line.partition("=")[0] for line in environment.split("\0") if line}
+        assert names <= {
+            "LD_LIBRARY_PATH",
+            "MALLOC_ARENA_MAX",
+            "OMP_NUM_THREADS",
+            "OPENBLAS_NUM_THREADS",
+        }
+
+
+def test_processes_that_never_start_are_told_at_once() -> None:
+    with pytest.raises(PoolBrokenError, match="threads"):
+        DecoderPool(1, entry="tests.media.bad_child:never_ready")
+
+
+# --- the end -----------------------------------------------------------------------------------------
+
+
+@linux
+def test_closing_leaves_no_process_and_no_descriptor() -> None:
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for _ in range(2):
+        pool = DecoderPool(2)
+        pool.decode_image(FILES["JPEG"])
+        pids = pool.pids
+
+        pool.close()
+        pool.close()
+
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    with pytest.raises(PoolClosedError):
+        pool.decode_image(FILES["JPEG"])
+
+
+def test_closing_ends_what_is_under_way() -> None:
+    pool = DecoderPool(1, entry=BAD_CHILD)
+    with ThreadPoolExecutor(2) as threads:
+        hanging = threads.submit(pool.decode_image, b"HANG.")
+        wait_until(lambda: not pool._idle)
+        waiting = threads.submit(pool.decode_image, b"HANG.")
+        time.sleep(0.1)
+
+        pool.close()
+
+        assert isinstance(hanging.exception(5), DecoderFailedError)
+        assert isinstance(waiting.exception(5), PoolClosedError)
+
+
+_KILLED_PARENT = f"""
+import threading, time
+from media.pool import DecoderPool
+pool = DecoderPool(2, entry={BAD_CHILD!r})
+threading.Thread(target=pool.decode_image, args=(b"HANG.",), daemon=True).start()
+time.sleep(0.2)
+print(*pool.pids, flush=True)
+time.sleep(60)
+"""
+
+
+@linux
+def test_nothing_is_left_of_a_parent_that_was_killed() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _KILLED_PARENT], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout
+    pids = parent.stdout.readline().split()
+    assert 2 == len(pids)
+
+    parent.kill()
+
+    parent.wait()
+    parent.stdout.close()
+    # A process that has ended is a zombie until whoever inherited it has looked.
+    wait_until(lambda: not any(_is_alive(pid) for pid in pids))
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
