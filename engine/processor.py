@@ -132,6 +132,7 @@ class _FramesTaken:
 
     num_frames: int
     times_s: tuple[float, ...] | None
+    frame_s: float | None
     indices: tuple[int, ...] | None
     num_dropped: int | None
 
@@ -517,13 +518,21 @@ class Processor:
             frames = read_clip(source, clip.sampling, {**self._sampling, **options.sampling})
             size = frames.width_px, frames.height_px
             try:
-                plan = self._family.plan_clip(*size, frames.num_frames, frames.times_s, limits)
+                plan = self._family.plan_clip(
+                    *size, frames.num_frames, frames.times_s, frames.frame_s, limits
+                )
             except ImageTooNarrowError as error:
                 raise ImageTooNarrow(width=size[0], height=size[1]) from error
             fits = plan.num_tokens < self._max_model_len
             images = [image.image for image in frames.images]
             visual = self._family.cut_clip(images, plan) if fits else None
-        taken = _FramesTaken(frames.num_frames, frames.times_s, frames.indices, frames.num_dropped)
+        taken = _FramesTaken(
+            frames.num_frames,
+            frames.times_s,
+            frames.frame_s,
+            frames.indices,
+            frames.num_dropped,
+        )
         return _Ready(visual, plan, MediaKind.VIDEO, limits, *size, taken)
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:
@@ -603,7 +612,8 @@ class Processor:
         area = AreaLimits(min(item.area.min_pixels, max_pixels), max_pixels)
         if item.frames is None:
             return self._family.plan_picture(*size, area)
-        return self._family.plan_clip(*size, item.frames.num_frames, item.frames.times_s, area)
+        taken = item.frames
+        return self._family.plan_clip(*size, taken.num_frames, taken.times_s, taken.frame_s, area)
 
 
 @contextmanager

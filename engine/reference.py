@@ -4,7 +4,7 @@ The slow, obvious, right path: one prompt at a time through transformers' own `g
 The engine's tests compare with it token for token, and benchmarks take it as the baseline. It
 knows nothing of batches, slabs, families or our cutting of patches, and imports none of them, so
 that a bug there cannot hide in both. All that it shares with the fast path is the checkpoint and
-the decoded pictures. It reads Qwen2-VL, the family whose fast path exists.
+the decoded pictures. It reads Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 """
 
 import json
@@ -13,21 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 from transformers import (
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
-    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3VLProcessor,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 from transformers.utils.hub import cached_file
+from transformers.video_utils import VideoMetadata
 
 from media.decoded import Frames, RGBImage
 
 EDGES = ("shortest_edge", "longest_edge")
 PixelLimits = dict[str, int]
-"""Area after resampling, in pixels, both inclusive: `shortest_edge` the least, `longest_edge` the most."""
+"""
+Area after resampling, in pixels, both inclusive: `shortest_edge` the least, `longest_edge` the most.
+Of one picture or frame; for clips of Qwen3-VL, of all frames together.
+"""
+USUAL_FPS = 2.0  # of frames that came without times
 
 
 class Reference:
@@ -48,10 +56,11 @@ class Reference:
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(model)
         self.image_size = {edge: self.image_processor.size[edge] for edge in EDGES}
         self.video_size = _load_video_size(model, default=self.image_size)
-        self.model: Any = Qwen2VLForConditionalGeneration.from_pretrained(
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype, attn_implementation="sdpa"
         )
         self.model.to(device).eval()  # type: ignore[arg-type]
+        self._type: str = self.model.config.model_type
         self.eos_ids = self.model.generation_config.eos_token_id
         # The checkpoint's may sample or punish repetition, and `generate` fills gaps from it.
         self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -157,12 +166,20 @@ class Reference:
             )
             image_grids = cut["image_grid_thw"]
             inputs |= {"pixel_values": cut["pixel_values"], "image_grid_thw": image_grids}
+        config = self.model.config
         if videos:
             clips = [self._cut_clip(clip, size or self.video_size) for clip in videos]
             video_grids = torch.tensor([grid for _, grid in clips])
             inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in clips])
             inputs["video_grid_thw"] = video_grids
-        config = self.model.config
+            pairs_s = [self._frames_a_patch / _metadata(clip).sampled_fps for clip in videos]
+            if self._type == "qwen2_5_vl":
+                inputs["second_per_grid_ts"] = torch.tensor(pairs_s)
+            elif self._type == "qwen3_vl":
+                ids = self._tell_times(ids, videos)
+                # Each pair of frames has a placeholder now.
+                video_grids = video_grids.repeat_interleave(video_grids[:, 0], dim=0)
+                video_grids[:, 0] = 1
         ids = self._expand(ids, config.image_token_id, image_grids)
         ids = self._expand(ids, config.video_token_id, video_grids)
         inputs["input_ids"] = torch.tensor([ids])
@@ -190,10 +207,20 @@ class Reference:
             patches: (times * rows * columns, channels * frames a patch * pixels), normalised.
             grid: times, rows and columns, in patches.
         """
-        frames_a_patch = self.image_processor.temporal_patch_size
-        cut = self.image_processor(
-            [frame.image for frame in clip.images], size=size, return_tensors="pt"
-        )
+        frames_a_patch = self._frames_a_patch
+        images = [frame.image for frame in clip.images]
+        if self._type == "qwen3_vl":
+            height, width = smart_resize(
+                max(frames_a_patch, len(images)),  # one alone is refused, and made two of elsewhere
+                *images[0].size[::-1],
+                temporal_factor=frames_a_patch,
+                factor=self.image_processor.patch_size * self.image_processor.merge_size,
+                min_pixels=size["shortest_edge"],
+                max_pixels=size["longest_edge"],
+            )
+            images = [image.resize((width, height), Resampling.BICUBIC) for image in images]
+            size = dict.fromkeys(EDGES, height * width)
+        cut = self.image_processor(images, size=size, return_tensors="pt")
         _, rows, columns = cut["image_grid_thw"][0].tolist()
         # A still picture comes with its only frame repeated: (frame, patch, channel, copy, pixel).
         shape = (clip.num_frames, rows * columns, 3, frames_a_patch, -1)
@@ -204,6 +231,30 @@ class Reference:
         pairs = frames.reshape(-1, frames_a_patch, *frames.shape[1:])
         patches = pairs.permute(0, 2, 3, 1, 4)
         return patches.flatten(0, 1).flatten(1), [len(patches), rows, columns]
+
+    @property
+    def _frames_a_patch(self) -> int:
+        frames_a_patch: int = self.image_processor.temporal_patch_size
+        return frames_a_patch
+
+    def _tell_times(self, ids: list[int], clips: Sequence[Frames]) -> list[int]:
+        """Put moments and a placeholder for each pair of frames in the place of each clip's one."""
+        marks = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
+        pair = self.tokenizer.convert_tokens_to_ids(marks)
+        told: list[list[int]] = []
+        for clip in clips:
+            known = _metadata(clip)
+            moments = Qwen3VLProcessor._calculate_timestamps(
+                None,  # type: ignore[arg-type]  # it reads nothing of the processor
+                list(known.frames_indices or range(clip.num_frames)),
+                known.fps or USUAL_FPS,
+                self._frames_a_patch,
+            )
+            texts = [self.tokenizer(f"<{moment:.1f} seconds>")["input_ids"] for moment in moments]
+            told.append([index for text in texts for index in (*text, *pair)])
+        following = iter(told)
+        placeholder = self.model.config.video_token_id
+        return [new for id_ in ids for new in (next(following) if id_ == placeholder else [id_])]
 
     def _expand(self, ids: list[int], placeholder: int, grids: Tensor) -> list[int]:
         counts = (grids.prod(dim=1) // self.image_processor.merge_size**2).int().tolist()
@@ -216,6 +267,14 @@ class Reference:
         return [
             copy for id_ in ids for copy in [id_] * (next(following) if id_ == placeholder else 1)
         ]
+
+
+def _metadata(clip: Frames) -> VideoMetadata:
+    if clip.fps is None or clip.indices is None or clip.source_num_frames is None:
+        return VideoMetadata(total_num_frames=clip.num_frames, fps=USUAL_FPS)
+    return VideoMetadata(
+        total_num_frames=clip.source_num_frames, fps=clip.fps, frames_indices=list(clip.indices)
+    )
 
 
 def _load_video_size(model: str | Path, default: PixelLimits) -> PixelLimits:

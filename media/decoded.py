@@ -141,6 +141,15 @@ class Frames:
         return len(self.images)
 
     @property
+    def frame_s(self) -> float | None:
+        """Seconds of the source for which each of these frames stands; None where unknown."""
+        if self.fps and self.indices is not None:
+            return (self.indices[-1] - self.indices[0] + 1) / self.fps / self.num_frames
+        if self.times_s is not None and self.num_frames > 1:
+            return (self.times_s[-1] - self.times_s[0]) / (self.num_frames - 1)
+        return None
+
+    @property
     def width_px(self) -> int:
         return self.images[0].width_px
 

@@ -51,6 +51,9 @@ FAMILIES: Mapping[str, Entry] = {
     "qwen2_vl": Entry(
         "engine.families.qwen2_vl:Qwen2VL", "transformers:Qwen2VLForConditionalGeneration"
     ),
+    "qwen2_5_vl": Entry(
+        "engine.families.qwen2_5_vl:Qwen25VL", "transformers:Qwen2_5_VLForConditionalGeneration"
+    ),
 }
 
 

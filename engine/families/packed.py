@@ -6,7 +6,7 @@ others one kernel, and on a GPU a call whose sizes were seen before is one CUDA 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -69,29 +69,40 @@ class PackedEncoder:
         if self.has_varlen:
             self.choice = choose(device, dtype, num_heads, head_dim)
 
-    def pack(self, units: Sequence[int], *, rounds_up: bool) -> Packing:
+    def pack(
+        self, units: Sequence[int], *, rounds_up: bool, window_patches: int | None = None
+    ) -> Packing:
         """
         Args:
             units: patches that attend to each other, for each picture or pair of frames in order.
             rounds_up: whether the call is one for `Repeats`.
+            window_patches: where units are windows, of so many patches at most.
         """
         runs = [(len(list(group)), size) for size, group in groupby(units)]
         # A few large batches of equal pictures are fastest dense; others go through one kernel,
         # which takes any sizes without having to be planned for each.
         is_even = len(runs) <= MAX_DENSE_RUNS and min(runs)[0] >= MIN_DENSE_PICTURES
+        is_even = is_even and window_patches is None  # too small to be worth their own shapes
         is_dense = not self.has_varlen or (is_even and not self.choice.beats_dense)
         starts = np.cumsum([0, *units], dtype=np.int32)
         num_patches = int(starts[-1])
         if rounds_up and not is_dense:
             # Rounded up, sizes come back. What fills up belongs to no picture and nobody reads it:
             # pictures of no patches, and patches behind the last picture.
-            runs = [(1, power_up(max(units), 256))]
+            runs = [(1, window_patches or power_up(max(units), 256))]
             num_patches = round_up(num_patches)
             num_starts = 1 + power_up(len(units), 16)
             starts = np.pad(starts, (0, num_starts - len(starts)), mode="edge")
         return Packing(tuple(runs), is_dense, starts, num_patches)
 
-    def run(self, packing: Packing, repeats: Repeats | None, see: See, *inputs: Tensor) -> Tensor:
+    def run(
+        self,
+        packing: Packing,
+        repeats: Repeats | None,
+        see: See,
+        *inputs: Tensor,
+        windows: Packing | None = None,
+    ) -> Tensor:
         """
         Call the encoder's layers, or replay that call.
 
@@ -99,20 +110,26 @@ class PackedEncoder:
             see: (starts, *inputs) -> features; it reads nothing else that changes. Attention knows
                 whose the patches are.
             inputs: of `packing.num_patches` rows, on the device.
+            windows: where some layers look at a window of each picture only: `see` is given their
+                starts behind the others, and these layers hand them on.
         """
-        starts = upload(packing.starts, self.device)
+        packings = [packing] if windows is None else [packing, windows]
+        all_starts = [upload(each.starts, self.device) for each in packings]
 
-        def call(starts: Tensor, *inputs: Tensor) -> Tensor:
-            context = VisionContext(
-                packing.runs, None if packing.is_dense else starts, self.choice.own
+        def call(*given: Tensor) -> Tensor:
+            context, *of_windows = (
+                VisionContext(each.runs, None if each.is_dense else starts, self.choice.own)
+                for each, starts in zip(packings, given, strict=False)
             )
+            if of_windows:
+                context = replace(context, windows=(given[1], of_windows[0]))
             with using(context), dense_kernels(self.device):
-                return see(starts, *inputs)
+                return see(*given)
 
         if repeats is None:
-            return call(starts, *inputs)
-        key = (*packing.runs, packing.is_dense, packing.num_patches, len(starts))
-        return repeats.run(key, call, starts, *inputs)
+            return call(*all_starts, *inputs)
+        key = tuple((*each.runs, each.is_dense, len(each.starts)) for each in packings)
+        return repeats.run((packing.num_patches, *key), call, *all_starts, *inputs)
 
 
 def in_packing_order(visuals: Sequence[Visual]) -> list[int]:

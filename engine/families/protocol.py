@@ -225,9 +225,16 @@ class Family:
         height_px: int,
         num_frames: int,
         times_s: Sequence[float] | None,
+        frame_s: float | None,
         area: AreaLimits | None,
     ) -> Plan:
-        """The same for a clip; times_s has the moment of each frame where it is known."""
+        """
+        The same for a clip.
+
+        Args:
+            times_s: the moment of each frame, where they are known.
+            frame_s: seconds of the clip for which one frame stands, where they are known.
+        """
         raise NotImplementedError
 
     def plan_embeddings(self, num_rows: int, grid: tuple[int, int, int] | None) -> Plan:

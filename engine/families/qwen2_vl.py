@@ -3,7 +3,8 @@ Qwen2-VL: how pictures and clips become patches, placeholders and positions.
 
 A picture of any size is resampled to a multiple of PATCH_PX * MERGE on both sides inside the area
 limits, cut into patches of 14 x 14 pixels, and MERGE x MERGE neighbouring patches become one token.
-The functions are arithmetic on sizes and uint8 pixels; `Qwen2VL` binds them to a checkpoint.
+The functions are arithmetic on sizes and uint8 pixels; `Qwen2VL` binds them to a checkpoint. Later
+generations are under it, in files of their own.
 """
 
 import math
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine.errors import BadConfig
-from engine.families.packed import PackedEncoder, in_packing_order, split_rows
+from engine.families.packed import PackedEncoder, Packing, in_packing_order, split_rows
 from engine.families.protocol import (
     AreaLimits,
     Description,
@@ -56,11 +57,13 @@ class Grid:
     Attributes:
         times: temporal patches; a clip has one for every TEMPORAL frames.
         rows, columns: spatial patches, each a multiple of MERGE.
+        time_step: what positions go on from one of the times to the next.
     """
 
     times: int
     rows: int
     columns: int
+    time_step: float = 1
 
     @property
     def num_patches(self) -> int:
@@ -71,11 +74,13 @@ class Grid:
         return self.num_patches // MERGE**2
 
 
-def target_size(height_px: int, width_px: int, area: AreaLimits) -> tuple[int, int]:
+def target_size(
+    height_px: int, width_px: int, area: AreaLimits, token_px: int = TOKEN_PX
+) -> tuple[int, int]:
     """
     The size, as (height, width) in pixels, to which a picture is resampled.
 
-    Both sides become multiples of TOKEN_PX, the aspect ratio is kept as closely as that permits, and
+    Both sides become multiples of token_px, the aspect ratio is kept as closely as that permits, and
     the area ends inside the limits.
 
     Raises:
@@ -87,17 +92,17 @@ def target_size(height_px: int, width_px: int, area: AreaLimits) -> tuple[int, i
     longer, shorter = max(height_px, width_px), min(height_px, width_px)
     if longer > MAX_ASPECT * shorter:
         raise ImageTooNarrowError(f"{width_px}x{height_px}")
-    rows, columns = round(height_px / TOKEN_PX), round(width_px / TOKEN_PX)
-    covered = rows * columns * TOKEN_PX**2
+    rows, columns = round(height_px / token_px), round(width_px / token_px)
+    covered = rows * columns * token_px**2
     if covered > area.max_pixels:
         shrink = math.sqrt(height_px * width_px / area.max_pixels)
-        rows = max(1, math.floor(height_px / shrink / TOKEN_PX))
-        columns = max(1, math.floor(width_px / shrink / TOKEN_PX))
+        rows = max(1, math.floor(height_px / shrink / token_px))
+        columns = max(1, math.floor(width_px / shrink / token_px))
     elif covered < area.min_pixels:
         grow = math.sqrt(area.min_pixels / (height_px * width_px))
-        rows = math.ceil(height_px * grow / TOKEN_PX)
-        columns = math.ceil(width_px * grow / TOKEN_PX)
-    return rows * TOKEN_PX, columns * TOKEN_PX
+        rows = math.ceil(height_px * grow / token_px)
+        columns = math.ceil(width_px * grow / token_px)
+    return rows * token_px, columns * token_px
 
 
 def resample(image: Image.Image, height_px: int, width_px: int) -> Image.Image:
@@ -172,8 +177,10 @@ def token_positions(grid: Grid, start: int) -> npt.NDArray[np.int64]:
     Returns:
         (3, num_tokens), int64: time, row, column. The next token stands at `next_position`.
     """
+    # In float32, as transformers has it: a moment on the edge falls on the same side.
+    times = np.arange(grid.times, dtype=np.float32) * np.float32(grid.time_step)
     axes = np.meshgrid(
-        np.arange(grid.times),
+        times.astype(np.int64),
         np.arange(grid.rows // MERGE),
         np.arange(grid.columns // MERGE),
         indexing="ij",
@@ -197,14 +204,18 @@ def square_grid(num_tokens: int) -> Grid:
 
 
 class Qwen2VL(Family):
-    """A plan's layout is its `Grid`."""
+    """
+    A plan's layout is its `Grid`.
+
+    Attributes:
+        patch_px: a side of a patch, of this checkpoint.
+    """
 
     image_placeholder = "<|image_pad|>"
     video_placeholder = "<|video_pad|>"
     image_slot = f"<|vision_start|>{image_placeholder}<|vision_end|>"  # as its template writes one
     video_slot = f"<|vision_start|>{video_placeholder}<|vision_end|>"
     num_axes = 3
-    pixels_a_token = TOKEN_PX**2
     image_area: AreaLimits
     video_area: AreaLimits
 
@@ -212,19 +223,16 @@ class Qwen2VL(Family):
         super().__init__(description)
         config = description.config
         vision = config.vision_config
-        if (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size) != (
-            PATCH_PX,
-            MERGE,
-            TEMPORAL,
-        ):
+        if (vision.spatial_merge_size, vision.temporal_patch_size) != (MERGE, TEMPORAL):
             raise BadConfig(
-                "This Qwen2-VL checkpoint cuts other patches than 14 px, merged 2 x 2, 2 frames "
-                "each. Only these are supported."
+                "This checkpoint has other patches than of 2 frames each, merged 2 x 2. Only these "
+                "are supported."
             )
+        self.patch_px: int = vision.patch_size
+        self.pixels_a_token = (self.patch_px * MERGE) ** 2
         self.image_token_id: int = config.image_token_id
         self.video_token_id: int = config.video_token_id
         self._num_heads: int = vision.num_heads
-        self._head_dim: int = vision.embed_dim // vision.num_heads
         pictures = description.pictures
         self.image_area = _area_of(pictures)
         self.video_area = _area_of(description.clips or pictures)
@@ -245,6 +253,7 @@ class Qwen2VL(Family):
         height_px: int,
         num_frames: int,
         times_s: Sequence[float] | None,
+        frame_s: float | None,
         area: AreaLimits | None,
     ) -> Plan:
         """An odd last frame is doubled."""
@@ -252,10 +261,16 @@ class Qwen2VL(Family):
         return self._plan(self.video_token_id, width_px, height_px, area or self.video_area, times)
 
     def _plan(
-        self, token_id: int, width_px: int, height_px: int, area: AreaLimits, times: int
+        self,
+        token_id: int,
+        width_px: int,
+        height_px: int,
+        area: AreaLimits,
+        times: int,
+        time_step: float = 1,
     ) -> Plan:
-        height_px, width_px = target_size(height_px, width_px, area)
-        grid = Grid(times, height_px // PATCH_PX, width_px // PATCH_PX)
+        height_px, width_px = target_size(height_px, width_px, area, self.patch_px * MERGE)
+        grid = Grid(times, height_px // self.patch_px, width_px // self.patch_px, time_step)
         return Plan(
             (Rows(token_id, grid.num_tokens),),
             num_patches=grid.num_patches,
@@ -314,12 +329,15 @@ class Qwen2VL(Family):
         scaled = exact / (255 * std)
         self._clip_weight = _padded(scaled.flatten(1).to(weight.dtype))
         self._still_weight = _padded(scaled.sum(2).flatten(1).to(weight.dtype))
-        bias = MID_PIXEL * scaled - exact * mean / std
-        self._patch_bias = bias.flatten(1).sum(1).to(weight.dtype)
+        bias = (MID_PIXEL * scaled - exact * mean / std).flatten(1).sum(1)
+        if self._visual.patch_embed.proj.bias is not None:
+            bias += self._visual.patch_embed.proj.bias.double()
+        self._patch_bias = bias.to(weight.dtype)
         self._visual.patch_embed = nn.Identity()
         self._device, self._dtype = weight.device, weight.dtype
-        self.encoder = PackedEncoder(weight.device, weight.dtype, self._num_heads, self._head_dim)
-        self._positions: OrderedDict[Grid, Tensor] = OrderedDict()
+        head_dim = len(weight) // self._num_heads
+        self.encoder = PackedEncoder(weight.device, weight.dtype, self._num_heads, head_dim)
+        self._known: OrderedDict[Grid, list[Tensor]] = OrderedDict()
 
     @torch.inference_mode()
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
@@ -330,30 +348,44 @@ class Qwen2VL(Family):
         units = [unit for grid in grids for unit in [grid.rows * grid.columns] * grid.times]
         packing = self.encoder.pack(units, rounds_up=self.repeats is not None)
         embedded = packing.fill(self._embed(packed))
-        positions = packing.fill(torch.cat([self._patch_positions(grid) for grid in grids]))
-        see = partial(self._see, packing.max_patches)
-        features = self.encoder.run(packing, self.repeats, see, embedded, positions)
+        by_grid = zip(*(self._find_known(grid) for grid in grids), strict=True)
+        known = [packing.fill(torch.cat(tensors)) for tensors in by_grid]
+        features = self._run(packing, grids, embedded, *known)
         return split_rows(features, visuals, order)
 
+    def _run(self, packing: Packing, grids: Sequence[Grid], *inputs: Tensor) -> Tensor:
+        """
+        The encoder's layers on packed patches: -> (rows, feature_size).
+
+        Args:
+            grids: of the pictures and clips, in their order.
+            inputs: embedded patches, and what `_grid_inputs` gave for them.
+        """
+        see = partial(self._see, packing.max_patches)
+        return self.encoder.run(packing, self.repeats, see, *inputs)
+
     def _see(self, max_patches: int, starts: Tensor, embedded: Tensor, positions: Tensor) -> Tensor:
-        """The encoder's layers on packed patches: (patches, width) -> (tokens, hidden_size)."""
-        grids = torch.tensor([[1, MERGE, len(embedded) // MERGE]])  # asked for, and not read
-        return self._visual(  # type: ignore[no-any-return]
-            embedded,
-            grid_thw=grids,
-            position_ids=positions,
-            cu_seqlens=starts,
-            max_seqlen=max_patches,
+        return self._look(  # type: ignore[no-any-return]
+            embedded, position_ids=positions, cu_seqlens=starts, max_seqlen=max_patches
         ).pooler_output
 
-    def _patch_positions(self, grid: Grid) -> Tensor:
-        """`patch_positions` on the device, kept for the next picture of this size."""
-        found = self._positions.get(grid)
+    def _look(self, embedded: Tensor, **known: Any) -> Any:
+        """Call the encoder, with all that it would otherwise compute from the grids."""
+        grids = torch.tensor([[1, MERGE, len(embedded) // MERGE]])  # asked for, and not read
+        return self._visual(embedded, grid_thw=grids, **known)
+
+    def _grid_inputs(self, grid: Grid) -> list[npt.NDArray[Any]]:
+        """What the encoder reads of a grid, a row for each patch: where it stands."""
+        return [patch_positions(grid)]
+
+    def _find_known(self, grid: Grid) -> list[Tensor]:
+        """`_grid_inputs` on the device, kept for the next picture of this size."""
+        found = self._known.get(grid)
         if found is None:
-            found = upload(patch_positions(grid), self._device)
-            self._positions[grid] = found
-            if len(self._positions) > MAX_KNOWN_GRIDS:
-                self._positions.popitem(last=False)
+            found = [upload(array, self._device) for array in self._grid_inputs(grid)]
+            self._known[grid] = found
+            if len(self._known) > MAX_KNOWN_GRIDS:
+                self._known.popitem(last=False)
         return found
 
     def _embed(self, packed: Sequence[Visual]) -> Tensor:
@@ -372,7 +404,8 @@ class Qwen2VL(Family):
                 num_frames, height, width, _ = shape
                 num = num_frames * len(list(group))
                 end = at + num * height * width * 3
-                pieces.append(cut_on_device(pixels[at:end].view(num, height, width, 3), is_clip))
+                frames = pixels[at:end].view(num, height, width, 3)
+                pieces.append(cut_on_device(frames, is_clip, self.patch_px))
                 at = end
             patches = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             weight = self._clip_weight if is_clip else self._still_weight
@@ -386,7 +419,7 @@ def _padded(weight: Tensor) -> Tensor:
     return F.pad(weight, (0, -weight.shape[1] % 16))
 
 
-def cut_on_device(pixels: Tensor, is_clip: bool) -> Tensor:
+def cut_on_device(pixels: Tensor, is_clip: bool, patch_px: int = PATCH_PX) -> Tensor:
     """
     `cut_patches` and `pair_frames` for many pictures of one size, or for the frames of clips.
 
@@ -394,24 +427,24 @@ def cut_on_device(pixels: Tensor, is_clip: bool) -> Tensor:
         pixels: (num_frames, height_px, width_px, 3), uint8, any device.
 
     Returns:
-        (patches, 3 * PATCH_PX**2), or for clips (patches, 3 * TEMPORAL * PATCH_PX**2), uint8.
+        (patches, 3 * patch_px**2), or for clips (patches, 3 * TEMPORAL * patch_px**2), uint8.
     """
     num_frames, height, width, _ = pixels.shape
     together = TEMPORAL if is_clip else 1
     blocks = pixels.view(
         num_frames // together,
         together,
-        height // TOKEN_PX,
+        height // patch_px // MERGE,
         MERGE,
-        PATCH_PX,
-        width // TOKEN_PX,
+        patch_px,
+        width // patch_px // MERGE,
         MERGE,
-        PATCH_PX,
+        patch_px,
         3,
     )
     # times, token row, token column, patch row, patch column, channel, frame, pixel row and column
     ordered = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return ordered.reshape(-1, 3 * together * PATCH_PX**2)
+    return ordered.reshape(-1, 3 * together * patch_px**2)
 
 
 def _area_of(processor: Mapping[str, Any]) -> AreaLimits:

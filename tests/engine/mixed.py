@@ -46,13 +46,18 @@ class Mixed:
         )
 
 
-def mixed_requests(num: int, seed: str = "mixed") -> list[Mixed]:
-    return [_mixed(random.Random(f"{seed}/{index}"), str(index)) for index in range(num)]
+def mixed_requests(num: int, seed: str = "mixed", *, with_times: bool = False) -> list[Mixed]:
+    """with_times: some clips know when their frames are shown."""
+    return [
+        _mixed(random.Random(f"{seed}/{index}"), str(index), with_times) for index in range(num)
+    ]
 
 
-def _mixed(rng: random.Random, name: str) -> Mixed:
+def _mixed(rng: random.Random, name: str, with_times: bool) -> Mixed:
     images = [_picture(rng) for _ in range(rng.choice((0, 0, 1, 1, 1, 1, 2, 3, 4, 6, 8)))]
     videos = [_clip(rng)] if rng.random() < 0.15 else []
+    if with_times:
+        videos = [_timed(rng, clip) for clip in videos]
     marks = [PICTURE] * len(images) + [CLIP] * len(videos)
     rng.shuffle(marks)
     words = " ".join(rng.choice(QUESTIONS) for _ in range(rng.randint(1, 3)))
@@ -71,6 +76,15 @@ def _picture(rng: random.Random) -> RGBImage:
         return from_array(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
     sample = corpus.scene_sample(rng, (max(56, width), max(56, height)))
     return from_pil(sample.pictures[0])
+
+
+def _timed(rng: random.Random, clip: Frames) -> Frames:
+    """The clip as if its frames had been spread over a longer one, of any rate."""
+    source_num_frames, fps = clip.num_frames * rng.randint(1, 40), rng.choice((24.0, 29.97, 60.0))
+    step = (source_num_frames - 1) / max(1, clip.num_frames - 1)
+    indices = tuple(round(index * step) for index in range(clip.num_frames))
+    times_s = tuple(index / fps for index in indices)
+    return Frames(clip.images, times_s, fps, source_num_frames, indices)
 
 
 def _clip(rng: random.Random) -> Frames:

@@ -106,11 +106,11 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a list for a config": (write("config.json", "[]"), "it has no config.json that can be read"),
     "another model": (
         rewrite("config.json", lambda config: config.update(model_type="llama")),
-        "The model type 'llama' is not supported yet: use qwen2_vl.",
+        "The model type 'llama' is not supported yet: use qwen2_5_vl, qwen2_vl.",
     ),
     "another patch": (
-        rewrite("config.json", lambda config: config["vision_config"].update(patch_size=16)),
-        "This Qwen2-VL checkpoint cuts other patches than 14 px",
+        rewrite("config.json", lambda config: config["vision_config"].update(spatial_merge_size=4)),
+        "This checkpoint has other patches than of 2 frames each",
     ),
     "no tokenizer.json": (remove("tokenizer.json"), "it has no tokenizer that can be read"),
     "no tokenizer at all": (

@@ -50,3 +50,15 @@ def test_each_frame_has_its_time_and_index() -> None:
         Frames((image, image), times_s=(0.0,))
     with pytest.raises(ValueError, match="one time and one index"):
         Frames((image, image), indices=(0, 1, 2))
+
+
+def test_a_frame_stands_for_its_share_of_the_source() -> None:
+    images = (from_pil(picture(6, 4)),) * 3
+    whole = Frames(images, (0.0, 0.5, 0.9), fps=10.0, source_num_frames=10, indices=(0, 5, 9))
+    window = Frames(images, (1.0, 1.2, 1.5), fps=10.0, source_num_frames=90, indices=(10, 12, 15))
+
+    assert 1 / 3 == pytest.approx(whole.frame_s)
+    assert 0.2 == pytest.approx(window.frame_s)
+    assert 0.45 == pytest.approx(Frames(images, (0.0, 0.5, 0.9)).frame_s)
+    assert Frames(images).frame_s is None
+    assert Frames(images[:1], (0.0,)).frame_s is None

@@ -1,0 +1,239 @@
+"""
+Qwen2.5-VL against transformers: sizes, patches, windows, positions and answers.
+
+Each with two shapes of tiny random weights, float32 on a CPU.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import Qwen2VLImageProcessorPil as Processor
+from transformers.vision_utils import get_vision_window_index
+
+from engine import LLM
+from engine.families import find_entry
+from engine.families.protocol import Description, Plan
+from engine.families.qwen2_5_vl import find_windows
+from engine.families.qwen2_vl import MERGE, Grid, Qwen2VL, cut_on_device
+from engine.reference import Reference
+from media.decoded import Frames
+from tests.engine.mixed import mixed_requests
+from tests.engine.pictures import as_frames, draw, draw_clip
+from tests.engine.test_exactness import check_all_ways
+from tests.engine.tiny_qwen import QWEN2_5_VL_OTHER, Changes, write_tiny_qwen2_5_vl
+
+NUM_REQUESTS = int(os.environ.get("EXACTNESS_REQUESTS", "14"))
+# 5.17 cuts the seconds of a pair of frames to whole ones.
+HAS_SECONDS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 18)
+TOLERANCE = 1e-6  # of a channel that runs from 0 to 1
+
+Write = Callable[..., Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    write: Write
+    changes: Changes | None = None
+
+
+CASES = {
+    "2.5": Case(write_tiny_qwen2_5_vl),
+    "2.5 other": Case(write_tiny_qwen2_5_vl, QWEN2_5_VL_OTHER),
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    case: Case = request.param
+    return case.write(tmp_path_factory.mktemp("tiny"), seed=3, changes=case.changes)
+
+
+@pytest.fixture(scope="module")
+def family(folder: Path) -> Qwen2VL:
+    """Without weights."""
+    written = json.loads((folder / "config.json").read_text())
+    entry = find_entry(written)
+    assert entry is not None
+    parts = [folder / f"{part}preprocessor_config.json" for part in ("", "video_")]
+    pictures, clips = (json.loads(part.read_text()) if part.exists() else {} for part in parts)
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    built = entry.load_family()(Description(config, tokenizer, pictures, clips))
+    assert isinstance(built, Qwen2VL)
+    return built
+
+
+@pytest.mark.timeout(900)
+def test_random_weights_answer_as_the_reference_in_any_order(folder: Path) -> None:
+    llm = LLM(str(folder), limit_mm_per_prompt={"image": 8}, max_num_seqs=24)
+    asked = mixed_requests(NUM_REQUESTS, "later qwen", with_times=HAS_SECONDS)
+
+    assert any(mixed.videos for mixed in asked)
+    check_all_ways(llm, Reference(folder), asked, ignore_eos=True)
+
+
+# --- from sizes to patches ---------------------------------------------------------------------------
+
+
+def test_100_pictures_equal_the_pil_processor_pixel_for_pixel(
+    folder: Path, family: Qwen2VL
+) -> None:
+    processor = Processor.from_pretrained(folder)
+    mean, std = (np.array(x)[:, None] for x in (processor.image_mean, processor.image_std))
+    rng = random.Random(1)
+    for seed in range(100):
+        width_px, height_px = rng.randint(1, 300), rng.randint(20, 300)
+        if rng.random() < 0.2:
+            width_px = height_px * rng.choice((3, 7, 150))
+        picture = draw(seed, min(width_px, 200 * height_px), height_px)
+        plan = family.plan_picture(*picture.size, None)
+        frames = family.cut_picture(picture, plan).pixels
+        patches = cut_on_device(frames, is_clip=False, patch_px=family.patch_px).numpy()
+
+        cut = processor([picture], return_tensors="np")
+        expected = cut["pixel_values"].reshape(len(patches), 3, 2, -1)
+        for frame in (0, 1):  # of a still picture they are equal
+            wanted = expected[:, :, frame] * std + mean
+            difference = np.abs(wanted - patches.reshape(wanted.shape) / 255)
+            assert difference.max() <= TOLERANCE
+        num_patches = processor.get_number_of_image_patches(*picture.size[::-1])
+        assert cut["image_grid_thw"][0].tolist()[1:] == [plan.layout.rows, plan.layout.columns]
+        assert num_patches // MERGE**2 == plan.num_tokens == plan.num_rows
+
+
+def test_clips_equal_the_references_frame_by_frame(folder: Path, family: Qwen2VL) -> None:
+    reference = Reference(folder)
+    for num_frames, size in ((1, (90, 60)), (2, (300, 40)), (5, (33, 77)), (8, (120, 120))):
+        images = draw_clip(num_frames, num_frames, *size)
+        plan = family.plan_clip(*size, num_frames, None, None, None)
+        frames = family.cut_clip(images, plan).pixels
+        patches = cut_on_device(frames, is_clip=True, patch_px=family.patch_px)
+
+        given = reference.encode("<|video_pad|>", videos=[as_frames(images)])
+        mean, std = reference.image_processor.image_mean, reference.image_processor.image_std
+        scale = torch.tensor([mean, std])[..., None]
+        expected = given["pixel_values_videos"].view(len(patches), 3, -1) * scale[1] + scale[0]
+        torch.testing.assert_close(
+            patches.view(expected.shape) / 255, expected, rtol=0, atol=TOLERANCE
+        )
+        assert given["input_ids"][0].tolist() == plan.token_ids()
+
+
+# --- positions ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(folder: Path) -> Any:
+    """A model without weights: `get_rope_index` reads its config only."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        whole: Any = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+    return whole.model
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_positions_of_mixed_prompts_are_transformers(
+    family: Qwen2VL, published: Any, seed: int
+) -> None:
+    rng = random.Random(seed)
+    ids, media, kinds = [1] * rng.randint(0, 9), [], []
+    clips: list[Frames] = []
+    for _ in range(rng.randint(1, 5)):
+        size = rng.randint(30, 300), rng.randint(30, 300)
+        if rng.random() < 0.5:
+            plan = family.plan_picture(*size, None)
+        else:
+            clips.append(_clip(rng))
+            clip = clips[-1]
+            plan = family.plan_clip(*size, clip.num_frames, clip.times_s, clip.frame_s, None)
+        kinds.append((plan, plan.layout.times > 1 or family.video_token_id in plan.token_ids()))
+        media.append((len(ids), plan))
+        ids += plan.token_ids() + [1] * rng.randint(1, 9)
+
+    positions, delta = family.positions(len(ids), media)
+    expected = _rope_index(family, published, ids, kinds, clips)
+
+    np.testing.assert_array_equal(expected, positions)
+    assert positions[0, -1] + 1 == len(ids) + delta
+
+
+def _clip(rng: random.Random) -> Frames:
+    num_frames = rng.randint(1, 9)
+    images = tuple(as_frames([Image.new("RGB", (4, 4))] * num_frames).images)
+    if not HAS_SECONDS or rng.random() < 0.3:
+        return Frames(images)
+    fps, step = rng.choice((10.0, 23.976, 30.0)), rng.randint(1, 50)
+    indices = tuple(range(0, num_frames * step, step))
+    times_s = tuple(index / fps for index in indices)
+    return Frames(images, times_s, fps, indices[-1] + 1, indices)
+
+
+def _rope_index(
+    family: Qwen2VL,
+    model: Any,
+    ids: list[int],
+    kinds: list[tuple[Plan, bool]],
+    clips: list[Frames],
+) -> npt.NDArray[Any]:
+    types = torch.zeros(1, len(ids), dtype=torch.int64)
+    for kind, token_id in ((1, family.image_token_id), (2, family.video_token_id)):
+        types[torch.tensor([ids]) == token_id] = kind
+    by_kind = {
+        is_clip: [
+            [plan.layout.times, plan.layout.rows, plan.layout.columns]
+            for plan, kind in kinds
+            if kind == is_clip
+        ]
+        for is_clip in (False, True)
+    }
+    seconds = [
+        2 / (clip.num_frames / clip.source_num_frames * clip.fps)
+        if clip.fps and clip.source_num_frames
+        else 1.0
+        for clip in clips
+    ]
+    positions, _ = model.get_rope_index(
+        torch.tensor([ids]),
+        mm_token_type_ids=types,
+        image_grid_thw=torch.tensor(by_kind[False]) if by_kind[False] else None,
+        video_grid_thw=torch.tensor(by_kind[True]) if by_kind[True] else None,
+        second_per_grid_ts=torch.tensor(seconds) if seconds else None,
+        attention_mask=torch.ones_like(types),
+    )
+    found: npt.NDArray[Any] = positions[:, 0].numpy()
+    return found
+
+
+# --- windows -----------------------------------------------------------------------------------------
+
+
+@given(
+    grid=st.builds(
+        lambda times, rows, columns: Grid(times, rows * MERGE, columns * MERGE),
+        st.integers(1, 4),
+        st.integers(1, 20),
+        st.integers(1, 20),
+    ),
+    window=st.integers(1, 9),
+)
+def test_windows_are_transformers(grid: Grid, window: int) -> None:
+    expected = get_vision_window_index(
+        torch.tensor([[grid.times, grid.rows, grid.columns]]), MERGE, window * MERGE * 14, 14
+    )
+    order, sizes = find_windows(grid, window)
+
+    np.testing.assert_array_equal(expected[0].numpy(), order)
+    np.testing.assert_array_equal(expected[1].diff().numpy(), sizes)
