@@ -380,7 +380,8 @@ class _Track:
         shown: for each packet, in decoding order, the tick at which it is shown; None where unknown.
         starts: ascending.
         ticks: when frames are shown, ascending, no two the same.
-        tick_s: seconds a tick, a fraction so that 23 tenths of a second are 2.3.
+        times_s: the same in seconds since the first frame.
+        tick_s: seconds a tick.
         is_timed: False where the container stores no times of showing (AVI); a tick is then the
             frame's place in the order of showing.
     """
@@ -388,15 +389,9 @@ class _Track:
     shown: Sequence[int | None]
     starts: Sequence[_Start]
     ticks: tuple[int, ...]
+    times_s: tuple[float, ...]
     tick_s: Fraction
     is_timed: bool
-
-    def time_s(self, tick: int) -> float:
-        """Return seconds since the first frame."""
-        return (tick - self.ticks[0]) * self.tick_s.numerator / self.tick_s.denominator
-
-    def times_s(self) -> tuple[float, ...]:
-        return tuple(self.time_s(tick) for tick in self.ticks)
 
     def find_keys(self) -> dict[int, _Start]:
         """
@@ -440,13 +435,16 @@ def _read_track(source: InputContainer, stream: VideoStream, limits: VideoLimits
         raise VideoHasNoFramesError
     if not tick_s or tick_s <= 0:
         raise VideoUnreadableError("Failed to load video: it has no frame rate. Save it again.")
-    track = _Track(shown, starts, in_order, tick_s, is_timed)
+    # Not by a float, so that 23 tenths of a second are 2.3.
+    first, numerator, denominator = in_order[0], tick_s.numerator, tick_s.denominator
+    times_s = tuple((tick - first) * numerator / denominator for tick in in_order)
+    track = _Track(shown, starts, in_order, times_s, tick_s, is_timed)
     _check_times(track, limits)
     return track
 
 
 def _check_times(track: _Track, limits: VideoLimits) -> None:
-    last_s = track.time_s(track.ticks[-1])
+    last_s = track.times_s[-1]
     if last_s > limits.max_duration_s:
         raise VideoTooLargeError(
             f"The video is longer than {limits.max_duration_s:g} seconds. Cut it into parts."
@@ -460,9 +458,9 @@ def _check_times(track: _Track, limits: VideoLimits) -> None:
 
 def _choose_indices(track: _Track, sampling: FrameSampling) -> tuple[int, ...]:
     if not sampling.keyframes:
-        return choose_indices(track.times_s(), sampling)
+        return choose_indices(track.times_s, sampling)
     keys = track.find_keys()
-    return choose_indices(track.times_s(), sampling, [tick in keys for tick in track.ticks])
+    return choose_indices(track.times_s, sampling, [tick in keys for tick in track.ticks])
 
 
 def _keep_frames(
@@ -478,13 +476,13 @@ def _keep_frames(
         ticks.append(tick)
     if not images:
         raise VideoUnreadableError
-    times_s = track.times_s()
+    indices = tuple(bisect_left(track.ticks, tick) for tick in ticks)
     return Frames(
         images=tuple(images),
-        times_s=tuple(track.time_s(tick) for tick in ticks),
-        fps=_mean_fps(times_s),
-        source_num_frames=len(times_s),
-        indices=tuple(bisect_left(track.ticks, tick) for tick in ticks),
+        times_s=tuple(track.times_s[index] for index in indices),
+        fps=_mean_fps(track.times_s),
+        source_num_frames=len(track.ticks),
+        indices=indices,
     )
 
 

@@ -23,6 +23,32 @@ def shades(num_frames: int, width: int = 64, height: int = 48) -> list[Pixels]:
     return [np.full((height, width, 3), shade(place), np.uint8) for place in range(num_frames)]
 
 
+BITS = 12
+BLOCK_PX = 16
+
+
+def numbered(num_frames: int) -> list[Pixels]:
+    """Pictures of 192 x 64 px that say their own number: a column of a bit, its complement below it."""
+    pictures = []
+    for place in range(num_frames):
+        bits = np.array([place >> bit & 1 for bit in range(BITS)], np.uint8)
+        rows = np.stack([bits, 1 - bits]) * 192 + 32
+        pixels = rows.repeat(2 * BLOCK_PX, axis=0).repeat(BLOCK_PX, axis=1)
+        pictures.append(np.repeat(pixels[:, :, None], 3, axis=2))
+    return pictures
+
+
+def read_number(picture: Pixels) -> int:
+    """The number that a picture of `numbered` says, whatever its size; fails where it is unreadable."""
+    height, width = picture.shape[:2]
+    middles = (np.arange(BITS) + 0.5) * width / BITS
+    upper, lower = (
+        picture[height * row // 4, middles.astype(int), 1].astype(int) for row in (1, 3)
+    )
+    assert np.abs(upper - lower).min() > 80, "the blocks cannot be told apart"
+    return int(sum(1 << bit for bit in range(BITS) if upper[bit] > lower[bit]))
+
+
 def clip(
     pictures: Sequence[Pixels],
     container: str = "mp4",
@@ -31,10 +57,11 @@ def clip(
     times_ms: Sequence[int] | None = None,
     pixel_format: str = "yuv420p",
     options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
 ) -> bytes:
     """Encode pictures of one size, at a constant rate or at the given times."""
     file = BytesIO()
-    with av.open(file, "w", format=container) as target:
+    with av.open(file, "w", format=container, container_options=container_options) as target:
         stream = target.add_stream(codec, rate=fps, options=options)
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = pictures[0].shape[:2]
