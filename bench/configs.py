@@ -7,12 +7,12 @@ the special tokens at their real ids, on which placeholders and the size of the 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from engine.families.qwen2_vl import CLIP_MEAN, CLIP_STD
@@ -42,6 +42,8 @@ CHAT_TEMPLATE = """\
 {{ '' }}
 {%- endif -%}
 """
+
+LLAVA_FIRST, LLAVA_LAST = ("<unk>", "<s>", "</s>"), ("<image>", "<pad>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +85,34 @@ def write_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def build_tokenizer(num_text_ids: int) -> Tokenizer:
-    """One token a byte, fillers, then SPECIAL_TOKENS from the id `num_text_ids` on."""
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+def build_tokenizer(
+    num_text_ids: int,
+    *,
+    first: Sequence[str] = (),
+    last: Sequence[str] = SPECIAL_TOKENS,
+    begins_with: str | None = None,
+) -> Tokenizer:
+    """
+    One token a byte, fillers, then special tokens from the id `num_text_ids` on.
+
+    Args:
+        first, last: special tokens before the bytes, and from `num_text_ids` on.
+        begins_with: the one that is put before every text.
+    """
+    symbols = [*first, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     fillers = [f"<filler_{n}>" for n in range(num_text_ids - len(symbols))]
     vocab = {symbol: i for i, symbol in enumerate([*symbols, *fillers])}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+        [AddedToken(token, special=True, normalized=False) for token in (*first, *last)]
     )
+    if begins_with is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begins_with} $A",
+            special_tokens=[(begins_with, tokenizer.token_to_id(begins_with))],
+        )
     return tokenizer
 
 

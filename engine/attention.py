@@ -70,7 +70,7 @@ class VisionContext:
     """
     Attributes:
         runs: (num_pictures, num_patches each) of neighbours of equal size, in order; a frame pair
-            of a video counts as a picture.
+            of a video counts as a picture. Empty where the call is a batch, a picture a row.
         starts: (pictures + 1,), int32, device: where each begins, for the kernel that takes any
             sizes at once; None where every run is a dense batch.
         cut: how our kernel for that is cut; None for torch's.
@@ -249,7 +249,7 @@ def attend_vision(
     Every patch attends to its own picture: neighbours of equal size as one dense batch.
 
     Args:
-        query, key, value: (1, heads, patches, dim).
+        query, key, value: (1, heads, patches, dim), or a batch of pictures instead of 1.
         cu_seq_lens_q: the starts that this layer hands on; read only to know layers with windows.
 
     Returns:
@@ -258,6 +258,9 @@ def attend_vision(
     context = _current.vision
     assert context is not None
     assert attention_mask is None
+    if not context.runs:
+        batch = F.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return batch.transpose(1, 2), None
     if context.windows is not None and cu_seq_lens_q is context.windows[0]:
         context = context.windows[1]
     if context.starts is not None:

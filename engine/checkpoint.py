@@ -118,6 +118,9 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
                 f"The tokenizer does not fit the model: {token} is not its token {token_id}. Give "
                 "the model's own tokenizer.json."
             )
+    if tokenizer.chat_template is None:  # its own is read with it, from chat_template.jinja too
+        older = _read_json(engine, folder / "chat_template.json") or {}
+        tokenizer.chat_template = older.get("chat_template") or family.chat_template
     generation = _read_json(engine, folder / _GENERATION) or {}
     device = _device(engine)
     dtype = _read("dtype", engine, lambda: _dtype(engine, config, device))

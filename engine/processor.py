@@ -193,6 +193,8 @@ class Processor:
         for encoder in (self._encoder, self._plain_encoder):
             encoder.no_truncation()
             encoder.no_padding()
+        started = self._encoder.encode("").ids[:1]
+        self._first_ids = [i for i in started if i == checkpoint.tokenizer.bos_token_id]
         self._special_ids: dict[str, int] = {
             token.content: token_id
             for token_id, token in checkpoint.tokenizer.added_tokens_decoder.items()
@@ -397,8 +399,11 @@ class Processor:
                 ]
             text += piece if user is None else user
         if own_specials == [(m.start(), m[0]) for m in self._special.finditer(text)]:
-            return text, self._encoder.encode(text, add_special_tokens=False).ids
-        return text, self._encode_segments(pieces, typed)
+            ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self._encode_segments(pieces, typed)
+        # Most templates write the token that begins a text; some leave it to the tokenizer.
+        return text, ids if ids[:1] == self._first_ids else [*self._first_ids, *ids]
 
     def _takes_parts(self, template: str) -> bool:
         """Whether a template reads a list of parts; others take only a string as content."""

@@ -48,6 +48,7 @@ class Entry:
 
 # By the `model_type` of a config.json; "type/vision type" goes first where one type has several encoders.
 FAMILIES: Mapping[str, Entry] = {
+    "llava": Entry("engine.families.llava:Llava", "transformers:LlavaForConditionalGeneration"),
     "qwen2_vl": Entry(
         "engine.families.qwen2_vl:Qwen2VL", "transformers:Qwen2VLForConditionalGeneration"
     ),

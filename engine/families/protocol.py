@@ -158,6 +158,7 @@ class Family:
         image_placeholder, image_token_id: how a prompt says that a picture stands here, as a token of
             the tokenizer; None where the model sees none. The same for clips.
         image_slot, video_slot: as its chat template writes one, for templates that take only text.
+        chat_template: for checkpoints that bring none; None where there is no usual one.
         num_axes: of positions.
         hidden_size: of the text model. feature_size: of a row of features.
         image_area, video_area: limits of the checkpoint; None where a picture's size is not to choose.
@@ -170,6 +171,7 @@ class Family:
     image_placeholder: str | None = None
     video_placeholder: str | None = None
     image_slot = video_slot = ""
+    chat_template: str | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
     num_axes = 1

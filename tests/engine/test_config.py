@@ -21,6 +21,7 @@ from engine.config import (
     parse_processor_kwargs,
 )
 from engine.errors import BadConfig
+from engine.families import FAMILIES
 from tests.engine.pictures import GREEDY, PICTURE, draw, token_ids
 
 Change = Callable[[Path], Any]
@@ -105,8 +106,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "half a config": (write("config.json", "{"), "it has no config.json that can be read"),
     "a list for a config": (write("config.json", "[]"), "it has no config.json that can be read"),
     "another model": (
-        rewrite("config.json", lambda config: config.update(model_type="llama")),
-        "The model type 'llama' is not supported yet: use qwen2_5_vl, qwen2_vl.",
+        rewrite("config.json", lambda config: config.update(model_type="bert")),
+        f"The model type 'bert' is not supported yet: use {', '.join(sorted(FAMILIES))}.",
     ),
     "another patch": (
         rewrite("config.json", lambda config: config["vision_config"].update(spatial_merge_size=4)),

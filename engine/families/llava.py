@@ -1,0 +1,107 @@
+"""LLaVA-1.5: every picture at one size, one token for each patch, behind a Llama or another text model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine.errors import BadConfig
+from engine.families.protocol import AreaLimits, Description, Family, Plan, Rows, Visual
+from engine.families.resizing import Resizing, check_aspect
+from engine.families.tiles import TileEncoder, Tower, count_patches
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What its image processor does where the checkpoint does not say.
+DEFAULT = {
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_pad": False,
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": Image.Resampling.BICUBIC,
+    "image_mean": CLIP_MEAN,
+}
+
+
+# Vicuna's turns, pictures before the words of theirs. For checkpoints that bring no template.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] != 'system' -%}{{ message['role'] | upper }}: {% endif -%}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}
+<image>
+{% endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endfor -%}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}{{ eos_token }}{% else %} {% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}
+"""
+
+
+class Llava(Family):
+    """Placeholders are one text token; a plan is rows alone."""
+
+    image_placeholder = image_slot = "<image>"
+    chat_template = CHAT_TEMPLATE
+    image_token_id: int
+
+    def __init__(self, description: Description) -> None:
+        super().__init__(description)
+        self.config = config = description.config
+        self.image_token_id = config.image_token_id
+        self._pictures = description.pictures
+        self._resizing = Resizing.read(description.pictures, DEFAULT)
+        vision = config.vision_config
+        if (vision.image_size,) * 2 != (self._resizing.height_px, self._resizing.width_px):
+            raise BadConfig(
+                f"The model's preprocessor_config.json makes pictures of {self._resizing.width_px}x"
+                f"{self._resizing.height_px} pixels, and its encoder reads {vision.image_size}x"
+                f"{vision.image_size}. Give the model's own preprocessor_config.json."
+            )
+        num_rows, self._num_patches = count_patches(vision)
+        self._drops_first = config.vision_feature_select_strategy == "default"
+        self._num_rows = num_rows - int(self._drops_first)
+
+    def plan_picture(self, width_px: int, height_px: int, area: AreaLimits | None) -> Plan:
+        check_aspect(width_px, height_px)
+        return Plan(
+            (Rows(self.image_token_id, self._num_rows),),
+            num_patches=self._num_patches,
+            width_px=self._resizing.width_px,
+            height_px=self._resizing.height_px,
+        )
+
+    def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
+        return self._build([self._resizing.run(image)], plan)
+
+    def attach(self, model: Any) -> None:
+        super().attach(model)
+        tower, config = model.model.vision_tower, self.config
+        self._tower = Tower(tower, config.vision_feature_layer, drops_first=self._drops_first)
+        self._projector = model.model.multi_modal_projector
+        weight = next(tower.parameters())
+        self._encoder = TileEncoder(
+            weight.device,
+            weight.dtype,
+            self._pictures,
+            CLIP_MEAN,
+            CLIP_STD,
+            tile_patches=self._num_patches,
+        )
+
+    @torch.inference_mode()
+    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
+        """One tile each."""
+        return [rows[0] for rows in self._encoder.encode(visuals, self._see, self.repeats)]
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        return self._projector(self._tower(pixels))  # type: ignore[no-any-return]

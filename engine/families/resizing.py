@@ -1,0 +1,111 @@
+"""How checkpoints write the size that pictures are brought to, and bringing them there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from PIL import Image
+
+from engine.families.protocol import ImageTooNarrowError
+
+MAX_ASPECT = 200  # a longer strip would be resampled to something far larger than what is seen
+
+
+@dataclass(frozen=True, slots=True)
+class Resizing:
+    """
+    Every picture to one size: squashed, or brought to it by its shorter side and cropped.
+
+    Attributes:
+        shortest_px: that the shorter side becomes; None where both sides are given.
+        height_px, width_px: of the result.
+        pads_with: colour of a border that makes a picture square first; None for no border.
+        resample: Pillow's number of the filter.
+    """
+
+    shortest_px: int | None
+    height_px: int
+    width_px: int
+    pads_with: tuple[int, ...] | None
+    resample: Image.Resampling
+
+    @classmethod
+    def read(cls, pictures: Mapping[str, Any], default: Mapping[str, Any]) -> Self:
+        """
+        Of a preprocessor_config.json; `default` has what its image processor does otherwise.
+
+        Raises:
+            ValueError: pictures would come out in different sizes.
+        """
+        told = {**default, **{key: value for key, value in pictures.items() if value is not None}}
+        if not (told["do_resize"] and told["do_rescale"]):
+            raise ValueError("pictures come in all sizes, and colours from 0 to 255")
+        size, crop = read_sides(told["size"]), read_sides(told.get("crop_size") or {})
+        shortest = size if isinstance(size, int) else None
+        if told["do_center_crop"]:
+            height_px, width_px = crop if isinstance(crop, tuple) else (crop, crop)
+        elif isinstance(size, tuple):
+            height_px, width_px = size
+        else:
+            raise ValueError("the shorter side alone is no size")
+        if isinstance(size, tuple) and told["do_center_crop"] and size != (height_px, width_px):
+            raise ValueError("squashed to one size and cropped to another")
+        pad = tuple(int(255 * level) for level in told["image_mean"]) if told["do_pad"] else None
+        return cls(shortest, height_px, width_px, pad, Image.Resampling(told["resample"]))
+
+    def run(self, image: Image.Image) -> Image.Image:
+        """
+        Raises:
+            ImageTooNarrowError: one side is over MAX_ASPECT times the other.
+        """
+        if self.pads_with is not None:
+            image = pad_to_square(image, self.pads_with)
+        if self.shortest_px is None:
+            return resize(image, self.height_px, self.width_px, self.resample)
+        shorter, longer = min(image.size), max(image.size)
+        longer_px = int(self.shortest_px * longer / shorter)
+        is_upright = image.width <= image.height
+        sides = (longer_px, self.shortest_px) if is_upright else (self.shortest_px, longer_px)
+        return crop_centre(resize(image, *sides, self.resample), self.height_px, self.width_px)
+
+
+def check_aspect(width_px: int, height_px: int) -> None:
+    """
+    Raises:
+        ImageTooNarrowError: one side is over MAX_ASPECT times the other.
+    """
+    if max(width_px, height_px) > MAX_ASPECT * min(width_px, height_px):
+        raise ImageTooNarrowError(f"{width_px}x{height_px}")
+
+
+def read_sides(size: Mapping[str, int] | int) -> int | tuple[int, int]:
+    """(height, width) of a size in any of its forms, or the shorter side where only that is given."""
+    if isinstance(size, int):
+        return size
+    if "height" in size and "width" in size:
+        return size["height"], size["width"]
+    return size["shortest_edge"]
+
+
+def resize(
+    image: Image.Image, height_px: int, width_px: int, resample: Image.Resampling
+) -> Image.Image:
+    """The picture itself where it already has the size."""
+    if image.size == (width_px, height_px):
+        return image
+    return image.resize((width_px, height_px), resample)
+
+
+def crop_centre(image: Image.Image, height_px: int, width_px: int) -> Image.Image:
+    """What lies outside of a picture that is too small is black."""
+    left, top = (image.width - width_px) // 2, (image.height - height_px) // 2
+    return image.crop((left, top, left + width_px, top + height_px))
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

@@ -1,0 +1,121 @@
+"""
+Encoders that read pictures of one size, or tiles and frames of it: dense batches, nothing padded.
+
+What CLIP's and SigLIP's families share: normalising on the device, batches within bounds, and a
+tower that ends at the last layer that is read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.attention import VisionContext, dense_kernels, using
+from engine.families.protocol import Visual
+from engine.repeats import Repeats
+from engine.uploads import Uploads
+
+MAX_BATCH_PATCHES = 32_768  # of one call of the tower
+
+See = Callable[[Tensor], Tensor]
+
+
+class TileEncoder:
+    """
+    Args:
+        pictures: of preprocessor_config.json: what was taken from colours and what they were divided
+            by. Where it does not say, the usual ones of the family's own processor.
+        mean, std: these.
+        tile_patches: of one tile, for the bounds of a batch.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        pictures: Mapping[str, Any],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        tile_patches: int,
+    ) -> None:
+        self._device, self._dtype = device, dtype
+        self._uploads = Uploads(device)
+        self._most = max(1, MAX_BATCH_PATCHES // tile_patches)
+        levels = 1 / pictures.get("rescale_factor", 1 / 255)
+        if not pictures.get("do_normalize", True):
+            mean, std = (0.0,) * 3, (1.0,) * 3
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) * levels
+            for values in (pictures.get("image_mean") or mean, pictures.get("image_std") or std)
+        )
+
+    def encode(
+        self, visuals: Sequence[Visual], see: See, repeats: Repeats | None = None
+    ) -> list[Tensor]:
+        """
+        Args:
+            visuals: all of tiles of one size.
+            see: (tiles, 3, height_px, width_px), normalised -> (tiles, rows, width).
+
+        Returns:
+            (tiles, rows, width) for each.
+        """
+        flat = self._uploads.gather([visual.pixels for visual in visuals])
+        tiles = flat.view(-1, *visuals[0].pixels.shape[1:])
+        seen = [self._see(batch, see, repeats) for batch in torch.split(tiles, self._most)]
+        features = seen[0] if len(seen) == 1 else torch.cat(seen)
+        return list(torch.split(features, [len(visual.pixels) for visual in visuals]))
+
+    def _see(self, tiles: Tensor, see: See, repeats: Repeats | None) -> Tensor:
+        def call(tiles: Tensor) -> Tensor:
+            colours = tiles.permute(0, 3, 1, 2).float()
+            normalised = ((colours - self._mean) / self._std).to(self._dtype)
+            with using(VisionContext(())), dense_kernels(self._device):
+                return see(normalised)
+
+        return call(tiles) if repeats is None else repeats.run(tuple(tiles.shape), call, tiles)
+
+
+class Tower:
+    """
+    A CLIP or SigLIP encoder up to the last state that is read; the layers behind are let go.
+
+    transformers' own call keeps every state between layers, and runs layers that nobody reads.
+
+    Args:
+        model: transformers' vision model. Its layers lose those that are not read.
+        states: which of the states between layers are read, 0 being the embeddings and negative ones
+            counted from the last; several stand side by side.
+        has_class_token: whether the first row is left out.
+    """
+
+    def __init__(self, model: Any, states: int | Sequence[int], *, drops_first: bool) -> None:
+        inner = getattr(model, "vision_model", model)
+        self._embeddings = inner.embeddings
+        self._norm = getattr(inner, "pre_layrnorm", nn.Identity())
+        self._layers = inner.encoder.layers
+        num_states = len(self._layers) + 1
+        wanted = [states] if isinstance(states, int) else states
+        self._states = [state % num_states for state in wanted]
+        self._drops_first = drops_first
+        del self._layers[max(self._states) :]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(pictures, 3, height_px, width_px) -> (pictures, rows, width of all states read)."""
+        x = self._norm(self._embeddings(pixels))
+        states = [x]
+        for layer in self._layers:
+            x = layer(x, attention_mask=None)
+            x = x if isinstance(x, Tensor) else x[0]
+            states.append(x)
+        picked = [states[state][:, int(self._drops_first) :] for state in self._states]
+        return picked[0] if len(picked) == 1 else torch.cat(picked, dim=-1)
+
+
+def count_patches(vision: Any) -> tuple[int, int]:
+    """Rows of features that a tower of this config gives for a picture, and how many are patches."""
+    patches = (vision.image_size // vision.patch_size) ** 2
+    has_class = vision.model_type in ("clip_vision_model", "clip")
+    return patches + int(has_class), patches

@@ -1,0 +1,169 @@
+"""
+A table of model families, and what transformers makes of the same requests: its own processor, with
+Pillow's image processor, and its own `generate`.
+
+tests/engine/test_families.py runs the same checks for each entry. A new family adds one.
+"""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from engine import Request, SamplingParams
+from engine.families import FAMILIES
+from tests.engine.pictures import draw
+from tests.engine.tiny_llava import LLAVA_OTHER, LLAVA_PADDED, write_tiny_llava
+
+WORDS = ("Describe.", "What is this?", "Which one is red?", "a b", "And now", "Read it aloud.")
+Pixels = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """
+    One shape of one family.
+
+    Attributes:
+        write: writes a tiny checkpoint into a folder, by a seed.
+        image_processor, processor: transformers' classes.
+        picture, clip: how a prompt writes one; no clip where the family sees none.
+        before, after: what stands around a prompt.
+    """
+
+    model_type: str
+    write: Callable[..., Path]
+    image_processor: Any
+    processor: Any
+    changes: Any = None
+    picture: str = "<image>\n"
+    clip: str | None = None
+    before: str = "USER: "
+    after: str = "\nASSISTANT:"
+    max_pictures: int = 4
+    words: Mapping[str, Any] = field(default_factory=dict)  # more for the processor
+
+
+CASES: Mapping[str, Case] = {
+    "llava": Case("llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor),
+    "llava, other heads, squashed": Case(
+        "llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor, LLAVA_OTHER
+    ),
+    "llava, padded": Case(
+        "llava", write_tiny_llava, LlavaImageProcessorPil, LlavaProcessor, LLAVA_PADDED
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request, for the engine and for transformers."""
+
+    name: str
+    prompt: str
+    pictures: Sequence[Image.Image]
+    clips: Sequence[Sequence[Image.Image]]
+    max_tokens: int
+
+    def request(self) -> Request:
+        params = SamplingParams(temperature=0, max_tokens=self.max_tokens, ignore_eos=True)
+        media = {"image": list(self.pictures), "video": [list(clip) for clip in self.clips]}
+        given = {modality: items for modality, items in media.items() if items}
+        return Request(
+            prompt=self.prompt, multi_modal_data=given, params=params, request_id=self.name
+        )
+
+
+class Oracle:
+    """transformers, reading a checkpoint of its own accord."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        told = json.loads((folder / "processor_config.json").read_text())
+        self.image_processor = case.image_processor.from_pretrained(folder)
+        self.processor = case.processor(
+            image_processor=self.image_processor,
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+            **told,
+            **case.words,
+        )
+        model_class = FAMILIES[case.model_type].load_model_class()
+        self.model = model_class.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+
+    def read(self, asked: Asked) -> dict[str, Any]:
+        """What the model is given."""
+        media: dict[str, Any] = {}
+        if asked.pictures:
+            media["images"] = list(asked.pictures)
+        if asked.clips:
+            media["videos"] = [np.stack([np.asarray(f) for f in clip]) for clip in asked.clips]
+        return dict(self.processor(text=[asked.prompt], return_tensors="pt", **media))
+
+    @torch.inference_mode()
+    def generate(self, asked: Asked) -> list[int]:
+        inputs = self.read(asked)
+        made = self.model.generate(
+            **inputs,
+            max_new_tokens=asked.max_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        ids: list[int] = made[0, inputs["input_ids"].shape[1] :].tolist()
+        return ids
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """(tiles, 3, height_px, width_px), normalisation undone: from 0 to 255."""
+        made = self.image_processor([image], return_tensors="np")["pixel_values"]
+        tiles = np.asarray(made[0] if made[0].ndim == 4 else made, dtype=np.float64)
+        mean, std = (
+            np.array(getattr(self.image_processor, name))[:, None, None]
+            for name in ("image_mean", "image_std")
+        )
+        levels: Pixels = (tiles * std + mean) * 255
+        return levels
+
+
+def mixed(case: Case, num: int, seed: str) -> list[Asked]:
+    """Requests of no, one or several pictures of any form, and of clips where the family sees them."""
+    return [_one(case, random.Random(f"{seed}/{index}"), str(index)) for index in range(num)]
+
+
+def _one(case: Case, rng: random.Random, name: str) -> Asked:
+    num = rng.choice((0, 0, 1, 1, 1, 1, 2, 3, 4))
+    pictures = [draw(rng.getrandbits(24), *size(rng)) for _ in range(min(num, case.max_pictures))]
+    clips = []
+    if case.clip is not None and rng.random() < 0.25:
+        width, height = rng.randint(20, 120), rng.randint(20, 120)
+        clips = [[draw(rng.getrandbits(24), width, height) for _ in range(rng.randint(1, 5))]]
+    marks = [case.picture] * len(pictures) + [case.clip or ""] * len(clips)
+    rng.shuffle(marks)
+    words = " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 3)))
+    cut = rng.randint(0, len(marks)) if rng.random() < 0.5 else len(marks)
+    content = "".join(marks[:cut]) + words + "".join(marks[cut:])
+    return Asked(name, case.before + content + case.after, pictures, clips, rng.randint(1, 8))
+
+
+def size(rng: random.Random) -> tuple[int, int]:
+    """Width and height in pixels, some of them long strips, some as large as models see at once."""
+    chance = rng.random()
+    if chance < 0.15:
+        sides = [rng.randint(1, 6), rng.randint(60, 200)]
+    elif chance < 0.3:
+        sides = [rng.choice((48, 56, 64, 96, 112)) + rng.choice((-1, 0, 0, 1)) for _ in range(2)]
+    else:
+        sides = [rng.randint(8, 260) for _ in range(2)]
+    rng.shuffle(sides)
+    return sides[0], sides[1]

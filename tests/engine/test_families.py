@@ -1,0 +1,88 @@
+"""Every family of the table says what transformers' `generate` says, and sees what its processor sees."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import LLM
+from tests.engine.families import CASES, Asked, Case, Oracle, mixed, size
+from tests.engine.pictures import cut_picture, draw
+
+NUM_REQUESTS = 50  # of a shape; a family has two of them or more
+NUM_ALONE = 12
+NUM_SIZES = 50
+
+Answers = dict[str, list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One shape, as the engine and as transformers read it."""
+
+    case: Case
+    llm: LLM
+    oracle: Oracle
+
+
+@pytest.fixture(scope="module", params=CASES)
+def loaded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Loaded]:
+    case = CASES[request.param]
+    folder: Path = case.write(tmp_path_factory.mktemp("family"), seed=3, changes=case.changes)
+    llm = LLM(str(folder), limit_mm_per_prompt={"image": 8}, max_num_seqs=24)
+    yield Loaded(case, llm, Oracle(case, folder))
+    llm.close()
+
+
+def answers(llm: LLM, asked: Sequence[Asked]) -> Answers:
+    results = list(llm.stream([one.request() for one in asked]))
+    assert [] == [r.error for r in results if r.error]
+    return {result.request_id: list(result.outputs[0].token_ids) for result in results}
+
+
+def test_mixed_requests_are_answered_as_by_transformers_in_any_order(loaded: Loaded) -> None:
+    asked = mixed(loaded.case, NUM_REQUESTS, "families")
+    expected = {one.name: loaded.oracle.generate(one) for one in asked}
+    alone: Answers = {}
+    for one in asked[:NUM_ALONE]:
+        alone |= answers(loaded.llm, [one])
+
+    assert len({tuple(ids) for ids in expected.values()}) > NUM_REQUESTS // 4
+    assert expected == answers(loaded.llm, asked)
+    assert expected == answers(loaded.llm, random.Random(5).sample(asked, len(asked)))
+    assert alone == {name: ids for name, ids in expected.items() if name in alone}
+
+
+def test_pictures_of_all_sizes_are_cut_as_by_transformers(loaded: Loaded) -> None:
+    family = loaded.llm.engine.checkpoint.family
+    rng = random.Random("sizes")
+    worst = 0.0
+    for seed in range(NUM_SIZES):
+        picture = draw(seed, *size(rng))
+        visual = cut_picture(family, picture)
+        ours = visual.pixels.numpy().transpose(0, 3, 1, 2).astype(np.float64)
+        theirs = loaded.oracle.pixels(picture)
+        assert theirs.shape == ours.shape, picture.size
+        worst = max(worst, float(np.abs(ours - theirs).max()))
+        asked = Asked("", loaded.case.picture, [picture], [], 1)
+        expected = loaded.oracle.read(asked)["input_ids"][0].tolist()
+        prepared = loaded.llm.engine._processor.prepare(asked.request())
+        assert expected == prepared.token_ids, picture.size
+
+    assert worst < 0.01  # of 255 levels; one is what we promise
+
+
+def test_what_a_family_does_not_see_is_refused(loaded: Loaded) -> None:
+    known = loaded.llm.engine.checkpoint.family.modalities
+    if "video" in known:
+        pytest.skip("it sees clips")
+    given = {"prompt": "x", "multi_modal_data": {"video": [draw(1), draw(2)]}}
+    (result,) = loaded.llm.generate(given, use_tqdm=False)
+
+    assert result.error is not None
+    assert "Unsupported modality: video. Use image." == result.error.message

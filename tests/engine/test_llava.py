@@ -1,0 +1,184 @@
+"""LLaVA-1.5 as its users know it from vLLM, and what is its own."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.image_transforms import center_crop
+
+from engine import LLM, SamplingParams
+from engine.errors import BadConfig
+from engine.families.resizing import crop_centre
+from tests.engine.families import CASES, Asked, Oracle
+from tests.engine.pictures import GREEDY, cut_picture, data_url, draw, error_of, token_ids
+from tests.engine.test_config import Change, rewrite
+from tests.engine.tiny_llava import IMAGE_ID, write_tiny_llava
+
+QUESTION = "What is the content of this image?"
+PROMPT = f"USER: <image>\n{QUESTION}\nASSISTANT:"
+# Takes only texts, as the templates for LLaVA that go about do, and writes the first token itself.
+TEXT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] | upper + ': ' + message['content'] + '\n' }}{% endfor %}ASSISTANT:"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("llava"), seed=4)
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    with LLM(model=str(folder)) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Oracle:
+    return Oracle(CASES["llava"], folder)
+
+
+def ask(oracle: Oracle, prompt: str, picture: Image.Image) -> list[int]:
+    return oracle.generate(Asked("", prompt, [picture], [], 12))
+
+
+def test_example_of_a_prompt_with_one_picture(llm: LLM, oracle: Oracle) -> None:
+    picture = draw(1, 120, 90)
+    outputs = llm.generate({"prompt": PROMPT, "multi_modal_data": {"image": picture}}, GREEDY)
+
+    assert [ask(oracle, PROMPT, picture)] == token_ids(outputs)
+    assert 16 == list(outputs[0].prompt_token_ids or ()).count(IMAGE_ID)
+    assert ask(oracle, PROMPT, draw(2, 120, 90)) != token_ids(outputs)[0]
+
+
+def chat(llm: LLM, picture: Image.Image, **options: Any) -> Any:
+    content = [
+        {"type": "text", "text": QUESTION},
+        {"type": "image_url", "image_url": {"url": data_url(picture)}},
+    ]
+    return llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False, **options)
+
+
+def test_chat_without_a_template_of_the_checkpoint(llm: LLM, oracle: Oracle) -> None:
+    results = chat(llm, draw(3))
+
+    assert f"USER: <image>\n{QUESTION} ASSISTANT:" == results[0].prompt
+    assert [ask(oracle, results[0].prompt, draw(3))] == token_ids(results)
+
+
+def test_turns_of_the_assistant_end_in_its_token(llm: LLM) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c <image>"},
+    ]
+    (result,) = llm.chat(messages, GREEDY, use_tqdm=False)
+
+    assert "Be brief. USER: a ASSISTANT: b</s>USER: c <image> ASSISTANT:" == result.prompt
+    assert IMAGE_ID not in (result.prompt_token_ids or ())  # what a user types binds no picture
+
+
+def test_chat_with_a_template_from_a_file(folder: Path, tmp_path: Path, oracle: Oracle) -> None:
+    path = tmp_path / "template_llava.jinja"
+    path.write_text(TEXT_TEMPLATE)
+    with LLM(str(folder), chat_template=str(path)) as llm:
+        results = chat(llm, draw(3))
+
+    text = f"USER: <image>\n{QUESTION}\nASSISTANT:"
+    assert f"<s>{text}" == results[0].prompt
+    assert [ask(oracle, text, draw(3))] == token_ids(results)  # and one first token, not two
+
+
+def test_template_of_the_older_file_is_read(tmp_path: Path) -> None:
+    write_tiny_llava(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "Q{{ messages[0].content }}A"}')
+    with LLM(str(tmp_path)) as llm:
+        (result,) = llm.chat({"role": "user", "content": "x"}, GREEDY, use_tqdm=False)
+
+    assert "QxA" == result.prompt
+
+
+def test_features_in_place_of_a_picture(llm: LLM) -> None:
+    family = llm.engine.checkpoint.family
+    (features,) = family.encode([cut_picture(family, draw(5))])
+    given = {"prompt": PROMPT, "multi_modal_data": {"image": features[None]}}
+    seen = {"prompt": PROMPT, "multi_modal_data": {"image": draw(5)}}
+    with_grid = {"image_embeds": features, "image_grid_thw": torch.tensor([[1, 8, 8]])}
+
+    assert (16, 48) == features.shape
+    assert token_ids(llm.generate(seen, GREEDY)) == token_ids(llm.generate(given, GREEDY))
+    assert "This model takes no image_grid_thw" in error_of(
+        llm.generate({"prompt": PROMPT, "multi_modal_data": {"image": with_grid}}, GREEDY)
+    )
+
+
+def test_layers_that_nobody_reads_are_let_go(llm: LLM) -> None:
+    assert 2 == len(llm.engine.checkpoint.family._tower._layers)  # type: ignore[attr-defined]
+
+
+def test_size_is_not_to_choose(llm: LLM) -> None:
+    prompt = {
+        "prompt": PROMPT,
+        "multi_modal_data": {"image": draw(1)},
+        "mm_processor_kwargs": {"max_pixels": 10_000},
+    }
+
+    assert (
+        "max_pixels is not for this model, which sees every picture at a size of its own. Leave it out."
+        == error_of(llm.generate(prompt, GREEDY, use_tqdm=False))
+    )
+
+
+def test_strip_is_refused_before_it_is_resampled(llm: LLM) -> None:
+    prompt = {"prompt": PROMPT, "multi_modal_data": {"image": draw(1, 1, 201)}}
+
+    assert "1x201: one side is over 200 times" in error_of(llm.generate(prompt, GREEDY))
+
+
+def test_prompt_that_is_too_long_tells_no_size_that_would_do(llm: LLM) -> None:
+    prompt = {"prompt": PROMPT + "x" * 1990, "multi_modal_data": {"image": draw(1)}}
+    error = error_of(llm.generate(prompt, SamplingParams(max_tokens=4)))
+
+    assert "16 image tokens" in error
+    assert "max_pixels" not in error
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            rewrite("preprocessor_config.json", lambda c: c.update(crop_size=64)),
+            "makes pictures of 64x64 pixels, and its encoder reads 56x56",
+        ),
+        (
+            rewrite("preprocessor_config.json", lambda c: c.update(do_resize=False)),
+            "config.json and preprocessor_config.json that go together",
+        ),
+        (
+            rewrite("config.json", lambda c: c.update(image_token_index=7)),
+            "The tokenizer does not fit the model: <image> is not its token 7.",
+        ),
+    ],
+)
+def test_checkpoint_that_cannot_work_is_told(tmp_path: Path, change: Change, said: str) -> None:
+    write_tiny_llava(tmp_path)
+    change(tmp_path)
+    with pytest.raises(BadConfig, match=said.replace(".", r"\.")):
+        LLM(str(tmp_path))
+
+
+@pytest.mark.parametrize("sides", [(7, 9), (20, 3), (3, 20), (31, 40), (10, 10)])
+def test_crop_is_transformers_own(sides: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8)
+    cropped = crop_centre(Image.fromarray(pixels), 10, 13)
+    theirs: Callable[..., Any] = center_crop
+
+    np.testing.assert_array_equal(
+        theirs(pixels, (10, 13), input_data_format="channels_last"), np.asarray(cropped)
+    )
