@@ -8,24 +8,32 @@ it does: the parent says where bytes lie and which size is wanted, and the bytes
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from importlib import import_module
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import AvifImagePlugin, Image, MpoImagePlugin, TiffImagePlugin
+from PIL import Image
 
 from media.arena import open_view
 from media.confine import confine, die_with_parent, lower_memory
-from media.decoded import Ask, Fit, Header, RGBImage
+from media.decoded import Fit, Header, RGBImage
+from media.decoder import fit_frames
 from media.errors import MediaError
+from media.frames import FrameSampling
 from media.images import decode_image
-from media.limits import ImageLimits
+from media.limits import ImageLimits, VideoLimits
+from media.video import decode_video
 from media.wire import BrokenWireError, Message, Wire
 
-# Pillow imports these two when a file asks for them, and then nothing can be opened any more.
-LATE_IMPORTS: Final = (MpoImagePlugin, TiffImagePlugin)
+# Imported by Pillow and PyAV when a file asks for them, and then nothing can be opened any more.
+LATE_IMPORTS: Final = ("PIL.MpoImagePlugin", "PIL.TiffImagePlugin", "av.subtitles.stream")
+for _name in LATE_IMPORTS:
+    with suppress(ImportError):  # the extra `video` may not be installed
+        import_module(_name)
 
 READING_BYTES: Final = 96 << 20
 """For headers and Python itself, beside twice the encoded bytes and what a header asks for."""
@@ -37,7 +45,6 @@ GRACE_S: Final = 2.0
 """Behind the parent's clock comes the system's, which needs no parent: a process ends itself."""
 
 Pixels = npt.NDArray[np.uint8]
-Decode = Callable[[Message, bytes, Ask], list[RGBImage]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +67,46 @@ class Birth:
     work_bytes: int
 
 
+Decode = Callable[["Server", Message, bytes], tuple[Sequence[RGBImage], Message]]
+
+
 def main(birth: Birth) -> None:
     """Serve until the parent hangs up."""
     serve(birth, decode)
 
 
-def decode(message: Message, encoded: bytes, ask: Ask) -> list[RGBImage]:
+def decode(
+    server: "Server", message: Message, encoded: bytes
+) -> tuple[Sequence[RGBImage], Message]:
     """
+    The pictures, and what else is known of them.
+
     Raises:
         MediaError: as the functions that threads call.
     """
-    limits = message["limits"]
-    return [
-        decode_image(encoded, ImageLimits(**{**limits, "formats": tuple(limits["formats"])}), ask)
-    ]
+    if message["say"] == "image":
+        return [decode_image(encoded, _image_limits(message["limits"]), server.ask)], {}
+    sampling, limits = FrameSampling(**message["sampling"]), VideoLimits(**message["limits"])
+    frames = fit_frames(decode_video(encoded, sampling, limits, server.admit), server.ask)
+    return frames.images, {
+        "times_s": frames.times_s,
+        "fps": frames.fps,
+        "source_num_frames": frames.source_num_frames,
+        "indices": frames.indices,
+        "num_dropped": frames.num_dropped,
+    }
+
+
+def _image_limits(values: Message) -> ImageLimits:
+    return ImageLimits(**{**values, "formats": tuple(values["formats"])})
 
 
 def serve(birth: Birth, decode: Decode) -> None:
     die_with_parent(birth.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the processes are what runs side by side
+    with suppress(ImportError):
+        avif: Any = import_module("PIL.AvifImagePlugin")
+        avif.DEFAULT_MAX_THREADS = 1  # the processes are what runs side by side
     # From here on nobody reads what C libraries print about bad files.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     arena = open_view(birth.memory, birth.arena_bytes)
@@ -87,7 +114,7 @@ def serve(birth: Birth, decode: Decode) -> None:
     meter = _open_meter()
     is_filtered = confine(_mapped_bytes(meter) + birth.work_bytes + READING_BYTES)
     wire.send({"say": "ready", "is_filtered": is_filtered})
-    server = _Server(wire, arena, decode, meter)
+    server = Server(wire, arena, decode, meter)
     try:
         while True:
             server.answer(wire.receive())
@@ -108,11 +135,24 @@ def _mapped_bytes(meter: int | None) -> int:
     return int(os.pread(meter, 256, 0).split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _describe(header: Header) -> Message:
+    return {
+        "width": header.width_px,
+        "height": header.height_px,
+        "work_bytes": header.work_bytes,
+        "num_frames": header.num_frames,
+        "times_s": header.times_s,
+        "frame_s": header.frame_s,
+    }
+
+
 class DroppedError(Exception):
     """The parent does not want this picture any more."""
 
 
-class _Server:
+class Server:
+    """What a decoding may ask of its parent, and how its pixels get there."""
+
     def __init__(self, wire: Wire, arena: Pixels, decode: Decode, meter: int | None) -> None:
         self._wire = wire
         self._arena = arena
@@ -132,10 +172,10 @@ class _Server:
         lower_memory(self._base_bytes)
         try:
             encoded = self._arena[message["start"] :][:num_bytes].tobytes()
-            images = self._decode(message, encoded, self._ask)
+            images, facts = self._decode(self, message, encoded)
             for index, image in enumerate(images):
                 self._write(image, index)
-            reply: Message = {"say": "done"}
+            reply: Message = {"say": "done", **facts}
         except DroppedError:
             reply = {"say": "dropped"}
         except MediaError as error:
@@ -149,25 +189,31 @@ class _Server:
         """Nothing in Python handles this signal: it ends the process, whatever code is running."""
         signal.setitimer(signal.ITIMER_REAL, self._limit_s)
 
-    def _ask(self, header: Header) -> Fit | None:
+    def admit(self, header: Header) -> None:
+        """
+        Wait until the parent has room for decoding this.
+
+        Raises:
+            DroppedError: it does not want it.
+        """
+        self._consult({"say": "work", **_describe(header)})
+
+    def ask(self, header: Header) -> Fit | None:
+        """The same, and which size is wanted; now there is a place for the pixels."""
+        answer = self._consult({"say": "header", **_describe(header)})
+        self._place = answer["start"]
+        fit = answer["fit"]
+        return Fit(fit[0], fit[1], Image.Resampling(fit[2])) if fit else None
+
+    def _consult(self, message: Message) -> Message:
         signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may have no room just now
-        self._wire.send(
-            {
-                "say": "header",
-                "width": header.width_px,
-                "height": header.height_px,
-                "work_bytes": header.work_bytes,
-                "num_frames": header.num_frames,
-            }
-        )
+        self._wire.send(message)
         answer = self._wire.receive()
         self._start_clock()
         if answer["say"] == "drop":
             raise DroppedError
         lower_memory(self._base_bytes + answer["work_bytes"])
-        self._place = answer["start"]
-        fit = answer["fit"]
-        return Fit(fit[0], fit[1], Image.Resampling(fit[2])) if fit else None
+        return answer
 
     def _write(self, image: RGBImage, index: int) -> None:
         width, height = image.width_px, image.height_px

@@ -23,12 +23,15 @@ class Header:
         width_px, height_px: of the picture or of each frame, turned upright.
         work_bytes: what decoding it may hold at a time, roughly and rather too much.
         num_frames: that will be kept; 1 for a picture.
+        times_s, frame_s: of these frames, as in `Frames`.
     """
 
     width_px: int
     height_px: int
     work_bytes: int = 0
     num_frames: int = 1
+    times_s: tuple[float, ...] | None = None
+    frame_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 from weakref import finalize
 
 import numpy as np
@@ -30,20 +30,26 @@ import numpy.typing as npt
 
 from media import errors
 from media.arena import Arena
-from media.decoded import Ask, Fit, Header, RGBImage
+from media.decoded import Ask, Fit, Frames, Header, RGBImage
 from media.errors import (
     DecodeMemoryError,
     DecoderFailedError,
     DecodeTimeoutError,
     MediaError,
+    VideoTooLargeError,
 )
+from media.frames import FrameSampling
 from media.images import check_size, decode_image
-from media.limits import IMAGE_LIMITS, ImageLimits
+from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
+from media.video import DEFAULT_SAMPLING, decode_video
 from media.wire import BrokenWireError, Message, SilentError, Wire
 
 logger = logging.getLogger(__name__)
 
 IMAGE_LIMIT_S: Final = 10.0
+VIDEO_LIMIT_S: Final = 300.0
+"""An hour at 60 frames a second that asks for its last frame is decoded at some 1,000 a second."""
+
 START_LIMIT_S: Final = 60.0
 """From the start of a process until it says that it is ready, on a machine that is very busy."""
 
@@ -76,6 +82,10 @@ getattr(import_module(module), name)(Birth(**birth))
 
 
 Pixels = npt.NDArray[np.uint8]
+Number = TypeVar("Number", int, float)
+Check = Callable[[Header], None]
+Decoded = tuple[Pixels, Message]
+"""(num_frames, height_px, width_px, 3), and what the process said of it."""
 
 
 class PoolBrokenError(RuntimeError):
@@ -122,29 +132,31 @@ class _Child:
         self.arena.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Grant:
+@dataclass(slots=True)
+class _Claim:
     """
-    What one decoding was granted.
+    What one decoding may have.
 
     Attributes:
-        start: in the arena, where its pixels go.
-        shape: of the pixels, (num_frames, height_px, width_px, 3).
         work_bytes: of the process's own memory.
+        place: of its pixels: where in the arena, and (num_frames, height_px, width_px, 3).
     """
 
-    start: int
-    shape: tuple[int, ...]
-    work_bytes: int
-    fit: Fit | None
+    work_bytes: int = 0
+    place: tuple[int, tuple[int, ...]] | None = None
+    is_admitted: bool = False
 
     @property
     def num_bytes(self) -> int:
-        return _volume(self.shape) + self.work_bytes
+        return self.work_bytes + (_volume(self.place[1]) if self.place else 0)
 
-    def as_message(self) -> Message:
-        fit = self.fit and [self.fit.width_px, self.fit.height_px, self.fit.resample.value]
-        return {"say": "go", "start": self.start, "work_bytes": self.work_bytes, "fit": fit}
+    def as_message(self, fit: Fit | None) -> Message:
+        return {
+            "say": "go",
+            "start": self.place and self.place[0],
+            "work_bytes": self.work_bytes,
+            "fit": fit and [fit.width_px, fit.height_px, fit.resample.value],
+        }
 
 
 class DecoderPool:
@@ -153,7 +165,7 @@ class DecoderPool:
         num_processes: None for one a core.
         max_bytes: that decodings may hold at a time, with the pixels that callers still have; one
             that needs more waits until it is alone.
-        image_limit_s: on the clock, for one image.
+        image_limit_s, video_limit_s: on the clock, for one file, waiting for room not counted.
         entry: `module:function` that a process runs; another one makes tests' processes misbehave.
 
     Raises:
@@ -166,11 +178,13 @@ class DecoderPool:
         *,
         max_bytes: int = MAX_BYTES,
         image_limit_s: float = IMAGE_LIMIT_S,
+        video_limit_s: float = VIDEO_LIMIT_S,
         entry: str = ENTRY,
     ) -> None:
         self.num_processes = num_processes or count_cores()
         self._max_bytes = max_bytes
         self._image_limit_s = image_limit_s
+        self._video_limit_s = video_limit_s
         self._entry = entry
         self._lock = threading.RLock()
         self._idle_changed = threading.Condition(self._lock)
@@ -213,8 +227,32 @@ class DecoderPool:
         if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
             return decode_image(encoded, limits)
         order = {"say": "image", "limits": asdict(limits), "limit_s": self._image_limit_s}
-        pixels = self._decode(encoded, order, ask, partial(_check_image, limits=limits))
+        pixels, _ = self._decode(encoded, order, ask, partial(_check_image, limits=limits))
         return RGBImage.of_pixels(pixels[0])
+
+    def decode_video(
+        self,
+        encoded: bytes,
+        sampling: FrameSampling = DEFAULT_SAMPLING,
+        limits: VideoLimits = VIDEO_LIMITS,
+        ask: Ask | None = None,
+    ) -> Frames:
+        """
+        As `media.video.decode_video`, each frame of the size that `ask` wants.
+
+        Raises:
+            MediaError, PoolBrokenError, PoolClosedError: as `decode_image`.
+        """
+        if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
+            return decode_video(encoded, sampling, limits)
+        order = {
+            "say": "video",
+            "sampling": asdict(sampling),
+            "limits": asdict(limits),
+            "limit_s": self._video_limit_s,
+        }
+        check = partial(_check_clip, limits=limits)
+        return _build_frames(*self._decode(encoded, order, ask, check))
 
     @property
     def pids(self) -> frozenset[int]:
@@ -256,15 +294,12 @@ class DecoderPool:
 
     # --- one file ----------------------------------------------------------------------------------
 
-    def _decode(
-        self, encoded: bytes, order: Message, ask: Ask | None, check: Callable[[Header], None]
-    ) -> Pixels:
-        """The pixels of all frames, (num_frames, height_px, width_px, 3)."""
+    def _decode(self, encoded: bytes, order: Message, ask: Ask | None, check: Check) -> Decoded:
         while True:
             child = self._take()
             is_sound = False
             try:
-                pixels = self._talk(child, encoded, order, ask, check)
+                decoded = self._talk(child, encoded, order, ask, check)
                 is_sound = True
             except _NotBegunError:  # it had ended before it saw these bytes, or has no room
                 continue
@@ -272,7 +307,7 @@ class DecoderPool:
                 is_sound = True
                 raise answer.error from answer.error.__cause__
             else:
-                return pixels
+                return decoded
             finally:
                 if is_sound and not child.is_retired:
                     self._give(child)
@@ -281,13 +316,8 @@ class DecoderPool:
                     self._errands.put(self._fill)
 
     def _talk(
-        self,
-        child: _Child,
-        encoded: bytes,
-        order: Message,
-        ask: Ask | None,
-        check: Callable[[Header], None],
-    ) -> Pixels:
+        self, child: _Child, encoded: bytes, order: Message, ask: Ask | None, check: Check
+    ) -> Decoded:
         """
         Raises:
             _SoundError: the process answered; the error is the file's, or `ask`'s.
@@ -295,7 +325,7 @@ class DecoderPool:
             MediaError: the process is of no use any more.
         """
         source = self._find_room(child, len(encoded))
-        grant: _Grant | None = None
+        claim = _Claim()
         has_begun = False
         try:
             np.copyto(child.arena.view(source, len(encoded)), np.frombuffer(encoded, np.uint8))
@@ -306,13 +336,14 @@ class DecoderPool:
                 said = message.get("say")
                 if said == "begun":
                     has_begun = True
-                elif said == "header":
-                    grant = self._answer(child, grant, message, ask, check)
-                    child.wire.send(grant.as_message())
-                elif said == "done" and grant is not None:
-                    pixels = self._hand_over(child, grant)
-                    grant = None
-                    return pixels
+                elif said in ("work", "header"):
+                    header = _read_header(message)
+                    fit = self._decide(child, header, ask if said == "header" else None, check)
+                    shape = _shape_of(header, fit) if said == "header" else None
+                    self._extend(child, claim, header.work_bytes, shape)
+                    child.wire.send(claim.as_message(fit))
+                elif said == "done" and claim.place:
+                    return self._hand_over(child, claim, *claim.place), message
                 else:
                     raise _read_end(message)
         except BrokenWireError as error:
@@ -326,53 +357,51 @@ class DecoderPool:
         finally:
             with self._lock:
                 child.arena.free(source)
-                if grant is not None:
-                    child.arena.free(grant.start)
-                    self._settle(grant)
+                self._settle(claim)
+                if claim.place:
+                    child.arena.free(claim.place[0])
 
-    def _answer(
-        self,
-        child: _Child,
-        before: _Grant | None,
-        message: Message,
-        ask: Ask | None,
-        check: Callable[[Header], None],
-    ) -> _Grant:
-        """Say which size is wanted, and where it goes; when there is room for it."""
+    def _decide(self, child: _Child, header: Header, ask: Ask | None, check: Check) -> Fit | None:
+        """Which size is wanted. Where the answer is an error, the process is told to drop the file."""
         try:
-            header = _read_header(message)
             check(header)
-            fit = ask(header) if ask else None
-        except BrokenWireError:
-            raise
+            return ask(header) if ask else None
         except BaseException as error:
             child.wire.send({"say": "drop"})
             if child.listen().get("say") != "dropped":
                 raise
             raise _SoundError(error) from None
-        size = (fit.height_px, fit.width_px) if fit else (header.height_px, header.width_px)
-        shape = (header.num_frames, *size, 3)
-        start = self._find_room(child, _volume(shape))
-        grant = _Grant(start, shape, min(header.work_bytes, WORK_BYTES), fit)
-        if before is None:
-            self._admit(grant)
-        else:  # it turned out otherwise than the header said: the work is as admitted
-            with self._lock:
-                child.arena.free(before.start)
-                grant = replace(grant, work_bytes=before.work_bytes)
-                self._working_bytes += grant.num_bytes - before.num_bytes
-        return grant
 
-    def _hand_over(self, child: _Child, grant: _Grant) -> Pixels:
+    def _extend(
+        self, child: _Child, claim: _Claim, work_bytes: int, shape: tuple[int, ...] | None
+    ) -> None:
+        """Claim memory to work with and a place for pixels; the first time when there is room for it."""
+        if shape is not None:
+            start = self._find_room(child, _volume(shape))
+            with self._lock:
+                if claim.place:  # its size turned out to be another one
+                    child.arena.free(claim.place[0])
+                before, claim.place = claim.num_bytes, (start, shape)
+                if claim.is_admitted:
+                    self._working_bytes += claim.num_bytes - before
+        if not claim.is_admitted:
+            claim.work_bytes = min(work_bytes, WORK_BYTES)
+            self._admit(claim)
+
+    def _hand_over(
+        self, child: _Child, claim: _Claim, start: int, shape: tuple[int, ...]
+    ) -> Pixels:
         """The pixels where they are; when the last view of them goes, so does their place."""
-        pixels = child.arena.view(grant.start, _volume(grant.shape))
+        num_bytes = _volume(shape)
+        pixels = child.arena.view(start, num_bytes)
         with self._lock:
-            self._settle(grant)
-            self._held_bytes += _volume(grant.shape)
-        let_go = partial(self._let_go, child.arena, grant.start, _volume(grant.shape))
+            claim.place = None
+            self._working_bytes -= num_bytes
+            self._held_bytes += num_bytes
+        let_go = partial(self._let_go, child.arena, start, num_bytes)
         # It may run at any moment in any thread, also one that holds our lock: it only leaves word.
         finalize(pixels, self._errands.put, let_go).atexit = False
-        return pixels.reshape(grant.shape)
+        return pixels.reshape(shape)
 
     def _let_go(self, arena: Arena, start: int, num_bytes: int) -> None:
         with self._lock:
@@ -392,18 +421,19 @@ class DecoderPool:
             raise _NotBegunError
         return start
 
-    def _admit(self, grant: _Grant) -> None:
+    def _admit(self, claim: _Claim) -> None:
         """Wait for one's turn and for room. Pixels that are held never stop a decoding that is alone."""
         turn = object()
         with self._lock:
             self._turns.append(turn)
             try:
-                while not (self._turns[0] is turn and self._has_room(grant.num_bytes)):
+                while not (self._turns[0] is turn and self._has_room(claim.num_bytes)):
                     if self._is_closed:
                         raise PoolClosedError("The decoder pool was closed.")
                     self._room_changed.wait()
+                claim.is_admitted = True
                 self._num_working += 1
-                self._working_bytes += grant.num_bytes
+                self._working_bytes += claim.num_bytes
             finally:
                 self._turns.remove(turn)
                 self._room_changed.notify_all()
@@ -412,10 +442,11 @@ class DecoderPool:
         used = self._working_bytes + self._held_bytes
         return self._num_working == 0 or used + num_bytes <= self._max_bytes
 
-    def _settle(self, grant: _Grant) -> None:
-        self._num_working -= 1
-        self._working_bytes -= grant.num_bytes
-        self._room_changed.notify_all()
+    def _settle(self, claim: _Claim) -> None:
+        if claim.is_admitted:
+            self._num_working -= 1
+            self._working_bytes -= claim.num_bytes
+            self._room_changed.notify_all()
 
     # --- processes ---------------------------------------------------------------------------------
 
@@ -572,8 +603,16 @@ def _volume(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
+def _shape_of(header: Header, fit: Fit | None) -> tuple[int, ...]:
+    if fit is None:
+        return header.num_frames, header.height_px, header.width_px, 3
+    return header.num_frames, fit.height_px, fit.width_px, 3
+
+
+# A child may have been taken over: what it says is judged like a stranger's words.
+
+
 def _read_header(message: Message) -> Header:
-    """A child may have been taken over: what it says is judged like a stranger's words."""
     values: list[int] = []
     for name in ("width", "height", "work_bytes", "num_frames"):
         value = message.get(name)
@@ -583,11 +622,53 @@ def _read_header(message: Message) -> Header:
     width, height, work_bytes, num_frames = values
     if not width or not height or not num_frames:
         raise BrokenWireError
-    return Header(width, height, work_bytes, num_frames)
+    times_s = _read_numbers(message.get("times_s"), num_frames, float)
+    frame_s = _read_number(message.get("frame_s"), float)
+    return Header(width, height, work_bytes, num_frames, times_s, frame_s)
+
+
+def _read_number(given: object, kind: type[Number]) -> Number | None:
+    if given is not None and type(given) is not kind:
+        raise BrokenWireError
+    return given
+
+
+def _read_numbers(given: object, count: int, kind: type[Number]) -> tuple[Number, ...] | None:
+    if given is None:
+        return None
+    if not isinstance(given, list) or len(given) != count:
+        raise BrokenWireError
+    if any(type(value) is not kind for value in given):
+        raise BrokenWireError
+    return tuple(given)
 
 
 def _check_image(header: Header, limits: ImageLimits) -> None:
     check_size((header.width_px, header.height_px), limits)
+
+
+def _check_clip(header: Header, limits: VideoLimits) -> None:
+    frame_px = header.width_px * header.height_px
+    if (
+        header.num_frames > limits.max_frames
+        or frame_px > limits.max_pixels
+        or frame_px * header.num_frames > limits.max_kept_pixels
+    ):
+        raise VideoTooLargeError
+
+
+def _build_frames(pixels: Pixels, message: Message) -> Frames:
+    try:
+        return Frames(
+            images=tuple(RGBImage.of_pixels(frame) for frame in pixels),
+            times_s=_read_numbers(message.get("times_s"), len(pixels), float),
+            fps=_read_number(message.get("fps"), float),
+            source_num_frames=_read_number(message.get("source_num_frames"), int),
+            indices=_read_numbers(message.get("indices"), len(pixels), int),
+            num_dropped=_read_number(message.get("num_dropped"), int),
+        )
+    except BrokenWireError as error:
+        raise DecoderFailedError from error
 
 
 def _read_end(message: Message) -> Exception:

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from media.alike import drop_alike
-from media.decoded import Frames, RGBImage
+from media.decoded import Frames, Header, RGBImage
 from media.errors import (
     FramesDifferError,
     MediaError,
@@ -66,6 +66,11 @@ CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
 ANIMATION_FORMATS = ("GIF", "WEBP", "PNG")
 DEFAULT_SAMPLING = FrameSampling()
 
+# What a codec holds beside the frames that are kept, which have 4 bytes a pixel in Pillow: up to 16
+# frames to which others refer, at 1.5 bytes and up to 3, and the one that is converted.
+CODEC_BYTES_PER_PX = 56
+
+Admit = Callable[[Header], None]
 Source = TypeVar("Source")
 
 _CONTAINERS = (
@@ -81,6 +86,7 @@ def decode_video(
     encoded: bytes,
     sampling: FrameSampling = DEFAULT_SAMPLING,
     limits: VideoLimits = VIDEO_LIMITS,
+    admit: Admit | None = None,
 ) -> Frames:
     """
     Decode the wanted frames of one clip held in memory.
@@ -90,6 +96,8 @@ def decode_video(
             or an animated GIF, WebP or PNG.
         sampling: which frames; see `media.frames`.
         limits: bytes, frames and seconds are judged before decoding, pixels frame by frame.
+        admit: told what is about to be decoded, as far as the file's header says it; what it raises
+            ends the decoding.
 
     Returns:
         The frames, upright, with the times at which the container shows them. A frame that the
@@ -105,9 +113,9 @@ def decode_video(
     container = _judge(encoded, limits)
     if container is None:
         with _open_animation(encoded) as clip:
-            frames = _read_animation(clip, sampling, limits)
+            frames = _read_animation(clip, sampling, limits, admit)
     else:
-        frames = _decode_stream(encoded, container, sampling, limits)
+        frames = _decode_stream(encoded, container, sampling, limits, admit)
     return drop_alike(frames, sampling.min_change)
 
 
@@ -220,6 +228,12 @@ def gather_frames(
     return drop_alike(frames, sampling.min_change)
 
 
+def _outline(width_px: int, height_px: int, num_frames: int) -> Header:
+    """What the header says; a codec may still turn the frames, or change their size on the way."""
+    frame_px = width_px * height_px
+    return Header(width_px, height_px, frame_px * (4 * num_frames + CODEC_BYTES_PER_PX), num_frames)
+
+
 @dataclass(frozen=True, slots=True)
 class _Keep:
     """Judges how many frames, and of what size, are kept of one clip."""
@@ -291,13 +305,20 @@ def _check_boxes(encoded: bytes) -> None:
 
 
 def _decode_stream(
-    encoded: bytes, container: str, sampling: FrameSampling, limits: VideoLimits
+    encoded: bytes,
+    container: str,
+    sampling: FrameSampling,
+    limits: VideoLimits,
+    admit: Admit | None,
 ) -> Frames:
     with _open_stream(encoded, container, limits) as (source, stream):
         track = _read_track(source, stream, limits)
         wanted = [track.ticks[index] for index in _choose_indices(track, sampling)]
         keep = _Keep(limits, len(wanted))
-        keep.check(stream.codec_context.width, stream.codec_context.height)
+        size = stream.codec_context.width, stream.codec_context.height
+        keep.check(*size)
+        if admit:
+            admit(_outline(*size, len(wanted)))
         runs = _plan_runs(track, wanted, sampling)
         if track.is_timed:
             with suppress(_SeekLostError):
@@ -684,8 +705,12 @@ def _choose_of_animation(
     return indices
 
 
-def _read_animation(clip: Image.Image, sampling: FrameSampling, limits: VideoLimits) -> Frames:
+def _read_animation(
+    clip: Image.Image, sampling: FrameSampling, limits: VideoLimits, admit: Admit | None
+) -> Frames:
     indices = _choose_of_animation(clip, sampling, limits)
+    if admit:
+        admit(_outline(clip.width, clip.height, len(indices)))
     clip.seek(0)
     canvas = (0, 0, clip.width, clip.height)
     images, played_s = [], []

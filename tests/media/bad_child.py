@@ -12,13 +12,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from media.child import Birth, decode, serve
-from media.decoded import Ask, Header, RGBImage
+from media.child import Birth, Server, decode, serve
+from media.decoded import Header, RGBImage
 from media.errors import ImageUnreadableError
 from media.wire import Message
 from tests.media.files import Pixels
@@ -27,24 +27,26 @@ from tests.media.files import Pixels
 def main(birth: Birth) -> None:
     attempts = _attempts(birth)
 
-    def misbehave(message: Message, encoded: bytes, ask: Ask) -> list[RGBImage]:
+    def misbehave(
+        server: Server, message: Message, encoded: bytes
+    ) -> tuple[Sequence[RGBImage], Message]:
         match encoded[:5]:
             case b"CRASH":
                 ctypes.string_at(0)
             case b"HANG.":
                 time.sleep(3600)
             case b"HOG..":
-                ask(Header(8, 8, work_bytes=1 << 20))
-                return [RGBImage.of_pixels(_fill_memory())]
+                server.ask(Header(8, 8, work_bytes=1 << 20))
+                return [RGBImage.of_pixels(_fill_memory())], {}
             case b"LIES.":
-                ask(Header(-8, 8))
+                server.ask(Header(-8, 8))
             case b"LARGE":
-                ask(Header(1 << 20, 1 << 20))
+                server.ask(Header(1 << 20, 1 << 20))
             case b"RAISE":
                 raise RuntimeError("a bug")
             case b"TRIES":
                 raise ImageUnreadableError(json.dumps({k: _try(v) for k, v in attempts.items()}))
-        return decode(message, encoded, ask)
+        return decode(server, message, encoded)
 
     serve(birth, misbehave)
 

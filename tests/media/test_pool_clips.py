@@ -1,0 +1,85 @@
+"""Clips decoded in processes: the same frames as in threads."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from media.decoded import Fit, Frames, Header
+from media.decoder import Threads
+from media.errors import MediaError
+from media.frames import FrameSampling
+from media.pool import DecoderPool
+from media.video import decode_video
+from tests.media.files import animation, encode, picture
+
+pytest.importorskip("av")
+
+from tests.media.clips import clip, shades, turned
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecoderPool]:
+    with DecoderPool(1) as pool:
+        yield pool
+
+
+def half(header: Header) -> Fit:
+    return Fit(header.width_px // 2, header.height_px // 2)
+
+
+CLIPS: dict[str, bytes] = {
+    "GIF": animation("GIF", [(255, 0, 0), (0, 255, 0), (0, 0, 255)], duration=[100, 300, 200]),
+    "WEBP": animation("WEBP", [(255, 0, 0), (0, 255, 0)], duration=100, lossless=True),
+    "MP4": clip(shades(12)),
+    "MP4 turned": turned(clip(shades(3)), 0, 1, -1, 0),
+    "AVI": clip(shades(5), "avi", "mjpeg", pixel_format="yuvj420p"),
+    "WebM": clip(shades(5), "webm", "libvpx-vp9"),
+    "AV1": clip(shades(5), "matroska", "libsvtav1"),
+    "HEVC": clip(shades(5), "mpegts", "libx265"),
+}
+
+
+@pytest.mark.parametrize("ask", [None, half])
+@pytest.mark.parametrize("name", CLIPS)
+def test_processes_give_the_frames_that_threads_give(
+    pool: DecoderPool, name: str, ask: Callable[[Header], Fit] | None
+) -> None:
+    sampling = FrameSampling(num_frames=4, dedupe_frames=True)
+    expected = Threads().decode_video(CLIPS[name], sampling, ask=ask)
+
+    found = pool.decode_video(CLIPS[name], sampling, ask=ask)
+
+    assert np.array_equal(expected.pixels(), found.pixels())
+    facts = [field.name for field in fields(Frames) if field.name != "images"]
+    assert [getattr(expected, fact) for fact in facts] == [getattr(found, fact) for fact in facts]
+
+
+def test_bad_clips_are_refused_in_the_same_words(pool: DecoderPool) -> None:
+    pids = pool.pids
+    for encoded in (
+        b"",
+        b"no clip",
+        CLIPS["MP4"][:-200],
+        CLIPS["GIF"][:30],
+        encode(picture(), "JPEG"),
+    ):
+        with pytest.raises(MediaError) as in_thread:
+            decode_video(encoded)
+        with pytest.raises(MediaError) as in_process:
+            pool.decode_video(encoded)
+        assert type(in_thread.value) is type(in_process.value)
+        assert str(in_thread.value) == str(in_process.value)
+    assert pids == pool.pids
+
+
+def test_what_is_asked_of_a_clip_knows_its_frames_and_their_times(pool: DecoderPool) -> None:
+    asked: list[Header] = []
+
+    def note(header: Header) -> None:
+        asked.append(header)
+
+    frames = pool.decode_video(CLIPS["GIF"], ask=note)
+
+    assert [Header(8, 6, 0, 3, frames.times_s, frames.frame_s)] == asked
