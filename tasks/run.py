@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import structlog
 
-from engine.request import CompletionOutput, Result, SamplingParams
+from engine.request import CompletionOutput, ImageUsed, Result, SamplingParams
 from storage import items, jobs, served
 from storage.errors import CommitUnknownError, StorageError
 from storage.ids import ItemId, JobId, LeaseId
@@ -747,6 +747,7 @@ def _details(
     ready: Ready, result: Result, outputs: Sequence[CompletionOutput]
 ) -> Iterator[tuple[str, Any]]:
     yield "images", [asdict(image) for image in result.images]
+    yield "media", _join_sizes(ready.media, result.images)
     yield "flags", [str(flag) for flag in result.flags]
     yield "timings", _timings(result)
     if ready.num_images_given != ready.num_images_used:
@@ -773,6 +774,18 @@ def _details(
             key: value for key, value in given.items() if value != _DEFAULTS.get(key)
         }
         yield "stamp", {**stamp, "attempt": ready.item.fence.attempt}
+
+
+def _join_sizes(
+    media: Sequence[Mapping[str, Any]], images: Sequence[ImageUsed]
+) -> list[dict[str, Any]]:
+    """Where each picture and clip comes from, and how large it was; both in the prompt's order."""
+    if len(media) != len(images):  # an engine that reports no sizes
+        return [dict(one) for one in media]
+    return [
+        {**one, "width": image.width, "height": image.height}
+        for one, image in zip(media, images, strict=True)
+    ]
 
 
 def _timings(result: Result) -> dict[str, float]:
