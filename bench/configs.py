@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from engine.families import llava
 from engine.families.qwen2_vl import CLIP_MEAN, CLIP_STD
 from models.train.settings import SPECIAL_TOKENS
 
@@ -65,11 +66,30 @@ class Shape:
     max_position_embeddings: int = 32768
 
 
-SHAPES: Mapping[str, Shape] = {
+@dataclass(frozen=True, slots=True)
+class LlavaShape:
+    """The sizes of a LLaVA-1.5: a CLIP encoder before a Llama with as many KV heads as heads."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_text_ids: int
+    vision_width: int
+    vision_depth: int
+    vision_heads: int
+    image_px: int
+    max_position_embeddings: int = 4096
+
+
+SHAPES: Mapping[str, Shape | LlavaShape] = {
     "qwen2-vl-2b": Shape(1536, 8960, 28, 12, 2, 151936, 151643, True, (16, 24, 24), 32, 1280, 16),
     "qwen2-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, 151643, False, (16, 24, 24), 32, 1280, 16),
     "tiny-50m": Shape(512, 1408, 6, 8, 2, 32768, 32700, True, (8, 12, 12), 8, 384, 6),
     "tiny-1m": Shape(64, 128, 2, 4, 2, 512, 400, True, (2, 3, 3), 2, 64, 2, 8192),
+    "llava-1.5-7b": LlavaShape(4096, 11008, 32, 32, 32064, 32000, 1024, 24, 16, 336),
+    "tiny-llava": LlavaShape(64, 128, 2, 4, 512, 400, 32, 3, 2, 56),
 }
 
 
@@ -77,10 +97,15 @@ def write_model(name: str, folder: Path) -> Path:
     """Write everything but the weights of a model in SHAPES; return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[name]
-    tokenizer = build_tokenizer(shape.num_text_ids)
+    if isinstance(shape, LlavaShape):
+        tokenizer = build_llava_tokenizer(shape.num_text_ids)
+        template, files = llava.CHAT_TEMPLATE, _llava_configs(shape)
+    else:
+        tokenizer = build_tokenizer(shape.num_text_ids)
+        template, files = CHAT_TEMPLATE, _configs(shape, tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    for file, content in _configs(shape, tokenizer).items():
+    (folder / "chat_template.jinja").write_text(template)
+    for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return folder
 
@@ -114,6 +139,66 @@ def build_tokenizer(
             special_tokens=[(begins_with, tokenizer.token_to_id(begins_with))],
         )
     return tokenizer
+
+
+def build_llava_tokenizer(num_text_ids: int) -> Tokenizer:
+    """The same with the special tokens of LLaVA-1.5 at their ids; every text begins with `<s>`."""
+    return build_tokenizer(num_text_ids, first=LLAVA_FIRST, last=LLAVA_LAST, begins_with="<s>")
+
+
+def _llava_configs(shape: LlavaShape) -> dict[str, dict[str, Any]]:
+    return {
+        "config.json": {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "dtype": "bfloat16",
+            "image_token_index": shape.num_text_ids,
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "text_config": {
+                "model_type": "llama",
+                "dtype": "bfloat16",
+                "vocab_size": shape.vocab_size,
+                "hidden_size": shape.hidden_size,
+                "intermediate_size": shape.intermediate_size,
+                "num_hidden_layers": shape.num_hidden_layers,
+                "num_attention_heads": shape.num_attention_heads,
+                "num_key_value_heads": shape.num_attention_heads,
+                "max_position_embeddings": shape.max_position_embeddings,
+                "rms_norm_eps": 1e-5,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "tie_word_embeddings": False,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "dtype": "bfloat16",
+                "hidden_size": shape.vision_width,
+                "intermediate_size": 4 * shape.vision_width,
+                "num_hidden_layers": shape.vision_depth,
+                "num_attention_heads": shape.vision_heads,
+                "image_size": shape.image_px,
+                "patch_size": 14,
+            },
+        },
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False},
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": shape.image_px},
+            "crop_size": {"height": shape.image_px, "width": shape.image_px},
+            "image_mean": list(CLIP_MEAN),
+            "image_std": list(CLIP_STD),
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "model_max_length": shape.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
 
 
 def _configs(shape: Shape, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:

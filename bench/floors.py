@@ -55,14 +55,15 @@ def find_rates(device_name: str) -> Rates | None:
 def floor(config: Any, asked: Sequence[Asked], batch: int, rates: Rates, bytes_each: int) -> Floor:
     """
     Args:
-        config: a Qwen2-VL's, of transformers.
+        config: a Qwen2-VL's or LLaVA-1.5's, of transformers.
         asked: the prompts of a run.
         batch: sequences that decode together; the weights are read once for all of them.
         bytes_each: of a weight, and of a number in the KV rows.
     """
     num = len(asked)
     text = config.text_config
-    encode = sum(_encoder_flops(config.vision_config, n) for one in asked for n in one.pictures)
+    encoder_flops = _clip_flops if config.model_type == "llava" else _encoder_flops
+    encode = sum(encoder_flops(config, n) for one in asked for n in one.pictures)
     head_dim = text.hidden_size // text.num_attention_heads
     kv_width = text.num_key_value_heads * head_dim
     layer = text.hidden_size * (2 * text.hidden_size + 2 * kv_width + 3 * text.intermediate_size)
@@ -91,7 +92,25 @@ def floor(config: Any, asked: Sequence[Asked], batch: int, rates: Rates, bytes_e
     )
 
 
-def _encoder_flops(vision: Any, num_patches: int) -> float:
+def patches_a_token(config: Any) -> int:
+    """How many patches one token of a picture stands for."""
+    return 1 if config.model_type == "llava" else MERGE**2
+
+
+def _clip_flops(config: Any, num_patches: int) -> float:
+    """Of the layers that are read, with the class token, and of the projector."""
+    vision, hidden = config.vision_config, config.text_config.hidden_size
+    width, num_tokens = vision.hidden_size, num_patches + 1
+    depth = config.vision_feature_layer % (vision.num_hidden_layers + 1)
+    layer = 2 * num_tokens * (4 * width**2 + 2 * width * vision.intermediate_size)
+    attention = 4 * num_tokens**2 * width
+    projector = 2 * num_patches * (width * hidden + hidden**2)
+    embedding = 2 * num_patches * 3 * vision.patch_size**2 * width
+    return float(depth * (layer + attention) + projector + embedding)
+
+
+def _encoder_flops(config: Any, num_patches: int) -> float:
+    vision = config.vision_config
     width, hidden = vision.embed_dim, vision.hidden_size
     block = 2 * num_patches * width**2 * (4 + 2 * vision.mlp_ratio)
     attention = 4 * num_patches**2 * width

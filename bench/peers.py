@@ -7,7 +7,7 @@ by length where they differ, and its best batch size when several are tried.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,20 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    LlavaForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from bench.workloads import Prompt
 from media.images import decode_image
+
+# The model and the image processor for each type of config.
+FAMILIES: Mapping[str, tuple[Any, Any]] = {
+    "qwen2_vl": (Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil),
+    "llava": (LlavaForConditionalGeneration, CLIPImageProcessorPil),
+}
 
 
 class Transformers:
@@ -37,10 +45,10 @@ class Transformers:
     ) -> None:
         self._device = device
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self._images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        model_class, processor_class = FAMILIES[config.model_type]
+        self._images = processor_class.from_pretrained(folder)
         if is_dummy:
-            model_class: Any = Qwen2VLForConditionalGeneration
-            config = AutoConfig.from_pretrained(folder)
             for part in (config, config.text_config, config.vision_config):
                 part.dtype = dtype
             with device:
@@ -48,10 +56,11 @@ class Transformers:
                     config, dtype=dtype, attn_implementation="sdpa"
                 )
         else:
-            self._model = Qwen2VLForConditionalGeneration.from_pretrained(
+            self._model = model_class.from_pretrained(
                 folder, dtype=dtype, attn_implementation="sdpa"
             )
         self._model.to(device).eval()
+        self._has_grids = config.model_type == "qwen2_vl"
         self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
@@ -68,7 +77,8 @@ class Transformers:
     @torch.inference_mode()
     def _run_batch(self, prompts: Sequence[Prompt]) -> list[str]:
         inputs = self._inputs(prompts)
-        self._model.model.rope_deltas = None  # the batch before left its own
+        if self._has_grids:
+            self._model.model.rope_deltas = None  # the batch before left its own
         most = max(prompt.line.max_tokens for prompt in prompts)
         made = self._model.generate(
             **inputs,
@@ -84,7 +94,7 @@ class Transformers:
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         cut = list(self._pool.map(self._cut, [p for one in prompts for p in one.pictures]))
-        counts = iter([int(grid.prod()) // 4 for _, grid in cut])
+        counts = iter([count for _, _, count in cut])
         image_id = self._model.config.image_token_id
         rows = []
         for prompt in prompts:
@@ -107,19 +117,25 @@ class Transformers:
         pad = self._tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in rows])
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows])
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "mm_token_type_ids": (input_ids == image_id).int(),
-        }
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
         if cut:
-            inputs["pixel_values"] = torch.cat([pixels for pixels, _ in cut])
-            inputs["image_grid_thw"] = torch.cat([grid for _, grid in cut])
+            inputs["pixel_values"] = torch.cat([pixels for pixels, _, _ in cut])
+        if self._has_grids:
+            inputs["mm_token_type_ids"] = (input_ids == image_id).int()
+            if cut:
+                inputs["image_grid_thw"] = torch.cat([grid for _, grid, _ in cut])
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
-    def _cut(self, jpeg: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cut(self, jpeg: bytes) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Pixels, their grid, and the number of tokens."""
         made = self._images([decode_image(jpeg).image], return_tensors="pt")
-        return made["pixel_values"], made["image_grid_thw"]
+        pixels = made["pixel_values"]
+        if self._has_grids:
+            grid = made["image_grid_thw"]
+            return pixels, grid, int(grid.prod()) // 4
+        patch_px = self._model.config.vision_config.patch_size
+        num_tokens = (pixels.shape[-2] // patch_px) * (pixels.shape[-1] // patch_px)
+        return pixels, torch.empty(0), num_tokens
 
 
 def run_best(

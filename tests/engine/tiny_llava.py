@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from bench.configs import LLAVA_FIRST, LLAVA_LAST, build_tokenizer
+from bench.configs import LLAVA_FIRST, build_llava_tokenizer
 from engine.families import FAMILIES
 from tests.engine.tiny import NUM_BYTES, WEIGHT_STD
 
@@ -91,8 +91,7 @@ def write_tiny_llava(folder: Path, *, seed: int = 0, changes: Changes | None = N
 def write(folder: Path, model_type: str, default: Changes, changes: Changes, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     parts = {part: {**default[part], **changes.get(part, {})} for part in default}
-    tokenizer = build_tokenizer(NUM_TEXT_IDS, first=LLAVA_FIRST, last=LLAVA_LAST, begins_with="<s>")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    build_llava_tokenizer(NUM_TEXT_IDS).save(str(folder / "tokenizer.json"))
     files: dict[str, Any] = {
         "config.json": {
             "model_type": model_type,
