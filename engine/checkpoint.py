@@ -23,9 +23,9 @@ from transformers.utils import logging as progress
 
 from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
 from engine.config import EngineConfig
-from engine.errors import BadConfig, BadSamplingParams
+from engine.errors import BadConfig, BadPrompt, BadSamplingParams
 from engine.families import FAMILIES, Entry, find_entry
-from engine.families.protocol import Description, Family
+from engine.families.protocol import Description, Family, resize
 from engine.kernels.quantised import can_multiply
 from engine.request import SamplingParams
 from engine.swaps import fuse
@@ -87,7 +87,9 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         "tokenizer",
         engine,
         lambda: AutoTokenizer.from_pretrained(
-            _get_folder(engine, engine.tokenizer) if engine.tokenizer else folder, **options
+            _get_folder(engine, engine.tokenizer) if engine.tokenizer else folder,
+            # Where the config's class is ours, its folder may name code for it, which nobody needs.
+            **({**options, "config": config} if entry.config else options),
         ),
     )
     if not tokenizer.is_fast:
@@ -101,7 +103,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     clips = _read_json(engine, folder / "video_preprocessor_config.json") or together.pop(
         "video_processor", None
     )
-    if pictures is None and "vision_config" in written:
+    if pictures is None and not {"vision_config", "img_processor"}.isdisjoint(written):
         raise BadConfig("The model has no preprocessor_config.json, so its pictures have no size.")
     description = Description(config, tokenizer, pictures or {}, clips or {}, together)
     family = _read(
@@ -109,6 +111,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         engine,
         lambda: _build_family(entry, description),
     )
+    _check_sizes(family, engine)
     for token, token_id in (
         (family.image_placeholder, family.image_token_id),
         (family.video_placeholder, family.video_token_id),
@@ -156,6 +159,15 @@ def _build_family(entry: Entry, description: Description) -> Family:
         if token_id is not None and not (isinstance(token_id, int) and token is not None):
             raise ValueError("no token stands for a picture")
     return family
+
+
+def _check_sizes(family: Family, engine: EngineConfig) -> None:
+    try:
+        resize(family.image_area, engine.media.image)
+        if "video" in family.modalities:
+            resize(family.video_area, engine.media.video)
+    except BadPrompt as error:
+        raise BadConfig(f"mm_processor_kwargs: {error}") from error
 
 
 def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:

@@ -29,6 +29,7 @@ ABSENT_MODALITIES = ("audio", "vision_chunk")  # vLLM's; a limit of 0 for them a
 AREA_KEYS = ("min_pixels", "max_pixels")
 KEEP_ALL = -1  # vLLM's num_frames for every frame of a clip
 SAMPLING_KEYS = ("num_frames", "fps", "start_s", "end_s", "keyframes", "dedupe_frames")
+CROP_KEYS = ("num_crops",)  # of pictures, where a model cuts them into tiles
 EDGES: Mapping[Any, str] = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
 # Words of vLLM's constructor that have no use here: accepted, and said once in the log.
@@ -95,7 +96,8 @@ class MediaOptions:
     How media are sized and sampled, as one level says: the engine, a call, a request.
 
     Attributes:
-        image, video: `min_pixels` and `max_pixels` of pictures, and of the frames of clips.
+        image, video: `min_pixels` and `max_pixels` of pictures, and of the frames of clips; or
+            `num_crops` of pictures. A model takes the one or the other.
         sampling: of encoded clips, the fields of `media.frames.FrameSampling` that were given;
             `num_frames` of None keeps all.
     """
@@ -283,18 +285,19 @@ def parse_processor_kwargs(
     Raises:
         BadConfig: another key, which would otherwise be dropped in silence; or a value that cannot be.
     """
-    known = {"images_kwargs": AREA_KEYS, "videos_kwargs": (*AREA_KEYS, *SAMPLING_KEYS)}
+    of_images, of_videos = (*AREA_KEYS, *CROP_KEYS), (*AREA_KEYS, *SAMPLING_KEYS)
+    known = {"images_kwargs": of_images, "videos_kwargs": of_videos}
     scopes: dict[str, dict[str, Any]] = {scope: {} for scope in known}
     unscoped: dict[str, Any] = {}
     for key, value in _items(name, given):
         if key in known:
             scopes[key] = _read_options(f"{name}[{key!r}]", value, known[key])
         else:
-            unscoped |= _read_options(name, {key: value}, (*AREA_KEYS, *SAMPLING_KEYS))
+            unscoped |= _read_options(name, {key: value}, (*of_videos, *CROP_KEYS))
     image = {**unscoped, **scopes["images_kwargs"]}
     video = {**unscoped, **scopes["videos_kwargs"]}
     return MediaOptions(
-        image={key: image[key] for key in AREA_KEYS if key in image},
+        image={key: image[key] for key in of_images if key in image},
         video={key: video[key] for key in AREA_KEYS if key in video},
         sampling=_checked_sampling(
             name, {key: video[key] for key in SAMPLING_KEYS if key in video}

@@ -382,6 +382,26 @@ class PlaceholderMismatch(RequestError):
         )
 
 
+class PlaceholderOrder(RequestError):
+    """
+    The placeholders of a prompt carry numbers, and these are not 1, 2, 3 and so on, in order.
+
+    Args:
+        numbers: as they stand in the prompt.
+        first, second: how the model writes the first two.
+    """
+
+    code = "placeholder_mismatch"
+    param = "prompt"
+
+    def __init__(self, *, numbers: Sequence[int], first: str, second: str) -> None:
+        listed = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
+        super().__init__(
+            f"This prompt numbers its images {listed}. Number them in order from 1, each once: "
+            f"`{first}`, `{second}` and so on; or use chat, which places them itself."
+        )
+
+
 class UnsupportedModality(RequestError):
     """
     `multi_modal_data` has a key that is no modality of ours.

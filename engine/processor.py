@@ -39,7 +39,14 @@ from engine.errors import (
     TooManyVideos,
     UnsupportedModality,
 )
-from engine.families.protocol import AreaLimits, ImageTooNarrowError, Plan, Visual
+from engine.families.protocol import (
+    AreaLimits,
+    ImageTooNarrowError,
+    Plan,
+    Sizing,
+    Visual,
+    resize,
+)
 from engine.inputs import (
     Clip,
     Embeddings,
@@ -98,7 +105,7 @@ class Prepared:
     A request, ready to run.
 
     Attributes:
-        prompt: its text as the tokenizer saw it; None where it came as token ids.
+        prompt: its text, as given or as the template wrote it; None where it came as token ids.
         token_ids: with all ids of each picture in the place of its placeholder.
         positions: (num_axes, num_tokens), int64. rope_delta: see `Family.positions`.
         media: the pictures and clips in order.
@@ -152,7 +159,7 @@ class _Ready:
     content: Visual | Tensor | None
     plan: Plan
     kind: MediaKind
-    area: AreaLimits | None = None
+    area: Sizing | None = None
     width_px: int = 0
     height_px: int = 0
     frames: _FramesTaken | None = None
@@ -180,8 +187,10 @@ class Processor:
         self._tokenizer = checkpoint.tokenizer
         self._vocab_size: int = checkpoint.family.text_config.vocab_size
         self._template = engine.chat_template
-        self._image_area = _area(self._family.image_area, engine.media.image)
-        self._video_area = _area(self._family.video_area, engine.media.video)
+        self._image_area = resize(self._family.image_area, engine.media.image)
+        self._video_area: Sizing | None = None
+        if "video" in self._family.modalities:  # min_pixels of no kind is for pictures too
+            self._video_area = resize(self._family.video_area, engine.media.video)
         self._sampling = engine.media.sampling
         # Copies of the tokenizer's core: transformers' own calls change its state, threads share it.
         core = checkpoint.tokenizer.backend_tokenizer.to_str()
@@ -199,6 +208,9 @@ class Processor:
             token.content: token_id
             for token_id, token in checkpoint.tokenizer.added_tokens_decoder.items()
         }
+        added = list(checkpoint.tokenizer.added_tokens_decoder.values())
+        self._eats_behind = {token.content for token in added if token.rstrip}
+        self._eats_before = {token.content for token in added if token.lstrip}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._templates_taking_parts: dict[str, bool] = {}
@@ -224,10 +236,11 @@ class Processor:
         if num_text_tokens > self._max_model_len:  # whatever the pictures are
             raise PromptTooLong(max_model_len=self._max_model_len, num_text_tokens=num_text_tokens)
         options = media_options(request)
+        sizing = resize(self._image_area, options.image)  # checked also where there is no picture
         ready = []
         for index, picture in enumerate(pictures):
             with _naming("image", index, len(pictures)):
-                ready.append(self._ready_picture(index, picture, options))
+                ready.append(self._ready_picture(index, picture, sizing))
         ready_clips = []
         for index, clip in enumerate(clips):
             with _naming("video", index, len(clips)):
@@ -279,8 +292,8 @@ class Processor:
         pictures, clips = parse_media(request.multi_modal_data)
         prompt = request.prompt
         if isinstance(prompt, str):
-            prompt = self._family.read_text(_checked_text(prompt))
-            ids: list[int] = self._encoder.encode(prompt).ids
+            text = self._family.read_prompt(_checked_text(prompt))
+            ids: list[int] = self._encoder.encode(text).ids
             return prompt, ids, pictures, clips
         token_ids = find_token_ids(prompt)
         if token_ids is None:
@@ -391,6 +404,9 @@ class Processor:
             piece if user is not None else self._family.read_text(piece)
             for piece, user in zip(pieces, typed, strict=True)
         ]
+        start = self._family.chat_start
+        if not pieces[0].startswith(start):
+            pieces[0] = start + pieces[0]
         text, own_specials = "", []
         for piece, user in zip(pieces, typed, strict=True):
             if user is None:
@@ -449,18 +465,24 @@ class Processor:
         them all is plain, whoever wrote it.
         """
         ids: list[int] = []
-        plain = ""
+        plain, before = "", ""
         for piece, user in zip(pieces, typed, strict=True):
             if user is not None:
                 plain += user
                 continue
             end = 0
             for match in self._special.finditer(piece):
-                ids += self._encode_plain(plain + piece[end : match.start()])
+                plain += piece[end : match.start()]
+                ids += self._encode_plain(self._without_eaten(before, plain, match[0]))
                 ids.append(self._special_ids[match[0]])
-                plain, end = "", match.end()
+                plain, before, end = "", match[0], match.end()
             plain += piece[end:]
-        return ids + self._encode_plain(plain)
+        return ids + self._encode_plain(self._without_eaten(before, plain, ""))
+
+    def _without_eaten(self, before: str, plain: str, after: str) -> str:
+        """A text between two special tokens, less the space that these take along."""
+        plain = plain.lstrip() if before in self._eats_behind else plain
+        return plain.rstrip() if after in self._eats_before else plain
 
     def _encode_plain(self, text: str) -> list[int]:
         ids: list[int] = self._plain_encoder.encode(text, add_special_tokens=False).ids
@@ -481,8 +503,9 @@ class Processor:
     def _check_counts(self, ids: Sequence[int], num_pictures: int, num_clips: int) -> None:
         self._check_limits(num_pictures, num_clips)
         family = self._family
+        image_placeholder = family.image_written or family.image_placeholder
         for given, token_id, placeholder, modality in (
-            (num_pictures, family.image_token_id, family.image_placeholder, "image"),
+            (num_pictures, family.image_token_id, image_placeholder, "image"),
             (num_clips, family.video_token_id, family.video_placeholder, "video"),
         ):
             found = 0 if token_id is None else ids.count(token_id)
@@ -496,14 +519,13 @@ class Processor:
                 )
 
     def _ready_picture(
-        self, index: int, picture: Picture | Embeddings, options: MediaOptions
+        self, index: int, picture: Picture | Embeddings, limits: Sizing | None
     ) -> _Ready:
         if isinstance(picture, Embeddings):
             return self._ready_embeddings(picture)
-        limits = _area(self._image_area, options.image)
         if picture.is_low and limits is not None:
-            limits = AreaLimits(limits.min_pixels, limits.min_pixels)
-        limits = _area(limits, picture.area)
+            limits = limits.smallest
+        limits = resize(limits, picture.area)
         source = fetch(picture.source)
         with self._cores:
             image = read_picture(source)
@@ -511,13 +533,15 @@ class Processor:
             try:
                 plan = self._family.plan_picture(*size, limits)
             except ImageTooNarrowError as error:
-                raise ImageTooNarrow(width=size[0], height=size[1], index=index) from error
+                raise ImageTooNarrow(
+                    width=size[0], height=size[1], max_ratio=error.max_ratio, index=index
+                ) from error
             fits = plan.num_tokens < self._max_model_len
             visual = self._family.cut_picture(image.image, plan) if fits else None
         return _Ready(visual, plan, MediaKind.IMAGE, limits, *size)
 
     def _ready_clip(self, clip: Clip, options: MediaOptions) -> _Ready:
-        limits = _area(_area(self._video_area, options.video), clip.area)
+        limits = resize(resize(self._video_area, options.video), clip.area)
         source = fetch(clip.source)
         with self._cores:
             frames = read_clip(source, clip.sampling, {**self._sampling, **options.sampling})
@@ -611,7 +635,7 @@ class Processor:
 
     def _plan_within(self, item: _Ready, max_pixels: int) -> Plan:
         """The plan of a picture or clip if it were no larger; its own where it has no size."""
-        if item.area is None:
+        if not isinstance(item.area, AreaLimits):
             return item.plan
         size = item.width_px, item.height_px
         area = AreaLimits(min(item.area.min_pixels, max_pixels), max_pixels)
@@ -696,29 +720,6 @@ def _checked_text(text: str) -> str:
             "holds half of a surrogate pair", remedy="Give text that can be written as UTF-8"
         ) from error
     return text
-
-
-def _area(default: AreaLimits | None, given: Mapping[str, int]) -> AreaLimits | None:
-    """The smaller bound gives way where a request moves only one of the two past the other."""
-    if default is None:
-        if given:
-            raise BadPrompt(
-                "is not for this model, which sees every picture at a size of its own",
-                where=next(iter(given)),
-                remedy="Leave it out",
-            )
-        return None
-    smallest = given.get("min_pixels", default.min_pixels)
-    largest = given.get("max_pixels", default.max_pixels)
-    if smallest > largest:
-        if "min_pixels" in given and "max_pixels" in given:
-            raise BadPrompt(
-                f"is {smallest}, over max_pixels={largest}",
-                where="min_pixels",
-                remedy="Give a min_pixels of at most max_pixels",
-            )
-        smallest = largest = given.get("max_pixels", smallest)
-    return AreaLimits(smallest, largest)
 
 
 def _report(media: Sequence[_Ready]) -> tuple[ImageUsed, ...]:

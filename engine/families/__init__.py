@@ -49,6 +49,11 @@ class Entry:
 # By the `model_type` of a config.json; "type/vision type" goes first where one type has several encoders.
 FAMILIES: Mapping[str, Entry] = {
     "llava": Entry("engine.families.llava:Llava", "transformers:LlavaForConditionalGeneration"),
+    "phi3_v": Entry(
+        "engine.families.phi3_v:Phi3V",
+        "engine.families.phi3_v_model:Phi3VForCausalLM",
+        "engine.families.phi3_v_model:Phi3VConfig",
+    ),
     "qwen2_vl": Entry(
         "engine.families.qwen2_vl:Qwen2VL", "transformers:Qwen2VLForConditionalGeneration"
     ),

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.errors import BadEmbeddings
+from engine.errors import BadEmbeddings, BadPrompt
 from engine.kv import KVShape
 from engine.repeats import Repeats
 
@@ -41,9 +41,21 @@ logger = logging.getLogger(__name__)
 Pixels = npt.NDArray[np.uint8]
 Positions = npt.NDArray[np.int64]
 
+MAX_TILES = 256  # that a request may ask for: far over what models were trained with
+
 
 class ImageTooNarrowError(ValueError):
-    """One side is so much longer than the other that no plan is made. The client's fault."""
+    """
+    One side is so much longer than the other that no plan is made. The client's fault.
+
+    Args:
+        size: of the picture, for whoever debugs.
+        max_ratio: the longest side over the shortest, at most.
+    """
+
+    def __init__(self, size: str, max_ratio: int = 200) -> None:
+        super().__init__(size)
+        self.max_ratio = max_ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,91 @@ class AreaLimits:
 
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
+
+    @property
+    def smallest(self) -> "AreaLimits":
+        """What `detail: "low"` means."""
+        return AreaLimits(self.min_pixels, self.min_pixels)
+
+    def changed(self, given: Mapping[str, int]) -> "AreaLimits":
+        """
+        The smaller bound gives way where a request moves only one of the two past the other.
+
+        Raises:
+            BadPrompt: a word that is not for this model, or both bounds, crossed.
+        """
+        _refuse_others(given, ("min_pixels", "max_pixels"))
+        smallest = given.get("min_pixels", self.min_pixels)
+        largest = given.get("max_pixels", self.max_pixels)
+        if smallest > largest:
+            if "min_pixels" in given and "max_pixels" in given:
+                raise BadPrompt(
+                    f"is {smallest}, over max_pixels={largest}",
+                    where="min_pixels",
+                    remedy="Give a min_pixels of at most max_pixels",
+                )
+            smallest = largest = given.get("max_pixels", smallest)
+        return AreaLimits(smallest, largest)
+
+
+@dataclass(frozen=True, slots=True)
+class TileLimit:
+    """How many tiles of a fixed size a picture may become."""
+
+    num_crops: int
+
+    @property
+    def smallest(self) -> "TileLimit":
+        """What `detail: "low"` means."""
+        return TileLimit(1)
+
+    def changed(self, given: Mapping[str, int]) -> "TileLimit":
+        """
+        Raises:
+            BadPrompt: a word that is not for this model, or more than MAX_TILES.
+        """
+        _refuse_others(given, ("num_crops",))
+        num_crops = given.get("num_crops", self.num_crops)
+        if num_crops > MAX_TILES:
+            raise BadPrompt(
+                f"is {num_crops}", where="num_crops", remedy=f"Give {MAX_TILES} at most"
+            )
+        return TileLimit(num_crops)
+
+
+Sizing = AreaLimits | TileLimit
+
+
+def resize(sizing: Sizing | None, given: Mapping[str, int]) -> Sizing | None:
+    """
+    How pictures or clips are sized, once a request has said what it wants changed.
+
+    Args:
+        sizing: None where a picture's size is not to choose.
+        given: the words of `mm_processor_kwargs` and of parts, with whole numbers over 0.
+
+    Raises:
+        BadPrompt: as `changed`, or anything given where nothing is to choose.
+    """
+    if sizing is None:
+        _refuse_others(given, ())
+        return None
+    return sizing.changed(given)
+
+
+def _refuse_others(given: Mapping[str, int], known: Sequence[str]) -> None:
+    unknown = next((word for word in given if word not in known), None)
+    if unknown is None:
+        return
+    if not known:
+        raise BadPrompt(
+            "is not for this model, which sees every picture at a size of its own",
+            where=unknown,
+            remedy="Leave it out",
+        )
+    raise BadPrompt(
+        "is not for this model", where=unknown, remedy=f"Use {' and '.join(known)}, or leave it out"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +254,10 @@ class Family:
     Attributes:
         image_placeholder, image_token_id: how a prompt says that a picture stands here, as a token of
             the tokenizer; None where the model sees none. The same for clips.
+        image_written: how a prompt writes the first one, where that is no token; for errors.
         image_slot, video_slot: as its chat template writes one, for templates that take only text.
         chat_template: for checkpoints that bring none; None where there is no usual one.
+        chat_start: what stands before a conversation, where its template does not write it.
         num_axes: of positions.
         hidden_size: of the text model. feature_size: of a row of features.
         image_area, video_area: limits of the checkpoint; None where a picture's size is not to choose.
@@ -170,13 +269,15 @@ class Family:
 
     image_placeholder: str | None = None
     video_placeholder: str | None = None
+    image_written: str | None = None
     image_slot = video_slot = ""
     chat_template: str | None = None
+    chat_start = ""
     image_token_id: int | None = None
     video_token_id: int | None = None
     num_axes = 1
-    image_area: AreaLimits | None = None
-    video_area: AreaLimits | None = None
+    image_area: Sizing | None = None
+    video_area: Sizing | None = None
     pixels_a_token = 0
 
     text: Any  # transformers' modules
@@ -211,10 +312,19 @@ class Family:
         """A prompt's text, or what a template wrote, with each placeholder as its one token."""
         return text
 
-    def plan_picture(self, width_px: int, height_px: int, area: AreaLimits | None) -> Plan:
+    def read_prompt(self, text: str) -> str:
+        """
+        `read_text` for a whole prompt that a caller wrote.
+
+        Raises:
+            PlaceholderOrder: placeholders that are numbered wrongly.
+        """
+        return self.read_text(text)
+
+    def plan_picture(self, width_px: int, height_px: int, area: Any) -> Plan:
         """
         Args:
-            area: `image_area`, or what a request has in its place.
+            area: `image_area`, or what a request has in its place, of the same kind.
 
         Raises:
             ImageTooNarrowError: the family takes no picture of this form.
@@ -228,7 +338,7 @@ class Family:
         num_frames: int,
         times_s: Sequence[float] | None,
         frame_s: float | None,
-        area: AreaLimits | None,
+        area: Any,
     ) -> Plan:
         """
         The same for a clip.

@@ -630,7 +630,7 @@ def test_picture_does_not_take_the_place_of_a_clip(llm: LLM) -> None:
         (
             {"prompt": "x", "mm_processor_kwargs": {"num_crops": 4}},
             "bad_prompt",
-            "mm_processor_kwargs",
+            "num_crops is not for this model. Use min_pixels and max_pixels, or leave it out.",
         ),
         ({"prompt": "x", "mm_processor_kwargs": 4}, "bad_prompt", "mm_processor_kwargs"),
         (
