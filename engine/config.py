@@ -141,6 +141,8 @@ class EngineConfig:
         num_media_threads: threads that decode and resample; None for the cores that are there, and at
             most 8 beside a GPU.
             Callables that fetch pictures wait in threads of their own.
+        num_media_processes: processes that decode files in the threads' place, for files of strangers:
+            they have no network and no files, and may die; 0 decodes in the threads.
         encoder_cache_bytes: memory for encoded pictures that are kept, so that many prompts about
             one picture encode it once; 0 keeps none.
         uses_graphs: whether a GPU gets each decode step as one CUDA graph; False launches it one
@@ -166,6 +168,7 @@ class EngineConfig:
     media: MediaOptions = field(default_factory=MediaOptions)
     chat_template: str | None = None
     num_media_threads: int | None = None
+    num_media_processes: int = 0
     encoder_cache_bytes: int = 256 << 20
     uses_graphs: bool = True
     quantization: str | None = None
@@ -192,11 +195,10 @@ class EngineConfig:
             "max_num_batched_tokens",
         ):
             _check_positive(name, getattr(self, name), may_be_none=True)
-        kept = self.encoder_cache_bytes
-        if isinstance(kept, bool) or not isinstance(kept, numbers.Integral) or kept < 0:
-            raise BadConfig(
-                f"encoder_cache_bytes must be a whole number of 0 or more, got {kept!r}."
-            )
+        for name in ("encoder_cache_bytes", "num_media_processes"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 0:
+                raise BadConfig(f"{name} must be a whole number of 0 or more, got {number!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise BadConfig(f"seed must be a whole number, got {self.seed!r}.")
         share = self.gpu_memory_utilization

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
-from engine.inputs import Request, may_fetch, text_of
+from engine.inputs import IN_THREAD, Request, may_fetch, text_of
 from engine.kernels.greedy import NO_TOKEN
 from engine.meter import Work
 from engine.processor import Prepared, Processor
@@ -42,6 +43,7 @@ from engine.sequence import Sequence
 from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
 from engine.text import Detokenizer, decode_token
 from engine.uploads import Download
+from media.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ NUM_PREFILLS_AHEAD = 3
 GPU_NUM_SEQS, CPU_NUM_SEQS = 512, 256  # that decode together: weights are read once for all of them
 GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16_384, 8192  # of one call
 MAX_MEDIA_THREADS = 8  # by default beside a GPU, for the same reason
+NUM_MEDIA_THREADS_BESIDE = 2  # more than there are processes that decode
 GPU_FLIGHTS = 2  # batches that a GPU may have before the tokens of the first are read
 # What a GPU that has nothing to do waits for more prompts: the first calls of a stream would be of
 # one or two pictures each, and take nearly as long as full ones.
@@ -139,10 +142,10 @@ class Engine:
         rows = plan_rows(config, checkpoint)
         self.max_num_seqs = _max_num_seqs(config, checkpoint)
         self._config = config
-        num_threads = config.num_media_threads or _num_cores()
-        if checkpoint.device.type == "cuda" and config.num_media_threads is None:
-            num_threads = min(num_threads, MAX_MEDIA_THREADS)
-        self._processor = Processor(config, checkpoint, num_threads)
+        num_threads = _num_media_threads(config, checkpoint)
+        self._decoder = _open_decoder(config)
+        weakref.finalize(self, self._decoder.close)  # who forgets to close leaves no processes
+        self._processor = Processor(config, checkpoint, self._decoder, num_threads)
         is_cuda = checkpoint.device.type == "cuda"
         max_prefill_tokens = config.max_num_batched_tokens or (
             GPU_PREFILL_TOKENS if is_cuda else CPU_PREFILL_TOKENS
@@ -782,6 +785,7 @@ class Engine:
         self._sweep()
         for pool in (self._pool, self._fetching_pool):
             pool.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
 
 
 def _let_pixels_go(ticket: _Ticket) -> None:
@@ -841,6 +845,29 @@ def _max_num_seqs(config: EngineConfig, checkpoint: Checkpoint) -> int:
 def knows_budget(config: EngineConfig, checkpoint: Checkpoint) -> bool:
     """Whether `plan_rows` can be asked before the weights are loaded."""
     return config.kv_cache_memory_bytes is not None or checkpoint.device.type == "cpu"
+
+
+def _num_media_threads(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    if config.num_media_threads is not None:
+        return config.num_media_threads
+    if (
+        config.num_media_processes
+    ):  # the threads wait for them, and a few have the next file in hand
+        return config.num_media_processes + NUM_MEDIA_THREADS_BESIDE
+    return min(
+        _num_cores(), MAX_MEDIA_THREADS if checkpoint.device.type == "cuda" else _num_cores()
+    )
+
+
+def _open_decoder(config: EngineConfig) -> Decoder:
+    if not config.num_media_processes:
+        return IN_THREAD
+    from media.pool import DecoderPool, PoolBrokenError
+
+    try:
+        return DecoderPool(config.num_media_processes)
+    except PoolBrokenError as error:
+        raise BadConfig(f"num_media_processes={config.num_media_processes}: {error}") from error
 
 
 def _num_cores() -> int:

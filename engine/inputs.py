@@ -38,7 +38,8 @@ from engine.errors import (
 from engine.families.qwen2_vl import MERGE, Grid
 from engine.request import SamplingParams
 from media import data_url, images, video
-from media.decoded import Frames, RGBImage
+from media.decoded import Ask, Frames, RGBImage
+from media.decoder import Decoder, Threads
 from media.errors import MediaError
 from media.frames import build_sampling
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS
@@ -626,16 +627,22 @@ def fetch(source: Any) -> Any:
         raise refused(error) from error
 
 
-def read_picture(source: Any) -> RGBImage:
+IN_THREAD = Threads()
+
+
+def read_picture(source: Any, decoder: Decoder = IN_THREAD, ask: Ask | None = None) -> RGBImage:
     """
     Decode one picture, whatever form it came in; a callable has been called already.
+
+    Args:
+        ask: which size is wanted; only asked where bytes are decoded.
 
     Raises:
         MediaRefused: media said no, in its own words.
         BadPrompt: a callable gave something that is no picture.
     """
     try:
-        return _as_rgb_image(source)
+        return _as_rgb_image(source, decoder, ask)
     except MediaError as error:
         raise refused(error) from error
 
@@ -645,16 +652,17 @@ def read_picture(source: Any) -> RGBImage:
 _PIL_LOCKS = [threading.Lock() for _ in range(64)]
 
 
-def _as_rgb_image(source: Any) -> RGBImage:
+def _as_rgb_image(source: Any, decoder: Decoder, ask: Ask | None = None) -> RGBImage:
     if isinstance(source, RGBImage):
         return source
     if isinstance(source, DataURL):
-        return images.decode_image(data_url.decode_data_url(source.url, IMAGE_LIMITS)[0])
+        encoded, _ = data_url.decode_data_url(source.url, IMAGE_LIMITS)
+        return decoder.decode_image(encoded, ask=ask)
     if isinstance(source, Image.Image):
         with _PIL_LOCKS[id(source) // 64 % len(_PIL_LOCKS)]:
             return images.from_pil(source)
     if isinstance(source, bytes | bytearray):
-        return images.decode_image(bytes(source))
+        return decoder.decode_image(bytes(source), ask=ask)
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
@@ -666,20 +674,27 @@ def _as_rgb_image(source: Any) -> RGBImage:
     )
 
 
-def read_clip(source: Any, own: Mapping[str, Any], inherited: Mapping[str, Any]) -> Frames:
+def read_clip(
+    source: Any,
+    own: Mapping[str, Any],
+    inherited: Mapping[str, Any],
+    decoder: Decoder = IN_THREAD,
+    ask: Ask | None = None,
+) -> Frames:
     """
     Decode one clip, whatever form it came in; a callable has been called already.
 
     Args:
         own: the sampling that its part gave; refused for frames, which are used as they are.
         inherited: the same of its request, which are for encoded clips only.
+        ask: as in `read_picture`.
 
     Raises:
         MediaRefused, BadPrompt: as `read_picture`; also frames that differ in size.
     """
     try:
         if isinstance(source, bytes | bytearray | DataURL):
-            return _decode_clip(source, {**inherited, **own})
+            return _decode_clip(source, {**inherited, **own}, decoder, ask)
         if own:
             raise BadPrompt(
                 "came as frames, which are used as they are",
@@ -698,7 +713,7 @@ def read_clip(source: Any, own: Mapping[str, Any], inherited: Mapping[str, Any])
                 where="video",
                 remedy="Give a list of frames, a 4-D array (frames, height, width, 3), or Frames",
             )
-        return Frames(tuple(_as_rgb_image(frame) for frame in source))
+        return Frames(tuple(_as_rgb_image(frame, decoder) for frame in source))
     except MediaError as error:
         raise refused(error) from error
     except EngineError:
@@ -711,14 +726,20 @@ def read_clip(source: Any, own: Mapping[str, Any], inherited: Mapping[str, Any])
         ) from error
 
 
-def _decode_clip(source: bytes | bytearray | DataURL, options: Mapping[str, Any]) -> Frames:
+def _decode_clip(
+    source: bytes | bytearray | DataURL,
+    options: Mapping[str, Any],
+    decoder: Decoder,
+    ask: Ask | None,
+) -> Frames:
     sampling = build_sampling(options)
     if not isinstance(source, DataURL):
-        return video.decode_video(bytes(source), sampling)
+        return decoder.decode_video(bytes(source), sampling, ask=ask)
     if data_url.media_type_of(source.url) == data_url.FRAMES_MEDIA_TYPE:
         frames = data_url.decode_frames_url(source.url, VIDEO_LIMITS)
-        return video.decode_jpeg_frames(frames, sampling)
-    return video.decode_video(data_url.decode_data_url(source.url, VIDEO_LIMITS)[0], sampling)
+        return video.decode_jpeg_frames(frames, sampling, decode=decoder.decode_image)
+    encoded, _ = data_url.decode_data_url(source.url, VIDEO_LIMITS)
+    return decoder.decode_video(encoded, sampling, ask=ask)
 
 
 def refused(error: MediaError) -> MediaRefused:

@@ -54,6 +54,8 @@ class LLM:
         chat_template: Jinja text, or the path of a file that holds it.
         device: "auto", "cpu" or "cuda".
         tensor_parallel_size: only 1.
+        num_media_processes: processes that decode files, for files of strangers: a file that breaks its
+            decoder then breaks nothing else. 0 decodes in threads. `close` ends them.
         encoder_cache_bytes: memory for encoded pictures, so that many prompts about one picture
             encode it once; 0 keeps none. `reset_mm_cache` empties it.
         enforce_eager: no CUDA graphs: a GPU gets each decode step one kernel at a time.
@@ -91,6 +93,7 @@ class LLM:
         chat_template: str | Path | None = None,
         tensor_parallel_size: int = 1,
         num_media_threads: int | None = None,
+        num_media_processes: int = 0,
         encoder_cache_bytes: int = 256 << 20,
         enforce_eager: bool = False,
         quantization: str | None = None,
@@ -116,6 +119,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             chat_template=_template_text(chat_template),
             num_media_threads=num_media_threads,
+            num_media_processes=num_media_processes,
             encoder_cache_bytes=encoder_cache_bytes,
             uses_graphs=not enforce_eager,
             quantization=quantization,

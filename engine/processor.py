@@ -41,6 +41,7 @@ from engine.errors import (
 )
 from engine.families.protocol import (
     AreaLimits,
+    Family,
     ImageTooNarrowError,
     Plan,
     Sizing,
@@ -48,6 +49,7 @@ from engine.families.protocol import (
     resize,
 )
 from engine.inputs import (
+    IN_THREAD,
     Clip,
     Embeddings,
     Message,
@@ -65,6 +67,8 @@ from engine.inputs import (
     unfold,
 )
 from engine.request import ImageUsed, MediaKind, SamplingParams
+from media.decoded import Fit, Header, RGBImage
+from media.decoder import Decoder
 
 MARK_START, MARK_END = "\ue000", "\ue001"  # private use: around the name of a text somebody typed
 
@@ -169,15 +173,79 @@ class _Ready:
         return None if self.frames is None else self.frames.num_frames
 
 
+class _Planning:
+    """
+    What one picture or clip becomes, known as soon as its size is: of a file, before it is decoded.
+
+    Args:
+        plan: the family's, for this picture.
+        max_tokens: one that takes as many is never cut: its prompt will be refused.
+        index: the picture's in its prompt.
+    """
+
+    header: Header
+    plan: Plan
+
+    def __init__(
+        self,
+        family: Family,
+        plan: Callable[[Header], Plan],
+        max_tokens: int,
+        index: int | None = None,
+    ) -> None:
+        self._family = family
+        self._plan = plan
+        self._max_tokens = max_tokens
+        self._index = index
+        self._is_asked = False
+
+    def ask(self, header: Header) -> Fit | None:
+        """
+        What its decoder asks.
+
+        Raises:
+            ImageTooNarrow: the family takes no picture of this form.
+        """
+        size = header.width_px, header.height_px
+        try:
+            self.header, self.plan = header, self._plan(header)
+        except ImageTooNarrowError as error:
+            raise ImageTooNarrow(
+                width=size[0], height=size[1], max_ratio=error.max_ratio, index=self._index
+            ) from error
+        self._is_asked = True
+        return self._family.fit(self.plan) if self._fits else None
+
+    def see(
+        self, images: Sequence[RGBImage], header: Header, *, is_clip: bool = False
+    ) -> Visual | None:
+        """What was decoded, as the encoder takes it; None where it is too long."""
+        if not self._is_asked:  # it was no file
+            self.ask(header)
+        return self._family.see(images, self.plan, is_clip=is_clip) if self._fits else None
+
+    @property
+    def _fits(self) -> bool:
+        return self.plan.num_tokens < self._max_tokens
+
+
 class Processor:
     """
     Args:
         engine: for the limits, areas and template that its caller chose.
         checkpoint: for everything else.
+        decoder: of files.
         num_cores: threads that decode and cut at once, however many prepare.
     """
 
-    def __init__(self, engine: EngineConfig, checkpoint: Checkpoint, num_cores: int = 1) -> None:
+    def __init__(
+        self,
+        engine: EngineConfig,
+        checkpoint: Checkpoint,
+        decoder: Decoder = IN_THREAD,
+        num_cores: int = 1,
+    ) -> None:
+        self._decoder = decoder
         self._cores = threading.BoundedSemaphore(num_cores)
         self._max_model_len = checkpoint.max_model_len
         self._defaults = checkpoint.defaults
@@ -526,35 +594,38 @@ class Processor:
         if picture.is_low and limits is not None:
             limits = limits.smallest
         limits = resize(limits, picture.area)
+
+        def plan(header: Header) -> Plan:
+            return self._family.plan_picture(header.width_px, header.height_px, limits)
+
+        planning = _Planning(self._family, plan, self._max_model_len, index)
         source = fetch(picture.source)
         with self._cores:
-            image = read_picture(source)
-            size = image.width_px, image.height_px
-            try:
-                plan = self._family.plan_picture(*size, limits)
-            except ImageTooNarrowError as error:
-                raise ImageTooNarrow(
-                    width=size[0], height=size[1], max_ratio=error.max_ratio, index=index
-                ) from error
-            fits = plan.num_tokens < self._max_model_len
-            visual = self._family.cut_picture(image.image, plan) if fits else None
-        return _Ready(visual, plan, MediaKind.IMAGE, limits, *size)
+            image = read_picture(source, self._decoder, planning.ask)
+            visual = planning.see([image], image.header)
+        header = planning.header
+        size = header.width_px, header.height_px
+        return _Ready(visual, planning.plan, MediaKind.IMAGE, limits, *size)
 
     def _ready_clip(self, clip: Clip, options: MediaOptions) -> _Ready:
         limits = resize(resize(self._video_area, options.video), clip.area)
+
+        def plan(header: Header) -> Plan:
+            return self._family.plan_clip(
+                header.width_px,
+                header.height_px,
+                header.num_frames,
+                header.times_s,
+                header.frame_s,
+                limits,
+            )
+
+        planning = _Planning(self._family, plan, self._max_model_len)
+        sampling = {**self._sampling, **options.sampling}
         source = fetch(clip.source)
         with self._cores:
-            frames = read_clip(source, clip.sampling, {**self._sampling, **options.sampling})
-            size = frames.width_px, frames.height_px
-            try:
-                plan = self._family.plan_clip(
-                    *size, frames.num_frames, frames.times_s, frames.frame_s, limits
-                )
-            except ImageTooNarrowError as error:
-                raise ImageTooNarrow(width=size[0], height=size[1]) from error
-            fits = plan.num_tokens < self._max_model_len
-            images = [image.image for image in frames.images]
-            visual = self._family.cut_clip(images, plan) if fits else None
+            frames = read_clip(source, clip.sampling, sampling, self._decoder, planning.ask)
+            visual = planning.see(frames.images, frames.header, is_clip=True)
         taken = _FramesTaken(
             frames.num_frames,
             frames.times_s,
@@ -562,7 +633,8 @@ class Processor:
             frames.indices,
             frames.num_dropped,
         )
-        return _Ready(visual, plan, MediaKind.VIDEO, limits, *size, taken)
+        size = planning.header.width_px, planning.header.height_px
+        return _Ready(visual, planning.plan, MediaKind.VIDEO, limits, *size, taken)
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:
         features = given.features

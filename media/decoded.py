@@ -85,6 +85,11 @@ class RGBImage:
         return made
 
     @property
+    def is_bare(self) -> bool:
+        """Whether it is pixels alone."""
+        return self._pixels is not None
+
+    @property
     def image(self) -> Image.Image:
         """As a Pillow image; of bare pixels a copy is made, once."""
         if self._image is None:
@@ -102,6 +107,10 @@ class RGBImage:
     def view(self) -> npt.NDArray[np.uint8]:
         """Return (height_px, width_px, 3), uint8, to be read only; bare pixels are not copied."""
         return np.asarray(self._image) if self._pixels is None else self._pixels
+
+    @property
+    def header(self) -> Header:
+        return Header(self.width_px, self.height_px)
 
     def pixels(self) -> npt.NDArray[np.uint8]:
         """Return a fresh (height_px, width_px, 3) array, uint8, that the caller may write to."""
@@ -159,6 +168,17 @@ class Frames:
     @property
     def height_px(self) -> int:
         return self.images[0].height_px
+
+    @property
+    def header(self) -> Header:
+        """What a file's header would say of these frames."""
+        return Header(
+            self.width_px,
+            self.height_px,
+            num_frames=self.num_frames,
+            times_s=self.times_s,
+            frame_s=self.frame_s,
+        )
 
     def pixels(self) -> npt.NDArray[np.uint8]:
         """Return a fresh (num_frames, height_px, width_px, 3) array, uint8."""

@@ -8,7 +8,7 @@ one's own; whoever decodes what strangers send takes processes.
 from dataclasses import replace
 from typing import Protocol
 
-from media.decoded import Ask, Fit, Frames, Header, RGBImage
+from media.decoded import Ask, Fit, Frames, RGBImage
 from media.frames import FrameSampling
 from media.images import decode_image
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
@@ -58,14 +58,7 @@ class Threads:
 
 def fit_frames(frames: Frames, ask: Ask | None) -> Frames:
     """Resample a clip's frames to the size that is wanted."""
-    header = Header(
-        frames.width_px,
-        frames.height_px,
-        num_frames=frames.num_frames,
-        times_s=frames.times_s,
-        frame_s=frames.frame_s,
-    )
-    fit = ask(header) if ask else None
+    fit = ask(frames.header) if ask else None
     if fit is None or (fit.width_px, fit.height_px) == (frames.width_px, frames.height_px):
         return frames
     return replace(frames, images=tuple(_resample(image, fit) for image in frames.images))

@@ -180,9 +180,13 @@ def decode_jpeg_frames(
     encoded_frames: Sequence[bytes],
     sampling: FrameSampling = DEFAULT_SAMPLING,
     limits: VideoLimits = VIDEO_LIMITS,
+    decode: Callable[[bytes, ImageLimits], RGBImage] = decode_image,
 ) -> Frames:
     """
     Decode a clip given as JPEG files, one a frame, without times.
+
+    Args:
+        decode: `decode_image`, or what does the same elsewhere.
 
     Raises:
         BadFrameSamplingError: `sampling` asks by seconds, which such frames do not have.
@@ -191,10 +195,10 @@ def decode_jpeg_frames(
         MediaError: as `decode_image`, for the first frame that fails.
     """
 
-    def decode(encoded: bytes, still: ImageLimits) -> RGBImage:
-        return decode_image(encoded, replace(still, formats=("JPEG",)))
+    def decode_jpeg(encoded: bytes, still: ImageLimits) -> RGBImage:
+        return decode(encoded, replace(still, formats=("JPEG",)))
 
-    return gather_frames(encoded_frames, decode, sampling, limits)
+    return gather_frames(encoded_frames, decode_jpeg, sampling, limits)
 
 
 def gather_frames(

@@ -9,7 +9,8 @@ A request's way through an adapter:
    place, and the text that the family writes between them: breaks at the ends of rows, tile names,
    moments of a clip.
 3. `cut_picture`, `cut_clip`, in a media thread: pixels as the encoder wants them, still uint8, in a
-   `Visual`: one array of equal frames, tiles or crops.
+   `Visual`: one array of equal frames, tiles or crops. A family that only resamples says so in `fit`:
+   then whoever decodes a file does that too, and nothing is cut.
 4. `positions`: of the whole prompt, `num_axes` of them, and what generated tokens add.
 5. `encode`, on the device: many visuals in one call -> (rows, feature_size) each. Features that go
    into later layers too stand behind the first `hidden_size` columns, so that caches and caller's
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from engine.errors import BadEmbeddings, BadPrompt
 from engine.kv import KVShape
 from engine.repeats import Repeats
+from media.decoded import Fit, RGBImage
 
 logger = logging.getLogger(__name__)
 
@@ -388,19 +390,51 @@ class Family:
         """
         return np.arange(num_tokens, dtype=np.int64)[None], 0
 
-    def _build(self, parts: Sequence[Image.Image], plan: Plan, *, is_clip: bool = False) -> Visual:
+    def fit(self, plan: Plan) -> Fit | None:
+        """
+        What a picture, or each frame, may be resampled to where it is decoded, so that nothing is left
+        to cut; None where `cut_picture` and `cut_clip` need it whole.
+        """
+        return None
+
+    def see(self, images: Sequence[RGBImage], plan: Plan, *, is_clip: bool = False) -> Visual:
+        """A picture or the frames of a clip, whole or as `fit` wanted it, as the encoder takes it."""
+        fit = self.fit(plan)
+        if fit is not None and all(
+            image.is_bare and (image.width_px, image.height_px) == (fit.width_px, fit.height_px)
+            for image in images
+        ):
+            return self._build([image.view() for image in images], plan, is_clip=is_clip)
+        if is_clip:
+            return self.cut_clip([image.image for image in images], plan)
+        return self.cut_picture(images[0].image, plan)
+
+    def _build(
+        self, parts: Sequence[Image.Image | Pixels], plan: Plan, *, is_clip: bool = False
+    ) -> Visual:
         """A visual of frames, tiles or crops of equal size, in memory that the device reads."""
-        width_px, height_px = parts[0].size
+        pixels = self._gather(parts)
+        key = None
+        if self.uses_keys:
+            digest = hashlib.sha256(f"{is_clip} {pixels.shape} {plan.layout!r} ".encode())
+            digest.update(pixels.numpy().data)
+            key = digest.digest()
+        return Visual(pixels, plan, is_clip, key)
+
+    def _gather(self, parts: Sequence[Image.Image | Pixels]) -> Tensor:
+        """(parts, height_px, width_px, 3); a single array that the device can read stays where it is."""
+        first = parts[0]
+        if isinstance(first, np.ndarray):
+            if len(parts) == 1 and not self._pins:
+                return torch.from_numpy(first)[None]
+            height_px, width_px, _ = first.shape
+        else:
+            width_px, height_px = first.size
         pixels = self._empty((len(parts), height_px, width_px, 3))
         on_host = pixels.numpy()
         for index, part in enumerate(parts):
             on_host[index] = np.asarray(part)
-        key = None
-        if self.uses_keys:
-            digest = hashlib.sha256(f"{is_clip} {pixels.shape} {plan.layout!r} ".encode())
-            digest.update(on_host.data)
-            key = digest.digest()
-        return Visual(pixels, plan, is_clip, key)
+        return pixels
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         """Memory of the host; where the device copies from it, in a place that stays."""

@@ -29,14 +29,17 @@ from engine.families.protocol import (
     Description,
     Family,
     ImageTooNarrowError,
+    Pixels,
     Plan,
     Rows,
     Visual,
 )
 from engine.kernels.pixels import centre
 from engine.uploads import upload
+from media.decoded import Fit
 
 PATCH_PX = 14
+RESAMPLING = Image.Resampling.BICUBIC
 MERGE = 2
 TEMPORAL = 2  # frames that share one patch in a video; a still image is its own neighbour
 TOKEN_PX = PATCH_PX * MERGE
@@ -109,7 +112,7 @@ def resample(image: Image.Image, height_px: int, width_px: int) -> Image.Image:
     """Bicubic resampling of an RGB picture; the picture itself where it already has the size."""
     if image.size == (width_px, height_px):
         return image
-    return image.resize((width_px, height_px), Image.Resampling.BICUBIC)
+    return image.resize((width_px, height_px), RESAMPLING)
 
 
 def cut_patches(pixels: npt.NDArray[np.uint8]) -> Patches:
@@ -283,13 +286,21 @@ class Qwen2VL(Family):
         of_rows = square_grid(num_rows) if grid is None else Grid(*grid)
         return Plan((Rows(self.image_token_id, num_rows),), layout=of_rows)
 
+    def fit(self, plan: Plan) -> Fit | None:
+        return Fit(plan.width_px, plan.height_px, RESAMPLING)
+
     def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
         return self._build([resample(image, plan.height_px, plan.width_px)], plan)
 
     def cut_clip(self, frames: Sequence[Image.Image], plan: Plan) -> Visual:
-        frames = [*frames, *[frames[-1]] * (-len(frames) % TEMPORAL)]
         resampled = [resample(frame, plan.height_px, plan.width_px) for frame in frames]
         return self._build(resampled, plan, is_clip=True)
+
+    def _build(
+        self, parts: Sequence[Image.Image | Pixels], plan: Plan, *, is_clip: bool = False
+    ) -> Visual:
+        doubled = [parts[-1]] * (-len(parts) % TEMPORAL) if is_clip else []
+        return super()._build([*parts, *doubled], plan, is_clip=is_clip)
 
     def positions(
         self, num_tokens: int, media: Sequence[tuple[int, Plan]]

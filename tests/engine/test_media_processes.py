@@ -1,0 +1,132 @@
+"""Files decoded in processes: the engine answers as with threads, and a process's end is one result."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from engine import LLM, Request
+from engine.engine import Engine
+from engine.errors import BadConfig
+from media.decoder import Decoder
+from media.pool import DecoderPool
+from tests.engine.conftest import LIMITS
+from tests.engine.idle import assert_idle
+from tests.engine.pictures import CLIP, GREEDY, PICTURE, data_url, draw, draw_clip, encode
+
+
+@pytest.fixture(scope="module")
+def with_processes(tiny_folder: Path) -> Iterator[LLM]:
+    with LLM(str(tiny_folder), limit_mm_per_prompt=LIMITS, num_media_processes=1) as llm:
+        yield llm
+        assert_idle(llm.engine)
+
+
+def pool_of(engine: Engine) -> DecoderPool:
+    assert isinstance(engine._decoder, DecoderPool)
+    return engine._decoder
+
+
+def _gif(num_frames: int) -> bytes:
+    from io import BytesIO
+
+    file = BytesIO()
+    frames = draw_clip(3, num_frames)
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=100)
+    return file.getvalue()
+
+
+TURNED = Image.Exif()
+TURNED[274] = 6
+FORMS: dict[str, tuple[str, Any]] = {
+    "JPEG": ("image", encode(draw(1, 300, 200), "JPEG")),
+    "already of the right size": ("image", encode(draw(2, 84, 84))),
+    "data URL": ("image", None),
+    "several": ("image", [encode(draw(n, 90 + n, 60), "JPEG") for n in range(3)]),
+    "PIL": ("image", draw(4, 100, 70)),
+    "clip": ("video", _gif(4)),
+    "clip of odd length": ("video", _gif(3)),
+    "clip of files": ("video", [encode(draw(n)) for n in range(2)]),
+    "cut short": ("image", encode(draw(1, 300, 200), "JPEG")[:-500]),
+    "too narrow": ("image", encode(draw(1, 402, 2))),
+    "no clip": ("video", b"nothing"),
+}
+
+
+BAD = ("cut short", "too narrow", "no clip")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_answers_are_those_of_threads(llm: LLM, with_processes: LLM, name: str) -> None:
+    modality, media = FORMS[name]
+    place = PICTURE if modality == "image" else CLIP
+    if name == "data URL":
+        parts = [{"type": "image_url", "image_url": {"url": data_url(draw(5, 200, 90), "JPEG")}}]
+        request = Request(messages=[{"role": "user", "content": parts}], params=GREEDY)
+    else:
+        count = len(media) if isinstance(media, list) and modality == "image" else 1
+        request = Request(place * count, params=GREEDY, multi_modal_data={modality: media})
+
+    (expected,) = llm.stream([request])
+    (found,) = with_processes.stream([request])
+
+    assert (expected.error is not None) == (name in BAD)
+    assert expected.error == found.error
+    assert expected.images == found.images
+    if expected.error is None:
+        assert expected.outputs[0].token_ids == found.outputs[0].token_ids
+
+
+def test_pixels_of_one_picture_stay_where_the_process_put_them(with_processes: LLM) -> None:
+    processor = with_processes.engine._processor
+    request = Request(PICTURE, params=GREEDY, multi_modal_data={"image": FORMS["JPEG"][1]})
+
+    (placed,) = processor.prepare(request).media
+
+    assert not isinstance(placed.content, torch.Tensor)
+    assert pool_of(with_processes.engine).num_bytes == placed.content.pixels.numel()
+
+
+def test_nothing_is_decoded_that_will_be_refused_for_its_length(with_processes: LLM) -> None:
+    options = {"min_pixels": 10**9, "max_pixels": 10**9}
+    request = Request(
+        PICTURE,
+        params=GREEDY,
+        multi_modal_data={"image": FORMS["JPEG"][1]},
+        mm_processor_kwargs=options,
+    )
+
+    (result,) = with_processes.stream([request])
+
+    assert result.error is not None
+    assert "prompt_too_long" == result.error.code
+
+
+def test_process_that_is_killed_is_replaced_under_the_engine(with_processes: LLM) -> None:
+    request = Request(PICTURE, params=GREEDY, multi_modal_data={"image": FORMS["JPEG"][1]})
+    for pid in pool_of(with_processes.engine).pids:
+        os.kill(pid, signal.SIGKILL)
+
+    (result,) = with_processes.stream([request])
+
+    assert result.error is None
+
+
+def test_closing_the_engine_ends_its_processes(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), num_media_processes=1)
+    decoder: Decoder = llm.engine._decoder
+    assert isinstance(decoder, DecoderPool)
+
+    llm.close()
+
+    assert frozenset() == decoder.pids
+
+
+def test_number_of_processes_is_checked(tiny_folder: Path) -> None:
+    with pytest.raises(BadConfig, match="num_media_processes must be a whole number of 0 or more"):
+        LLM(str(tiny_folder), num_media_processes=-1)
