@@ -44,7 +44,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-LLAVA_FIRST, LLAVA_LAST = ("<unk>", "<s>", "</s>"), ("<image>", "<pad>")
+LLAVA_FIRST, LLAVA_LAST = ("<unk>", "<s>", "</s>"), ("<image>", "<pad>", "<video>")
 
 
 @dataclass(frozen=True, slots=True)

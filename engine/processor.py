@@ -308,7 +308,7 @@ class Processor:
         ready = []
         for index, picture in enumerate(pictures):
             with _naming("image", index, len(pictures)):
-                ready.append(self._ready_picture(index, picture, sizing))
+                ready.append(self._ready_picture(index, picture, len(pictures), sizing))
         ready_clips = []
         for index, clip in enumerate(clips):
             with _naming("video", index, len(clips)):
@@ -587,7 +587,7 @@ class Processor:
                 )
 
     def _ready_picture(
-        self, index: int, picture: Picture | Embeddings, limits: Sizing | None
+        self, index: int, picture: Picture | Embeddings, number: int, limits: Sizing | None
     ) -> _Ready:
         if isinstance(picture, Embeddings):
             return self._ready_embeddings(picture)
@@ -596,7 +596,7 @@ class Processor:
         limits = resize(limits, picture.area)
 
         def plan(header: Header) -> Plan:
-            return self._family.plan_picture(header.width_px, header.height_px, limits)
+            return self._family.plan_one_of(number, header.width_px, header.height_px, limits)
 
         planning = _Planning(self._family, plan, self._max_model_len, index)
         source = fetch(picture.source)

@@ -49,6 +49,13 @@ class Entry:
 # By the `model_type` of a config.json; "type/vision type" goes first where one type has several encoders.
 FAMILIES: Mapping[str, Entry] = {
     "llava": Entry("engine.families.llava:Llava", "transformers:LlavaForConditionalGeneration"),
+    "llava_next": Entry(
+        "engine.families.llava_next:LlavaNext", "transformers:LlavaNextForConditionalGeneration"
+    ),
+    "llava_onevision": Entry(
+        "engine.families.llava_onevision:LlavaOnevision",
+        "transformers:LlavaOnevisionForConditionalGeneration",
+    ),
     "phi3_v": Entry(
         "engine.families.phi3_v:Phi3V",
         "engine.families.phi3_v_model:Phi3VForCausalLM",

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import BadConfig
-from engine.families.protocol import AreaLimits, Description, Family, Plan, Rows, Visual
+from engine.families.protocol import Description, Family, Plan, Rows, Visual
 from engine.families.resizing import Resizing, check_aspect
 from engine.families.tiles import TileEncoder, Tower, count_patches
 
@@ -71,7 +71,7 @@ class Llava(Family):
         self._drops_first = config.vision_feature_select_strategy == "default"
         self._num_rows = num_rows - int(self._drops_first)
 
-    def plan_picture(self, width_px: int, height_px: int, area: AreaLimits | None) -> Plan:
+    def plan_picture(self, width_px: int, height_px: int, area: Any) -> Plan:
         check_aspect(width_px, height_px)
         return Plan(
             (Rows(self.image_token_id, self._num_rows),),

@@ -333,6 +333,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def plan_one_of(self, number: int, width_px: int, height_px: int, area: Any) -> Plan:
+        """`plan_picture` for one of so many pictures of a prompt; most families see each alike."""
+        return self.plan_picture(width_px, height_px, area)
+
     def plan_clip(
         self,
         width_px: int,

@@ -8,7 +8,7 @@ tests/engine/test_families.py runs the same checks for each entry. A new family 
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,34 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaNextProcessor,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from engine import Request, SamplingParams
 from engine.families import FAMILIES
 from tests.engine.pictures import draw
-from tests.engine.tiny_llava import LLAVA_OTHER, LLAVA_PADDED, write_tiny_llava
+from tests.engine.tiny_llava import (
+    LLAVA_NEXT_OTHER,
+    LLAVA_ONEVISION_OTHER,
+    LLAVA_OTHER,
+    LLAVA_PADDED,
+    write_tiny_llava,
+    write_tiny_llava_next,
+    write_tiny_llava_onevision,
+)
 
 WORDS = ("Describe.", "What is this?", "Which one is red?", "a b", "And now", "Read it aloud.")
 Pixels = npt.NDArray[np.float64]
@@ -38,6 +58,7 @@ class Case:
         write: writes a tiny checkpoint into a folder, by a seed.
         image_processor, processor: transformers' classes.
         picture, clip: how a prompt writes one; no clip where the family sees none.
+        are_nested: whether the processor is told which pictures are of one prompt.
         before, after: what stands around a prompt.
     """
 
@@ -51,7 +72,16 @@ class Case:
     before: str = "USER: "
     after: str = "\nASSISTANT:"
     max_pictures: int = 4
-    words: Mapping[str, Any] = field(default_factory=dict)  # more for the processor
+    are_nested: bool = False
+
+
+class OnevisionProcessor(LlavaOnevisionProcessor):
+    """Without the part that reads clips, which is looked up where torchvision is missing."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if argument_name == "video_processor":
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[no-untyped-call]
 
 
 CASES: Mapping[str, Case] = {
@@ -61,6 +91,33 @@ CASES: Mapping[str, Case] = {
     ),
     "llava, padded": Case(
         "llava", write_tiny_llava, LlavaImageProcessorPil, LlavaProcessor, LLAVA_PADDED
+    ),
+    "llava next": Case(
+        "llava_next", write_tiny_llava_next, LlavaNextImageProcessorPil, LlavaNextProcessor
+    ),
+    "llava next, SigLIP and Qwen2": Case(
+        "llava_next",
+        write_tiny_llava_next,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
+        LLAVA_NEXT_OTHER,
+    ),
+    "llava onevision": Case(
+        "llava_onevision",
+        write_tiny_llava_onevision,
+        LlavaOnevisionImageProcessorPil,
+        OnevisionProcessor,
+        clip="<video>\n",
+        are_nested=True,
+    ),
+    "llava onevision, all shrunk": Case(
+        "llava_onevision",
+        write_tiny_llava_onevision,
+        LlavaOnevisionImageProcessorPil,
+        OnevisionProcessor,
+        LLAVA_ONEVISION_OTHER,
+        clip="<video>\n",
+        are_nested=True,
     ),
 }
 
@@ -94,8 +151,8 @@ class Oracle:
             image_processor=self.image_processor,
             tokenizer=AutoTokenizer.from_pretrained(folder),
             **told,
-            **case.words,
         )
+        self._case = case
         model_class = FAMILIES[case.model_type].load_model_class()
         self.model = model_class.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
@@ -104,12 +161,35 @@ class Oracle:
 
     def read(self, asked: Asked) -> dict[str, Any]:
         """What the model is given."""
+        if asked.clips:
+            return self._read_clips(asked)
         media: dict[str, Any] = {}
         if asked.pictures:
-            media["images"] = list(asked.pictures)
-        if asked.clips:
-            media["videos"] = [np.stack([np.asarray(f) for f in clip]) for clip in asked.clips]
+            pictures = list(asked.pictures)
+            media["images"] = [pictures] if self._case.are_nested else pictures
         return dict(self.processor(text=[asked.prompt], return_tensors="pt", **media))
+
+    def _read_clips(self, asked: Asked) -> dict[str, Any]:
+        """
+        The same for a prompt with a clip: transformers' processors of clips need torchvision, so
+        each frame goes through the one of pictures, as one that is not cut into tiles.
+        """
+        (clip,) = asked.clips
+        size = self.image_processor.size["height"]
+        frames = [frame.resize((size, size), Image.Resampling.BICUBIC) for frame in clip]
+        made = self.image_processor([frames * 2], return_tensors="pt")  # several, or it is tiled
+        pixels = made["pixel_values"][: len(clip), 0]
+        (count,) = self.processor._get_num_multimodal_tokens(video_sizes=[(len(clip), size, size)])[
+            "num_video_tokens"
+        ]
+        assert self._case.clip is not None
+        # It refuses its own mark of a clip that it does not read: another stands in.
+        stand_in: str = self.processor.tokenizer.pad_token
+        prompt = asked.prompt.replace(self._case.clip.strip(), stand_in * count)
+        inputs = self.read(Asked("", prompt, asked.pictures, [], 1))
+        ids = inputs["input_ids"]
+        ids[ids == self.processor.tokenizer.pad_token_id] = self.model.config.video_token_id
+        return {**inputs, "pixel_values_videos": pixels[None]}
 
     @torch.inference_mode()
     def generate(self, asked: Asked) -> list[int]:

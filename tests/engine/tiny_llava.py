@@ -83,9 +83,111 @@ LLAVA_PADDED: Changes = {
 }
 
 
+LLAVA_NEXT: Changes = {
+    **LLAVA,
+    "config": {
+        **LLAVA["config"],
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    },
+    "pictures": {
+        **LLAVA["pictures"],
+        "image_processor_type": "LlavaNextImageProcessor",
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    },
+}
+# A SigLIP of patches that do not fill its picture, another text model, more resolutions.
+SIGLIP: Mapping[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 36,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 44,
+    "patch_size": 8,
+    "vision_use_head": False,
+}
+QWEN2: Mapping[str, Any] = {
+    "model_type": "qwen2",
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+GRID_44 = [[44 * rows, 44 * columns] for rows in range(1, 4) for columns in range(1, 4)]
+LLAVA_NEXT_OTHER: Changes = {
+    "text": QWEN2,
+    "vision": SIGLIP,
+    "config": {
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "image_grid_pinpoints": GRID_44,
+    },
+    "pictures": {
+        "size": {"height": 44, "width": 44},
+        "crop_size": {"height": 44, "width": 44},
+        "image_grid_pinpoints": GRID_44,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.2],
+        "resample": 2,
+    },
+    "processor": {
+        "patch_size": 8,
+        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": 0,
+    },
+}
+LLAVA_ONEVISION: Changes = {
+    "text": {**LLAMA, **QWEN2},
+    "vision": SIGLIP,
+    "config": {
+        "video_token_index": IMAGE_ID + 2,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_4",
+        "image_grid_pinpoints": GRID_44,
+    },
+    "pictures": {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": {"height": 44, "width": 44},
+        "image_grid_pinpoints": GRID_44,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.2],
+    },
+    "processor": {
+        "num_image_tokens": 25,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_4",
+    },
+}
+# Heads of 16, an even number of patches, a second layer read, everything shrunk to two tiles.
+LLAVA_ONEVISION_OTHER: Changes = {
+    "text": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "vision": {"hidden_size": 32, "num_attention_heads": 2, "image_size": 48, "patch_size": 8},
+    "config": {
+        "vision_feature_layer": [-2, -1],
+        "vision_aspect_ratio": "anyres_max_2",
+        "image_grid_pinpoints": [[48, 48], [48, 96], [96, 48], [96, 96], [144, 144]],
+    },
+    "pictures": {
+        "size": {"height": 48, "width": 48},
+        "image_grid_pinpoints": [[48, 48], [48, 96], [96, 48], [96, 96], [144, 144]],
+    },
+    "processor": {"num_image_tokens": 36, "vision_aspect_ratio": "anyres_max_2"},
+}
+
+
 def write_tiny_llava(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
     """Write a whole LLaVA-1.5 (weights, configs, tokenizer; no chat template); return its folder."""
     return write(folder, "llava", LLAVA, changes or {}, seed)
+
+
+def write_tiny_llava_next(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
+    return write(folder, "llava_next", LLAVA_NEXT, changes or {}, seed)
+
+
+def write_tiny_llava_onevision(
+    folder: Path, *, seed: int = 0, changes: Changes | None = None
+) -> Path:
+    return write(folder, "llava_onevision", LLAVA_ONEVISION, changes or {}, seed)
 
 
 def write(folder: Path, model_type: str, default: Changes, changes: Changes, seed: int) -> Path:
