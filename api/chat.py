@@ -9,7 +9,7 @@ item out of the queue.
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,13 +37,14 @@ from api.polls import read_patience_s
 from api.quotas import Quota
 from api.schemas import CHAT_ENDPOINT, MAX_MODEL_CHARS, ErrorEnvelope, check_text
 from api.services import Here, Services
-from storage import files, items, jobs
+from storage import files, items, jobs, parts
 from storage.errors import StateConflictError, StorageError
 from storage.ids import JobId
 from storage.items import Ended
+from storage.parts import Answer
 from storage.states import TERMINAL_JOB_STATES, ItemState, JobState
 from storage.tables import Job
-from tasks.lines import build_completion, build_error
+from tasks.lines import build_completion, build_error, build_parts
 
 log = structlog.get_logger()
 router = APIRouter(tags=["Chat"])
@@ -198,10 +199,10 @@ async def _wait_for_answer(
             if left_s <= 0:
                 raise TooSlowError
             await here.watcher.wait(job.id, version, min(left_s, LOOK_S))
-            now, ended = await run_in_threadpool(_read, here, job.id)
+            now, ended, answers = await run_in_threadpool(_read, here, job.id)
             if ended is not None or now.state in TERMINAL_JOB_STATES:
                 is_over = True
-                return _read_answer(now, ended)
+                return _read_answer(now, ended, answers)
             if await request.is_disconnected():
                 raise ClientDisconnect
             version = now.version
@@ -211,20 +212,23 @@ async def _wait_for_answer(
             await asyncio.shield(run_in_threadpool(_cancel, here, job))
 
 
-def _read(here: Services, job_id: JobId) -> tuple[Job, Ended | None]:
+def _read(here: Services, job_id: JobId) -> tuple[Job, Ended | None, list[Answer]]:
     with here.database.read() as session:
         job = jobs.find(session, job_id)
         assert job is not None, "jobs are not deleted"
         page = items.list_by_commit(session, job_id, limit=1)
+        found = parts.list_by_item(session, [ended.item for ended in page])
     # An item that was refused counts when the whole job is settled, as in any batch.
-    return job, page[0] if page and job.state is not JobState.VALIDATING else None
+    ended = page[0] if page and job.state is not JobState.VALIDATING else None
+    return job, ended, [answer for answers in found.values() for answer in answers]
 
 
-def _read_answer(job: Job, ended: Ended | None) -> dict[str, Any]:
+def _read_answer(job: Job, ended: Ended | None, answers: Sequence[Answer]) -> dict[str, Any]:
     if ended is None:
         raise _explain_end(job)
     if ended.state is ItemState.COMPLETED:
-        return build_completion(job.id, job.model, ended)
+        completion = build_completion(job.id, job.model, ended)
+        return {**completion, "parts": build_parts(answers)} if answers else completion
     status, body = build_error(ended.error_code or "", ended.error_message or "")
     kind = InvalidRequestError if status < 500 else FailedInternallyError
     raise kind(ended.error_message, param=body["error"]["param"], code=ended.error_code)

@@ -11,7 +11,7 @@ from api.lines import build_live_line
 from api.polls import is_current, show_etag
 from api.schemas import MAX_CUSTOM_ID_CHARS, check_text, parse_job_id
 from api.services import Here
-from storage import items, jobs
+from storage import items, jobs, parts
 from storage.states import TERMINAL_JOB_STATES, ItemState
 
 router = APIRouter(prefix="/v1/batches", tags=["Darkroom"])
@@ -59,6 +59,7 @@ def list_results(
             custom_id=custom_id,
             limit=limit + 1,
         )
+        parts_of = parts.list_by_item(session, [ended.item for ended in page[:limit]])
     has_more = len(page) > limit
     page = page[:limit]
     headers = {
@@ -69,6 +70,9 @@ def list_results(
     }
     if is_current(request, job):
         return Response(status_code=304, headers=headers)
-    lines = [orjson.dumps(build_live_line(job.id, job.model, ended)) for ended in page]
+    lines = [
+        orjson.dumps(build_live_line(job.id, job.model, ended, parts_of.get(ended.item, ())))
+        for ended in page
+    ]
     content = b"".join(line + b"\n" for line in lines)
     return Response(content, media_type="application/x-ndjson", headers=headers)

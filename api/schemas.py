@@ -115,7 +115,7 @@ class CreateBatch(BaseModel):
         min_length=1,
         description="Lines of an input file, instead of one; `method` and `url` may be left out.",
     )
-    image_policy: Literal["reject", "truncate", "sample"] = Field(
+    image_policy: Literal["reject", "truncate", "sample", "split"] = Field(
         default="reject", description="For prompts with more images than the model takes."
     )
     on_invalid: Literal["fail", "skip"] = Field(

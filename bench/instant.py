@@ -32,6 +32,13 @@ class InstantEngine:
     def defaults(self) -> SamplingParams:
         return SamplingParams(temperature=0.0)
 
+    @property
+    def max_model_len(self) -> int:
+        return 4096
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
         for prompt in prompts:
             yield self.answer(prompt)

@@ -59,6 +59,7 @@ class ImagePolicy(StrEnum):
     REJECT = "reject"
     TRUNCATE = "truncate"
     SAMPLE = "sample"
+    SPLIT = "split"
 
 
 class OnInvalid(StrEnum):

@@ -769,6 +769,10 @@ class Engine:
             trust_remote_code=self._config.trust_remote_code,
         )
 
+    def count_tokens(self, text: str) -> int:
+        """See `Processor.count_tokens`. For any thread."""
+        return self._processor.count_tokens(text)
+
     def reset_cache(self) -> None:
         """Forget the encoded pictures that were kept."""
         with self._turn():

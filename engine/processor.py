@@ -552,6 +552,10 @@ class Processor:
         plain = plain.lstrip() if before in self._eats_behind else plain
         return plain.rstrip() if after in self._eats_before else plain
 
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text of a user's is, by itself; what is no text counts as some."""
+        return len(self._encode_plain(text.encode("utf-8", "replace").decode()))
+
     def _encode_plain(self, text: str) -> list[int]:
         ids: list[int] = self._plain_encoder.encode(text, add_special_tokens=False).ids
         return ids

@@ -157,6 +157,27 @@ def count_source_frames(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> i
         return len(_read_track(source, stream, limits).ticks)
 
 
+def measure_clip(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> tuple[float, int]:
+    """
+    Measure a clip; of a container only the times are read, and no frame is decoded.
+
+    Returns:
+        Seconds until the end of the last frame, and the number of frames. A single frame has 0 seconds.
+
+    Raises:
+        MediaError: as `decode_video`. Frames that are damaged are found by decoding only.
+    """
+    container = _judge(encoded, limits)
+    if container is None:
+        with _open_animation(encoded) as clip:
+            _check_animation(clip, limits)
+            times_s = tuple(_play(clip, getattr(clip, "n_frames", 1), limits))
+    else:
+        with _open_stream(encoded, container, limits) as (source, stream):
+            times_s = _read_track(source, stream, limits).times_s
+    return estimate_span_s(times_s, len(times_s)), len(times_s)
+
+
 def _judge(encoded: bytes, limits: VideoLimits) -> str | None:
     """Return FFmpeg's name of the container, or None for an animation; raise if it is neither."""
     if len(encoded) > limits.max_bytes:
@@ -686,10 +707,9 @@ def _open_animation(encoded: bytes) -> Iterator[Image.Image]:
         raise VideoUnreadableError from error
 
 
-def _choose_of_animation(
-    clip: Image.Image, sampling: FrameSampling, limits: VideoLimits
-) -> tuple[int, ...]:
-    num_source = getattr(clip, "n_frames", 1)
+def _check_animation(clip: Image.Image, limits: VideoLimits) -> int:
+    """The number of its frames; raises where they are too many to be drawn."""
+    num_source: int = getattr(clip, "n_frames", 1)
     if (
         num_source > limits.max_source_frames
         or num_source * clip.width * clip.height > limits.max_animation_pixels
@@ -698,6 +718,13 @@ def _choose_of_animation(
             f"The animation has {num_source} frames of {clip.width}x{clip.height}, more than one "
             "may have. Cut it or scale it down, or send it as MP4."
         )
+    return num_source
+
+
+def _choose_of_animation(
+    clip: Image.Image, sampling: FrameSampling, limits: VideoLimits
+) -> tuple[int, ...]:
+    num_source = _check_animation(clip, limits)
     if sampling.needs_times:
         times_s = tuple(_play(clip, num_source, limits))
         if times_s[-1] > limits.max_duration_s:

@@ -18,8 +18,9 @@ from uuid import UUID
 from engine.config import AREA_KEYS, SAMPLING_KEYS, parse_part_options
 from engine.errors import BadConfig, BadSamplingParams, TooManyImages, TooManyVideos
 from engine.request import SamplingParams
-from media.errors import BadUrlError
+from media.errors import BadSegmentsError, BadUrlError
 from media.s3_url import is_s3_url, parse_s3_url
+from media.segments import Cut
 from storage.ids import FileId
 from tasks.config import MediaLimits
 from tasks.errors import BadLineError
@@ -28,6 +29,9 @@ METHOD: Final = "POST"
 CHAT_ENDPOINT: Final = "/v1/chat/completions"
 MAX_CUSTOM_ID_CHARS: Final = 256
 MAX_DEPTH: Final = 32
+MAX_SPLIT_IMAGES: Final = 256
+"""Of one item with the policy `split`: they are all held until the last of them was looked at."""
+
 MAX_INTEGER: Final = 2**64
 
 _LINE_KEYS: Final = frozenset({"custom_id", "method", "url", "body"})
@@ -95,7 +99,7 @@ _PART_KEYS: Final[Mapping[str, frozenset[str]]] = {
     "text": frozenset({"text"}),
     "image_url": frozenset({"image_url", "uuid", *AREA_KEYS}),
     "image_file": frozenset({"image_file", "uuid", *AREA_KEYS}),
-    "video_url": frozenset({"video_url", "uuid", *PART_OPTIONS}),
+    "video_url": frozenset({"video_url", "uuid", "segments", *PART_OPTIONS}),
 }
 IMAGE_PARTS: Final = frozenset({"image_url", "image_file"})
 
@@ -106,6 +110,7 @@ class ImagePolicy(StrEnum):
     REJECT = "reject"
     TRUNCATE = "truncate"
     SAMPLE = "sample"
+    SPLIT = "split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,11 +296,12 @@ def check_body(
         raise BadLineError(
             "invalid_messages", "messages must be a list of at least one.", param="messages"
         )
-    num_images = num_videos = 0
+    num_images = num_videos = num_cut = 0
     for index, message in enumerate(messages):
         for part in _check_message(message, f"messages[{index}]"):
             num_images += part["type"] in IMAGE_PARTS
             num_videos += part["type"] == "video_url"
+            num_cut += part.get("segments") is not None
             scheme = read_source(part)[:8].partition("://")[0].lower()
             if scheme in _OPENED_WITH and scheme not in opened:
                 raise _bad_address(
@@ -303,19 +309,44 @@ def check_body(
                     f"{scheme}:// is not read here. Upload the file, or ask the operator to set "
                     f"{_OPENED_WITH[scheme]}.",
                 )
-    if num_images > limits.image and policy is ImagePolicy.REJECT:
+    is_over = num_images > limits.image
+    # Asked in groups; with segments there is one prompt for each of these, and all images in it.
+    is_shared_out = policy is ImagePolicy.SPLIT and is_over and limits.image > 0 and not num_cut
+    may_leave_out = policy in (ImagePolicy.TRUNCATE, ImagePolicy.SAMPLE)
+    if is_over and not (is_shared_out or may_leave_out):
         raise BadLineError(
             TooManyImages.code,
             str(TooManyImages(limit=limits.image, given=num_images)),
             param="messages",
         )
+    if num_cut and num_videos > 1:
+        raise _bad_messages("messages", "may hold no other video beside one with segments")
+    _check_split(sampling, num_cut > 0, num_images if is_shared_out else 0)
     if num_videos > limits.video:
         raise BadLineError(
             TooManyVideos.code,
             str(TooManyVideos(limit=limits.video, given=num_videos)),
             param="messages",
         )
-    return Body(model, messages, sampling, policy, min(num_images, limits.image), num_videos)
+    num_used = num_images if is_shared_out else min(num_images, limits.image)
+    return Body(model, messages, sampling, policy, num_used, num_videos)
+
+
+def _check_split(sampling: Mapping[str, Any], has_segments: bool, num_images: int) -> None:
+    """Refuse what cannot be asked in parts: a clip with segments, or so many images in groups."""
+    if num_images > MAX_SPLIT_IMAGES:
+        raise BadLineError(
+            TooManyImages.code,
+            f"image_policy=split takes at most {MAX_SPLIT_IMAGES} images in one prompt, and this one has "
+            f"{num_images}. Hand them in as several lines.",
+            param="messages",
+        )
+    if (has_segments or num_images) and sampling.get("n", 1) != 1:
+        raise BadLineError(
+            "unsupported_parameter",
+            "n must be 1 for a prompt that is asked in parts: they are joined into one text.",
+            param="n",
+        )
 
 
 def _read_policy(given: object, default: ImagePolicy) -> ImagePolicy:
@@ -422,6 +453,41 @@ def _check_part(part: object, where: str) -> None:
         parse_part_options(part, PART_OPTIONS, where)
     except BadConfig as error:
         raise BadLineError("invalid_messages", str(error), param="messages") from error
+    read_cut(part, where)
+
+
+_CUT_KEYS: Final[Mapping[str, str]] = {
+    "seconds": "seconds",
+    "count": "count",
+    "overlap": "overlap_s",
+    "min_seconds": "min_s",
+}
+
+
+def read_cut(part: Mapping[str, Any], where: str = "messages") -> Cut | None:
+    """
+    How a video is to be cut into segments; None where it is not.
+
+    Raises:
+        BadLineError: it cannot be cut so.
+    """
+    given = part.get("segments")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise _bad_messages(where, 'must have segments such as {"seconds": 10} or {"count": 30}')
+    unknown = sorted(given.keys() - _CUT_KEYS.keys())
+    if unknown:
+        raise _bad_messages(where, f"has segments.{_quote(unknown[0])}, which is not supported")
+    values = {_CUT_KEYS[key]: value for key, value in given.items() if value is not None}
+    for key, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or (key == "count" and not isinstance(value, int)):
+            raise _bad_messages(where, "must have segments of numbers, and a whole one for count")
+    try:
+        return Cut(**values)
+    except BadSegmentsError as error:
+        raise BadLineError(error.code, f"{where}: {error}", param="messages") from error
 
 
 def read_source(part: Mapping[str, Any], where: str = "messages") -> str:
@@ -475,7 +541,7 @@ def parse_file_id(source: str) -> FileId | None:
 
 def choose_images(num_images: int, limit: int, policy: ImagePolicy) -> frozenset[int]:
     """Which images of a prompt are used, by index: the first ones, or evenly spaced ones."""
-    if num_images <= limit or policy is ImagePolicy.REJECT:
+    if num_images <= limit or policy in (ImagePolicy.REJECT, ImagePolicy.SPLIT):
         return frozenset(range(num_images))
     if policy is ImagePolicy.TRUNCATE or limit <= 1:
         return frozenset(range(limit))

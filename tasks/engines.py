@@ -46,6 +46,13 @@ class EnginePort(Protocol):
     def defaults(self) -> SamplingParams:
         """The model's own parameters, where a request gives none."""
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+
+    def count_tokens(self, text: str) -> int:
+        """Of a text as it stands in a prompt, give or take what joins it to its neighbours."""
+
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
         """
         Yield one result for each prompt, the moment it is ready, in no order.
@@ -94,6 +101,13 @@ class LLMEngine:
     @property
     def defaults(self) -> SamplingParams:
         return self._llm.get_default_sampling_params()
+
+    @property
+    def max_model_len(self) -> int:
+        return self._llm.engine.checkpoint.max_model_len
+
+    def count_tokens(self, text: str) -> int:
+        return self._llm.engine.count_tokens(text)
 
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
         from engine import EngineError, Request

@@ -12,10 +12,10 @@ from typing import Final
 
 import structlog
 
-from storage import events, files, items, jobs, locks
+from storage import events, files, items, jobs, locks, parts
 from storage.blobs import BlobStat, BlobWriter
 from storage.errors import StorageError
-from storage.ids import FileId, JobId, new_uuid
+from storage.ids import FileId, ItemId, JobId, new_uuid
 from storage.keys import build_errors_key, build_output_key
 from storage.states import JobState
 from storage.tables import Job
@@ -83,14 +83,18 @@ def _write(stores: Stores, job: Job) -> tuple[Artifact, Artifact]:
         return output, errors
     with ExitStack() as open_writers:
         after_line = 0
-        while page := _read_page(stores, job.id, after_line):
+        while True:
+            page, parts_of = _read_page(stores, job.id, after_line)
+            if not page:
+                break
             for item in page:
                 artifact = output if is_output(item) else errors
                 if artifact.writer is None:
                     artifact.writer = open_writers.enter_context(
                         stores.blobs.open_writer(artifact.key)
                     )
-                artifact.writer.write(encode_line(build_line(job.id, job.model, item)))
+                line = build_line(job.id, job.model, item, parts_of.get(item.item, ()))
+                artifact.writer.write(encode_line(line))
                 artifact.num_lines += 1
             after_line = page[-1].line
         num_lines = output.num_lines + errors.num_lines
@@ -101,9 +105,12 @@ def _write(stores: Stores, job: Job) -> tuple[Artifact, Artifact]:
     return output, errors
 
 
-def _read_page(stores: Stores, job: JobId, after_line: int) -> list[items.Ended]:
+def _read_page(
+    stores: Stores, job: JobId, after_line: int
+) -> tuple[list[items.Ended], dict[ItemId, list[parts.Answer]]]:
     with stores.database.read() as session:
-        return items.list_by_line(session, job, after_line=after_line, limit=PAGE)
+        page = items.list_by_line(session, job, after_line=after_line, limit=PAGE)
+        return page, parts.list_by_item(session, [item.item for item in page])
 
 
 def _end(stores: Stores, job: Job, artifacts: tuple[Artifact, Artifact]) -> JobState:

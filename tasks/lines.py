@@ -5,11 +5,12 @@ Pure functions. What is written twice is equal, so that a finish that runs again
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from storage.ids import JobId
 from storage.items import Ended
+from storage.parts import Answer
 from storage.states import ItemState
 
 _SERVER_CODES: Final = frozenset({"engine_failure", "worker_crash", "internal_error"})
@@ -34,17 +35,18 @@ _NEVER_RAN: Final[Mapping[ItemState, tuple[str, str]]] = {
 }
 
 
-_ADDITIONS: Final = ("images", "media", "flags", "stamp")
-"""Of an item's details, those that a line shows beside what OpenAI's have."""
-
-
 def is_output(item: Ended) -> bool:
     """Whether its line stands in the output file; all others stand in the errors file."""
     return item.state is ItemState.COMPLETED
 
 
-def build_line(job: JobId, model: str, item: Ended) -> dict[str, Any]:
-    """One line of `output.jsonl` or `errors.jsonl`."""
+def build_line(job: JobId, model: str, item: Ended, parts: Sequence[Answer] = ()) -> dict[str, Any]:
+    """
+    One line of `output.jsonl` or `errors.jsonl`.
+
+    Args:
+        parts: the item's, also of one that failed or never came to its end.
+    """
     name = f"{job.hex}{item.line:08x}"
     line: dict[str, Any] = {
         "id": f"batch_req_{name}",
@@ -52,6 +54,8 @@ def build_line(job: JobId, model: str, item: Ended) -> dict[str, Any]:
         "response": None,
         "error": None,
     }
+    if parts:
+        line["parts"] = build_parts(parts)
     if item.state in _NEVER_RAN:
         code, message = _NEVER_RAN[item.state]
         line["error"] = {"code": code, "message": message}
@@ -61,8 +65,29 @@ def build_line(job: JobId, model: str, item: Ended) -> dict[str, Any]:
         status, body = build_error(item.error_code or "internal_error", item.error_message or "")
     line["response"] = {"status_code": status, "request_id": f"req_{name}", "body": body}
     details = item.details or {}
-    line.update({key: details[key] for key in _ADDITIONS if details.get(key)})
+    line.update({key: details[key] for key in ("images", "flags", "stamp") if details.get(key)})
     return line
+
+
+def build_parts(parts: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The parts of an item, by number: what each is about, and its text or its error."""
+    return [_build_part(part) for part in parts]
+
+
+def _build_part(part: Answer) -> dict[str, Any]:
+    built: dict[str, Any] = {"number": part.number}
+    images = [dict(image) for image in part.images]
+    if part.start_s is not None:
+        built |= {"start_s": part.start_s, "end_s": part.end_s, "frame_times_s": None}
+        for image in images:
+            if image["kind"] == "video":  # there is one
+                built["frame_times_s"] = image.pop("times_s")
+    built |= {"text": part.text, "finish_reason": part.finish_reason}
+    if part.error_code is not None:
+        built["error"] = {"code": part.error_code, "message": part.error_message}
+    if images:
+        built["images"] = images
+    return built
 
 
 def build_completion(job: JobId, model: str, item: Ended) -> dict[str, Any]:

@@ -10,19 +10,18 @@ wait or are fetched at a time, whatever its size, and all chunks together hold n
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from engine.request import SamplingParams
-from media.data_url import FRAMES_MEDIA_TYPE, is_data_url, media_type_of, num_bytes_of
 from media.errors import FetchFailedError, ImageTooLargeError, MediaError, VideoTooLargeError
 from media.fetched import Fetched
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
+from media.segments import Cut
 from storage import files, tenants
 from storage.errors import BlobMissingError, StorageError
 from storage.ids import FileId, JobId, TenantId
 from storage.items import LeasedItem
-from storage.tables import File
 from tasks.bodies import (
     IMAGE_PARTS,
     PART_OPTIONS,
@@ -33,6 +32,7 @@ from tasks.bodies import (
     choose_images,
     parse_file_id,
     parse_json,
+    read_cut,
     read_source,
 )
 from tasks.budget import Hold
@@ -40,6 +40,7 @@ from tasks.config import MediaLimits
 from tasks.engines import Prompt
 from tasks.errors import BadLineError
 from tasks.manifest import read_bodies
+from tasks.pieces import Split, split_clip, split_images
 from tasks.stores import Stores
 
 MAX_AHEAD: Final = 32
@@ -79,7 +80,7 @@ class Ready:
 
     Args:
         num_images_given: more than were used where the policy left some out.
-        media: where the pictures and clips that are used come from, in the prompt's order.
+        split: the pieces to ask in the place of the prompt.
     """
 
     item: LeasedItem
@@ -87,7 +88,7 @@ class Ready:
     image_policy: ImagePolicy
     num_images_given: int
     num_images_used: int
-    media: Sequence[Mapping[str, Any]]
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +169,10 @@ class Preparer:
             if not take(item):  # also where a drain began while it waited
                 hold.release(item.fence.item)
                 continue
-            if not draft.urls:
+            if not (draft.urls or draft.is_split):
                 yield draft.build({})
                 continue
-            fetching[self.pool.submit(self._fetch_all, draft, hold)] = None
+            fetching[self.pool.submit(self._finish, draft, hold)] = None
             yield from _take_done(fetching, timeout=None if len(fetching) >= MAX_AHEAD else 0)
         while fetching:
             yield from _take_done(fetching, timeout=None)
@@ -196,9 +197,9 @@ class Preparer:
             return dict(sampling)
         return {"max_tokens": None, **sampling}
 
-    def open_file(self, tenant: TenantId, file_id: FileId) -> tuple[Callable[[], bytes], File]:
+    def open_file(self, tenant: TenantId, file_id: FileId) -> tuple[Callable[[], bytes], int]:
         """
-        A way to read an uploaded file, and its row.
+        A way to read an uploaded file, and its size in bytes.
 
         Raises:
             NotFoundError: it is not the tenant's.
@@ -215,9 +216,10 @@ class Preparer:
             except StorageError as error:
                 raise StoreAwayError from error
 
-        return read, file
+        return read, file.num_bytes
 
-    def _fetch_all(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
+    def _finish(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
+        """Fetch what lies behind addresses, and cut what is to be cut."""
         try:
             tenant = self._name(draft.item.tenant)
             fetched = {
@@ -228,7 +230,10 @@ class Preparer:
             return Refused(draft.item, error)
         num_bytes = sum(len(one.content) for one in fetched.values())
         hold.shrink(draft.item.fence.item, draft.num_bytes + num_bytes)
-        return draft.build(fetched)
+        try:
+            return draft.build(fetched)
+        except MediaError as error:
+            return Refused(draft.item, error)
 
     def _name(self, tenant: TenantId) -> str:
         """Names of tenants stay, so each is read once."""
@@ -252,10 +257,12 @@ class _Draft:
         self.item = item
         self.num_bytes = num_bytes
         self.urls: dict[str, bool] = {}  # and whether a video is expected there
-        self._media: list[dict[str, Any]] = []
         self._body = body
         self._params = params
         self._messages: list[dict[str, Any]] = []
+        self._images: list[dict[str, Any]] = []  # those of the messages' parts that are images
+        self._clip: tuple[dict[str, Any], Cut] | None = None  # the part that is to be cut
+        self._images_each = 0  # of one prompt, where there are more
         self._num_given = 0
         self._num_used = 0
 
@@ -266,6 +273,10 @@ class _Draft:
             (VIDEO_LIMITS if is_video else IMAGE_LIMITS).max_bytes
             for is_video in self.urls.values()
         )
+
+    @property
+    def is_split(self) -> bool:
+        return self._clip is not None or self._images_each > 0
 
     def read_messages(self, preparer: Preparer) -> None:
         kinds = [
@@ -279,6 +290,8 @@ class _Draft:
         limit = min(self.item.num_images, preparer.limits.image)
         chosen = choose_images(self._num_given, limit, self._body.image_policy)
         self._num_used = len(chosen)
+        if self._body.image_policy is ImagePolicy.SPLIT and self._num_used > preparer.limits.image:
+            self._images_each = preparer.limits.image
         index = -1
         for message in self._body.messages:
             content = message["content"]
@@ -295,35 +308,39 @@ class _Draft:
     def _read_part(self, part: Mapping[str, Any], preparer: Preparer) -> dict[str, Any]:
         if part["type"] == "text":
             return {"type": "text", "text": part["text"]}
+        read = self._read_media(part, preparer)
+        cut = read_cut(part)
+        if cut is not None:
+            self._clip = (read, cut)
+        if part["type"] in IMAGE_PARTS:
+            self._images.append(read)
+        return read
+
+    def _read_media(self, part: Mapping[str, Any], preparer: Preparer) -> dict[str, Any]:
         options = {key: part[key] for key in PART_OPTIONS if part.get(key) is not None}
         is_video = part["type"] == "video_url"
         kind = "video" if is_video else "image"
         source = read_source(part)
         file_id = parse_file_id(source)
         if file_id is not None:
-            read, file = preparer.open_file(self.item.tenant, file_id)
+            read, num_bytes = preparer.open_file(self.item.tenant, file_id)
             # Before a byte is read: an upload may be far larger than a picture, and be named often.
-            if file.num_bytes > (VIDEO_LIMITS if is_video else IMAGE_LIMITS).max_bytes:
+            if num_bytes > (VIDEO_LIMITS if is_video else IMAGE_LIMITS).max_bytes:
                 raise VideoTooLargeError if is_video else ImageTooLargeError
-            self.num_bytes += file.num_bytes
-            self._media.append(
-                {
-                    "kind": kind,
-                    "scheme": "file_id",
-                    "num_bytes": file.num_bytes,
-                    "sha256": file.sha256.hex(),
-                }
-            )
+            self.num_bytes += num_bytes
             return {"type": kind, kind: read, **options}
-        if is_data_url(source):
-            self._media.append({"kind": kind, "scheme": "data", **_describe_data_url(source)})
+        if source[:5].lower() == "data:":
             return {"type": f"{kind}_url", f"{kind}_url": {"url": source}, **options}
         self.urls[source] = is_video
-        self._media.append({"kind": kind, "url": source})
         return {"type": kind, kind: source, **options}
 
     def build(self, fetched: Mapping[str, Fetched]) -> Ready:
-        """The prompt, with bytes in the place of URLs."""
+        """
+        The prompt, with bytes in the place of URLs; and its pieces, where it is asked in parts.
+
+        Raises:
+            MediaError: what is to be cut cannot be.
+        """
         for message in self._messages:
             for part in message["content"] if isinstance(message["content"], list) else ():
                 kind = part["type"]
@@ -335,27 +352,15 @@ class _Draft:
             self._body.image_policy,
             self._num_given,
             self._num_used,
-            [_report(one, fetched) for one in self._media],
+            self._split(),
         )
 
-
-def _report(one: Mapping[str, Any], fetched: Mapping[str, Fetched]) -> dict[str, Any]:
-    """Where one picture or clip comes from, without the address, which may be a secret."""
-    if "url" not in one:
-        return dict(one)
-    said = asdict(fetched[one["url"]].report).items()
-    return {"kind": one["kind"], **{name: fact for name, fact in said if fact is not None}}
-
-
-def _describe_data_url(url: str) -> dict[str, Any]:
-    """What can be said of it without decoding it: a client knows what it has sent."""
-    try:
-        media_type = media_type_of(url)
-        if media_type == FRAMES_MEDIA_TYPE:
-            return {"media_type": media_type}
-        return {"media_type": media_type, "num_bytes": num_bytes_of(url)}
-    except MediaError:
-        return {}  # the engine says why it is none
+    def _split(self) -> Split | None:
+        if self._clip is not None:
+            return split_clip(self._messages, *self._clip)
+        if self._images_each:
+            return split_images(self._messages, self._images, self._images_each)
+        return None
 
 
 def _role(message: Mapping[str, Any]) -> str:

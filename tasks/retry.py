@@ -47,7 +47,7 @@ class Verdict:
 
 
 def judge(error: Exception | ResultError) -> Verdict:
-    if isinstance(error, ResultError) and error.code == StoreAwayError.code:
+    if isinstance(error, ResultError | StoreAwayError) and error.code == StoreAwayError.code:
         return Verdict(Act.RELEASE, error.code, INTERNAL_TEXT)
     match error:
         case ResultError() | EngineError():

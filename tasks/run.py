@@ -13,17 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, Full, Queue
 from typing import Any, Final
 
 import structlog
 
-from engine.request import CompletionOutput, ImageUsed, Result, SamplingParams
-from storage import items, jobs, served
+from engine.request import CompletionOutput, Result, SamplingParams
+from storage import items, jobs, parts, served
 from storage.errors import CommitUnknownError, StorageError
 from storage.ids import ItemId, JobId, LeaseId
 from storage.items import Chunk, Completion, Failure, Fence, LeasedItem, Outcome
+from storage.parts import NewPart
 from storage.served import Served
 from tasks.bodies import ImagePolicy
 from tasks.budget import Budget, Hold
@@ -32,9 +33,11 @@ from tasks.dispatch import Dispatcher
 from tasks.engines import EnginePort, Prompt
 from tasks.errors import DeviceLostError
 from tasks.expand import JobOptions
+from tasks.parts import CUT_SHORT, Assembly, Move, Whole
 from tasks.prefetch import Preparer, Ready, Refused
 from tasks.retry import INTERNAL_TEXT, Act, Verdict, judge
 from tasks.stores import Stores
+from tasks.summary import build_stitcher
 
 logger = structlog.get_logger(__name__)
 
@@ -54,6 +57,12 @@ GIVE_BACK_S: Final = 10.0
 
 GIVE_BACK_RETRY_S: Final = 0.2
 
+LOOK_S: Final = 0.5
+"""How often a source that waits for parts looks whether anybody still wants them."""
+
+End = Completion | Failure
+Entry = Completion | Failure | NewPart
+
 
 @dataclass(slots=True, eq=False)
 class Flight:
@@ -68,6 +77,10 @@ class Flight:
     """Given to the engine, which has not answered."""
     told: set[ItemId] = field(default_factory=set)
     """Of those handed, the ones whose end is known: it is committed, or will be."""
+    assemblies: dict[ItemId, Assembly] = field(default_factory=dict)
+    """Items that are asked in parts and have not ended."""
+    summaries: "Queue[tuple[Assembly, Prompt] | None]" = field(default_factory=Queue)
+    """To be asked; None where one of the assemblies has ended."""
     is_closed: bool = False
     """Nothing more is handed to the engine."""
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -84,6 +97,14 @@ class Flight:
     def note_answer(self, item: ItemId) -> None:
         with self.changed:
             self.running.discard(item)
+
+    def has(self, fence: Fence) -> bool:
+        return fence.item in self.open
+
+    def list_names(self, fence: Fence) -> tuple[str, ...]:
+        """The prompts of an item that the engine may hold."""
+        assembly = self.assemblies.get(fence.item)
+        return (fence.name,) if assembly is None else assembly.names
 
     def lose(self, ours: Container[ItemId], held: Sequence[ItemId]) -> list[Fence]:
         """Let go of those of `held` that are not `ours` any more; returns what was still open."""
@@ -333,7 +354,7 @@ class Runner:
 
     def _run(self, chunk: Chunk, flight: Flight) -> None:
         started = time.perf_counter()
-        asked: dict[str, Ready] = {}
+        asked: dict[str, Ready | Assembly] = {}
         fences = dict(flight.open)
         hold = Hold(self._budget)
         wait_s = 0.0
@@ -342,13 +363,10 @@ class Runner:
         try:
             for result in stream:
                 ready = asked.pop(result.request_id)
-                fence = ready.item.fence
-                hold.release(fence.item)
-                flight.note_answer(fence.item)
-                if result.error is not None:
-                    self._settle(flight, fence, judge(result.error))
+                if isinstance(ready, Assembly):
+                    self._follow(flight, ready, ready.take(result), hold)
                 else:
-                    self._put(flight, build_completion(ready, result))
+                    self._take_result(flight, ready, result, hold)
                 if not flight.open:  # all lost, released or done: abort what the engine still has
                     break
         except DeviceLostError:
@@ -380,29 +398,140 @@ class Runner:
             run_ms=round((time.perf_counter() - started) * 1000),
         )
 
+    def _take_result(self, flight: Flight, ready: Ready, result: Result, hold: Hold) -> None:
+        fence = ready.item.fence
+        hold.release(fence.item)
+        flight.note_answer(fence.item)
+        if result.error is not None:
+            self._settle(flight, fence, judge(result.error))
+        else:
+            self._put(flight, build_completion(ready, result))
+
     def _feed(
-        self, chunk: Chunk, flight: Flight, asked: dict[str, Ready], hold: Hold
+        self, chunk: Chunk, flight: Flight, asked: dict[str, Ready | Assembly], hold: Hold
     ) -> Iterator[Prompt]:
         prepare = self._preparer.prepare
         for found in prepare(chunk.items, flight.policies, take=flight.take, hold=hold):
             if isinstance(found, Refused):
-                hold.release(found.item.fence.item)
-                flight.note_answer(found.item.fence.item)
-                self._settle(flight, found.item.fence, judge(found.error))
-            else:
+                self._refuse(flight, found, hold)
+            elif found.split is None:
                 asked[found.prompt.name] = found
                 yield found.prompt
+            else:
+                yield from self._ask_parts(flight, found, asked, hold)
+            del found  # its media may be let go before the next one comes
+            yield from self._ask_summaries(flight, asked, hold, waits=False)
+        yield from self._ask_summaries(flight, asked, hold, waits=True)
 
-    def _settle(self, flight: Flight, fence: Fence, verdict: Verdict) -> None:
+    def _refuse(self, flight: Flight, refused: Refused, hold: Hold) -> None:
+        fence = refused.item.fence
+        hold.release(fence.item)
+        flight.note_answer(fence.item)
+        self._settle(flight, fence, judge(refused.error))
+
+    # --- items that are asked in parts ---------------------------------------------------------------
+
+    def _ask_parts(
+        self, flight: Flight, ready: Ready, asked: dict[str, Ready | Assembly], hold: Hold
+    ) -> Iterator[Prompt]:
+        """The prompts of the parts that no earlier lease has answered."""
+        assert ready.split is not None, "the caller looked"
+        fence = ready.item.fence
+        try:
+            with self._stores.database.write() as session:
+                done = parts.begin(session, fence, ready.split.plan)
+        except StorageError as error:
+            self._refuse(flight, Refused(ready.item, error), hold)
+            return
+        if done is None:  # the lease is lost, and the heart will notice
+            hold.release(fence.item)
+            flight.note_answer(fence.item)
+            flight.settle([fence.item])
+            return
+        stitcher = build_stitcher(
+            ready.split.subject,
+            ready.prompt.messages,
+            max_model_len=self._engine.max_model_len,
+            max_tokens=ready.prompt.params.max_tokens,
+            count_tokens=self._engine.count_tokens,
+        )
+        is_last_try = ready.item.charged + 1 >= self._config.max_attempts
+        assembly = Assembly(
+            fence, ready.prompt, ready.split, stitcher, done, is_last_try=is_last_try
+        )
+        flight.assemblies[fence.item] = assembly
+        del ready  # the clip goes with the last piece that holds it
+        while not flight.is_closed and flight.has(fence):
+            prompt = assembly.ask()
+            if prompt is None:
+                self._follow(flight, assembly, assembly.go_on(), hold)
+                return
+            asked[prompt.name] = assembly
+            yield prompt
+        self._follow(flight, assembly, assembly.cut_short(), hold)
+
+    def _ask_summaries(
+        self, flight: Flight, asked: dict[str, Ready | Assembly], hold: Hold, *, waits: bool
+    ) -> Iterator[Prompt]:
+        """
+        Those that can be asked by now.
+
+        Args:
+            waits: until there are no more to come.
+        """
+        while flight.assemblies if waits else not flight.summaries.empty():
+            try:
+                found = flight.summaries.get(timeout=LOOK_S)
+            except Empty:
+                if hold.is_closed or not any(
+                    flight.has(one.fence) for one in list(flight.assemblies.values())
+                ):
+                    return
+                continue
+            if found is not None and flight.has(found[0].fence):
+                assembly, prompt = found
+                asked[prompt.name] = assembly
+                yield prompt
+
+    def _follow(self, flight: Flight, assembly: Assembly, move: Move, hold: Hold) -> None:
+        """Do what a step of an assembly leads to. Of an item that was lost nothing counts any more."""
+        fence = assembly.fence
+        is_ours = flight.has(fence)
+        if move.answer is not None and is_ours:
+            text = move.answer.text
+            answer = replace(move.answer, text=None if text is None else _clean(text))
+            self._committer.put(flight, NewPart(fence, assembly.plan, answer))
+        if move.is_seen:
+            hold.release(fence.item)
+        for prompt in move.prompts:
+            flight.summaries.put((assembly, prompt))
+        if move.end is None:
+            return
+        hold.release(fence.item)
+        flight.note_answer(fence.item)
+        flight.assemblies.pop(fence.item, None)
+        flight.summaries.put(None)
+        if isinstance(move.end, Whole):
+            if is_ours:
+                self._put(flight, build_whole_completion(fence, move.end))
+        elif is_ours:
+            if move.end.act is Act.RELEASE:
+                self._committer.flush()  # what is not written under this lease would be lost
+            wait_s = 0.0 if move.end is CUT_SHORT else STORE_WAIT_S
+            self._settle(flight, fence, move.end, wait_s=wait_s)
+
+    def _settle(
+        self, flight: Flight, fence: Fence, verdict: Verdict, *, wait_s: float = STORE_WAIT_S
+    ) -> None:
         if verdict.act is Act.EXIT:
             raise DeviceLostError
         if verdict.act is Act.RELEASE:
             flight.settle([fence.item])
-            self.release([fence], wait_s=STORE_WAIT_S)
+            self.release([fence], wait_s=wait_s)
         else:
             self._put(flight, verdict.as_failure(fence))
 
-    def _put(self, flight: Flight, end: Completion | Failure) -> None:
+    def _put(self, flight: Flight, end: End) -> None:
         flight.told.add(end.fence.item)
         self._committer.put(flight, end)
 
@@ -542,15 +671,23 @@ class Runner:
         if flights:
             with self._stores.database.write() as session:
                 ours = items.renew(session, list(held), lease_s=self._config.lease_s)
-            lost = [fence for f in flights for fence in f.lose(ours, held[f.lease])]
+            lost = [(f, fence) for f in flights for fence in f.lose(ours, held[f.lease])]
             if lost:
                 logger.warning("leases_lost", num_items=len(lost))
-                self._engine.abort({fence.name for fence in lost})
+                self._engine.abort({name for f, fence in lost for name in f.list_names(fence)})
         with self._stores.database.write() as session:
             served.touch(session, self._model, worker=self.worker)
         self._last_beat = time.monotonic()
 
     # --- commits, called by the committer --------------------------------------------------------------
+
+    def commit_parts(self, new: Sequence[NewPart]) -> None:
+        """Raises as `commit_completions` does."""
+        with self._stores.database.write() as session:
+            held = parts.keep(session, new)
+        num_fenced = sum(part.fence.item not in held for part in new)
+        if num_fenced:
+            logger.warning("parts_fenced", num_parts=num_fenced)
 
     def commit_completions(self, completions: Sequence[Completion]) -> None:
         """Raises StorageError: commit them again; the fence makes that safe."""
@@ -590,7 +727,7 @@ class Committer:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._queue: Queue[tuple[Flight, Completion | Failure] | None] = Queue(MAX_UNCOMMITTED)
+        self._queue: Queue[tuple[Flight, Entry] | None] = Queue(MAX_UNCOMMITTED)
         self._is_stopped = threading.Event()
         self._changed = threading.Condition()
         self._num_left = 0  # in the queue, or in the group that is gathered or written
@@ -599,7 +736,7 @@ class Committer:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, flight: Flight, end: Completion | Failure) -> None:
+    def put(self, flight: Flight, end: Entry) -> None:
         with self._changed:
             self._num_left += 1
         self._queue.put((flight, end))
@@ -635,7 +772,7 @@ class Committer:
                 self._num_left -= num_items
                 self._changed.notify_all()
 
-    def _gather(self) -> list[tuple[Flight, Completion | Failure]]:
+    def _gather(self) -> list[tuple[Flight, Entry]]:
         config = self._runner._config
         first = self._queue.get()
         if first is None:
@@ -652,7 +789,7 @@ class Committer:
             group.append(entry)
         return group
 
-    def _commit_at_last(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
+    def _commit_at_last(self, group: list[tuple[Flight, Entry]]) -> None:
         while group:
             try:
                 self._commit(group)
@@ -670,24 +807,32 @@ class Committer:
             else:
                 return
 
-    def _commit_apart(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
+    def _commit_apart(self, group: list[tuple[Flight, Entry]]) -> None:
         """After a refusal, which comes again: the one that is refused must not hold up the others."""
         for flight, end in group:
             if len(group) > 1:
                 self._commit_at_last([(flight, end)])
-            elif isinstance(end, Completion):
+            elif not isinstance(end, Failure):
                 failure = judge(RuntimeError()).as_failure(end.fence)
                 self._commit_at_last([(flight, failure)])
             else:
                 self._give_up(group)
 
-    def _give_up(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
+    def _give_up(self, group: list[tuple[Flight, Entry]]) -> None:
         """Their leases end by themselves, with the flight's: the sweeper takes it from there."""
         for flight, end in group:
             flight.settle([end.fence.item])
 
-    def _commit(self, group: list[tuple[Flight, Completion | Failure]]) -> None:
-        """Two transactions; what the first has committed leaves the group, whatever the second does."""
+    def _commit(self, group: list[tuple[Flight, Entry]]) -> None:
+        """
+        A transaction for each kind; what one has committed leaves the group, whatever the next does.
+
+        Parts come first: a result over them must not stand there without them.
+        """
+        new_parts = [end for _, end in group if isinstance(end, NewPart)]
+        if new_parts:
+            self._runner.commit_parts(new_parts)
+            group[:] = [entry for entry in group if not isinstance(entry[1], NewPart)]
         completions = [end for _, end in group if isinstance(end, Completion)]
         if completions:
             self._runner.commit_completions(completions)
@@ -699,7 +844,7 @@ class Committer:
 
     def _settle(
         self,
-        group: list[tuple[Flight, Completion | Failure]],
+        group: list[tuple[Flight, Entry]],
         kind: type[Completion] | type[Failure],
     ) -> None:
         for flight, end in group:
@@ -707,9 +852,7 @@ class Committer:
                 flight.settle([end.fence.item])
         group[:] = [entry for entry in group if not isinstance(entry[1], kind)]
 
-    def _without_committed(
-        self, group: list[tuple[Flight, Completion | Failure]]
-    ) -> list[tuple[Flight, Completion | Failure]]:
+    def _without_committed(self, group: list[tuple[Flight, Entry]]) -> list[tuple[Flight, Entry]]:
         try:
             completions = [end for _, end in group if isinstance(end, Completion)]
             left = {end.fence.item for end in self._runner.drop_committed(completions)}
@@ -743,11 +886,27 @@ def build_completion(ready: Ready, result: Result) -> Completion:
     )
 
 
+def build_whole_completion(fence: Fence, whole: Whole) -> Completion:
+    """Of an item that was asked in parts, whose images stand with them."""
+    details: dict[str, Any] = {"num_parts": whole.num_parts}
+    if whole.result is not None:
+        details["flags"] = [str(flag) for flag in whole.result.flags]
+        details["timings"] = _timings(whole.result)
+        details["stamp"] = _stamp(whole.result, fence)
+    return Completion(
+        fence,
+        text=_clean(whole.text),
+        finish_reason=whole.finish_reason,
+        num_prompt_tokens=whole.num_prompt_tokens,
+        num_completion_tokens=whole.num_completion_tokens,
+        details={key: value for key, value in details.items() if value},
+    )
+
+
 def _details(
     ready: Ready, result: Result, outputs: Sequence[CompletionOutput]
 ) -> Iterator[tuple[str, Any]]:
     yield "images", [asdict(image) for image in result.images]
-    yield "media", _join_sizes(ready.media, result.images)
     yield "flags", [str(flag) for flag in result.flags]
     yield "timings", _timings(result)
     if ready.num_images_given != ready.num_images_used:
@@ -767,25 +926,16 @@ def _details(
                 for output in outputs
             ],
         )
-    if result.stamp is not None:
-        stamp: dict[str, Any] = asdict(result.stamp)
-        given: Mapping[str, Any] = result.stamp.sampling
-        stamp["sampling"] = {
-            key: value for key, value in given.items() if value != _DEFAULTS.get(key)
-        }
-        yield "stamp", {**stamp, "attempt": ready.item.fence.attempt}
+    yield "stamp", _stamp(result, ready.item.fence)
 
 
-def _join_sizes(
-    media: Sequence[Mapping[str, Any]], images: Sequence[ImageUsed]
-) -> list[dict[str, Any]]:
-    """Where each picture and clip comes from, and how large it was; both in the prompt's order."""
-    if len(media) != len(images):  # an engine that reports no sizes
-        return [dict(one) for one in media]
-    return [
-        {**one, "width": image.width, "height": image.height}
-        for one, image in zip(media, images, strict=True)
-    ]
+def _stamp(result: Result, fence: Fence) -> dict[str, Any] | None:
+    if result.stamp is None:
+        return None
+    stamp: dict[str, Any] = asdict(result.stamp)
+    given: Mapping[str, Any] = result.stamp.sampling
+    stamp["sampling"] = {key: value for key, value in given.items() if value != _DEFAULTS.get(key)}
+    return {**stamp, "attempt": fence.attempt}
 
 
 def _timings(result: Result) -> dict[str, float]:

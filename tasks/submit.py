@@ -84,7 +84,7 @@ class Submission(BaseModel):
     tenant: _Name = DEFAULT_TENANT
     idempotency_key: _IdempotencyKey | None = None
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
-    image_policy: Literal["reject", "truncate", "sample"] = "reject"
+    image_policy: Literal["reject", "truncate", "sample", "split"] = "reject"
     on_invalid: Literal["fail", "skip"] = "fail"
     metadata: Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=16)] | None = None
 

@@ -4,12 +4,19 @@ import os
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from bench import instant
 from bench.instant import text_of
-from engine.errors import EngineFailure, MediaRefused
-from engine.request import Result
+from engine.errors import EngineError, EngineFailure, MediaRefused
+from engine.request import CompletionOutput, FinishReason, ImageUsed, MediaKind, Result
+from media.data_url import decode_data_url
+from media.errors import MediaError
+from media.frames import FrameSampling
+from media.images import decode_image
+from media.limits import IMAGE_LIMITS
+from media.video import decode_video
 from tasks.app import TaskName
 from tasks.config import Config
 from tasks.dispatch import Dispatcher
@@ -98,3 +105,81 @@ class InstantEngine(instant.InstantEngine):
                 raise RuntimeError("a bug")
             else:
                 yield self.answer(prompt)
+
+
+class SeeingEngine(InstantEngine):
+    """
+    Looks at pictures and clips with media's own decoding, and answers with what it was shown.
+
+    Args:
+        harm: the error of a prompt that must fail.
+        max_model_len: in words; so many make a summary of many texts take several rounds.
+    """
+
+    def __init__(
+        self,
+        *,
+        harm: Callable[[Prompt], EngineError | None] = lambda prompt: None,
+        max_model_len: int = 4096,
+        delay_s: float = 0.0,
+        on_prompt: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        super().__init__(delay_s, on_prompt)
+        self._harm = harm
+        self._max_model_len = max_model_len
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    @property
+    def names(self) -> list[str]:
+        """Of the prompts so far, without the item and the attempt: nothing is left of a whole item's."""
+        return [".".join(prompt.name.split(".")[2:]) for prompt in self.prompts]
+
+    def answer(self, prompt: Prompt) -> Result:
+        error = self._harm(prompt)
+        if error is not None:
+            return Result.failed(prompt.name, error)
+        parts = [
+            part
+            for message in prompt.messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+        ]
+        try:
+            seen = [self._look_at(part) for part in parts if part["type"] != "text"]
+        except MediaError as refused:
+            return Result.failed(prompt.name, MediaRefused(str(refused), code=refused.code))
+        images = tuple(replace(image, index=index) for index, image in enumerate(seen))
+        if not images:
+            text = f"whole {text_of(prompt).count('[')}"
+        elif images[0].times_s:
+            text = f"seen from {images[0].times_s[0]:g} to {images[0].times_s[-1]:g}"
+        else:
+            text = "seen " + " ".join(f"{image.width}x{image.height}" for image in images)
+        output = CompletionOutput(0, text, (1, 2, 3), finish_reason=FinishReason.STOP)
+        return Result(prompt.name, text, (1,) * 7, outputs=(output,), images=images)
+
+    def _look_at(self, part: Mapping[str, Any]) -> ImageUsed:
+        if part["type"] != "video":
+            source = part["image_url"]["url"] if part["type"] == "image_url" else part["image"]
+            if isinstance(source, str):
+                source = decode_data_url(source, IMAGE_LIMITS)[0]
+            image = decode_image(source() if callable(source) else source)
+            return ImageUsed(0, image.width_px, image.height_px, 28, 28, 1)
+        keys = ("num_frames", "fps", "start_s", "end_s")
+        sampling = FrameSampling(**{key: part[key] for key in keys if key in part})
+        frames = decode_video(part["video"], sampling)
+        return ImageUsed(
+            0,
+            frames.width_px,
+            frames.height_px,
+            28,
+            28,
+            1,
+            MediaKind.VIDEO,
+            frames.num_frames,
+            frames.times_s,
+            frames.indices,
+        )

@@ -107,7 +107,7 @@ def test_all_line_errors_are_reported_with_their_lines_and_nothing_runs(
             b"[1]",
             b"\xff\xfe",
             b"[" * 100_000,
-            build_request("m", image_policy="split"),
+            build_request("m", image_policy="crop"),
             build_request("n", messages=show("file:///x")),
             build_request("o", messages=show("s3://photographs/a.jpg")),  # none is opened
         ),
