@@ -51,6 +51,8 @@ class TextContext:
             lens and num_queries may be empty if the greatest ones are named:
         max_queries, max_rows: at least the greatest of num_queries and lens. Constants of a kernel.
         decode_kernel: for calls of one token a sequence; None where `_attend_flash` takes them too.
+        extras: (num_layers, T, hidden), what the first layers' results have added, as `find_extra`
+            tells the family's hooks; None where no token has any.
     """
 
     keys: Sequence[Tensor]
@@ -63,6 +65,7 @@ class TextContext:
     max_queries: int | None = None
     max_rows: int | None = None
     decode_kernel: DecodeAttention | None = None
+    extras: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,12 @@ def using(context: TextContext | VisionContext) -> Iterator[None]:
         yield
     finally:
         setattr(_current, name, None)
+
+
+def find_extra(layer: int) -> Tensor | None:
+    """(T, hidden): what the call's tokens have added behind a layer; None where there is nothing."""
+    context = _current.text
+    return None if context is None or context.extras is None else context.extras[layer]
 
 
 def attend_text(

@@ -23,7 +23,10 @@ from transformers import (
     Qwen3VLProcessor,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import (
+    Qwen3VLVideoProcessor,
+    smart_resize,
+)
 from transformers.utils.hub import cached_file
 from transformers.video_utils import VideoMetadata
 
@@ -55,12 +58,13 @@ class Reference:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(model)
         self.image_size = {edge: self.image_processor.size[edge] for edge in EDGES}
-        self.video_size = _load_video_size(model, default=self.image_size)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype, attn_implementation="sdpa"
         )
         self.model.to(device).eval()  # type: ignore[arg-type]
         self._type: str = self.model.config.model_type
+        usual = Qwen3VLVideoProcessor.size if self._type == "qwen3_vl" else self.image_size
+        self.video_size = _load_video_size(model, default=usual)
         self.eos_ids = self.model.generation_config.eos_token_id
         # The checkpoint's may sample or punish repetition, and `generate` fills gaps from it.
         self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]

@@ -168,6 +168,7 @@ class Runner:
         on_device = upload(table, self.device)
         x = self._embed(on_device[0])
         features = [feature for sequence in sequences for feature in sequence.features]
+        extras = None
         if features:
             places = np.concatenate(
                 [
@@ -176,30 +177,45 @@ class Runner:
                     for placed in sequence.prepared.media
                 ]
             )
-            x.index_copy_(0, upload(places, self.device), torch.cat(features))
+            rows, joined = upload(places, self.device), torch.cat(features)
+            x.index_copy_(0, rows, joined[:, : x.shape[1]])
+            extras = _spread(joined[:, x.shape[1] :], rows, x)
         if self._uses_flash:
-            inputs = x, on_device[1:], self._device_spans(starts, lens, num_spans)
+            inputs = [x, on_device[1:], self._device_spans(starts, lens, num_spans)]
+            if extras is not None:
+                inputs.append(extras)
             layers = partial(self._prefill_layers, most=most)
             if self._prefills is None:
                 hidden = layers(*inputs)
             else:
-                hidden = self._prefills.run((num_places, num_spans, most), layers, *inputs)
+                hidden = self._prefills.run(
+                    (num_places, num_spans, most, len(inputs)), layers, *inputs
+                )
         else:
             context = TextContext(
-                self._rows.keys, self._rows.values, on_device[-1], starts, lens, lens
+                self._rows.keys,
+                self._rows.values,
+                on_device[-1],
+                starts,
+                lens,
+                lens,
+                extras=extras,
             )
             hidden = self._forward(x, on_device[1:-1], context)
         for sequence in sequences:
             sequence.features = []  # another: outputs that have no rows yet still need the old one
         return self._head(hidden[upload(first_rows[1:] - 1, self.device)])  # type: ignore[no-any-return]
 
-    def _prefill_layers(self, x: Tensor, table: Tensor, spans: Tensor, *, most: int) -> Tensor:
+    def _prefill_layers(
+        self, x: Tensor, table: Tensor, spans: Tensor, extras: Tensor | None = None, *, most: int
+    ) -> Tensor:
         """
         All of a prefill between embedding and head, reading nothing of the host's.
 
         Args:
             x: (T, hidden). table: (num_axes + 1, T), int64: positions, and rows to write.
             spans: (3, num_seqs + 1), int32, of `_device_spans`.
+            extras: (num_layers, T, hidden), of `_spread`.
             most: no prompt is longer.
         """
         context = TextContext(
@@ -212,6 +228,7 @@ class Runner:
             (spans[0], spans[1], spans[2, :-1]),
             max_queries=most,
             max_rows=most,
+            extras=extras,
         )
         return self._forward(x, table[:-1], context)
 
@@ -337,6 +354,23 @@ def num_kv_rows(
             # A tenth of the device stays free for the activations of encoder and prefill.
             kv_bytes = int(free - total * (1 - utilization) - total * 0.1)
     return max(0, min(most, kv_bytes // shape.row_bytes))
+
+
+def _spread(deeper: Tensor, rows: Tensor, x: Tensor) -> Tensor | None:
+    """
+    What features add in later layers, in the places of their tokens; None where they add nothing.
+
+    Args:
+        deeper: (num_rows, num_layers * hidden). rows: (num_rows,), int64. x: (T, hidden).
+
+    Returns:
+        (num_layers, T, hidden), zero for all other tokens. As long as the call, not as the features:
+        a recorded call then has one size less to come back.
+    """
+    if not deeper.shape[1]:
+        return None
+    by_layer = deeper.view(len(deeper), -1, x.shape[1]).transpose(0, 1)
+    return x.new_zeros(len(by_layer), *x.shape).index_copy_(1, rows, by_layer)
 
 
 def _size_of(visual: Visual) -> tuple[int, int]:

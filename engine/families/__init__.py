@@ -67,6 +67,9 @@ FAMILIES: Mapping[str, Entry] = {
     "qwen2_5_vl": Entry(
         "engine.families.qwen2_5_vl:Qwen25VL", "transformers:Qwen2_5_VLForConditionalGeneration"
     ),
+    "qwen3_vl": Entry(
+        "engine.families.qwen3_vl:Qwen3VL", "transformers:Qwen3VLForConditionalGeneration"
+    ),
 }
 
 

@@ -9,7 +9,7 @@ generations are under it, in files of their own.
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -219,6 +219,7 @@ class Qwen2VL(Family):
     image_slot = f"<|vision_start|>{image_placeholder}<|vision_end|>"  # as its template writes one
     video_slot = f"<|vision_start|>{video_placeholder}<|vision_end|>"
     num_axes = 3
+    usual_mean, usual_std = CLIP_MEAN, CLIP_STD  # where preprocessor_config.json says nothing
     image_area: AreaLimits
     video_area: AreaLimits
 
@@ -237,10 +238,10 @@ class Qwen2VL(Family):
         self.video_token_id: int = config.video_token_id
         self._num_heads: int = vision.num_heads
         pictures = description.pictures
-        self.image_area = _area_of(pictures)
-        self.video_area = _area_of(description.clips or pictures)
-        self._mean = tuple(pictures.get("image_mean", CLIP_MEAN))
-        self._std = tuple(pictures.get("image_std", CLIP_STD))
+        self.image_area = area_of(pictures, AreaLimits())
+        self.video_area = area_of(description.clips or pictures, AreaLimits())
+        self._mean = tuple(pictures.get("image_mean", self.usual_mean))
+        self._std = tuple(pictures.get("image_std", self.usual_std))
         areas = (self.image_area, self.video_area)
         are_areas = all(0 < area.min_pixels <= area.max_pixels for area in areas)
         are_colours = all(len(values) == 3 for values in (self._mean, self._std))
@@ -307,8 +308,8 @@ class Qwen2VL(Family):
     ) -> tuple[npt.NDArray[np.int64], int]:
         """M-RoPE positions of a whole prompt."""
         pieces, row, at = [], 0, 0
-        for start, plan in media:
-            grid = plan.layout
+        placed = [(start + first, grid) for start, plan in media for first, grid in _grids(plan)]
+        for start, grid in placed:
             pieces.append(np.tile(np.arange(at, at + start - row), (3, 1)))
             at += start - row
             pieces.append(token_positions(grid, at))
@@ -425,6 +426,17 @@ class Qwen2VL(Family):
         return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
 
 
+def _grids(plan: Plan) -> Iterator[tuple[int, Grid]]:
+    """Where runs of features begin in a plan, and the grid of each: of all of it, or of one time."""
+    grid: Grid = plan.layout
+    at = 0
+    for piece in plan.pieces:
+        if isinstance(piece, Rows):
+            whole = piece.number == grid.num_tokens
+            yield at, grid if whole else Grid(1, grid.rows, grid.columns)
+        at += piece.number if isinstance(piece, Rows) else len(piece)
+
+
 def _padded(weight: Tensor) -> Tensor:
     """With columns of zeros up to the next multiple of 16: a GPU's fast products want rows aligned."""
     return F.pad(weight, (0, -weight.shape[1] % 16))
@@ -458,10 +470,9 @@ def cut_on_device(pixels: Tensor, is_clip: bool, patch_px: int = PATCH_PX) -> Te
     return ordered.reshape(-1, 3 * together * patch_px**2)
 
 
-def _area_of(processor: Mapping[str, Any]) -> AreaLimits:
+def area_of(processor: Mapping[str, Any], default: AreaLimits) -> AreaLimits:
     """The limits in either of the two forms in which checkpoints write them."""
     size = processor.get("size") or {}
-    default = AreaLimits()
     return AreaLimits(
         processor.get("min_pixels") or size.get("shortest_edge") or default.min_pixels,
         processor.get("max_pixels") or size.get("longest_edge") or default.max_pixels,

@@ -1,5 +1,5 @@
 """
-Qwen2.5-VL against transformers: sizes, patches, windows, positions and answers.
+Qwen2.5-VL and Qwen3-VL against transformers: sizes, patches, windows, positions and answers.
 
 Each with two shapes of tiny random weights, float32 on a CPU.
 """
@@ -22,19 +22,30 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers import Qwen2VLImageProcessorPil as Processor
-from transformers.vision_utils import get_vision_window_index
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_window_index,
+)
 
 from engine import LLM
 from engine.families import find_entry
-from engine.families.protocol import Description, Plan
+from engine.families.protocol import AreaLimits, Description, ImageTooNarrowError, Plan
 from engine.families.qwen2_5_vl import find_windows
 from engine.families.qwen2_vl import MERGE, Grid, Qwen2VL, cut_on_device
+from engine.families.qwen3_vl import clip_size, find_taps
 from engine.reference import Reference
 from media.decoded import Frames
 from tests.engine.mixed import mixed_requests
 from tests.engine.pictures import as_frames, draw, draw_clip
 from tests.engine.test_exactness import check_all_ways
-from tests.engine.tiny_qwen import QWEN2_5_VL_OTHER, Changes, write_tiny_qwen2_5_vl
+from tests.engine.tiny_qwen import (
+    QWEN2_5_VL_OTHER,
+    QWEN3_VL_OTHER,
+    Changes,
+    write_tiny_qwen2_5_vl,
+    write_tiny_qwen3_vl,
+)
 
 NUM_REQUESTS = int(os.environ.get("EXACTNESS_REQUESTS", "14"))
 # 5.17 cuts the seconds of a pair of frames to whole ones.
@@ -53,6 +64,8 @@ class Case:
 CASES = {
     "2.5": Case(write_tiny_qwen2_5_vl),
     "2.5 other": Case(write_tiny_qwen2_5_vl, QWEN2_5_VL_OTHER),
+    "3": Case(write_tiny_qwen3_vl),
+    "3 other": Case(write_tiny_qwen3_vl, QWEN3_VL_OTHER),
 }
 
 
@@ -159,7 +172,7 @@ def test_positions_of_mixed_prompts_are_transformers(
             clips.append(_clip(rng))
             clip = clips[-1]
             plan = family.plan_clip(*size, clip.num_frames, clip.times_s, clip.frame_s, None)
-        kinds.append((plan, plan.layout.times > 1 or family.video_token_id in plan.token_ids()))
+        kinds.append((plan, family.video_token_id in plan.token_ids()))
         media.append((len(ids), plan))
         ids += plan.token_ids() + [1] * rng.randint(1, 9)
 
@@ -217,18 +230,18 @@ def _rope_index(
     return found
 
 
-# --- windows -----------------------------------------------------------------------------------------
+# --- windows, learned positions, sizes of clips -------------------------------------------------------
 
 
-@given(
-    grid=st.builds(
-        lambda times, rows, columns: Grid(times, rows * MERGE, columns * MERGE),
-        st.integers(1, 4),
-        st.integers(1, 20),
-        st.integers(1, 20),
-    ),
-    window=st.integers(1, 9),
+grids = st.builds(
+    lambda times, rows, columns: Grid(times, rows * MERGE, columns * MERGE),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.integers(1, 20),
 )
+
+
+@given(grid=grids, window=st.integers(1, 9))
 def test_windows_are_transformers(grid: Grid, window: int) -> None:
     expected = get_vision_window_index(
         torch.tensor([[grid.times, grid.rows, grid.columns]]), MERGE, window * MERGE * 14, 14
@@ -237,3 +250,39 @@ def test_windows_are_transformers(grid: Grid, window: int) -> None:
 
     np.testing.assert_array_equal(expected[0].numpy(), order)
     np.testing.assert_array_equal(expected[1].diff().numpy(), sizes)
+
+
+@given(grid=grids, side=st.integers(2, 48))
+def test_positions_between_entries_are_transformers(grid: Grid, side: int) -> None:
+    expected = get_vision_interpolation_indices_and_weights(
+        torch.tensor([[grid.times, grid.rows, grid.columns]]),
+        num_grid_per_side=side,
+        mode="bilinear",
+        align_corners=True,
+        spatial_merge_size=MERGE,
+    )
+
+    for theirs, ours in zip(expected, find_taps(grid, side), strict=True):
+        np.testing.assert_array_equal(theirs.numpy(), ours)
+
+
+@given(
+    num_frames=st.integers(2, 40),
+    height_px=st.integers(1, 2000),
+    width_px=st.integers(1, 2000),
+    least=st.integers(1, 200),
+    factor=st.integers(4, 900),
+)
+def test_size_of_a_clip_is_the_published_one(
+    num_frames: int, height_px: int, width_px: int, least: int, factor: int
+) -> None:
+    area = AreaLimits(least * 1024, least * factor * 1024)
+    try:
+        expected = smart_resize(
+            num_frames, height_px, width_px, 2, 32, area.min_pixels, area.max_pixels
+        )
+    except ValueError:
+        with pytest.raises(ImageTooNarrowError):
+            clip_size(num_frames, height_px, width_px, area, 32)
+    else:
+        assert expected == clip_size(num_frames, height_px, width_px, area, 32)

@@ -15,7 +15,7 @@ from models.train import export
 from tests.engine.tiny import NUM_BYTES, draw_weights, save_weights
 
 Changes = Mapping[str, Mapping[str, Any]]
-"""What to write over a default config: values by part, `text`, `vision` or `preprocessor`."""
+"""What to write over a default config: values by part, `text`, `vision`, `preprocessor` or `clips`."""
 
 QWEN2_5_VL: Changes = {
     "text": {
@@ -133,6 +133,7 @@ QWEN3_VL_OTHER: Changes = {
         "out_hidden_size": 48,
     },
     "preprocessor": {"patch_size": 12, "min_pixels": 48 * 48, "max_pixels": 192 * 192},
+    "clips": {"size": {"shortest_edge": 64 * 64, "longest_edge": 224 * 224}},
 }
 
 
@@ -157,6 +158,9 @@ def _write(folder: Path, model_type: str, default: Changes, changes: Changes) ->
     """Everything but weights: the files of darkroom-tiny, with other configs in them."""
     export.write_configs(folder, build_tokenizer(NUM_BYTES))
     parts = {part: {**default[part], **changes.get(part, {})} for part in default}
+    if "clips" in changes:
+        clips = json.dumps(dict(changes["clips"]))
+        (folder / "video_preprocessor_config.json").write_text(clips)
     config = json.loads((folder / "config.json").read_text())
     ids = {name: value for name, value in config.items() if name.endswith("token_id")}
     given = config["text_config"]
