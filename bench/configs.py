@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from bench import phi3_v
 from engine.families import llava
 from engine.families.qwen2_vl import CLIP_MEAN, CLIP_STD
 from models.train.settings import SPECIAL_TOKENS
@@ -83,11 +84,13 @@ class LlavaShape:
     max_position_embeddings: int = 4096
 
 
-SHAPES: Mapping[str, Shape | LlavaShape] = {
+SHAPES: Mapping[str, Shape | LlavaShape | phi3_v.Shape] = {
     "qwen2-vl-2b": Shape(1536, 8960, 28, 12, 2, 151936, 151643, True, (16, 24, 24), 32, 1280, 16),
     "qwen2-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, 151643, False, (16, 24, 24), 32, 1280, 16),
     "tiny-50m": Shape(512, 1408, 6, 8, 2, 32768, 32700, True, (8, 12, 12), 8, 384, 6),
     "tiny-1m": Shape(64, 128, 2, 4, 2, 512, 400, True, (2, 3, 3), 2, 64, 2, 8192),
+    "phi-3.5-vision": phi3_v.PUBLISHED,
+    "tiny-phi": phi3_v.TINY,
     "llava-1.5-7b": LlavaShape(4096, 11008, 32, 32, 32064, 32000, 1024, 24, 16, 336),
     "tiny-llava": LlavaShape(64, 128, 2, 4, 512, 400, 32, 3, 2, 56),
 }
@@ -97,6 +100,8 @@ def write_model(name: str, folder: Path) -> Path:
     """Write everything but the weights of a model in SHAPES; return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[name]
+    if isinstance(shape, dict):
+        return phi3_v.write_phi3_v(folder, **shape)
     if isinstance(shape, LlavaShape):
         tokenizer = build_llava_tokenizer(shape.num_text_ids)
         template, files = llava.CHAT_TEMPLATE, _llava_configs(shape)

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from bench.configs import SHAPES, write_model
-from bench.floors import Asked, find_rates, floor, patches_a_token
+from bench.floors import Asked, count_patches, find_rates, floor
 from bench.peers import Transformers, run_best
 from bench.profiles import profile
 from bench.workloads import WORKLOADS, Prompt, build_prompts, read_work
@@ -169,7 +169,7 @@ def _against_floor(llm: LLM, results: Sequence[Result], wall_ms: float) -> dict[
         return {}
     asked = [
         Asked(
-            [image.num_tokens * patches_a_token(checkpoint.config) for image in result.images],
+            [n for image in result.images for n in count_patches(checkpoint.config, image)],
             _num_prompt_tokens(result),
             len(result.outputs[0].token_ids),
         )

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.request import ImageUsed
+
+CLIP_MODELS = ("llava", "phi3_v")
 PATCH_PX, MERGE = 14, 2
 PATCH_VALUES = 3 * PATCH_PX**2
 
@@ -27,7 +30,7 @@ RATES: Mapping[str, Rates] = {"H100": Rates(798e12, 3.0e12), "H200": Rates(798e1
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One prompt, counted: patches of each of its pictures, and tokens."""
+    """One prompt, counted: patches of each of its pictures or of their tiles, and tokens."""
 
     pictures: Sequence[int]
     num_prompt_tokens: int
@@ -55,14 +58,14 @@ def find_rates(device_name: str) -> Rates | None:
 def floor(config: Any, asked: Sequence[Asked], batch: int, rates: Rates, bytes_each: int) -> Floor:
     """
     Args:
-        config: a Qwen2-VL's or LLaVA-1.5's, of transformers.
+        config: a Qwen2-VL's, LLaVA-1.5's or Phi-3.5-vision's.
         asked: the prompts of a run.
         batch: sequences that decode together; the weights are read once for all of them.
         bytes_each: of a weight, and of a number in the KV rows.
     """
     num = len(asked)
     text = config.text_config
-    encoder_flops = _clip_flops if config.model_type == "llava" else _encoder_flops
+    encoder_flops = _clip_flops if config.model_type in CLIP_MODELS else _encoder_flops
     encode = sum(encoder_flops(config, n) for one in asked for n in one.pictures)
     head_dim = text.hidden_size // text.num_attention_heads
     kv_width = text.num_key_value_heads * head_dim
@@ -92,19 +95,26 @@ def floor(config: Any, asked: Sequence[Asked], batch: int, rates: Rates, bytes_e
     )
 
 
-def patches_a_token(config: Any) -> int:
-    """How many patches one token of a picture stands for."""
-    return 1 if config.model_type == "llava" else MERGE**2
+def count_patches(config: Any, image: ImageUsed) -> list[int]:
+    """Of one picture, in groups that attend to each other: all of it, or each tile and the whole."""
+    if config.model_type != "phi3_v":
+        return [image.num_tokens * (1 if config.model_type == "llava" else MERGE**2)]
+    vision = config.vision_config
+    num_tiles = 1 + image.used_width * image.used_height // vision.image_size**2
+    return [(vision.image_size // vision.patch_size) ** 2] * num_tiles
 
 
 def _clip_flops(config: Any, num_patches: int) -> float:
     """Of the layers that are read, with the class token, and of the projector."""
     vision, hidden = config.vision_config, config.text_config.hidden_size
     width, num_tokens = vision.hidden_size, num_patches + 1
-    depth = config.vision_feature_layer % (vision.num_hidden_layers + 1)
+    is_phi = config.model_type == "phi3_v"
+    read = config.vision_layer if is_phi else config.vision_feature_layer
+    merge = MERGE**2 if is_phi else 1  # patches that the projector reads at once
+    depth = read % (vision.num_hidden_layers + 1)
     layer = 2 * num_tokens * (4 * width**2 + 2 * width * vision.intermediate_size)
     attention = 4 * num_tokens**2 * width
-    projector = 2 * num_patches * (width * hidden + hidden**2)
+    projector = 2 * num_patches / merge * (merge * width * hidden + hidden**2)
     embedding = 2 * num_patches * 3 * vision.patch_size**2 * width
     return float(depth * (layer + attention) + projector + embedding)
 

@@ -66,6 +66,26 @@ PUBLISHED: Shape = {
     "vocab_size": 32064,
     "num_crops": 16,
 }
+TINY: Shape = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+    "original_max_position_embeddings": 1024,
+    "num_text_ids": 400,
+    "vocab_size": 512,
+    "num_crops": 4,
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    },
+}
 
 
 def write_phi3_v(folder: Path, dtype: str = "bfloat16", **given: Unpack[Shape]) -> Path:

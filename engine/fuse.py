@@ -25,6 +25,7 @@ from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivati
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
@@ -212,7 +213,10 @@ class GatedMLP(nn.Module):
 
     def __init__(self, mlp: Any, fusions: Fusions) -> None:
         super().__init__()
-        self.gate_up = _project(merge_linears([mlp.gate_proj, mlp.up_proj]), fusions)
+        merged = getattr(mlp, "gate_up_proj", None)  # as in FusedTextAttention
+        if merged is None:
+            merged = merge_linears([mlp.gate_proj, mlp.up_proj])
+        self.gate_up = _project(merged, fusions)
         self.down = _project(mlp.down_proj, fusions)
 
     def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
@@ -318,8 +322,11 @@ class FusedTextAttention(nn.Module):
         self.sliding_window = getattr(attention, "sliding_window", None)
         self.is_causal = True
         self.rope_in_attention = fusions.rope_in_attention
-        self.kv_heads: int = attention.k_proj.out_features // self.head_dim
-        merged = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        merged = getattr(attention, "qkv_proj", None)  # Phi-3's are merged in the checkpoint
+        if merged is None:
+            merged = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        num_queries = attention.o_proj.in_features
+        self.kv_heads: int = (merged.out_features - num_queries) // 2 // self.head_dim
         self.qkv = _project(merged, fusions)
         self.out = _project_attended(attention.o_proj, fusions)
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -406,7 +413,9 @@ class FusedDecoderLayer(nn.Module):
 
 
 def _fuse_decoder_layer(layer: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
-    if not (fusions.text and _is_silu(layer.mlp.act_fn)):
+    mlp = layer.mlp
+    activation = mlp.activation_fn if isinstance(mlp, phi3.Phi3MLP) else mlp.act_fn
+    if not (fusions.text and _is_silu(activation)):
         return None
     return FusedDecoderLayer(layer, fusions, is_last)
 
@@ -603,6 +612,9 @@ _SWAPS: dict[type[nn.Module], _Build] = {
     llama.LlamaDecoderLayer: _fuse_decoder_layer,
     llama.LlamaRMSNorm: _fuse_rms_norm,
     llama.LlamaRotaryEmbedding: _fuse_rotary,
+    phi3.Phi3DecoderLayer: _fuse_decoder_layer,
+    phi3.Phi3RMSNorm: _fuse_rms_norm,
+    phi3.Phi3RotaryEmbedding: _fuse_rotary,
     clip.CLIPAttention: _fuse_clip_attention,
     clip.CLIPMLP: _fuse_clip_mlp,
     nn.LayerNorm: _fuse_layer_norm,

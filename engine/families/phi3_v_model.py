@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, PreTrain
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel
 
 from engine.errors import BadConfig
+from engine.kernels import rope
 
 MERGE = 2  # patches that become one token, each way
 # The published config names its encoder, openai/clip-vit-large-patch14-336, and none of its sizes.
@@ -87,6 +88,11 @@ def read_config(published: Mapping[str, Any]) -> Phi3VConfig:
     window = words.pop("sliding_window", None)
     if window is not None and window < most:
         raise BadConfig(f"sliding_window={window} is less than the context. That is not supported.")
+    if (
+        published.get("hidden_act", "silu") != "silu"
+        or published.get("partial_rotary_factor", 1) != 1
+    ):
+        raise BadConfig("This Phi-3 vision checkpoint needs silu, and all of a head to be rotated.")
     text = Phi3Config(**words, sliding_window=None, rope_parameters=_read_rope(published))
     dtype = published.get("dtype", published.get("torch_dtype"))
     config = Phi3VConfig(
@@ -101,13 +107,13 @@ def read_config(published: Mapping[str, Any]) -> Phi3VConfig:
 
 def _read_rope(published: Mapping[str, Any]) -> dict[str, Any]:
     scaling = published.get("rope_scaling")
-    rope = {"rope_type": "default", "rope_theta": published.get("rope_theta", 10000.0)}
+    plain = {"rope_type": "default", "rope_theta": published.get("rope_theta", 10000.0)}
     if scaling is None:
-        return rope
+        return plain
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind not in LONG_ROPE:
         raise BadConfig(f"rope_scaling of the type {kind!r} is not supported: use longrope.")
-    return rope | {
+    return plain | {
         "rope_type": "longrope",
         "short_factor": scaling["short_factor"],
         "long_factor": scaling["long_factor"],
@@ -185,28 +191,31 @@ class SwitchedRotary(nn.Module):
     Phi-3's rotary positions with LongRoPE, the factors chosen by token instead of by call.
 
     transformers takes the longest sequence of a call to choose the factors of all. Here position p
-    below `offset` has the short factors, and offset + p the long ones for position p.
+    below `num_positions` has the short factors, and num_positions + p the long ones for position p.
+    It gives (1, T, dim / 2) of float32, as fused attention reads it.
     """
 
-    def __init__(self, rotary: Any, offset: int) -> None:
+    def __init__(self, rotary: Any, num_positions: int) -> None:
         super().__init__()
-        self.offset, self.scaling = offset, rotary.attention_scaling
-        device = rotary.inv_freq.device
-        rope = rotary.config.rope_parameters
-        exponents = torch.arange(len(rotary.inv_freq), device=device).float() / len(rotary.inv_freq)
-        self.short, self.long = (
-            nn.Buffer(1.0 / (factors * rope["rope_theta"] ** exponents), persistent=False)
-            for factors in (
-                torch.tensor(rope[name], dtype=torch.float32, device=device)
-                for name in ("short_factor", "long_factor")
+        rope_parameters = rotary.config.rope_parameters
+        half, device = len(rotary.inv_freq), rotary.inv_freq.device
+        base = rope_parameters["rope_theta"] ** (torch.arange(half, device=device).float() / half)
+        tables = [
+            rope.build_table(
+                1.0
+                / (torch.tensor(rope_parameters[name], dtype=torch.float32, device=device) * base),
+                num_positions,
+                rotary.attention_scaling,
             )
+            for name in ("short_factor", "long_factor")
+        ]
+        cos, sin = (torch.cat(pair) for pair in zip(*tables, strict=True))
+        self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
+        self.axis_of = nn.Buffer(
+            torch.zeros(half, dtype=torch.long, device=device), persistent=False
         )
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids: (1, T) -> cos and sin, (1, T, dim) each."""
-        is_long = (position_ids >= self.offset)[..., None]
-        positions = torch.where(is_long[..., 0], position_ids - self.offset, position_ids)
-        frequencies = torch.where(is_long, self.long, self.short)
-        angles = positions[..., None].float() * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)
+        """position_ids: (1, T)."""
+        cos, sin = rope.look_up(position_ids, self.axis_of, self.cos, self.sin)
+        return cos[None], sin[None]

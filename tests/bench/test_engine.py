@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from bench import engine
+from bench import engine, phi3_v
 from bench.configs import SHAPES, LlavaShape, build_llava_tokenizer, build_tokenizer, write_model
-from bench.floors import RATES, Asked, floor
+from bench.floors import RATES, Asked, count_patches, floor
 from bench.profiles import Span, summarise
 from bench.workloads import Line, build_prompts, read_work
+from engine.families.phi3_v_model import Phi3VConfig
+from engine.request import ImageUsed, MediaKind
 from models.train.settings import SPECIAL_TOKENS
 
 
@@ -48,9 +50,34 @@ def test_floor_of_llava_is_what_the_arithmetic_says(tmp_path: Path) -> None:
     )
 
 
+def test_floor_of_phi_counts_every_tile(tmp_path: Path) -> None:
+    config = Phi3VConfig.from_pretrained(write_model("phi-3.5-vision", tmp_path))
+    image = ImageUsed(0, 640, 480, 4 * 336, 3 * 336, 1921, MediaKind.IMAGE)
+    patches = count_patches(config, image)
+    least = floor(config, [Asked(patches, 1950, 64)] * 64, 64, RATES["H100"], 2)
+
+    assert [576] * 13 == patches
+    # worked out by hand, in milliseconds: 4.84 TFLOP of 13 tiles, 14.9 of the prompt, 57.3 GB
+    assert pytest.approx((6.07, 18.6, 19.1), rel=0.01) == (
+        least.encode,
+        least.prefill,
+        least.decode,
+    )
+
+
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_special_tokens_stand_at_their_ids_inside_the_vocabulary(name: str) -> None:
     shape = SHAPES[name]
+    if isinstance(shape, dict):
+        tokenizer = phi3_v.build_tokenizer(shape["num_text_ids"])
+        first = shape["num_text_ids"]
+        assert [0, 1, 2] == [tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>")]
+        assert [first, first + 7, first + 10, first + 44] == [
+            tokenizer.token_to_id(token)
+            for token in ("<|endoftext|>", "<|end|>", "<|user|>", "<|image|>")
+        ]
+        assert tokenizer.get_vocab_size() <= shape["vocab_size"]
+        return
     if isinstance(shape, LlavaShape):
         tokenizer = build_llava_tokenizer(shape.num_text_ids)
         assert [0, 1, 2] == [tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>")]

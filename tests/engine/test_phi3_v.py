@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from bench.phi3_v import write_phi3_v
-from engine import LLM, Request, Result, SamplingParams
+from engine import LLM, Request, Result, SamplingParams, fuse
 from engine.errors import BadConfig
 from engine.families.phi3_v import Phi3V, fit, lay_on_white
 from engine.families.phi3_v_model import Phi3VConfig, Phi3VForCausalLM, SwitchedRotary
@@ -131,6 +131,8 @@ ODD_CONFIGS: Mapping[str, Any] = {
     "width": lambda c: c["img_processor"].update(image_dim_out=7),
     "window": lambda c: c.update(sliding_window=100),
     "rope": lambda c: c["rope_scaling"].update(type="yarn"),
+    "activation": lambda c: c.update(hidden_act="gelu"),
+    "part of a head": lambda c: c.update(partial_rotary_factor=0.5),
     "no embd_layer": lambda c: c.pop("embd_layer"),
 }
 
@@ -470,14 +472,15 @@ def test_chat_says_what_generate_says(phi: LLM) -> None:
 def test_positions_are_rotated_as_transformers_does_for_one_sequence(num_positions: int) -> None:
     most = DEFAULT["original_max_position_embeddings"]
     rotary = Phi3RotaryEmbedding(_text_config(most))
-    switched = SwitchedRotary(rotary, offset=4096)
+    switched = SwitchedRotary(rotary, 4096)
     positions = torch.arange(num_positions)[None]
     x = torch.zeros(1)
 
     expected = rotary(x, positions)
     actual = switched(x, positions + (4096 if num_positions > most else 0))
 
-    assert all(torch.equal(*pair) for pair in zip(expected, actual, strict=True))
+    for theirs, ours in zip(expected, actual, strict=True):  # theirs has everything twice
+        torch.testing.assert_close(ours, theirs[..., :8], rtol=0, atol=1e-6)
 
 
 def _text_config(most: int) -> Phi3Config:
@@ -505,6 +508,15 @@ def test_factors_go_by_the_prompt_and_not_by_its_neighbours(
     together = phi.generate([short, long] * 3, GREEDY, use_tqdm=False)
 
     assert expected * 3 == token_ids(together)
+
+
+def test_all_layers_of_both_halves_are_fused(folder: Path) -> None:
+    model = Phi3VForCausalLM(Phi3VConfig.from_pretrained(folder))
+
+    swapped = fuse.apply(model)
+
+    assert (2, 1) == (swapped["Phi3DecoderLayer"], swapped["Phi3RMSNorm"])
+    assert (3, 3) == (swapped["CLIPAttention"], swapped["CLIPMLP"])
 
 
 def test_short_context_has_the_short_factors_only(folder: Path) -> None:
