@@ -3,9 +3,14 @@
 from collections.abc import Iterable, Iterator
 from typing import cast
 
+import numpy as np
 import pytest
 
+pytest.importorskip("av", reason="clips are encoded, which needs the extra `video`")
+
 from engine import LLM, CompletionOutput, Request, Result
+from media.frames import FrameSampling
+from media.video import decode_video
 from models import evaluate
 from models.evaluate import GOALS, cases
 
@@ -44,6 +49,18 @@ def test_reversed_clips_are_the_same_clips_backwards() -> None:
         assert [p.tobytes() for p in there.pictures] == [p.tobytes() for p in back.pictures[::-1]]
         assert there.question == back.question
     assert [c.answer for c in forwards] != [c.answer for c in backwards]
+
+
+def test_clip_as_a_file_and_its_frames_show_the_same() -> None:
+    for file, frames in zip(cases("mp4", 3), cases("mp4 as frames", 3), strict=True):
+        assert file.file is not None
+        encoded, num_frames = file.file
+        decoded = decode_video(encoded, FrameSampling(num_frames))
+        for expected, image in zip(frames.pictures, decoded.images, strict=True):
+            assert np.abs(np.asarray(expected, np.int16) - image.pixels()).mean() < 3
+        assert (file.question, file.answer) == (frames.question, frames.answer)
+        assert decoded.source_num_frames is not None
+        assert decoded.source_num_frames >= 20 > num_frames
 
 
 def test_cases_are_the_same_every_time() -> None:
