@@ -1,5 +1,5 @@
 """
-The memory that a decoder process and its parent share: encoded bytes in, pixels out.
+The memory that a decoder process and its parent share, in which pixels are handed over.
 
 It has no name in any file system, so that nothing is left when both processes are killed. The parent
 alone says which stretch is for what; a child only writes where it was told to. Pages are real from

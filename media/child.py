@@ -1,5 +1,5 @@
 """
-A decoder process: it decodes what lies in the arena and writes the pixels back into it.
+A decoder process: it decodes what its parent sends and writes the pixels into the arena.
 
 `main` is all that such a process does, from its start by `media.pool` to its end. It decodes by the
 same functions that a thread would call, so pixels are the same. Nothing that it reads can change what
@@ -27,7 +27,7 @@ from media.frames import FrameSampling
 from media.images import decode_image
 from media.limits import ImageLimits, VideoLimits
 from media.video import decode_video
-from media.wire import BrokenWireError, Message, Wire
+from media.wire import BrokenWireError, ChildWire, Message
 
 # Imported by Pillow and PyAV when a file asks for them, and then nothing can be opened any more.
 LATE_IMPORTS: Final = ("PIL.MpoImagePlugin", "PIL.TiffImagePlugin", "av.subtitles.stream")
@@ -110,7 +110,7 @@ def serve(birth: Birth, decode: Decode) -> None:
     # From here on nobody reads what C libraries print about bad files.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     arena = open_view(birth.memory, birth.arena_bytes)
-    wire = Wire(birth.reading, birth.writing)
+    wire = ChildWire(birth.reading, birth.writing)
     meter = _open_meter()
     is_filtered = confine(_mapped_bytes(meter) + birth.work_bytes + READING_BYTES)
     wire.send({"say": "ready", "is_filtered": is_filtered})
@@ -153,7 +153,7 @@ class DroppedError(Exception):
 class Server:
     """What a decoding may ask of its parent, and how its pixels get there."""
 
-    def __init__(self, wire: Wire, arena: Pixels, decode: Decode, meter: int | None) -> None:
+    def __init__(self, wire: ChildWire, arena: Pixels, decode: Decode, meter: int | None) -> None:
         self._wire = wire
         self._arena = arena
         self._decode = decode
@@ -164,14 +164,14 @@ class Server:
 
     def answer(self, message: Message) -> None:
         """Decode one file; say what went wrong with it, if anything."""
-        self._limit_s = message["limit_s"] + GRACE_S
-        self._start_clock()
-        self._wire.send({"say": "begun"})
         num_bytes = message["num_bytes"]
         self._base_bytes = _mapped_bytes(self._meter) + READING_BYTES + 2 * num_bytes
         lower_memory(self._base_bytes)
+        encoded = self._wire.read(num_bytes)
+        self._limit_s = message["limit_s"] + GRACE_S
+        self._start_clock()
+        self._wire.send({"say": "begun"})
         try:
-            encoded = self._arena[message["start"] :][:num_bytes].tobytes()
             images, facts = self._decode(self, message, encoded)
             for index, image in enumerate(images):
                 self._write(image, index)

@@ -4,8 +4,8 @@ Decoding in processes of their own, which may die: `DecoderPool` beside the func
 Foreign bytes meet C code there, in a process that has no network, no files and no secrets, bounded
 memory and little time (`media.confine`). Whatever happens to it is the error of the one file that it
 had in hand; another process takes its place. The process that asks opens no container at all: it
-copies the encoded bytes into memory that both share, is told the size, says which size it wants, and
-finds the pixels there, once written and never copied.
+sends the encoded bytes, is told the size, says which size it wants, and finds the pixels in memory that
+both share, once written and never copied.
 """
 
 import json
@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from media.frames import FrameSampling
 from media.images import check_size, decode_image
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from media.video import DEFAULT_SAMPLING, decode_video
-from media.wire import BrokenWireError, Message, SilentError, Wire
+from media.wire import BrokenWireError, Message, ParentWire, SilentError
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ START_LIMIT_S: Final = 60.0
 """From the start of a process until it says that it is ready, on a machine that is very busy."""
 
 MAX_BYTES: Final = 1 << 30
-ARENA_BYTES: Final = 1536 << 20
-"""Address space, not memory: the largest clip that the limits allow, its file, and some pictures."""
+ARENA_BYTES: Final = 1 << 30
+"""Address space, not memory: the frames of the largest clip that the limits allow, and some pictures."""
 
 WORK_BYTES: Final = 2 << 30
 LOOK_S: Final = 0.5
@@ -106,10 +106,18 @@ class _Child:
     """
 
     process: subprocess.Popen[bytes]
-    wire: Wire
+    wire: ParentWire
     arena: Arena
     is_retired: bool = False
     left_s: float = 0.0
+
+    def say(self, message: Message, behind: bytes = b"") -> None:
+        """
+        Raises:
+            BrokenWireError, SilentError: it does not listen, or not in the time that it has left.
+        """
+        with self._counting():
+            self.wire.send(message, self.left_s, behind)
 
     def listen(self) -> Message:
         """
@@ -118,9 +126,14 @@ class _Child:
         Raises:
             BrokenWireError, SilentError: it does not, or not in time.
         """
+        with self._counting():
+            return self.wire.receive(self.left_s)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
         started = time.monotonic()
         try:
-            return self.wire.receive(self.left_s)
+            yield
         finally:
             self.left_s -= time.monotonic() - started
 
@@ -324,13 +337,11 @@ class DecoderPool:
             _NotBegunError: another process may do it.
             MediaError: the process is of no use any more.
         """
-        source = self._find_room(child, len(encoded))
         claim = _Claim()
         has_begun = False
         try:
-            np.copyto(child.arena.view(source, len(encoded)), np.frombuffer(encoded, np.uint8))
             child.left_s = order["limit_s"]
-            child.wire.send({**order, "start": source, "num_bytes": len(encoded)})
+            child.say({**order, "num_bytes": len(encoded)}, behind=encoded)
             while True:
                 message = child.listen()
                 said = message.get("say")
@@ -341,7 +352,7 @@ class DecoderPool:
                     fit = self._decide(child, header, ask if said == "header" else None, check)
                     shape = _shape_of(header, fit) if said == "header" else None
                     self._extend(child, claim, header.work_bytes, shape)
-                    child.wire.send(claim.as_message(fit))
+                    child.say(claim.as_message(fit))
                 elif said == "done" and claim.place:
                     return self._hand_over(child, claim, *claim.place), message
                 else:
@@ -356,7 +367,6 @@ class DecoderPool:
             raise DecodeTimeoutError from error
         finally:
             with self._lock:
-                child.arena.free(source)
                 self._settle(claim)
                 if claim.place:
                     child.arena.free(claim.place[0])
@@ -367,7 +377,7 @@ class DecoderPool:
             check(header)
             return ask(header) if ask else None
         except BaseException as error:
-            child.wire.send({"say": "drop"})
+            child.say({"say": "drop"})
             if child.listen().get("say") != "dropped":
                 raise
             raise _SoundError(error) from None
@@ -552,7 +562,7 @@ class DecoderPool:
         finally:
             os.close(childs_reading)
             os.close(childs_writing)
-        return _Child(process, Wire(reading, writing), arena)
+        return _Child(process, ParentWire(reading, writing), arena)
 
     def _welcome(self, child: _Child) -> None:
         """Wait until a process that was started is ready, in a thread of its own."""

@@ -1,8 +1,9 @@
 """
-What a decoder process and its parent say to each other: JSON objects, each behind its length.
+What a decoder process and its parent say to each other: JSON objects, each behind its length, and
+encoded files behind the object that announces them.
 
-Pixels and files are not said, they lie in the arena. Both sides read with a bound, and the parent
-with a clock: what comes from a child is judged as what comes from a stranger.
+Pixels are not said, they lie in the arena. The parent reads and writes with a clock, and judges what
+comes from a child as what comes from a stranger.
 """
 
 import json
@@ -26,9 +27,48 @@ class SilentError(Exception):
     """Nothing came in time."""
 
 
-class Wire:
+class ChildWire:
     """
-    One side's two pipes. Used by one thread at a time.
+    The child's side, which waits for its parent as long as there is one.
+
+    Args:
+        reading, writing: descriptors, owned from now on.
+    """
+
+    def __init__(self, reading: int, writing: int) -> None:
+        self._reading, self._writing = open(reading, "rb"), writing  # noqa: SIM115
+
+    def send(self, message: Message) -> None:
+        """
+        Raises:
+            BrokenWireError: nobody reads any more.
+        """
+        rest = memoryview(_pack(message))
+        try:
+            while rest:
+                rest = rest[os.write(self._writing, rest) :]
+        except OSError as error:
+            raise BrokenWireError from error
+
+    def receive(self) -> Message:
+        """
+        Raises:
+            BrokenWireError: the parent has hung up.
+        """
+        message: Message = json.loads(self.read(_LENGTH.unpack(self.read(_LENGTH.size))[0]))
+        return message
+
+    def read(self, num_bytes: int) -> bytes:
+        """What was announced, read straight into the place where it stays."""
+        found = self._reading.read(num_bytes)
+        if len(found) < num_bytes:
+            raise BrokenWireError
+        return found
+
+
+class ParentWire:
+    """
+    The parent's side. Used by one thread at a time.
 
     Args:
         reading, writing: descriptors, owned from now on.
@@ -37,27 +77,35 @@ class Wire:
     def __init__(self, reading: int, writing: int) -> None:
         self._reading, self._writing = reading, writing
         self._come = bytearray()
+        os.set_blocking(writing, False)
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message, timeout_s: float, behind: bytes = b"") -> None:
         """
+        Args:
+            behind: what the message announces.
+
         Raises:
             BrokenWireError: nobody reads any more.
+            SilentError: not all of it was taken in time.
         """
-        body = json.dumps(message, separators=(",", ":")).encode()
-        rest = memoryview(_LENGTH.pack(len(body)) + body)
-        try:
-            while rest:  # messages are far smaller than a pipe: this does not wait
-                rest = rest[os.write(self._writing, rest) :]
-        except OSError as error:
-            raise BrokenWireError from error
+        deadline = time.monotonic() + timeout_s
+        for part in (_pack(message), behind):
+            rest = memoryview(part)
+            while rest:
+                try:
+                    rest = rest[os.write(self._writing, rest) :]
+                except BlockingIOError:
+                    _wait(self._writing, select.POLLOUT, deadline)
+                except OSError as error:
+                    raise BrokenWireError from error
 
-    def receive(self, timeout_s: float | None = None) -> Message:
+    def receive(self, timeout_s: float) -> Message:
         """
         Raises:
-            BrokenWireError: the other side ended, or what came is no message.
+            BrokenWireError: the child ended, or what came is no message.
             SilentError: no whole message came in time.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         body = self._read(_LENGTH.unpack(self._read(_LENGTH.size, deadline))[0], deadline)
         try:
             message = json.loads(body)
@@ -71,16 +119,12 @@ class Wire:
         os.close(self._reading)
         os.close(self._writing)
 
-    def _read(self, num_bytes: int, deadline: float | None) -> bytes:
+    def _read(self, num_bytes: int, deadline: float) -> bytes:
         if num_bytes > MAX_MESSAGE_BYTES:
             raise BrokenWireError
         while len(self._come) < num_bytes:
-            if deadline is not None:
-                self._wait(deadline)
-            try:
-                piece = os.read(self._reading, 1 << 16)
-            except OSError as error:
-                raise BrokenWireError from error
+            _wait(self._reading, select.POLLIN, deadline)
+            piece = os.read(self._reading, 1 << 16)
             if not piece:
                 raise BrokenWireError
             self._come += piece
@@ -88,8 +132,14 @@ class Wire:
         del self._come[:num_bytes]
         return found
 
-    def _wait(self, deadline: float) -> None:
-        poll = select.poll()
-        poll.register(self._reading, select.POLLIN)
-        if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
-            raise SilentError
+
+def _pack(message: Message) -> bytes:
+    body = json.dumps(message, separators=(",", ":")).encode()
+    return _LENGTH.pack(len(body)) + body
+
+
+def _wait(fd: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+        raise SilentError
