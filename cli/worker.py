@@ -51,6 +51,6 @@ def run_worker(
             )
             config.refuse_other_limits(name, chosen)  # before the weights are loaded
             length = max_model_len or config.max_model_len_of(name)
-            options = EngineOptions(model, chosen, length, device, dtype)
+            options = EngineOptions(model, chosen, length, device, dtype, config.media_processes)
             with closing(load_engine(options)) as engine:
                 return run_gpu_worker(config, url, engine, name, env=env)

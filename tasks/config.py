@@ -99,6 +99,8 @@ class Config(BaseSettings):
             twice what the engine runs at once, so that one's slow tail never leaves it idle.
         max_media_bytes: of lines, pictures and clips that a GPU worker holds at a time, as they came:
             fetched, or about to be, until the engine has answered.
+        media_processes: processes in which a GPU worker decodes pictures and clips; by default one for
+            each core that the worker leaves, and 0 decodes in its own threads.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
         stall_s: after which an engine that has prompts and finishes no step is taken for dead.
         lease_s, heartbeat_s: how long a claim lasts, and how often it is renewed.
@@ -148,6 +150,7 @@ class Config(BaseSettings):
     chunk_items: Count = 64
     chunks_in_flight: Count = 3
     max_media_bytes: Count = 2048 * MEBIBYTE
+    media_processes: int | None = Field(default=None, ge=0)
     commit_items: Count = 64
     commit_s: Seconds = 0.2
     stall_s: Seconds = 600.0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine.errors import EngineFailure
 from engine.request import Result, SamplingParams
+from media.pool import count_cores
 from tasks.config import MediaLimits
 from tasks.errors import DeviceLostError
 
@@ -75,14 +76,26 @@ class EnginePort(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What a worker's engine is started with, as `LLM`'s own arguments are called."""
+    """
+    What a worker's engine is started with, as `LLM`'s own arguments are called.
+
+    Args:
+        num_media_processes: None for one a core, two cores left to the worker itself.
+    """
 
     model: str
     limits: MediaLimits = field(default_factory=MediaLimits)
     max_model_len: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    num_media_processes: int | None = None
 
+
+CORES_BESIDE: Final = 2
+"""For the thread that feeds the device, and for all that fetches and commits."""
+
+MAX_MEDIA_PROCESSES: Final = 16
+"""Where nobody says a number: more pictures a second than one GPU reads."""
 
 _FAILURE: Final = EngineFailure.code
 
@@ -161,11 +174,15 @@ def load_engine(options: EngineOptions) -> LLMEngine:
     """
     from engine import LLM
 
+    num_processes = options.num_media_processes
+    if num_processes is None:
+        num_processes = min(max(count_cores() - CORES_BESIDE, 1), MAX_MEDIA_PROCESSES)
     llm = LLM(
         model=options.model,
         limit_mm_per_prompt=options.limits.model_dump(),
         max_model_len=options.max_model_len,
         device=options.device,
         dtype=options.dtype,
+        num_media_processes=num_processes,
     )
     return LLMEngine(llm, options.limits)

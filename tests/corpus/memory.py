@@ -27,7 +27,11 @@ def list_children(pid: int) -> list[int]:
     """All processes below this one."""
     found: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, file.read_text().split()):
+        try:
+            children = [int(child) for child in file.read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+            continue
+        for child in children:
             found += [child, *list_children(child)]
     return found
 
