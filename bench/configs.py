@@ -15,7 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from bench import phi3_v
+from bench import later_qwen, phi3_v
+from bench.later_qwen import LaterQwenShape, qwen2_5, qwen3
 from engine.families import llava
 from engine.families.qwen2_vl import CLIP_MEAN, CLIP_STD
 from models.train.settings import SPECIAL_TOKENS
@@ -84,13 +85,81 @@ class LlavaShape:
     max_position_embeddings: int = 4096
 
 
-SHAPES: Mapping[str, Shape | LlavaShape | phi3_v.Shape] = {
+AnyShape = Shape | LlavaShape | LaterQwenShape | phi3_v.Shape
+
+SHAPES: Mapping[str, AnyShape] = {
     "qwen2-vl-2b": Shape(1536, 8960, 28, 12, 2, 151936, 151643, True, (16, 24, 24), 32, 1280, 16),
     "qwen2-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, 151643, False, (16, 24, 24), 32, 1280, 16),
     "tiny-50m": Shape(512, 1408, 6, 8, 2, 32768, 32700, True, (8, 12, 12), 8, 384, 6),
     "tiny-1m": Shape(64, 128, 2, 4, 2, 512, 400, True, (2, 3, 3), 2, 64, 2, 8192),
     "phi-3.5-vision": phi3_v.PUBLISHED,
     "tiny-phi": phi3_v.TINY,
+    "qwen2.5-vl-3b": qwen2_5(
+        {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
+    ),
+    "qwen3-vl-2b": qwen3({"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}),
+    "qwen3-vl-4b": qwen3(
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+        }
+    ),
+    "tiny-qwen2.5-vl": qwen2_5(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [2, 3, 3],
+            },
+        },
+        {
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "window_size": 56,  # two tokens a side
+            "fullatt_block_indexes": [1],
+        },
+        pictures={"max_pixels": 224 * 224},
+        vocab_size=272,
+        num_text_ids=256,
+    ),
+    "tiny-qwen3-vl": qwen3(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 24,  # wider together than a token
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_interleaved": True,
+                "mrope_section": [6, 3, 3],
+            },
+        },
+        {
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        pictures={"size": {"shortest_edge": 64 * 64, "longest_edge": 256 * 256}},
+        clips={"size": {"shortest_edge": 64 * 64, "longest_edge": 4 * 128 * 128}},
+        vocab_size=272,
+        num_text_ids=256,
+    ),
     "llava-1.5-7b": LlavaShape(4096, 11008, 32, 32, 32064, 32000, 1024, 24, 16, 336),
     "tiny-llava": LlavaShape(64, 128, 2, 4, 512, 400, 32, 3, 2, 56),
 }
@@ -98,16 +167,23 @@ SHAPES: Mapping[str, Shape | LlavaShape | phi3_v.Shape] = {
 
 def write_model(name: str, folder: Path) -> Path:
     """Write everything but the weights of a model in SHAPES; return its folder."""
+    return write_shape(SHAPES[name], folder)
+
+
+def write_shape(shape: AnyShape, folder: Path, dtype: str = "bfloat16") -> Path:
+    """The same of any shape; dtype is what the config says of the weights of later Qwens."""
     folder.mkdir(parents=True, exist_ok=True)
-    shape = SHAPES[name]
     if isinstance(shape, dict):
         return phi3_v.write_phi3_v(folder, **shape)
     if isinstance(shape, LlavaShape):
         tokenizer = build_llava_tokenizer(shape.num_text_ids)
         template, files = llava.CHAT_TEMPLATE, _llava_configs(shape)
     else:
-        tokenizer = build_tokenizer(shape.num_text_ids)
-        template, files = CHAT_TEMPLATE, _configs(shape, tokenizer)
+        tokenizer, template = build_tokenizer(shape.num_text_ids), CHAT_TEMPLATE
+        if isinstance(shape, LaterQwenShape):
+            files = later_qwen.configs(shape, tokenizer, dtype)
+        else:
+            files = _configs(shape, tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(template)
     for file, content in files.items():

@@ -11,8 +11,7 @@ from typing import Any
 from engine.request import ImageUsed
 
 CLIP_MODELS = ("llava", "phi3_v")
-PATCH_PX, MERGE = 14, 2
-PATCH_VALUES = 3 * PATCH_PX**2
+MERGE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +57,25 @@ def find_rates(device_name: str) -> Rates | None:
 def floor(config: Any, asked: Sequence[Asked], batch: int, rates: Rates, bytes_each: int) -> Floor:
     """
     Args:
-        config: a Qwen2-VL's, LLaVA-1.5's or Phi-3.5-vision's.
+        config: a Qwen-VL's, LLaVA-1.5's or Phi-3.5-vision's.
         asked: the prompts of a run.
         batch: sequences that decode together; the weights are read once for all of them.
         bytes_each: of a weight, and of a number in the KV rows.
     """
     num = len(asked)
     text = config.text_config
-    encoder_flops = _clip_flops if config.model_type in CLIP_MODELS else _encoder_flops
+    encoder_flops = _clip_flops if config.model_type in CLIP_MODELS else _qwen_flops
     encode = sum(encoder_flops(config, n) for one in asked for n in one.pictures)
-    head_dim = text.hidden_size // text.num_attention_heads
-    kv_width = text.num_key_value_heads * head_dim
-    layer = text.hidden_size * (2 * text.hidden_size + 2 * kv_width + 3 * text.intermediate_size)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width, kv_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    layer = text.hidden_size * (2 * width + 2 * kv_width + 3 * text.intermediate_size)
     layers = layer * text.num_hidden_layers
     head = text.vocab_size * text.hidden_size
     prefill = sum(
         2 * layers * one.num_prompt_tokens
         + 2 * head
         # causal: half of two products of tokens x tokens x width
-        + 2 * one.num_prompt_tokens**2 * text.hidden_size * text.num_hidden_layers
+        + 2 * one.num_prompt_tokens**2 * width * text.num_hidden_layers
         for one in asked
     )
     row_bytes = 2 * text.num_hidden_layers * kv_width * bytes_each
@@ -119,12 +118,23 @@ def _clip_flops(config: Any, num_patches: int) -> float:
     return float(depth * (layer + attention) + projector + embedding)
 
 
-def _encoder_flops(config: Any, num_patches: int) -> float:
+def _qwen_flops(config: Any, num_patches: int) -> float:
+    """Of any generation; its pictures are stills, and a window is taken for a full one."""
     vision = config.vision_config
-    width, hidden = vision.embed_dim, vision.hidden_size
-    block = 2 * num_patches * width**2 * (4 + 2 * vision.mlp_ratio)
-    attention = 4 * num_patches**2 * width
+    if config.model_type == "qwen2_vl":
+        width, out = vision.embed_dim, vision.hidden_size
+        mlp = 2 * vision.mlp_ratio * width
+    else:
+        width, out = vision.hidden_size, vision.out_hidden_size
+        mlp = (3 if config.model_type == "qwen2_5_vl" else 2) * vision.intermediate_size
+    layers = vision.depth * 2 * num_patches * width * (4 * width + mlp)
+    num_full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    seen = num_full * num_patches
+    if num_full < vision.depth:
+        seen += (vision.depth - num_full) * (vision.window_size // vision.patch_size) ** 2
+    attention = 4 * num_patches * seen * width
     merged = MERGE**2 * width
-    merger = 2 * (num_patches / MERGE**2) * merged * (merged + hidden)
-    embedding = 2 * num_patches * PATCH_VALUES * width
-    return float(vision.depth * (block + attention) + merger + embedding)
+    num_mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    mergers = num_mergers * 2 * (num_patches / MERGE**2) * merged * (merged + out)
+    embedding = 2 * num_patches * 3 * vision.patch_size**2 * width
+    return float(layers + attention + mergers + embedding)

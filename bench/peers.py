@@ -18,8 +18,10 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -29,6 +31,8 @@ from media.images import decode_image
 # The model and the image processor for each type of config.
 FAMILIES: Mapping[str, tuple[Any, Any]] = {
     "qwen2_vl": (Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil),
+    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil),
+    "qwen3_vl": (Qwen3VLForConditionalGeneration, Qwen2VLImageProcessorPil),
     "llava": (LlavaForConditionalGeneration, CLIPImageProcessorPil),
 }
 
@@ -60,7 +64,7 @@ class Transformers:
                 folder, dtype=dtype, attn_implementation="sdpa"
             )
         self._model.to(device).eval()
-        self._has_grids = config.model_type == "qwen2_vl"
+        self._has_grids = processor_class is Qwen2VLImageProcessorPil
         self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from bench import engine, phi3_v
 from bench.configs import SHAPES, LlavaShape, build_llava_tokenizer, build_tokenizer, write_model
 from bench.floors import RATES, Asked, count_patches, floor
+from bench.later_qwen import LaterQwenShape
 from bench.profiles import Span, summarise
 from bench.workloads import Line, build_prompts, read_work
 from engine.families.phi3_v_model import Phi3VConfig
@@ -65,6 +66,22 @@ def test_floor_of_phi_counts_every_tile(tmp_path: Path) -> None:
     )
 
 
+def test_floors_of_later_generations_are_what_the_arithmetic_says(tmp_path: Path) -> None:
+    windows = AutoConfig.from_pretrained(write_model("qwen2.5-vl-3b", tmp_path / "2.5"))
+    deeper = AutoConfig.from_pretrained(write_model("qwen3-vl-2b", tmp_path / "3"))
+
+    of_windows = floor(windows, [Asked([1564], 421, 64)] * 1024, 256, RATES["H100"], 2)
+    of_deeper = floor(deeper, [Asked([1200], 330, 64)] * 1024, 256, RATES["H100"], 2)
+
+    # worked out by hand: 1564 * 32 * 2 * 1280 * (5120 + 10260) = 1.97 TFLOP of layers, 0.065 of
+    # attention (4 * 1564 + 28 * 64 patches seen), 0.032 of the merger, 0.002 of the embedding
+    assert pytest.approx(2.07e12 / 798e12 * 1000, rel=0.01) == of_windows.encode
+    # 1200 * 24 * 2 * 1024 * (4096 + 8192) = 0.725, 0.142, 4 mergers of 0.0151, 0.002
+    assert pytest.approx(0.929e12 / 798e12 * 1000, rel=0.01) == of_deeper.encode
+    # 28 layers of 2048 * (4096 + 2048 + 18432) * 2 * 330 = 0.930, head 0.0006, attention 0.0125
+    assert pytest.approx(0.943e12 / 798e12 * 1000, rel=0.01) == of_deeper.prefill
+
+
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_special_tokens_stand_at_their_ids_inside_the_vocabulary(name: str) -> None:
     shape = SHAPES[name]
@@ -89,6 +106,11 @@ def test_special_tokens_stand_at_their_ids_inside_the_vocabulary(name: str) -> N
 
     assert shape.num_text_ids == tokenizer.token_to_id(SPECIAL_TOKENS[0])
     assert tokenizer.get_vocab_size() <= shape.vocab_size
+    if isinstance(shape, LaterQwenShape):
+        text = shape.text
+        width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        assert 2 * sum(text["rope_parameters"]["mrope_section"]) == width
+        return
     assert 2 * sum(shape.mrope_section) == shape.hidden_size // shape.num_attention_heads
 
 
@@ -124,7 +146,7 @@ def test_pictures_of_another_run_are_others() -> None:
     }
 
 
-@pytest.mark.parametrize("config", ["tiny-1m", "tiny-llava"])
+@pytest.mark.parametrize("config", ["tiny-1m", "tiny-llava", "tiny-qwen2.5-vl", "tiny-qwen3-vl"])
 def test_a_run_prints_its_figures_and_those_of_the_peer(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

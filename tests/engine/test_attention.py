@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_window_index
 
+from bench.later_qwen import LaterQwenShape
 from engine import LLM, Request
 from engine.attention import (
     VISION_ATTENTION,
@@ -35,7 +36,7 @@ from tests.engine.pictures import (
     draw_clip,
     token_ids,
 )
-from tests.engine.tiny_qwen import QWEN2_5_VL_OTHER, Changes, write_tiny_qwen2_5_vl
+from tests.engine.tiny_qwen import QWEN2_5_VL, QWEN2_5_VL_OTHER, write_tiny_qwen
 
 DIM = 8
 SCALE = 0.3
@@ -192,18 +193,18 @@ def test_vision_runs_of_mixed_sizes_are_pictures_one_by_one(
         start += size
 
 
-@pytest.mark.parametrize("changes", [None, QWEN2_5_VL_OTHER], ids=["default", "other"])
+@pytest.mark.parametrize("shape", [QWEN2_5_VL, QWEN2_5_VL_OTHER], ids=["default", "other"])
 @torch.inference_mode()
 def test_layers_with_windows_see_what_transformers_own_see(
-    tmp_path: Path, changes: Changes | None
+    tmp_path: Path, shape: LaterQwenShape
 ) -> None:
-    folder = write_tiny_qwen2_5_vl(tmp_path, seed=2, changes=changes)
+    folder = write_tiny_qwen(tmp_path, shape, seed=2)
     own = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
     model: Any = own
     visual, vision = model.model.visual.eval(), model.config.vision_config
     grids = torch.tensor([[1, 6, 10], [3, 4, 4], [1, 14, 2]])
-    shape = int(grids.prod(1).sum()), 3 * 2 * vision.patch_size**2
-    patches = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    size = int(grids.prod(1).sum()), 3 * 2 * vision.patch_size**2
+    patches = torch.randn(size, generator=torch.Generator().manual_seed(1))
     expected = visual(patches, grid_thw=grids).pooler_output
 
     index, starts = get_vision_window_index(grids, 2, vision.window_size, vision.patch_size)

@@ -28,10 +28,11 @@ from engine.kernels import rope
 from engine.kernels.quantised import Fp8Linear
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
 from tests.engine.tiny_qwen import (
+    QWEN2_5_VL,
     QWEN2_5_VL_OTHER,
+    QWEN3_VL,
     QWEN3_VL_OTHER,
-    write_tiny_qwen2_5_vl,
-    write_tiny_qwen3_vl,
+    write_tiny_qwen,
 )
 
 NUM_TOKENS = 23
@@ -47,18 +48,12 @@ def qwen(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 @pytest.fixture(
-    params=[
-        (write_tiny_qwen2_5_vl, None),
-        (write_tiny_qwen2_5_vl, QWEN2_5_VL_OTHER),
-        (write_tiny_qwen3_vl, None),
-        (write_tiny_qwen3_vl, QWEN3_VL_OTHER),
-    ],
+    params=[QWEN2_5_VL, QWEN2_5_VL_OTHER, QWEN3_VL, QWEN3_VL_OTHER],
     ids=["2.5", "2.5 other", "3", "3 other"],
 )
 def later_qwen(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """A Qwen-VL after the second generation."""
-    write, changes = request.param
-    folder = write(tmp_path, seed=7, changes=changes)
+    folder = write_tiny_qwen(tmp_path, request.param, seed=7)
     return _frozen(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
 
 

@@ -7,8 +7,6 @@ Each with two shapes of tiny random weights, float32 on a CPU.
 import json
 import os
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +38,11 @@ from tests.engine.mixed import mixed_requests
 from tests.engine.pictures import as_frames, draw, draw_clip
 from tests.engine.test_exactness import check_all_ways
 from tests.engine.tiny_qwen import (
+    QWEN2_5_VL,
     QWEN2_5_VL_OTHER,
+    QWEN3_VL,
     QWEN3_VL_OTHER,
-    Changes,
-    write_tiny_qwen2_5_vl,
-    write_tiny_qwen3_vl,
+    write_tiny_qwen,
 )
 
 NUM_REQUESTS = int(os.environ.get("EXACTNESS_REQUESTS", "14"))
@@ -52,27 +50,17 @@ NUM_REQUESTS = int(os.environ.get("EXACTNESS_REQUESTS", "14"))
 HAS_SECONDS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 18)
 TOLERANCE = 1e-6  # of a channel that runs from 0 to 1
 
-Write = Callable[..., Path]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    write: Write
-    changes: Changes | None = None
-
-
 CASES = {
-    "2.5": Case(write_tiny_qwen2_5_vl),
-    "2.5 other": Case(write_tiny_qwen2_5_vl, QWEN2_5_VL_OTHER),
-    "3": Case(write_tiny_qwen3_vl),
-    "3 other": Case(write_tiny_qwen3_vl, QWEN3_VL_OTHER),
+    "2.5": QWEN2_5_VL,
+    "2.5 other": QWEN2_5_VL_OTHER,
+    "3": QWEN3_VL,
+    "3 other": QWEN3_VL_OTHER,
 }
 
 
 @pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    case: Case = request.param
-    return case.write(tmp_path_factory.mktemp("tiny"), seed=3, changes=case.changes)
+    return write_tiny_qwen(tmp_path_factory.mktemp("tiny"), request.param, seed=3)
 
 
 @pytest.fixture(scope="module")
