@@ -51,6 +51,14 @@ def run_worker(
             )
             config.refuse_other_limits(name, chosen)  # before the weights are loaded
             length = max_model_len or config.max_model_len_of(name)
-            options = EngineOptions(model, chosen, length, device, dtype, config.media_processes)
+            options = EngineOptions(
+                model,
+                chosen,
+                length,
+                device,
+                dtype,
+                num_media_processes=config.media_processes,
+                draft_jpegs=config.draft_jpegs,
+            )
             with closing(load_engine(options)) as engine:
                 return run_gpu_worker(config, url, engine, name, env=env)

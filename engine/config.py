@@ -143,6 +143,9 @@ class EngineConfig:
             Callables that fetch pictures wait in threads of their own.
         num_media_processes: processes that decode files in the threads' place, for files of strangers:
             they have no network and no files, and may die; 0 decodes in the threads.
+        draft_jpegs: whether a JPEG at least twice as large as the model sees it may be decoded at a
+            half, a quarter or an eighth of its size: faster, with slightly other pixels, so that
+            answers may be others. For families that only resample.
         encoder_cache_bytes: memory for encoded pictures that are kept, so that many prompts about
             one picture encode it once; 0 keeps none.
         uses_graphs: whether a GPU gets each decode step as one CUDA graph; False launches it one
@@ -169,6 +172,7 @@ class EngineConfig:
     chat_template: str | None = None
     num_media_threads: int | None = None
     num_media_processes: int = 0
+    draft_jpegs: bool = False
     encoder_cache_bytes: int = 256 << 20
     uses_graphs: bool = True
     quantization: str | None = None

@@ -14,7 +14,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -181,6 +181,7 @@ class _Planning:
         plan: the family's, for this picture.
         max_tokens: one that takes as many is never cut: its prompt will be refused.
         index: the picture's in its prompt.
+        may_draft: see `EngineConfig.draft_jpegs`.
     """
 
     header: Header
@@ -192,8 +193,11 @@ class _Planning:
         plan: Callable[[Header], Plan],
         max_tokens: int,
         index: int | None = None,
+        *,
+        may_draft: bool = False,
     ) -> None:
         self._family = family
+        self._may_draft = may_draft
         self._plan = plan
         self._max_tokens = max_tokens
         self._index = index
@@ -214,7 +218,8 @@ class _Planning:
                 width=size[0], height=size[1], max_ratio=error.max_ratio, index=self._index
             ) from error
         self._is_asked = True
-        return self._family.fit(self.plan) if self._fits else None
+        fit = self._family.fit(self.plan) if self._fits else None
+        return fit and replace(fit, may_draft=self._may_draft)
 
     def see(
         self, images: Sequence[RGBImage], header: Header, *, is_clip: bool = False
@@ -246,6 +251,7 @@ class Processor:
         num_cores: int = 1,
     ) -> None:
         self._decoder = decoder
+        self._may_draft = engine.draft_jpegs
         self._cores = threading.BoundedSemaphore(num_cores)
         self._max_model_len = checkpoint.max_model_len
         self._defaults = checkpoint.defaults
@@ -602,7 +608,9 @@ class Processor:
         def plan(header: Header) -> Plan:
             return self._family.plan_one_of(number, header.width_px, header.height_px, limits)
 
-        planning = _Planning(self._family, plan, self._max_model_len, index)
+        planning = _Planning(
+            self._family, plan, self._max_model_len, index, may_draft=self._may_draft
+        )
         source = fetch(picture.source)
         with self._cores:
             image = read_picture(source, self._decoder, planning.ask)

@@ -203,7 +203,7 @@ class Server:
         answer = self._consult({"say": "header", **_describe(header)})
         self._place = answer["start"]
         fit = answer["fit"]
-        return Fit(fit[0], fit[1], Image.Resampling(fit[2])) if fit else None
+        return Fit(fit[0], fit[1], Image.Resampling(fit[2]), fit[3]) if fit else None
 
     def _consult(self, message: Message) -> Message:
         signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may have no room just now

@@ -36,11 +36,18 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The size to which pictures are resampled as soon as they are decoded, and by which filter."""
+    """
+    The size to which pictures are resampled as soon as they are decoded, and by which filter.
+
+    Attributes:
+        may_draft: whether a JPEG of twice the size or more may be decoded at a half, a quarter or an
+            eighth, and resampled from there: faster, with slightly other pixels.
+    """
 
     width_px: int
     height_px: int
     resample: Image.Resampling = Image.Resampling.BICUBIC
+    may_draft: bool = False
 
     def __post_init__(self) -> None:
         if self.width_px < 1 or self.height_px < 1:

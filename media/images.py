@@ -136,10 +136,12 @@ def decode_image(
             header = _outline(image)
         fit = ask(header) if ask else None
         with _saying_why(encoded, limits):
+            is_draft = fit is not None and _draft(image, header, fit)
             image.load()
-            check_size(image.size, limits)  # a GIF grows to the frames that overflow its canvas
+            if not is_draft:
+                check_size(image.size, limits)  # a GIF grows to what overflows its canvas
             upright = _turned_upright(image)
-        if ask and upright.size != (header.width_px, header.height_px):
+        if ask and not is_draft and upright.size != (header.width_px, header.height_px):
             fit = ask(Header(*upright.size, header.work_bytes))
         with _saying_why(encoded, limits):
             return RGBImage(_fitted(upright, fit))
@@ -169,6 +171,17 @@ def _outline(image: Image.Image) -> Header:
     is_heavy = orientation > 1 or bool(image.info.get("progressive"))
     per_px = HEAVY_JPEG_WORK_BYTES_PER_PX if is_heavy else JPEG_WORK_BYTES_PER_PX
     return Header(width, height, width * height * per_px)
+
+
+def _draft(image: Image.Image, header: Header, fit: Fit) -> bool:
+    """Have a JPEG decoded smaller, where that is allowed and it stays as large as what is wanted."""
+    is_large = header.width_px >= 2 * fit.width_px and header.height_px >= 2 * fit.height_px
+    if not (fit.may_draft and is_large and image.format in ("JPEG", "MPO")):
+        return False
+    wanted = fit.width_px, fit.height_px
+    is_on_its_side = image.size != (header.width_px, header.height_px)
+    image.draft("RGB", wanted[::-1] if is_on_its_side else wanted)
+    return True
 
 
 def _fitted(upright: Image.Image, fit: Fit | None) -> Image.Image:

@@ -168,7 +168,7 @@ class _Claim:
             "say": "go",
             "start": self.place and self.place[0],
             "work_bytes": self.work_bytes,
-            "fit": fit and [fit.width_px, fit.height_px, fit.resample.value],
+            "fit": fit and [fit.width_px, fit.height_px, fit.resample.value, fit.may_draft],
         }
 
 

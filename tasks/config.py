@@ -101,6 +101,7 @@ class Config(BaseSettings):
             fetched, or about to be, until the engine has answered.
         media_processes: processes in which a GPU worker decodes pictures and clips; by default one for
             each core that the worker leaves, and 0 decodes in its own threads.
+        draft_jpegs: whether large JPEGs may be decoded at a fraction of their size: see `LLM`.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
         stall_s: after which an engine that has prompts and finishes no step is taken for dead.
         lease_s, heartbeat_s: how long a claim lasts, and how often it is renewed.
@@ -151,6 +152,7 @@ class Config(BaseSettings):
     chunks_in_flight: Count = 3
     max_media_bytes: Count = 2048 * MEBIBYTE
     media_processes: int | None = Field(default=None, ge=0)
+    draft_jpegs: bool = False
     commit_items: Count = 64
     commit_s: Seconds = 0.2
     stall_s: Seconds = 600.0

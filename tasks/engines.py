@@ -89,6 +89,7 @@ class EngineOptions:
     device: str = "auto"
     dtype: str = "auto"
     num_media_processes: int | None = None
+    draft_jpegs: bool = False
 
 
 CORES_BESIDE: Final = 2
@@ -184,5 +185,6 @@ def load_engine(options: EngineOptions) -> LLMEngine:
         device=options.device,
         dtype=options.dtype,
         num_media_processes=num_processes,
+        draft_jpegs=options.draft_jpegs,
     )
     return LLMEngine(llm, options.limits)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,10 @@ from PIL import Image
 from engine import LLM, Request
 from engine.engine import Engine
 from engine.errors import BadConfig
+from engine.families.protocol import Pixels, Visual
+from media.decoded import Fit
 from media.decoder import Decoder
+from media.images import decode_image
 from media.pool import DecoderPool
 from tests.engine.conftest import LIMITS
 from tests.engine.idle import assert_idle
@@ -90,6 +94,36 @@ def test_pixels_of_one_picture_stay_where_the_process_put_them(with_processes: L
 
     assert not isinstance(placed.content, torch.Tensor)
     assert pool_of(with_processes.engine).num_bytes == placed.content.pixels.numel()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_large_jpegs_are_drafts_only_where_that_is_allowed(tiny_folder: Path, number: int) -> None:
+    large = encode(draw(7, 800, 400), "JPEG")
+    request = Request(PICTURE, multi_modal_data={"image": large})
+    area = {"max_pixels": 28 * 28 * 8}
+    seen = []
+
+    for may_draft in (False, True):
+        with LLM(
+            str(tiny_folder),
+            draft_jpegs=may_draft,
+            num_media_processes=number,
+            mm_processor_kwargs=area,
+        ) as llm:
+            (placed,) = llm.engine._processor.prepare(request).media
+            assert isinstance(placed.content, Visual)
+            seen.append(placed.content.pixels[0].numpy().copy())
+
+    height_px, width_px, _ = seen[0].shape
+    for may_draft, pixels in zip((False, True), seen, strict=True):
+        assert np.array_equal(
+            _decode_to(large, Fit(width_px, height_px, may_draft=may_draft)), pixels
+        )
+    assert not np.array_equal(seen[0], seen[1])
+
+
+def _decode_to(encoded: bytes, fit: Fit) -> Pixels:
+    return decode_image(encoded, ask=lambda _: fit).pixels()
 
 
 def test_nothing_is_decoded_that_will_be_refused_for_its_length(with_processes: LLM) -> None:

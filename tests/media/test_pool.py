@@ -103,7 +103,11 @@ FILES: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("ask", [None, half, lanczos, as_it_is])
+def drafted(header: Header) -> Fit:
+    return Fit(12, 9, may_draft=True)
+
+
+@pytest.mark.parametrize("ask", [None, half, lanczos, as_it_is, drafted])
 @pytest.mark.parametrize("name", FILES)
 def test_processes_give_the_pixels_that_threads_give(
     pool: DecoderPool, name: str, ask: Callable[[Header], Fit] | None
