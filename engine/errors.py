@@ -217,6 +217,7 @@ class PromptTooLong(RequestError):
         num_image_tokens: tokens that its images and video frames expand to.
         max_pixels: the largest `max_pixels`, in pixels an image, with which the same images would
             fit; None where there are no images, or no size would do.
+        has_frames: whether some of them are frames of a clip.
     """
 
     code = "prompt_too_long"
@@ -228,6 +229,7 @@ class PromptTooLong(RequestError):
         num_text_tokens: int,
         num_image_tokens: int = 0,
         max_pixels: int | None = None,
+        has_frames: bool = False,
     ) -> None:
         self.max_model_len = max_model_len
         self.num_text_tokens = num_text_tokens
@@ -235,7 +237,8 @@ class PromptTooLong(RequestError):
         self.max_pixels = max_pixels
         if num_text_tokens > max_model_len:
             self.param = "input_tokens"
-        super().__init__(f"{self._verdict()} {self._advice()}")
+        fewer = " Of a clip, num_frames says how many frames are looked at." if has_frames else ""
+        super().__init__(f"{self._verdict()} {self._advice()}{fewer}")
 
     def _verdict(self) -> str:
         limit = self.max_model_len

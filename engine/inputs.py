@@ -72,6 +72,23 @@ EMBEDS_FIELDS = ("image_embeds", "image_grid_thw")
 
 
 @dataclass(frozen=True, slots=True)
+class FramesTaken:
+    """Which frames of a clip were taken, as `Frames` tells it: the pictures themselves are let go."""
+
+    num_frames: int
+    times_s: tuple[float, ...] | None
+    frame_s: float | None
+    indices: tuple[int, ...] | None
+    num_dropped: int | None
+
+    @classmethod
+    def of(cls, frames: Frames) -> "FramesTaken":
+        return cls(
+            frames.num_frames, frames.times_s, frames.frame_s, frames.indices, frames.num_dropped
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
     """
     One picture on its way in.
@@ -81,11 +98,13 @@ class Picture:
             one.
         area: `min_pixels` and `max_pixels` for this picture alone.
         is_low: seen at the smallest size that the model takes, unless `area` says otherwise.
+        taken: where it is a frame of a clip, and the model sees pictures only: which one.
     """
 
     source: Any
     area: Mapping[str, int] = field(default_factory=dict)
     is_low: bool = False
+    taken: FramesTaken | None = None
 
 
 @dataclass(frozen=True, slots=True)

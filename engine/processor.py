@@ -52,6 +52,7 @@ from engine.inputs import (
     IN_THREAD,
     Clip,
     Embeddings,
+    FramesTaken,
     Message,
     Picture,
     Request,
@@ -138,17 +139,6 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class _FramesTaken:
-    """Which frames of a clip were taken, as `Frames` tells it: the pictures themselves are let go."""
-
-    num_frames: int
-    times_s: tuple[float, ...] | None
-    frame_s: float | None
-    indices: tuple[int, ...] | None
-    num_dropped: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Ready:
     """
     One picture or clip, cut or given as features, and what to report of it.
@@ -166,7 +156,7 @@ class _Ready:
     area: Sizing | None = None
     width_px: int = 0
     height_px: int = 0
-    frames: _FramesTaken | None = None
+    frames: FramesTaken | None = None
 
     @property
     def num_frames(self) -> int | None:
@@ -265,6 +255,7 @@ class Processor:
         self._video_area: Sizing | None = None
         if "video" in self._family.modalities:  # min_pixels of no kind is for pictures too
             self._video_area = resize(self._family.video_area, engine.media.video)
+        self._clip_area = engine.media.video
         self._sampling = engine.media.sampling
         # Copies of the tokenizer's core: transformers' own calls change its state, threads share it.
         core = checkpoint.tokenizer.backend_tokenizer.to_str()
@@ -305,6 +296,8 @@ class Processor:
         prompt, ids, pictures, clips = self._read(request)
         if not ids:
             raise EmptyPrompt
+        if request.messages is None:  # of a conversation they were checked before it was rendered
+            self._check_limits(len(pictures), len(clips), self._family.modalities)
         self._check_counts(ids, len(pictures), len(clips))
         num_text_tokens = len(ids) - len(pictures) - len(clips)
         if num_text_tokens > self._max_model_len:  # whatever the pictures are
@@ -389,16 +382,58 @@ class Processor:
     ) -> tuple[str, list[int], list[Picture | Embeddings], list[Clip]]:
         assert request.messages is not None
         messages = parse_messages(request.messages)
-        parts = [part for message in messages for part in message.parts]
-        pictures = [part for part in parts if isinstance(part, Picture | Embeddings)]
-        clips = [part for part in parts if isinstance(part, Clip)]
+        pictures, clips = _split(messages)
         if request.multi_modal_data is not None:
             raise BadPrompt(
                 "comes beside messages", where="multi_modal_data", remedy="Put pictures into parts"
             )
-        self._check_limits(len(pictures), len(clips))
+        known = self._family.modalities
+        shows_frames = known == ("image",)
+        self._check_limits(len(pictures), len(clips), (*known, "video") if shows_frames else known)
+        if clips and shows_frames:
+            messages = self._show_frames(messages, len(clips), media_options(request))
+            pictures, clips = _split(messages)
         prompt, ids = self._render(messages, request)
         return prompt, ids, pictures, clips
+
+    def _show_frames(
+        self, messages: Sequence[Message], num_clips: int, options: MediaOptions
+    ) -> list[Message]:
+        """Each clip as the pictures of its frames, for a model that sees nothing else."""
+        index = 0
+        shown = []
+        for message in messages:
+            parts: list[UserText | Picture | Clip | Embeddings] = []
+            for part in message.parts:
+                if not isinstance(part, Clip):
+                    parts.append(part)
+                    continue
+                with _naming("video", index, num_clips):
+                    parts += self._read_frames(part, options)
+                index += 1
+            shown.append(replace(message, parts=tuple(parts)))
+        return shown
+
+    def _read_frames(self, clip: Clip, options: MediaOptions) -> list[Picture]:
+        sampling = {**self._sampling, **options.sampling}
+        source = fetch(clip.source)
+        with self._cores:
+            frames = read_clip(source, clip.sampling, sampling, self._decoder)
+        area = {**self._clip_area, **options.video, **clip.area}
+        taken = FramesTaken.of(frames)
+        return [
+            Picture(
+                image,
+                area,
+                taken=replace(
+                    taken,
+                    num_frames=1,
+                    times_s=taken.times_s and taken.times_s[place : place + 1],
+                    indices=taken.indices and taken.indices[place : place + 1],
+                ),
+            )
+            for place, image in enumerate(frames.images)
+        ]
 
     def _render(self, messages: Sequence[Message], request: Request) -> tuple[str, list[int]]:
         """
@@ -568,8 +603,7 @@ class Processor:
 
     # --- pictures ----------------------------------------------------------------------------------
 
-    def _check_limits(self, num_pictures: int, num_clips: int) -> None:
-        known = self._family.modalities
+    def _check_limits(self, num_pictures: int, num_clips: int, known: Sequence[str]) -> None:
         for modality, number in (("image", num_pictures), ("video", num_clips)):
             if number and modality not in known:
                 raise UnsupportedModality(modality, known)
@@ -579,7 +613,6 @@ class Processor:
             raise TooManyVideos(limit=self._limits["video"], given=num_clips)
 
     def _check_counts(self, ids: Sequence[int], num_pictures: int, num_clips: int) -> None:
-        self._check_limits(num_pictures, num_clips)
         family = self._family
         image_placeholder = family.image_written or family.image_placeholder
         for given, token_id, placeholder, modality in (
@@ -617,7 +650,7 @@ class Processor:
             visual = planning.see([image], image.header)
         header = planning.header
         size = header.width_px, header.height_px
-        return _Ready(visual, planning.plan, MediaKind.IMAGE, limits, *size)
+        return _Ready(visual, planning.plan, MediaKind.IMAGE, limits, *size, picture.taken)
 
     def _ready_clip(self, clip: Clip, options: MediaOptions) -> _Ready:
         limits = resize(resize(self._video_area, options.video), clip.area)
@@ -638,13 +671,7 @@ class Processor:
         with self._cores:
             frames = read_clip(source, clip.sampling, sampling, self._decoder, planning.ask)
             visual = planning.see(frames.images, frames.header, is_clip=True)
-        taken = _FramesTaken(
-            frames.num_frames,
-            frames.times_s,
-            frames.frame_s,
-            frames.indices,
-            frames.num_dropped,
-        )
+        taken = FramesTaken.of(frames)
         size = planning.header.width_px, planning.header.height_px
         return _Ready(visual, planning.plan, MediaKind.VIDEO, limits, *size, taken)
 
@@ -692,6 +719,7 @@ class Processor:
                 num_text_tokens=num_text_tokens,
                 num_image_tokens=num_media_tokens,
                 max_pixels=self._find_max_pixels(media, self._max_model_len - 1 - num_text_tokens),
+                has_frames=any(item.frames is not None for item in media),
             )
         if params.max_tokens is None:
             return left
@@ -723,7 +751,7 @@ class Processor:
             return item.plan
         size = item.width_px, item.height_px
         area = AreaLimits(min(item.area.min_pixels, max_pixels), max_pixels)
-        if item.frames is None:
+        if item.frames is None or item.kind == MediaKind.IMAGE:
             return self._family.plan_picture(*size, area)
         taken = item.frames
         return self._family.plan_clip(*size, taken.num_frames, taken.times_s, taken.frame_s, area)
@@ -741,6 +769,15 @@ def _naming(modality: str, index: int, count: int) -> Iterator[None]:
         ) from error
     except BadPrompt as error:
         raise BadPrompt.worded(f"{error}{place}", where=error.param or modality) from error
+
+
+def _split(messages: Sequence[Message]) -> tuple[list[Picture | Embeddings], list[Clip]]:
+    """The pictures of a conversation, and its clips."""
+    parts = [part for message in messages for part in message.parts]
+    return (
+        [part for part in parts if isinstance(part, Picture | Embeddings)],
+        [part for part in parts if isinstance(part, Clip)],
+    )
 
 
 def _check_priority(priority: object) -> None:

@@ -558,7 +558,8 @@ class ImageUsed:
         used_width, used_height: after resampling, in pixels; 0 for embeddings.
         num_tokens: prompt tokens that it took.
         kind: what it was.
-        num_frames: of a video, after sampling; None otherwise.
+        num_frames: of a video, after sampling; 1 of an image that is a frame of a video, for a model
+            that sees no videos; None otherwise.
         times_s: of a video, when each of these frames is shown; None where they have no times.
         frame_indices: of a video, each frame's place in the source, from 0; None where unknown.
         num_frames_dropped: of a video, frames left out since they look like the one before; None

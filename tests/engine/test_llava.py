@@ -1,6 +1,8 @@
 """LLaVA-1.5 as its users know it from vLLM, and what is its own."""
 
+import base64
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from transformers.image_transforms import center_crop
 
-from engine import LLM, SamplingParams
+from engine import LLM, Result, SamplingParams
 from engine.errors import BadConfig
 from engine.families.resizing import crop_centre
 from tests.engine.families import CASES, Asked, Oracle
@@ -120,6 +122,73 @@ def test_features_in_place_of_a_picture(llm: LLM) -> None:
 
 def test_layers_that_nobody_reads_are_let_go(llm: LLM) -> None:
     assert 2 == len(llm.engine.checkpoint.family._tower._layers)  # type: ignore[attr-defined]
+
+
+def converse(llm: LLM, *parts: dict[str, Any], **options: Any) -> Result:
+    content = [{"type": "text", "text": "A"}, *parts, {"type": "text", "text": "B"}]
+    return llm.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False, **options)[0]
+
+
+def encode_clip(frames: list[Image.Image]) -> str:
+    """An animation as a data URL; a frame every half second."""
+    file = BytesIO()
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], duration=500)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_clip_in_a_conversation_is_shown_as_its_frames(folder: Path, llm: LLM) -> None:
+    frames = [draw(place, 120, 90) for place in range(10)]
+    clip = {"type": "video_url", "video_url": {"url": encode_clip(frames)}, "num_frames": 4}
+    kept = [{"type": "image", "image": frames[place]} for place in (0, 3, 6, 9)]
+    with LLM(str(folder), limit_mm_per_prompt={"image": 4}) as many:
+        expected = converse(many, *kept)
+
+    seen = converse(llm, clip)
+
+    assert expected.prompt_token_ids == seen.prompt_token_ids
+    assert token_ids([expected]) == token_ids([seen])
+    assert [("image", 0), ("image", 1), ("image", 2), ("image", 3)] == [
+        (used.kind, used.index) for used in seen.images
+    ]
+    assert [0.0, 1.5, 3.0, 4.5] == [used.times_s[0] for used in seen.images if used.times_s]
+    assert [0, 3, 6, 9] == [used.frame_indices[0] for used in seen.images if used.frame_indices]
+    assert {(1, 120, 90)} == {(used.num_frames, used.width, used.height) for used in seen.images}
+
+
+def test_frames_of_a_clip_stand_where_it_stood_and_count_as_one_clip(llm: LLM) -> None:
+    frames = [draw(place, 120, 90) for place in range(3)]
+    clip = {"type": "video", "video": frames[:2]}
+    picture = {"type": "image", "image": frames[2]}
+
+    before, after = converse(llm, clip, picture), converse(llm, picture, clip)
+
+    assert [1, 1, None] == [used.num_frames for used in before.images]
+    assert [None, 1, 1] == [used.num_frames for used in after.images]
+    assert "At most 1 video(s)" in error_of([converse(llm, clip, clip)])
+    assert "At most 1 image(s)" in error_of([converse(llm, picture, clip, picture)])
+
+
+def test_bad_clip_of_frames_is_told_as_a_clip(llm: LLM) -> None:
+    bad = {"type": "video", "video": b"no clip"}
+
+    assert "Failed to load video" in error_of([converse(llm, bad)])
+    small = {"type": "video", "video": [draw(1)], "max_pixels": 10_000}
+    assert "max_pixels is not for this model" in error_of([converse(llm, small)])
+
+
+def test_clip_of_too_many_frames_is_told_how_to_ask_for_fewer(llm: LLM) -> None:
+    error = error_of([converse(llm, {"type": "video", "video": [draw(1)] * 130})])
+
+    assert "2080 image tokens" in error
+    assert error.endswith("Of a clip, num_frames says how many frames are looked at.")
+
+
+def test_prompt_that_is_written_by_hand_holds_no_clip(llm: LLM) -> None:
+    prompt = {"prompt": PROMPT, "multi_modal_data": {"video": [draw(1)]}}
+
+    assert "Unsupported modality: video. Use image." == error_of(
+        llm.generate(prompt, GREEDY, use_tqdm=False)
+    )
 
 
 def test_size_is_not_to_choose(llm: LLM) -> None:
