@@ -219,7 +219,7 @@ def _free(device: torch.device) -> None:
 def _machine(device: torch.device) -> dict[str, Any]:
     is_cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -227,7 +227,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
