@@ -120,6 +120,7 @@ def attend_text(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     merged: tuple[Tensor, Tensor, Tensor] | None = None,
+    sliding_window: int | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """
@@ -129,6 +130,8 @@ def attend_text(
         query: (1, heads, T, dim). key, value: (1, kv_heads, T, dim).
         merged: of fused layers, whose queries and keys are not rotated yet: all heads as one
             (T, heads + 2 * kv_heads, dim), of which the three above are views, and the angles.
+        sliding_window: of a layer that looks at so many rows only, each token's own the last of
+            them. Rows before are kept: the slab is one for all layers.
 
     Returns:
         (1, T, heads, dim), and no weights.
@@ -146,28 +149,43 @@ def attend_text(
     if context.device_spans is not None:
         is_decode = context.max_queries == 1 and context.decode_kernel is not None
         attend = _attend_kernel if is_decode else _attend_flash
-        return attend(query, keys, values, context, scaling), None
+        return attend(query, keys, values, context, scaling, sliding_window), None
     if len(context.lens) == query.shape[2]:
-        return _attend_decode(query, keys, values, context, scaling), None
-    return _attend_prefill(query, key, value, context, scaling), None
+        return _attend_decode(query, keys, values, context, scaling, sliding_window), None
+    return _attend_prefill(query, key, value, context, scaling, sliding_window), None
 
 
 def _attend_prefill(
-    query: Tensor, key: Tensor, value: Tensor, context: TextContext, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: TextContext,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """Whole prompts, one after the other; nothing of them was in the rows before."""
     sizes = list(context.num_queries)
-    attended = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(
-            *(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True
+    attended = []
+    for q, k, v in zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True):
+        size, band = q.shape[2], None
+        if window is not None and window < size:
+            band = torch.ones(size, size, dtype=torch.bool, device=q.device)
+            band = band.tril().triu(1 - window)
+        attended.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=True
+            )
         )
-    ]
     return torch.cat(attended, dim=2).transpose(1, 2)
 
 
 def _attend_decode(
-    query: Tensor, keys: Tensor, values: Tensor, context: TextContext, scaling: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context: TextContext,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """
     One token a sequence. The heads of a group stand as query rows of their KV head: no copy of K
@@ -176,20 +194,27 @@ def _attend_decode(
     _, heads, num_seqs, dim = query.shape
     kv_heads = keys.shape[1]
     grouped = query[0].transpose(0, 1).reshape(num_seqs, kv_heads, heads // kv_heads, dim)
-    attended = [
-        F.scaled_dot_product_attention(
-            grouped[index : index + 1],
-            keys[start : start + length].transpose(0, 1)[None],
-            values[start : start + length].transpose(0, 1)[None],
-            scale=scaling,
+    attended = []
+    for index, (start, length) in enumerate(zip(context.starts, context.lens, strict=True)):
+        first = start if window is None else start + max(0, length - window)
+        attended.append(
+            F.scaled_dot_product_attention(
+                grouped[index : index + 1],
+                keys[first : start + length].transpose(0, 1)[None],
+                values[first : start + length].transpose(0, 1)[None],
+                scale=scaling,
+            )
         )
-        for index, (start, length) in enumerate(zip(context.starts, context.lens, strict=True))
-    ]
     return torch.cat(attended).reshape(1, num_seqs, heads, dim)
 
 
 def _attend_flash(
-    query: Tensor, keys: Tensor, values: Tensor, context: TextContext, scaling: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context: TextContext,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """
     Prefill and decode in one kernel over all sequences, on a GPU in half precision.
@@ -212,13 +237,20 @@ def _attend_flash(
         True,
         False,
         scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
         seqused_k=lens,
     )
     return attended[None]  # type: ignore[no-any-return]
 
 
 def _attend_kernel(
-    query: Tensor, keys: Tensor, values: Tensor, context: TextContext, scaling: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context: TextContext,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """Decode in a kernel of our own: straight on the slabs, all heads of a group together."""
     assert context.device_spans is not None
@@ -226,10 +258,11 @@ def _attend_kernel(
     _, slab_starts, lens = context.device_spans
     queries = query[0].transpose(0, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    most = context.max_rows or max(context.lens)
-    return context.decode_kernel(
-        queries, keys, values, slab_starts[: len(lens)], lens, most, scale
-    )[None]
+    most, slab_starts = context.max_rows or max(context.lens), slab_starts[: len(lens)]
+    if window is not None and window < most:  # a shorter slab, which begins later
+        slab_starts, lens = slab_starts + (lens - window).clamp(min=0), lens.clamp(max=window)
+        most = window
+    return context.decode_kernel(queries, keys, values, slab_starts, lens, most, scale)[None]
 
 
 def can_use_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

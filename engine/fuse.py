@@ -25,7 +25,9 @@ from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivati
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.phi3 import modeling_phi3 as phi3
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
@@ -319,7 +321,10 @@ class FusedTextAttention(nn.Module):
         self.config, self.layer_idx = attention.config, attention.layer_idx
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.num_key_value_groups: int = attention.num_key_value_groups
-        self.sliding_window = getattr(attention, "sliding_window", None)
+        # Some families say it for each layer, others in their config alone.
+        self.sliding_window = getattr(
+            attention, "sliding_window", getattr(attention.config, "sliding_window", None)
+        )
         self.is_causal = True
         self.rope_in_attention = fusions.rope_in_attention
         merged = getattr(attention, "qkv_proj", None)  # Phi-3's are merged in the checkpoint
@@ -612,6 +617,12 @@ _SWAPS: dict[type[nn.Module], _Build] = {
     llama.LlamaDecoderLayer: _fuse_decoder_layer,
     llama.LlamaRMSNorm: _fuse_rms_norm,
     llama.LlamaRotaryEmbedding: _fuse_rotary,
+    mistral.MistralDecoderLayer: _fuse_decoder_layer,
+    mistral.MistralRMSNorm: _fuse_rms_norm,
+    mistral.MistralRotaryEmbedding: _fuse_rotary,
+    qwen2.Qwen2DecoderLayer: _fuse_decoder_layer,
+    qwen2.Qwen2RMSNorm: _fuse_rms_norm,
+    qwen2.Qwen2RotaryEmbedding: _fuse_rotary,
     phi3.Phi3DecoderLayer: _fuse_decoder_layer,
     phi3.Phi3RMSNorm: _fuse_rms_norm,
     phi3.Phi3RotaryEmbedding: _fuse_rotary,

@@ -37,6 +37,7 @@ from engine.families import FAMILIES
 from tests.engine.pictures import draw
 from tests.engine.tiny_llava import (
     LLAVA_NEXT_OTHER,
+    LLAVA_NEXT_WINDOW,
     LLAVA_ONEVISION_OTHER,
     LLAVA_OTHER,
     LLAVA_PADDED,
@@ -101,6 +102,13 @@ CASES: Mapping[str, Case] = {
         LlavaNextImageProcessorPil,
         LlavaNextProcessor,
         LLAVA_NEXT_OTHER,
+    ),
+    "llava next, Mistral with a window": Case(
+        "llava_next",
+        write_tiny_llava_next,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
+        LLAVA_NEXT_WINDOW,
     ),
     "llava onevision": Case(
         "llava_onevision",

@@ -24,8 +24,10 @@ from engine.attention import (
     attend_vision,
     using,
 )
+from engine.kernels.decode import attend
 from engine.runner import MAX_ENCODER_PATCHES, _calls
 from engine.sequence import Sequence as Running
+from engine.swaps import DecodeAttention
 from tests.engine.pictures import (
     CLIP,
     GREEDY,
@@ -60,12 +62,15 @@ def draw_layer(lens: Sequence[int], heads: int, kv_heads: int, seed: int = 0) ->
     return Layer(tensors(heads), tensors(kv_heads), tensors(kv_heads))
 
 
-def attend_densely(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend_densely(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
     """(heads, tokens, DIM) -> (tokens, heads, DIM), by the definition; the queries are the last ones."""
     group = len(query) // len(key)
     key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
     scores = query @ key.transpose(1, 2) * SCALE
-    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + key.shape[1] - query.shape[1])
+    newest = key.shape[1] - query.shape[1]
+    hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + newest)
+    if window is not None:
+        hidden |= torch.ones_like(scores, dtype=torch.bool).tril(newest - window)
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1)
 
 
@@ -92,7 +97,13 @@ class Rows:
         return cls(tensors(), tensors())
 
     def attend(
-        self, layer: Layer, starts: Sequence[int], lens: Sequence[int], num_new: Sequence[int]
+        self,
+        layer: Layer,
+        starts: Sequence[int],
+        lens: Sequence[int],
+        num_new: Sequence[int],
+        window: int | None = None,
+        kernel: DecodeAttention | None = None,
     ) -> list[Tensor]:
         """Run the last `num_new` tokens of each sequence, packed; one output for each."""
         query, key, value = (
@@ -104,15 +115,31 @@ class Rows:
             for start, length, count in zip(starts, lens, num_new, strict=True)
             for row in range(length - count, length)
         ]
+        spans = None
+        if kernel is not None:  # in its plain form; what is behind the last slab is nobody's
+            query_starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+            slab_starts = torch.tensor([*starts, 0], dtype=torch.int32)
+            spans = query_starts, slab_starts, torch.tensor(lens, dtype=torch.int32)
         context = TextContext(
-            self.keys, self.values, torch.tensor(write_rows), starts, lens, num_new
+            self.keys,
+            self.values,
+            torch.tensor(write_rows),
+            starts,
+            lens,
+            num_new,
+            spans,
+            max_queries=1 if kernel else None,
+            decode_kernel=kernel,
         )
         with using(context):
-            attended, _ = attend_text(module(), query[None], key[None], value[None], None, SCALE)
+            attended, _ = attend_text(
+                module(), query[None], key[None], value[None], None, SCALE, sliding_window=window
+            )
         return list(torch.split(attended[0], list(num_new)))
 
 
 shapes = st.tuples(st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 1000))
+windows = st.none() | st.integers(1, 24)
 
 
 def place(lens: Sequence[int], seed: int) -> list[int]:
@@ -125,19 +152,19 @@ def place(lens: Sequence[int], seed: int) -> list[int]:
     return starts
 
 
-@given(lens=st.lists(st.integers(1, 20), min_size=1, max_size=5), shape=shapes)
+@given(lens=st.lists(st.integers(1, 20), min_size=1, max_size=5), shape=shapes, window=windows)
 def test_packed_prefill_is_prefill_one_by_one(
-    lens: list[int], shape: tuple[tuple[int, int], int]
+    lens: list[int], shape: tuple[tuple[int, int], int], window: int | None
 ) -> None:
     (heads, kv_heads), seed = shape
     layer = draw_layer(lens, heads, kv_heads, seed)
     starts = place(lens, seed)
     rows = Rows.build(1000, kv_heads)
-    attended = rows.attend(layer, starts, lens, lens)
+    attended = rows.attend(layer, starts, lens, lens, window)
 
     for index, (start, length) in enumerate(zip(starts, lens, strict=True)):
         query, key, value = (t[index] for t in (layer.queries, layer.keys, layer.values))
-        torch.testing.assert_close(attend_densely(query, key, value), attended[index])
+        torch.testing.assert_close(attend_densely(query, key, value, window), attended[index])
         assert torch.equal(key.transpose(0, 1), rows.keys[1][start : start + length])
         assert torch.equal(value.transpose(0, 1), rows.values[1][start : start + length])
     assert rows.keys[0].isnan().all()  # the other layer's
@@ -148,24 +175,33 @@ def test_packed_prefill_is_prefill_one_by_one(
     lens=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     shape=shapes,
     num_steps=st.integers(1, 4),
+    window=windows,
+    has_kernel=st.booleans(),
 )
 def test_decode_over_slabs_in_any_order_is_dense_attention(
-    lens: list[int], shape: tuple[tuple[int, int], int], num_steps: int
+    lens: list[int],
+    shape: tuple[tuple[int, int], int],
+    num_steps: int,
+    window: int | None,
+    has_kernel: bool,
 ) -> None:
     (heads, kv_heads), seed = shape
     layer = draw_layer([length + num_steps for length in lens], heads, kv_heads, seed)
     starts = place(lens, seed)
     rows = Rows.build(1000, kv_heads)
-    rows.attend(layer, starts, lens, lens)
+    rows.attend(layer, starts, lens, lens, window)
     for step in range(1, num_steps + 1):
         grown = [length + step for length in lens]
-        attended = rows.attend(layer, starts, grown, [1] * len(lens))
+        attended = rows.attend(
+            layer, starts, grown, [1] * len(lens), window, kernel=attend if has_kernel else None
+        )
 
         for index, length in enumerate(grown):
             expected = attend_densely(
                 layer.queries[index][:, length - 1 : length],
                 layer.keys[index][:, :length],
                 layer.values[index][:, :length],
+                window,
             )
             torch.testing.assert_close(expected, attended[index])
 
@@ -225,9 +261,9 @@ def test_context_is_gone_when_its_block_ends() -> None:
         raise LookupError
 
     nothing = torch.zeros(1, 1, 4, DIM)
-    for attend in (attend_vision, attend_text):
+    for function in (attend_vision, attend_text):
         with pytest.raises(AssertionError):
-            attend(module(), nothing, nothing, nothing, None, SCALE)
+            function(module(), nothing, nothing, nothing, None, SCALE)
 
 
 # --- the same through the whole engine ---------------------------------------------------------------

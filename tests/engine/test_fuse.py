@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
@@ -289,6 +290,35 @@ def test_llava_says_the_same(llava: Any) -> None:
     assert_near(run_text(llava), run_text(fused))
     for one, other in zip(actual, expected, strict=True):
         assert_near(other, one)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "mistral"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_other_text_models_say_the_same(model_type: str, window: int | None) -> None:
+    torch.manual_seed(4)
+    text = AutoConfig.for_model(
+        model_type,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=100,
+        max_position_embeddings=128,
+        sliding_window=window,
+        use_sliding_window=window is not None,
+        max_window_layers=1,  # of Qwen2: the first looks at everything
+    )
+    vision = CLIPVisionConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)
+    model: Any = LlavaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    fused = copy.deepcopy(_frozen(model))
+    swapped = fuse.apply(fused)
+
+    assert 3 == swapped["Qwen2DecoderLayer" if model_type == "qwen2" else "MistralDecoderLayer"]
+    assert_near(run_text(model), run_text(fused))
 
 
 def test_what_is_not_known_is_left_alone(llava: Any) -> None:

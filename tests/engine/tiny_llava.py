@@ -135,6 +135,10 @@ LLAVA_NEXT_OTHER: Changes = {
         "num_additional_image_tokens": 0,
     },
 }
+# Mistral, all of whose layers look at fewer rows than most prompts have.
+LLAVA_NEXT_WINDOW: Changes = {
+    "text": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 24},
+}
 LLAVA_ONEVISION: Changes = {
     "text": {**LLAMA, **QWEN2},
     "vision": SIGLIP,

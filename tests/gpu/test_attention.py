@@ -38,21 +38,29 @@ def ragged(rng: random.Random, num_seqs: int) -> tuple[list[int], list[int]]:
     return starts, [rng.randint(1, 200) for _ in range(num_seqs)]
 
 
+@pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
-def test_flash_decode_equals_the_loop_over_slabs(heads: int, kv_heads: int, dim: int) -> None:
+def test_flash_decode_equals_the_loop_over_slabs(
+    heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
     torch.manual_seed(heads)
     starts, lens = ragged(random.Random(dim), 12)
     context = context_of(starts, lens, [1] * 12, kv_heads, dim)
     query = torch.randn(1, heads, 12, dim, device="cuda", dtype=torch.bfloat16)
 
-    flash = attention._attend_flash(query, context.keys[0], context.values[0], context, dim**-0.5)
-    loop = attention._attend_decode(query, context.keys[0], context.values[0], context, dim**-0.5)
+    rows = context.keys[0], context.values[0]
+
+    flash = attention._attend_flash(query, *rows, context, dim**-0.5, window)
+    loop = attention._attend_decode(query, *rows, context, dim**-0.5, window)
 
     assert (flash.float() - loop.float()).abs().max().item() < 0.02
 
 
+@pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
-def test_flash_prefill_equals_the_loop_over_prompts(heads: int, kv_heads: int, dim: int) -> None:
+def test_flash_prefill_equals_the_loop_over_prompts(
+    heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
     torch.manual_seed(heads)
     starts, lens = ragged(random.Random(dim + 1), 7)
     context = context_of(starts, lens, lens, kv_heads, dim)
@@ -63,7 +71,9 @@ def test_flash_prefill_equals_the_loop_over_prompts(heads: int, kv_heads: int, d
         for rows in (context.keys[0], context.values[0])
     )
 
-    flash = attention._attend_flash(query, context.keys[0], context.values[0], context, dim**-0.5)
-    loop = attention._attend_prefill(query, key, value, context, dim**-0.5)
+    flash = attention._attend_flash(
+        query, context.keys[0], context.values[0], context, dim**-0.5, window
+    )
+    loop = attention._attend_prefill(query, key, value, context, dim**-0.5, window)
 
     assert (flash.float() - loop.float()).abs().max().item() < 0.02
