@@ -607,7 +607,7 @@ def _decode(
         packets = islice(read_from(run.start), run.end - run.start.place)
         for place, frame in enumerate(_decode_run(stream, packets), run.start.place):
             tick = frame.pts if track.is_timed else place
-            if tick is None:
+            if tick is None or tick > track.ticks[-1]:  # of a damaged clip: no packet says so
                 continue
             yield tick, frame
             if tick >= run.last_tick:

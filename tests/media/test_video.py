@@ -384,20 +384,24 @@ SEEDS = [
 
 @given(
     st.sampled_from(SEEDS),
+    st.sampled_from([FrameSampling(3), FrameSampling(keyframes=True), FrameSampling(fps=5)]),
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8),
 )
 def test_any_damage_gives_frames_or_an_error_of_ours(
-    seed: bytes, changes: list[tuple[int, int]]
+    seed: bytes, sampling: FrameSampling, changes: list[tuple[int, int]]
 ) -> None:
     encoded = bytearray(seed)
     for at, value in changes:
         encoded[at % len(encoded)] = value
 
     try:
-        frames = decode_video(bytes(encoded), FrameSampling(num_frames=3))
+        frames = decode_video(bytes(encoded), sampling)
     except MediaError as error:
         assert_fit_for_clients(error)
         return
 
     assert frames.times_s is not None
+    assert frames.indices is not None
+    assert frames.source_num_frames is not None
+    assert frames.indices[-1] < frames.source_num_frames
     assert sorted(frames.times_s) == list(frames.times_s)

@@ -19,7 +19,7 @@ from engine.errors import MediaRefused
 from engine.request import Result, Stamp
 from media.errors import FetchFailedError, MediaError
 from media.fetched import Fetched, FetchReport
-from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
+from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
 from storage.blobs import Blobs
 from storage.errors import (
@@ -805,6 +805,40 @@ def test_images_come_from_urls_and_files_and_bad_ones_end_their_item_only(rig: R
     }
     assert {"type": "image", "image": b"https://host/a"} == parts["https://host/a"]
     assert rig.stores.blobs.read(upload.manifest_key) == parts[file_url]["image"]()
+
+
+def test_clips_come_from_urls_files_and_lines_with_what_is_asked_of_their_frames(rig: Rig) -> None:
+    upload = submit(
+        rig.stores, rig.dispatcher, parse_submission({"requests": [build_request("x")]})
+    ).job
+    options = {"num_frames": 4, "fps": 2, "start_s": 1, "end_s": 9.5, "keyframes": True}
+    asked = {**options, "dedupe_frames": 1.5, "max_pixels": None}
+    file_url = f"file-{upload.input_file_id.hex}"
+    urls = ["https://host/a.mp4", file_url, "data:video/mp4;base64,AAAA"]
+    parts = [{"type": "video_url", "video_url": {"url": url}, **asked} for url in urls]
+    requests = [
+        build_request(f"{n}", messages=[{"role": "user", "content": [part]}])
+        for n, part in enumerate(parts)
+    ]
+    job = rig.make(*requests)
+    engine = InstantEngine()
+
+    def fetch_itself(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert limits is VIDEO_LIMITS
+        return url.encode()
+
+    rig.run(engine, fetch=fetch_itself)
+
+    assert {ItemState.COMPLETED: 3} == rig.count(job)
+    contents = [prompt.messages[0]["content"] for prompt in engine.prompts]
+    seen = [content[0] for content in contents if isinstance(content, list)]  # x has only a text
+    sources = [part.get("video", part.get("video_url")) for part in seen]
+    assert b"https://host/a.mp4" in sources
+    assert {"url": urls[2]} in sources
+    assert [rig.stores.blobs.read(upload.manifest_key)] == [s() for s in sources if callable(s)]
+    sampling = {**options, "dedupe_frames": 1.5}
+    assert [sampling] * 3 == [{key: part.get(key) for key in sampling} for part in seen]
+    assert not any("max_pixels" in part for part in seen)
 
 
 def test_objects_are_fetched_in_the_name_of_their_tenant(rig: Rig) -> None:
