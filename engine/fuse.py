@@ -38,6 +38,9 @@ from engine.kernels.quantised import Fp8Linear, Fp8Rows
 # Reading rows in 16 bits and writing them in 8 takes as long as a product of about 1200 columns saves
 # (3 bytes a number at 2.7 TB/s, products at 750 and 1150 TFLOP/s), and decode steps pay a launch.
 LEAST_WIDTH_FOR_A_PASS = 2048
+EVEN_WIDTH = (
+    16  # a GPU's fast products want rows aligned; the inner 3420 of Qwen2.5-VL's encoder is not
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,19 @@ def merge_linears(linears: list[nn.Linear]) -> nn.Linear:
     return merged
 
 
+def _widen(linear: nn.Linear, missing: int, *, reads: bool = False) -> nn.Linear:
+    """A Linear with so many more outputs that are zero, or inputs that it does not heed."""
+    if not missing:
+        return linear
+    rows, columns = (0, missing) if reads else (missing, 0)
+    weight = F.pad(linear.weight.data, (0, columns, 0, rows))
+    wide = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta", dtype=weight.dtype)
+    wide.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        wide.bias = nn.Parameter(F.pad(linear.bias.data, (0, rows)), requires_grad=False)
+    return wide
+
+
 def _project(linear: nn.Linear, fusions: Fusions) -> nn.Linear | Fp8Linear:
     """The product as it will run: in fp8 where that is asked for and the widths allow it."""
     return (Fp8Linear.find(linear) if fusions.fp8 else None) or linear
@@ -211,15 +227,21 @@ def _leave(x: Tensor, delta: Tensor, is_last: bool) -> Tensor | Carried:
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), with gate and up in one product."""
+    """
+    down(silu(gate(x)) * up(x)), with gate and up in one product.
+
+    An inner width that is no multiple of EVEN_WIDTH gets columns of zeros up to the next one.
+    """
 
     def __init__(self, mlp: Any, fusions: Fusions) -> None:
         super().__init__()
-        merged = getattr(mlp, "gate_up_proj", None)  # as in FusedTextAttention
+        merged, down = getattr(mlp, "gate_up_proj", None), mlp.down_proj  # as in FusedTextAttention
         if merged is None:
-            merged = merge_linears([mlp.gate_proj, mlp.up_proj])
+            missing = -down.in_features % EVEN_WIDTH
+            merged = merge_linears([_widen(x, missing) for x in (mlp.gate_proj, mlp.up_proj)])
+            down = _widen(down, missing, reads=True)
         self.gate_up = _project(merged, fusions)
-        self.down = _project(mlp.down_proj, fusions)
+        self.down = _project(down, fusions)
 
     def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
         gate_up = self.gate_up(x)

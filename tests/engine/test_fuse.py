@@ -348,14 +348,15 @@ def test_fp8_stays_near(qwen: Any) -> None:
         assert torch.cosine_similarity(exact.flatten(), found.flatten(), dim=0) > 0.9
 
 
-def test_fp8_passes_over_widths_that_it_cannot_multiply() -> None:
+@pytest.mark.parametrize(("width", "kind"), [(48, Fp8Linear), (40, nn.Linear)])
+def test_fp8_passes_over_widths_that_it_cannot_multiply(width: int, kind: type[nn.Module]) -> None:
     torch.manual_seed(1)
     config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=40,  # gate and up together make 80, which fits; down reads 40
+        hidden_size=width,
+        intermediate_size=40,  # made even
         num_hidden_layers=1,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        num_attention_heads=width // 8,
+        num_key_value_heads=width // 8,
         vocab_size=20,
     )
     model = _frozen(LlamaForCausalLM(config))
@@ -365,8 +366,8 @@ def test_fp8_passes_over_widths_that_it_cannot_multiply() -> None:
     found = model.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).last_hidden_state
 
     mlp: Any = model.model.layers[0].mlp
-    assert isinstance(mlp.gate_up, Fp8Linear)
-    assert isinstance(mlp.down, nn.Linear)
+    assert isinstance(mlp.gate_up, kind)
+    assert isinstance(mlp.down, kind)
     assert isinstance(model.model.layers[0].attention.out, nn.Linear)  # too narrow for a pass
     assert (found - exact).norm() < 0.1 * exact.norm()
 

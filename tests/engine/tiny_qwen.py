@@ -42,7 +42,7 @@ QWEN2_5_VL_OTHER = qwen2_5(
     {
         "depth": 4,
         "hidden_size": 64,
-        "intermediate_size": 80,
+        "intermediate_size": 76,  # uneven, as the published 3420
         "num_heads": 4,
         "patch_size": 8,
         "window_size": 48,  # three tokens a side

@@ -1,0 +1,122 @@
+"""Windows, deeper features and norms of heads on a GPU: close to transformers, also in recorded calls."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.later_qwen import LaterQwenShape, qwen2_5, qwen3
+from engine import LLM
+from engine.checkpoint import load_weights, read_checkpoint
+from engine.config import EngineConfig
+from engine.reference import Reference
+from engine.repeats import Repeats
+from tests.engine.mixed import mixed_requests
+from tests.engine.test_later_qwen import HAS_SECONDS
+from tests.engine.test_repeats import visuals_of
+from tests.engine.tiny_qwen import (
+    QWEN2_5_VL_OTHER,
+    QWEN3_VL,
+    TINY_IDS,
+    write_tiny_qwen,
+)
+from tests.gpu.test_bfloat16 import compare, num_apart
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+TEXT = {
+    "hidden_size": 512,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+# Heads and windows of the published widths.
+SHAPES = {
+    "2.5": qwen2_5(
+        TEXT,
+        {
+            "depth": 4,
+            "hidden_size": 320,
+            "intermediate_size": 640,
+            "num_heads": 4,
+            "fullatt_block_indexes": [1, 3],
+        },
+        pictures={"max_pixels": 336 * 336},
+        **TINY_IDS,
+    ),
+    "2.5 other": QWEN2_5_VL_OTHER,
+    "3": qwen3(
+        TEXT,
+        {
+            "depth": 4,
+            "hidden_size": 256,
+            "intermediate_size": 640,
+            "num_heads": 4,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        pictures={"size": {"shortest_edge": 64 * 64, "longest_edge": 384 * 384}},
+        clips={"size": {"shortest_edge": 64 * 64, "longest_edge": 6 * 128 * 128}},
+        **TINY_IDS,
+    ),
+    "3 other": QWEN3_VL,
+}
+
+
+@pytest.fixture(params=list(SHAPES.values()), ids=list(SHAPES))
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    shape: LaterQwenShape = request.param
+    return write_tiny_qwen(tmp_path, shape, seed=1)
+
+
+def test_random_weights_stay_close_to_the_reference(folder: Path) -> None:
+    llm = LLM(str(folder), dtype="bfloat16", device="cuda", limit_mm_per_prompt={"image": 8})
+    reference = Reference(folder, dtype=torch.bfloat16, device="cuda")
+    asked = mixed_requests(20, "later qwen", with_times=HAS_SECONDS)
+
+    counts = compare(llm, reference, asked, ignore_eos=True)
+    prefills = llm.engine._runner._prefills
+
+    print(json.dumps({"requests": len(asked), "counts": counts}))
+    assert prefills is not None
+    assert not prefills.are_given_up
+    assert num_apart(counts) == 0
+
+
+@pytest.mark.parametrize("num_equal", [0, 12])
+def test_pictures_look_the_same_in_a_replay(folder: Path, num_equal: int) -> None:
+    config = EngineConfig(model=str(folder), dtype="bfloat16", device="cuda")
+    checkpoint = read_checkpoint(config)
+    load_weights(checkpoint, config)
+    family = checkpoint.family
+    sizes = [(224, 196)] * num_equal or [(56, 84), (112, 56), (230, 84), (180, 250)]
+    visuals = visuals_of(family, sizes)
+    expected = family.encode(visuals)
+    alone = [family.encode([visual])[0] for visual in visuals]
+
+    family.repeats = Repeats(torch.device("cuda"))
+    for _ in range(4):
+        found = family.encode(visuals)
+
+        for one, other, third in zip(expected, found, alone, strict=True):
+            for features in (other, third):
+                similarity = torch.cosine_similarity(one.float(), features.float(), dim=-1)
+                assert similarity.min().item() > 0.999
+    assert not family.repeats.are_given_up
+    assert 1 == family.repeats.num_graphs
+
+
+def test_float32_on_the_gpu_answers_as_the_reference(folder: Path) -> None:
+    llm = LLM(str(folder), dtype="float32", device="cuda", limit_mm_per_prompt={"image": 8})
+    reference = Reference(folder, dtype=torch.float32, device="cuda")
+    asked = mixed_requests(6, "later qwen", with_times=HAS_SECONDS)
+
+    counts = compare(llm, reference, asked, ignore_eos=True)
+
+    assert num_apart(counts) == 0
