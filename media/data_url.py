@@ -75,6 +75,11 @@ def media_type_of(url: str) -> str:
     return _split_header(url)[0]
 
 
+def num_bytes_of(url: str) -> int:
+    """Return how many bytes a data URL of one file holds, without decoding it."""
+    return _decoded_num_bytes(url, _split_header(url)[1])
+
+
 def _split_header(url: str) -> tuple[str, int]:
     """Return the media type and where the payload starts. Copies nothing of the payload."""
     comma = url.find(",", 0, _MAX_HEADER_CHARS)

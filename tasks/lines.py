@@ -35,6 +35,10 @@ _NEVER_RAN: Final[Mapping[ItemState, tuple[str, str]]] = {
 }
 
 
+_ADDITIONS: Final = ("images", "media", "flags", "stamp")
+"""Of an item's details, those that a line shows beside what OpenAI's have."""
+
+
 def is_output(item: Ended) -> bool:
     """Whether its line stands in the output file; all others stand in the errors file."""
     return item.state is ItemState.COMPLETED
@@ -65,7 +69,7 @@ def build_line(job: JobId, model: str, item: Ended, parts: Sequence[Answer] = ()
         status, body = build_error(item.error_code or "internal_error", item.error_message or "")
     line["response"] = {"status_code": status, "request_id": f"req_{name}", "body": body}
     details = item.details or {}
-    line.update({key: details[key] for key in ("images", "flags", "stamp") if details.get(key)})
+    line.update({key: details[key] for key in _ADDITIONS if details.get(key)})
     return line
 
 

@@ -12,7 +12,7 @@ one that takes its results.
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -70,6 +70,7 @@ class Assembly:
     Args:
         prompt: of the whole item; parts and summary are asked with its parameters.
         done: what earlier leases have answered.
+        media: where the item's pictures and clips come from.
         is_last_try: no other lease will follow a failure, so that it is for good.
     """
 
@@ -81,9 +82,11 @@ class Assembly:
         stitcher: Stitcher,
         done: Sequence[Answer],
         *,
+        media: Sequence[Mapping[str, Any]],
         is_last_try: bool,
     ) -> None:
         self.fence = fence
+        self.media = media
         self._prompt = prompt
         self._subject = split.subject
         self.plan = split.plan

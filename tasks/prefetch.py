@@ -10,10 +10,11 @@ wait or are fetched at a time, whatever its size, and all chunks together hold n
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
 from engine.request import SamplingParams
+from media.data_url import FRAMES_MEDIA_TYPE, is_data_url, media_type_of, num_bytes_of
 from media.errors import FetchFailedError, ImageTooLargeError, MediaError, VideoTooLargeError
 from media.fetched import Fetched
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
@@ -22,6 +23,7 @@ from storage import files, tenants
 from storage.errors import BlobMissingError, StorageError
 from storage.ids import FileId, JobId, TenantId
 from storage.items import LeasedItem
+from storage.tables import File
 from tasks.bodies import (
     IMAGE_PARTS,
     PART_OPTIONS,
@@ -80,6 +82,7 @@ class Ready:
 
     Args:
         num_images_given: more than were used where the policy left some out.
+        media: where the pictures and clips that are used come from, in the prompt's order.
         split: the pieces to ask in the place of the prompt.
     """
 
@@ -88,6 +91,7 @@ class Ready:
     image_policy: ImagePolicy
     num_images_given: int
     num_images_used: int
+    media: Sequence[Mapping[str, Any]]
     split: Split | None = None
 
 
@@ -197,9 +201,9 @@ class Preparer:
             return dict(sampling)
         return {"max_tokens": None, **sampling}
 
-    def open_file(self, tenant: TenantId, file_id: FileId) -> tuple[Callable[[], bytes], int]:
+    def open_file(self, tenant: TenantId, file_id: FileId) -> tuple[Callable[[], bytes], File]:
         """
-        A way to read an uploaded file, and its size in bytes.
+        A way to read an uploaded file, and its row.
 
         Raises:
             NotFoundError: it is not the tenant's.
@@ -216,7 +220,7 @@ class Preparer:
             except StorageError as error:
                 raise StoreAwayError from error
 
-        return read, file.num_bytes
+        return read, file
 
     def _finish(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
         """Fetch what lies behind addresses, and cut what is to be cut."""
@@ -257,6 +261,7 @@ class _Draft:
         self.item = item
         self.num_bytes = num_bytes
         self.urls: dict[str, bool] = {}  # and whether a video is expected there
+        self._media: list[dict[str, Any]] = []
         self._body = body
         self._params = params
         self._messages: list[dict[str, Any]] = []
@@ -323,15 +328,25 @@ class _Draft:
         source = read_source(part)
         file_id = parse_file_id(source)
         if file_id is not None:
-            read, num_bytes = preparer.open_file(self.item.tenant, file_id)
+            read, file = preparer.open_file(self.item.tenant, file_id)
             # Before a byte is read: an upload may be far larger than a picture, and be named often.
-            if num_bytes > (VIDEO_LIMITS if is_video else IMAGE_LIMITS).max_bytes:
+            if file.num_bytes > (VIDEO_LIMITS if is_video else IMAGE_LIMITS).max_bytes:
                 raise VideoTooLargeError if is_video else ImageTooLargeError
-            self.num_bytes += num_bytes
+            self.num_bytes += file.num_bytes
+            self._media.append(
+                {
+                    "kind": kind,
+                    "scheme": "file_id",
+                    "num_bytes": file.num_bytes,
+                    "sha256": file.sha256.hex(),
+                }
+            )
             return {"type": kind, kind: read, **options}
-        if source[:5].lower() == "data:":
+        if is_data_url(source):
+            self._media.append({"kind": kind, "scheme": "data", **_describe_data_url(source)})
             return {"type": f"{kind}_url", f"{kind}_url": {"url": source}, **options}
         self.urls[source] = is_video
+        self._media.append({"kind": kind, "url": source})
         return {"type": kind, kind: source, **options}
 
     def build(self, fetched: Mapping[str, Fetched]) -> Ready:
@@ -352,6 +367,7 @@ class _Draft:
             self._body.image_policy,
             self._num_given,
             self._num_used,
+            [_report(one, fetched) for one in self._media],
             self._split(),
         )
 
@@ -361,6 +377,25 @@ class _Draft:
         if self._images_each:
             return split_images(self._messages, self._images, self._images_each)
         return None
+
+
+def _report(one: Mapping[str, Any], fetched: Mapping[str, Fetched]) -> dict[str, Any]:
+    """Where one picture or clip comes from, without the address, which may be a secret."""
+    if "url" not in one:
+        return dict(one)
+    said = asdict(fetched[one["url"]].report).items()
+    return {"kind": one["kind"], **{name: fact for name, fact in said if fact is not None}}
+
+
+def _describe_data_url(url: str) -> dict[str, Any]:
+    """What can be said of it without decoding it: a client knows what it has sent."""
+    try:
+        media_type = media_type_of(url)
+        if media_type == FRAMES_MEDIA_TYPE:
+            return {"media_type": media_type}
+        return {"media_type": media_type, "num_bytes": num_bytes_of(url)}
+    except MediaError:
+        return {}  # the engine says why it is none
 
 
 def _role(message: Mapping[str, Any]) -> str:

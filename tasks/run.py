@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import structlog
 
-from engine.request import CompletionOutput, Result, SamplingParams
+from engine.request import CompletionOutput, ImageUsed, Result, SamplingParams
 from storage import items, jobs, parts, served
 from storage.errors import CommitUnknownError, StorageError
 from storage.ids import ItemId, JobId, LeaseId
@@ -457,7 +457,13 @@ class Runner:
         )
         is_last_try = ready.item.charged + 1 >= self._config.max_attempts
         assembly = Assembly(
-            fence, ready.prompt, ready.split, stitcher, done, is_last_try=is_last_try
+            fence,
+            ready.prompt,
+            ready.split,
+            stitcher,
+            done,
+            media=ready.media,
+            is_last_try=is_last_try,
         )
         flight.assemblies[fence.item] = assembly
         del ready  # the clip goes with the last piece that holds it
@@ -513,7 +519,7 @@ class Runner:
         flight.summaries.put(None)
         if isinstance(move.end, Whole):
             if is_ours:
-                self._put(flight, build_whole_completion(fence, move.end))
+                self._put(flight, build_whole_completion(assembly, move.end))
         elif is_ours:
             if move.end.act is Act.RELEASE:
                 self._committer.flush()  # what is not written under this lease would be lost
@@ -886,9 +892,10 @@ def build_completion(ready: Ready, result: Result) -> Completion:
     )
 
 
-def build_whole_completion(fence: Fence, whole: Whole) -> Completion:
+def build_whole_completion(assembly: Assembly, whole: Whole) -> Completion:
     """Of an item that was asked in parts, whose images stand with them."""
-    details: dict[str, Any] = {"num_parts": whole.num_parts}
+    fence = assembly.fence
+    details: dict[str, Any] = {"num_parts": whole.num_parts, "media": list(assembly.media)}
     if whole.result is not None:
         details["flags"] = [str(flag) for flag in whole.result.flags]
         details["timings"] = _timings(whole.result)
@@ -907,6 +914,7 @@ def _details(
     ready: Ready, result: Result, outputs: Sequence[CompletionOutput]
 ) -> Iterator[tuple[str, Any]]:
     yield "images", [asdict(image) for image in result.images]
+    yield "media", _join_sizes(ready.media, result.images)
     yield "flags", [str(flag) for flag in result.flags]
     yield "timings", _timings(result)
     if ready.num_images_given != ready.num_images_used:
@@ -936,6 +944,18 @@ def _stamp(result: Result, fence: Fence) -> dict[str, Any] | None:
     given: Mapping[str, Any] = result.stamp.sampling
     stamp["sampling"] = {key: value for key, value in given.items() if value != _DEFAULTS.get(key)}
     return {**stamp, "attempt": fence.attempt}
+
+
+def _join_sizes(
+    media: Sequence[Mapping[str, Any]], images: Sequence[ImageUsed]
+) -> list[dict[str, Any]]:
+    """Where each picture and clip comes from, and how large it was; both in the prompt's order."""
+    if len(media) != len(images):  # an engine that reports no sizes
+        return [dict(one) for one in media]
+    return [
+        {**one, "width": image.width, "height": image.height}
+        for one, image in zip(media, images, strict=True)
+    ]
 
 
 def _timings(result: Result) -> dict[str, float]:

@@ -379,6 +379,8 @@ def test_clip_is_fetched_once_a_lease(rig: Rig) -> None:
 
     assert {ItemState.COMPLETED: 1} == rig.count(job)
     assert ["https://example.org/clip.mp4"] == asked
+    (source,) = read_line(rig, job)["media"]
+    assert ("video", len(build_clip())) == (source["kind"], source["num_bytes"])
 
 
 @on_sqlite

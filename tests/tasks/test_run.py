@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import select
 
 from engine.errors import MediaRefused
-from engine.request import Result, Stamp
+from engine.request import ImageUsed, Result, Stamp
 from media.errors import FetchFailedError, MediaError
 from media.fetched import Fetched, FetchReport
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
@@ -35,10 +35,11 @@ from storage.states import ItemState, JobState
 from storage.tables import Item, Job
 from tasks import prefetch, run, worker
 from tasks.app import TaskName
-from tasks.config import Config
+from tasks.config import Config, MediaLimits
 from tasks.engines import Prompt
 from tasks.expand import expand
 from tasks.finish import finish
+from tasks.lines import build_line
 from tasks.prefetch import Preparer
 from tasks.run import Runner
 from tasks.stores import Stores
@@ -908,6 +909,70 @@ def test_policy_leaves_images_out_and_says_so(rig: Rig) -> None:
     assert ["text", "image_url"] == [part["type"] for part in content]  # the default limit is 1
     details = rig.ended(job)[0].details or {}
     assert {"policy": "sample", "num_given": 5, "num_used": 1} == details["image_policy"]
+
+
+def test_result_says_where_its_media_came_from_and_keeps_their_addresses_out(rig: Rig) -> None:
+    upload = submit(
+        rig.stores, rig.dispatcher, parse_submission({"requests": [build_request("x")]})
+    ).job
+    file_url = f"file-{upload.input_file_id.hex}"
+    urls = ["https://host/a?signature=hush", RED_DOT, file_url, "https://host/a?signature=hush"]
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,AA=="}})
+    rig.config = rig.config.model_copy(update={"limit_mm_per_prompt": MediaLimits(image=4)})
+
+    class WideEngine(InstantEngine):
+        """Takes four pictures."""
+
+        @property
+        def limits(self) -> MediaLimits:
+            return MediaLimits(image=4)
+
+    job = rig.make(build_request("a", messages=[{"role": "user", "content": content}]))
+    rig.run(WideEngine(), fetch=lambda url, limits: b"a picture")
+
+    (ended,) = rig.ended(job)
+    line = build_line(job, MODEL, ended)
+    fetched = {
+        "kind": "image",
+        "scheme": "https",
+        "host": "host",
+        "media_type": "image/png",
+        "num_bytes": 9,
+        "sha256": hashlib.sha256(b"a picture").hexdigest(),
+        "fetch_ms": 1.5,
+        "num_redirects": 0,
+        "num_tries": 1,
+    }
+    manifest = rig.stores.blobs.read(upload.manifest_key)
+    assert [
+        fetched,
+        {"kind": "image", "scheme": "data", "media_type": "image/png", "num_bytes": 85},
+        {
+            "kind": "image",
+            "scheme": "file_id",
+            "num_bytes": len(manifest),
+            "sha256": hashlib.sha256(manifest).hexdigest(),
+        },
+        fetched,
+        {"kind": "video", "scheme": "data", "media_type": "video/jpeg"},
+    ] == line["media"]
+    assert "hush" not in json.dumps(line)
+
+
+def test_sizes_stand_beside_where_media_came_from(rig: Rig) -> None:
+    class SeeingEngine(InstantEngine):
+        """Says that it has seen a picture."""
+
+        def answer(self, prompt: Prompt) -> Result:
+            seen = ImageUsed(0, width=5, height=7, used_width=28, used_height=28, num_tokens=1)
+            return replace(super().answer(prompt), images=(seen,))
+
+    job = rig.make(build_request("a", num_images=1))
+    rig.run(SeeingEngine())
+
+    (media,) = (rig.ended(job)[0].details or {})["media"]
+    assert (5, 7, "data") == (media["width"], media["height"], media["scheme"])
 
 
 def cancel(rig: Rig, job: JobId) -> None:
