@@ -439,6 +439,11 @@ class _Track:
     tick_s: Fraction
     is_timed: bool
 
+    @property
+    def has_only_keys(self) -> bool:
+        """Whether each frame stands alone, so that frames are shown in the order of their packets."""
+        return len(self.starts) == len(self.shown) and all(start.is_key for start in self.starts)
+
     def find_keys(self) -> dict[int, _Start]:
         """
         The key frames by their ticks.
@@ -573,7 +578,7 @@ def _plan_runs(track: _Track, wanted: Sequence[int], sampling: FrameSampling) ->
     A key frame and all packets up to the next one form a group. Frames that are shown before their
     group's key frame need the group before it.
     """
-    if sampling.keyframes:
+    if sampling.keyframes or (not track.is_timed and track.has_only_keys):
         keys = track.find_keys()
         return [_Run(keys[tick], keys[tick].place + 1, tick) for tick in wanted]
     if not track.is_timed:

@@ -104,6 +104,16 @@ def test_seconds_of_a_long_clip_cost_what_they_would_by_themselves(
     assert work.num_packets <= 2 * GROUP + DELAY
 
 
+def test_clip_without_times_costs_little_where_each_frame_stands_alone(work: Work) -> None:
+    encoded = clip(numbered(NUM_FRAMES), "avi", "mjpeg", fps=FPS, pixel_format="yuvj420p")
+
+    frames = decode_video(encoded, FrameSampling(num_frames=7))
+
+    assert frames.indices is not None
+    assert list(frames.indices) == [read_number(image.pixels()) for image in frames.images]
+    assert (7, 7) == (work.num_packets, work.num_frames)
+
+
 def test_clip_that_cannot_be_sought_in_is_read_from_its_start(
     monkeypatch: pytest.MonkeyPatch, work: Work, long_clip: bytes
 ) -> None:
