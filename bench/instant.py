@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 
 from engine.request import CompletionOutput, FinishReason, Result, SamplingParams
+from media.video import measure_clip
 from tasks.broker import open_broker
 from tasks.config import MediaLimits, load_config
 from tasks.engines import Prompt
@@ -35,6 +36,9 @@ class InstantEngine:
     @property
     def max_model_len(self) -> int:
         return 4096
+
+    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+        return measure_clip(encoded)
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())

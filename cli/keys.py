@@ -4,6 +4,7 @@ API keys: made, listed and revoked in the database itself, on a host that may re
 A key is shown once. What is kept is a hash of it, under a pepper that the servers have too.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import service
-from cli.errors import CannotStartError
+from cli.errors import CannotStartError, ExitCode
 
 if TYPE_CHECKING:
     from storage.db import Database
@@ -45,6 +46,8 @@ DatabaseUrl = Annotated[
 Tenant = Annotated[
     str, typer.Option(metavar="NAME", envvar="DARKROOM_TENANT", help="Whose key it is.")
 ]
+MAX_COUNT = 2**31 - 1
+MAX_BYTES = 2**63 - 1
 DEFAULT_HOME = Path("~/.darkroom")
 DEFAULT_TENANT = "default"
 
@@ -125,6 +128,60 @@ def revoke(
         typer.echo("There is no such key in use.", err=True)
         raise typer.Exit(1)
     typer.echo(f"{key_id} is revoked.", err=True)
+
+
+Limit = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="A number, or `none` to leave it to the model or the settings."),
+]
+
+
+@app.command()
+def limits(
+    images: Limit = None,
+    videos: Limit = None,
+    frames: Limit = None,
+    open_items: Limit = None,
+    open_bytes: Limit = None,
+    tenant: Tenant = DEFAULT_TENANT,
+    home: Home = DEFAULT_HOME,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """
+    Set what a tenant may bring in one prompt and have open at a time, and show it.
+
+    A tenant's limits lower those of the model and never raise them. They hold for what is handed in
+    from now on.
+    """
+    from storage import tenants
+
+    given = {
+        "max_images": images,
+        "max_videos": videos,
+        "max_frames": frames,
+        "max_open_items": open_items,
+        "max_open_bytes": open_bytes,
+    }
+    changes = {name: _read_limit(name, text) for name, text in given.items() if text is not None}
+    with open_database(home, database_url) as (_, database), database.write() as session:
+        owner = tenants.get_or_create(session, tenant)
+        tenants.set_limits(session, owner.id, changes)
+        session.refresh(owner)
+        rows = [(name, getattr(owner, name)) for name in tenants.LIMITS]
+    for name, limit in rows:
+        typer.echo(f"{name.removeprefix('max_')}\t{'none' if limit is None else limit}")
+
+
+def _read_limit(name: str, text: str) -> int | None:
+    if text == "none":
+        return None
+    most = MAX_BYTES if name == "max_open_bytes" else MAX_COUNT
+    least = 1 if name == "max_frames" else 0
+    if not re.fullmatch("[0-9]{1,20}", text) or not least <= int(text) <= most:
+        option = name.removeprefix("max_").replace("_", "-")
+        typer.echo(f"error: --{option}: give a number from {least} to {most}, or none.", err=True)
+        raise typer.Exit(ExitCode.USAGE)
+    return int(text)
 
 
 @contextmanager

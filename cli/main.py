@@ -379,7 +379,7 @@ Limits = Annotated[
     str | None,
     typer.Option(
         metavar="LIMITS",
-        help="Pictures and videos one prompt may hold, as image=4,video=1 or as JSON.",
+        help="What one prompt may hold, as image=4,video=1,frames=64 (of a clip) or as JSON.",
         show_default="DARKROOM_MODELS, DARKROOM_LIMIT_MM_PER_PROMPT",
     ),
 ]

@@ -769,6 +769,15 @@ class Engine:
             trust_remote_code=self._config.trust_remote_code,
         )
 
+    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+        """
+        Seconds and frames of an encoded clip. For any thread.
+
+        Raises:
+            MediaError: it is none.
+        """
+        return self._decoder.measure_clip(encoded)
+
     def count_tokens(self, text: str) -> int:
         """See `Processor.count_tokens`. For any thread."""
         return self._processor.count_tokens(text)

@@ -26,7 +26,7 @@ from media.errors import MediaError
 from media.frames import FrameSampling
 from media.images import decode_image
 from media.limits import ImageLimits, VideoLimits
-from media.video import decode_video
+from media.video import decode_video, measure_clip
 from media.wire import BrokenWireError, ChildWire, Message
 
 # Imported by Pillow and PyAV when a file asks for them, and then nothing can be opened any more.
@@ -86,6 +86,10 @@ def decode(
     """
     if message["say"] == "image":
         return [decode_image(encoded, _image_limits(message["limits"]), server.ask)], {}
+    if message["say"] == "measure":
+        limits = VideoLimits(**message["limits"])
+        duration_s, num_frames = measure_clip(encoded, limits, server.admit)
+        return [], {"duration_s": duration_s, "num_frames": num_frames}
     sampling, limits = FrameSampling(**message["sampling"]), VideoLimits(**message["limits"])
     frames = fit_frames(decode_video(encoded, sampling, limits, server.admit), server.ask)
     return frames.images, {

@@ -12,7 +12,7 @@ from media.decoded import Ask, Fit, Frames, RGBImage
 from media.frames import FrameSampling
 from media.images import decode_image
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
-from media.video import DEFAULT_SAMPLING, decode_video
+from media.video import DEFAULT_SAMPLING, decode_video, measure_clip
 
 
 class Decoder(Protocol):
@@ -31,6 +31,9 @@ class Decoder(Protocol):
         ask: Ask | None = None,
     ) -> Frames:
         """As `media.video.decode_video`; `ask` is asked once, when the frames are there."""
+
+    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+        """As `media.video.measure_clip`: seconds and frames."""
 
     def close(self) -> None: ...
 
@@ -51,6 +54,9 @@ class Threads:
         ask: Ask | None = None,
     ) -> Frames:
         return fit_frames(decode_video(encoded, sampling, limits), ask)
+
+    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+        return measure_clip(encoded)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -125,6 +125,25 @@ class BadFrameSamplingError(MediaError):
     code: ClassVar[str] = "bad_frame_sampling"
 
 
+class TooManyFramesError(MediaError):
+    """
+    More frames of a clip than may be looked at in one prompt.
+
+    Args:
+        limit: of one prompt.
+        given: that were asked for.
+    """
+
+    code: ClassVar[str] = "too_many_frames"
+
+    def __init__(self, message: str | None = None, *, limit: int = 0, given: int = 0) -> None:
+        super().__init__(
+            message
+            or f"At most {limit} frame(s) of a clip may be looked at in one prompt, and this one asks "
+            f"for {given}. Lower num_frames or fps, give segments, or use image_policy=sample or split."
+        )
+
+
 class BadSegmentsError(MediaError):
     """The clip cannot be cut so. Give segments seconds or count, and an overlap smaller than one of them."""
 

@@ -10,6 +10,7 @@ both share, once written and never copied.
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from media.errors import (
 from media.frames import FrameSampling
 from media.images import check_size, decode_image
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
-from media.video import DEFAULT_SAMPLING, decode_video
+from media.video import DEFAULT_SAMPLING, decode_video, measure_clip
 from media.wire import BrokenWireError, Message, ParentWire, SilentError
 
 logger = logging.getLogger(__name__)
@@ -267,6 +268,20 @@ class DecoderPool:
         check = partial(_check_clip, limits=limits)
         return _build_frames(*self._decode(encoded, order, ask, check))
 
+    def measure_clip(self, encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> tuple[float, int]:
+        """
+        As `media.video.measure_clip`.
+
+        Raises:
+            MediaError, PoolBrokenError, PoolClosedError: as `decode_image`.
+        """
+        if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
+            return measure_clip(encoded, limits)
+        order = {"say": "measure", "limits": asdict(limits), "limit_s": self._video_limit_s}
+        check = partial(_check_clip, limits=limits)
+        _, message = self._decode(encoded, order, None, check)
+        return _read_measure(message)
+
     @property
     def pids(self) -> frozenset[int]:
         """Of the processes that there are now."""
@@ -355,6 +370,8 @@ class DecoderPool:
                     child.say(claim.as_message(fit))
                 elif said == "done" and claim.place:
                     return self._hand_over(child, claim, *claim.place), message
+                elif said == "done" and order["say"] == "measure":
+                    return _NO_PIXELS, message
                 else:
                     raise _read_end(message)
         except BrokenWireError as error:
@@ -665,6 +682,20 @@ def _check_clip(header: Header, limits: VideoLimits) -> None:
         or frame_px * header.num_frames > limits.max_kept_pixels
     ):
         raise VideoTooLargeError
+
+
+_NO_PIXELS: Final = np.empty(0, np.uint8)
+
+
+def _read_measure(message: Message) -> tuple[float, int]:
+    try:
+        duration_s = _read_number(message.get("duration_s"), float)
+        num_frames = _read_number(message.get("num_frames"), int)
+    except BrokenWireError as error:
+        raise DecoderFailedError from error
+    if duration_s is None or num_frames is None or num_frames < 1 or not 0 <= duration_s < math.inf:
+        raise DecoderFailedError
+    return duration_s, num_frames
 
 
 def _build_frames(pixels: Pixels, message: Message) -> Frames:

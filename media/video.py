@@ -157,9 +157,14 @@ def count_source_frames(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> i
         return len(_read_track(source, stream, limits).ticks)
 
 
-def measure_clip(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> tuple[float, int]:
+def measure_clip(
+    encoded: bytes, limits: VideoLimits = VIDEO_LIMITS, admit: Admit | None = None
+) -> tuple[float, int]:
     """
     Measure a clip; of a container only the times are read, and no frame is decoded.
+
+    Args:
+        admit: as `decode_video`, before an animation is drawn, which is the only way to its times.
 
     Returns:
         Seconds until the end of the last frame, and the number of frames. A single frame has 0 seconds.
@@ -171,6 +176,8 @@ def measure_clip(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> tuple[fl
     if container is None:
         with _open_animation(encoded) as clip:
             _check_animation(clip, limits)
+            if admit:
+                admit(_outline(clip.width, clip.height, 1))
             times_s = tuple(_play(clip, getattr(clip, "n_frames", 1), limits))
     else:
         with _open_stream(encoded, container, limits) as (source, stream):

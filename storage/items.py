@@ -35,7 +35,8 @@ from storage.db import clock, is_sqlite
 from storage.errors import StaleExpansionError
 from storage.ids import ItemId, JobId, LeaseId, TenantId, new_uuid
 from storage.states import ItemState, JobState
-from storage.tables import Item, Job, Result, in_state
+from storage.tables import Item, Job, Result, Tenant, in_state
+from storage.tenants import Caps
 
 LEASE_S: Final = 60.0
 MAX_ATTEMPTS: Final = 3
@@ -133,12 +134,14 @@ class Chunk:
     Args:
         is_alone: one item that may have killed workers: it must run in a step of its own.
         options: of the items' jobs.
+        caps: of those jobs' tenants.
     """
 
     lease: LeaseId
     items: tuple[LeasedItem, ...]
     is_alone: bool
     options: Mapping[JobId, Mapping[str, Any]]
+    caps: Mapping[JobId, Caps]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +322,18 @@ def _build_chunk(
 ) -> Chunk:
     # In the transaction of the lease: one that its worker knows too little of would be nobody's.
     job_ids = {item.job for item in leased}
-    options = session.execute(select(Job.id, Job.options).where(Job.id.in_(job_ids))).all()
-    return Chunk(lease_id, tuple(leased), is_alone, dict(options))
+    rows = session.execute(
+        select(Job.id, Job.options, Tenant.max_images, Tenant.max_videos, Tenant.max_frames)
+        .join(Tenant, Tenant.id == Job.tenant_id)
+        .where(Job.id.in_(job_ids))
+    ).all()
+    return Chunk(
+        lease_id,
+        tuple(leased),
+        is_alone,
+        options={job: options for job, options, *_ in rows},
+        caps={job: Caps(*caps) for job, _, *caps in rows},
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,16 @@ from storage.tables import ServedModel
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One worker's word about its model."""
+    """One worker's word about its model; no `max_frames`: as many as the engine takes."""
 
     model: str
     max_images: int
     max_videos: int
+    max_frames: int | None = None
+
+    def __str__(self) -> str:
+        frames = "" if self.max_frames is None else f", frames={self.max_frames}"
+        return f"image={self.max_images}, video={self.max_videos}{frames}"
 
 
 def register(session: Session, served: Served, *, worker: str, alive_s: float) -> None:
@@ -38,11 +43,14 @@ def register(session: Session, served: Served, *, worker: str, alive_s: float) -
     given = {
         "max_images": served.max_images,
         "max_videos": served.max_videos,
+        "max_frames": served.max_frames,
         "worker": worker,
         "seen_at": clock(),
     }
     is_same = and_(
-        ServedModel.max_images == served.max_images, ServedModel.max_videos == served.max_videos
+        ServedModel.max_images == served.max_images,
+        ServedModel.max_videos == served.max_videos,
+        ServedModel.max_frames.is_not_distinct_from(served.max_frames),
     )
     registered = session.scalars(
         insert_or_skip(session, ServedModel)
@@ -58,10 +66,8 @@ def register(session: Session, served: Served, *, worker: str, alive_s: float) -
         others = find(session, served.model)
         assert others is not None, "it was in the way"
         raise ServedOtherwiseError(
-            f"Another worker serves {served.model!r} with image={others.max_images}, "
-            f"video={others.max_videos}, and this one has image={served.max_images}, "
-            f"video={served.max_videos}: give all the same limits, or stop the others first. One "
-            f"that was killed is taken for stopped after {alive_s:.0f} s."
+            f"Another worker serves {served.model!r} with {others}, and this one has {served}: give "
+            f"all the same limits, or stop the others first. One that was killed is taken for stopped after {alive_s:.0f} s."
         )
 
 
@@ -88,8 +94,11 @@ def leave(session: Session, model: str, *, worker: str) -> None:
 def find(session: Session, model: str) -> Served | None:
     """The limits of whoever served the model last; None where nobody ever did."""
     row = session.execute(
-        select(ServedModel.model, ServedModel.max_images, ServedModel.max_videos).where(
-            ServedModel.model == model
-        )
+        select(
+            ServedModel.model,
+            ServedModel.max_images,
+            ServedModel.max_videos,
+            ServedModel.max_frames,
+        ).where(ServedModel.model == model)
     ).one_or_none()
     return None if row is None else Served(*row)

@@ -120,6 +120,10 @@ class Tenant(Base):
     max_open_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Bytes of the input files of jobs that have not ended; None: as many as there are."""
     created_at: Mapped[float]
+    max_images: Mapped[int | None]
+    max_videos: Mapped[int | None]
+    max_frames: Mapped[int | None]
+    """Of one prompt, the frames of one clip; None: what the model takes, which none can raise."""
 
 
 class ApiKey(Base):
@@ -390,6 +394,8 @@ class ServedModel(Base):
     """Who said so last."""
     seen_at: Mapped[float]
     """When that was; 0 where it has stopped."""
+    max_frames: Mapped[int | None]
+    """Of one clip; None: the service sets no limit of its own."""
 
 
 class Webhook(Base):

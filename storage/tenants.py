@@ -9,6 +9,8 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import or_, select, update
@@ -18,6 +20,9 @@ from storage.db import clock, insert_or_skip
 from storage.errors import NotFoundError
 from storage.ids import TenantId, new_uuid
 from storage.tables import ApiKey, Tenant
+
+LIMITS: Final = ("max_images", "max_videos", "max_frames", "max_open_items", "max_open_bytes")
+"""What a tenant's row may say; None leaves it to the model or the settings."""
 
 _KEY: Final = re.compile(r"dk_([0-9a-f]{16})_([0-9a-f]{64})")
 
@@ -50,6 +55,41 @@ def find(session: Session, name: str) -> Tenant | None:
 
 def get_name(session: Session, tenant: TenantId) -> str:
     return session.scalars(select(Tenant.name).where(Tenant.id == tenant)).one()
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What one prompt of a tenant's may bring; None: what the model takes."""
+
+    max_images: int | None = None
+    max_videos: int | None = None
+    max_frames: int | None = None
+
+
+def get_caps(session: Session, tenant: TenantId) -> Caps:
+    """Raises `NoResultFound` for no tenant: a job has one."""
+    row = session.execute(
+        select(Tenant.max_images, Tenant.max_videos, Tenant.max_frames).where(Tenant.id == tenant)
+    ).one()
+    return Caps(*row)
+
+
+def set_limits(session: Session, tenant: TenantId, limits: Mapping[str, int | None]) -> None:
+    """
+    Change some of a tenant's `LIMITS`.
+
+    They hold for jobs that are expanded from now on, and for what workers lease from now on.
+    """
+    unknown = limits.keys() - set(LIMITS)
+    if unknown:
+        raise ValueError(f"no limits of a tenant: {', '.join(sorted(unknown))}")
+    if limits:
+        session.execute(
+            update(Tenant)
+            .where(Tenant.id == tenant)
+            .values(**limits)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def get_locked(session: Session, tenant: TenantId) -> Tenant:

@@ -18,7 +18,7 @@ from uuid import UUID
 from engine.config import AREA_KEYS, SAMPLING_KEYS, parse_part_options
 from engine.errors import BadConfig, BadSamplingParams, TooManyImages, TooManyVideos
 from engine.request import SamplingParams
-from media.errors import BadSegmentsError, BadUrlError
+from media.errors import BadSegmentsError, BadUrlError, TooManyFramesError
 from media.s3_url import is_s3_url, parse_s3_url
 from media.segments import Cut
 from storage.ids import FileId
@@ -302,6 +302,8 @@ def check_body(
             num_images += part["type"] in IMAGE_PARTS
             num_videos += part["type"] == "video_url"
             num_cut += part.get("segments") is not None
+            if policy is ImagePolicy.REJECT:
+                _check_frames(part, limits.frames, f"messages[{index}]")
             scheme = read_source(part)[:8].partition("://")[0].lower()
             if scheme in _OPENED_WITH and scheme not in opened:
                 raise _bad_address(
@@ -330,6 +332,20 @@ def check_body(
         )
     num_used = num_images if is_shared_out else min(num_images, limits.image)
     return Body(model, messages, sampling, policy, num_used, num_videos)
+
+
+def _check_frames(part: Mapping[str, Any], limit: int | None, where: str) -> None:
+    """
+    Refuse a clip of which more frames are asked for than one prompt may hold.
+
+    Where that depends on how long the clip is, the worker finds out.
+    """
+    if part["type"] != "video_url" or limit is None:
+        return
+    given = part.get("num_frames")
+    if given is not None and given > limit and part.get("fps") is None:
+        error = TooManyFramesError(limit=limit, given=given)
+        raise BadLineError(error.code, f"{where}: {error}", param="messages")
 
 
 def _check_split(sampling: Mapping[str, Any], has_segments: bool, num_images: int) -> None:

@@ -27,6 +27,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
 from storage import pepper
+from storage.tenants import Caps
 from tasks.errors import BadSettingError
 
 PREFIX: Final = "DARKROOM_"
@@ -45,12 +46,31 @@ Network = IPv4Network | IPv6Network
 
 
 class MediaLimits(BaseModel):
-    """How many pictures and videos one prompt may hold."""
+    """
+    How many pictures and videos one prompt may hold.
+
+    Args:
+        frames: looked at of one clip, or of one part of it; None: as many as the engine takes.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     image: int = Field(default=1, ge=0)
     video: int = Field(default=1, ge=0)
+    frames: int | None = Field(default=None, ge=1)
+
+    def lowered(self, caps: Caps) -> "MediaLimits":
+        """The same under a tenant's caps, which never raise one."""
+        frames = [limit for limit in (self.frames, caps.max_frames) if limit is not None]
+        return MediaLimits(
+            image=self.image if caps.max_images is None else min(self.image, caps.max_images),
+            video=self.video if caps.max_videos is None else min(self.video, caps.max_videos),
+            frames=min(frames, default=None),
+        )
+
+    def __str__(self) -> str:
+        frames = "" if self.frames is None else f", frames={self.frames}"
+        return f"image={self.image}, video={self.video}{frames}"
 
 
 class ModelSettings(MediaLimits):
@@ -83,7 +103,7 @@ class Config(BaseSettings):
             default, without `database_url`, a file under `home`.
         metrics_from: networks that may read /metrics besides the host itself, as 10.0.0.0/8,fd00::/8.
         models: the models that are served, by name, as JSON: {"M": {"image": 4, "max_model_len": 4096}}.
-        limit_mm_per_prompt: limits of every other model, as `image=4,video=1` or as JSON.
+        limit_mm_per_prompt: limits of every other model, as `image=4,video=1,frames=64` or as JSON.
         max_lines, max_batch_bytes: of the input of one job; more makes it `failed`.
         max_line_bytes: of one line; a longer one is refused alone.
         max_file_bytes: of one upload.
@@ -264,16 +284,15 @@ class Config(BaseSettings):
         Raises `BadSettingError` where DARKROOM_MODELS says something else of a model than its worker.
         """
         said = self.models.get(model)
-        if said is not None and (said.image, said.video) != (limits.image, limits.video):
+        if said is not None and self.limits_of(model) != limits:
             raise BadSettingError(
-                f"{PREFIX}MODELS says image={said.image}, video={said.video} of {model!r}, and this "
-                f"worker has image={limits.image}, video={limits.video}: correct the setting, or "
-                "leave out --limit-mm-per-prompt."
+                f"{PREFIX}MODELS says {self.limits_of(model)} of {model!r}, and this worker has "
+                f"{limits}: correct the setting, or leave out --limit-mm-per-prompt."
             )
 
     def limits_of(self, model: str) -> MediaLimits:
         known = self.models.get(model, self.limit_mm_per_prompt)
-        return MediaLimits(image=known.image, video=known.video)
+        return MediaLimits(image=known.image, video=known.video, frames=known.frames)
 
     def max_model_len_of(self, model: str) -> int | None:
         """None: what the model allows."""
@@ -336,7 +355,7 @@ def _describe(problem: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 def parse_limits(text: str) -> dict[str, int]:
     """
-    Read `image=4,video=1` or `{"image": 4}`, both of vLLM's forms of `--limit-mm-per-prompt`.
+    Read `image=4,video=1,frames=64` or `{"image": 4}`, both of vLLM's forms of `--limit-mm-per-prompt`.
 
     Raises:
         ValueError: it is none of them.
@@ -345,7 +364,9 @@ def parse_limits(text: str) -> dict[str, int]:
     limits = {}
     for name, number in pairs:
         if name not in MediaLimits.model_fields or not re.fullmatch("[0-9]{1,6}", number):
-            raise ValueError("give image=N, video=N, or both with a comma between")
+            raise ValueError(
+                "give image=N, video=N and frames=N, or some of them, with commas between"
+            )
         limits[name] = int(number)
     return limits
 

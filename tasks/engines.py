@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine.errors import EngineFailure
 from engine.request import Result, SamplingParams
+from media.errors import DecoderFailedError
 from media.pool import count_cores
 from tasks.config import MediaLimits
 from tasks.errors import DeviceLostError
@@ -41,7 +42,7 @@ class EnginePort(Protocol):
 
     @property
     def limits(self) -> MediaLimits:
-        """Images and videos that one prompt may hold."""
+        """Images and videos that one prompt may hold, and frames that are looked at of one clip."""
 
     @property
     def defaults(self) -> SamplingParams:
@@ -53,6 +54,14 @@ class EnginePort(Protocol):
 
     def count_tokens(self, text: str) -> int:
         """Of a text as it stands in a prompt, give or take what joins it to its neighbours."""
+
+    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+        """
+        Seconds and frames of an encoded clip, found where clips are decoded.
+
+        Raises:
+            MediaError: it is none.
+        """
 
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
         """
@@ -120,6 +129,14 @@ class LLMEngine:
     def max_model_len(self) -> int:
         return self._llm.engine.checkpoint.max_model_len
 
+    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+        from media.pool import PoolBrokenError, PoolClosedError
+
+        try:
+            return self._llm.engine.measure_clip(encoded)
+        except (PoolBrokenError, PoolClosedError) as error:
+            raise DecoderFailedError from error
+
     def count_tokens(self, text: str) -> int:
         return self._llm.engine.count_tokens(text)
 
@@ -180,7 +197,7 @@ def load_engine(options: EngineOptions) -> LLMEngine:
         num_processes = min(max(count_cores() - CORES_BESIDE, 1), MAX_MEDIA_PROCESSES)
     llm = LLM(
         model=options.model,
-        limit_mm_per_prompt=options.limits.model_dump(),
+        limit_mm_per_prompt=options.limits.model_dump(include={"image", "video"}),
         max_model_len=options.max_model_len,
         device=options.device,
         dtype=options.dtype,

@@ -14,13 +14,14 @@ from typing import Any, Final
 
 import structlog
 
-from storage import items, jobs, locks, served
+from storage import items, jobs, locks, served, tenants
 from storage.errors import BlobMissingError, StaleExpansionError
 from storage.ids import JobId
 from storage.items import NewItem
 from storage.served import Served
 from storage.states import JobState
 from storage.tables import Job
+from storage.tenants import Caps
 from tasks.bodies import ImagePolicy, check_body, read_line
 from tasks.config import Config, MediaLimits
 from tasks.dispatch import Dispatcher
@@ -71,13 +72,15 @@ def expand(
     with stores.database.read() as session:
         job = jobs.find(session, job_id)
         word = None if job is None else served.find(session, job.model)
+        caps = Caps() if job is None else tenants.get_caps(session, job.tenant_id)
     if job is None or job.state is not JobState.VALIDATING:
         return
     with locks.hold(stores.database, f"expand {job_id}") as is_ours:
         if not (is_ours or force):
             return
         try:
-            _expand(stores, dispatcher, config, job, _choose_limits(config, job.model, word))
+            limits = _choose_limits(config, job.model, word).lowered(caps)
+            _expand(stores, dispatcher, config, job, limits)
         except StaleExpansionError:
             logger.info("expansion_lost", job=str(job_id))
 
@@ -87,8 +90,8 @@ def _choose_limits(config: Config, model: str, word: Served | None) -> MediaLimi
     said = config.limits_of(model)
     if word is None:
         return said
-    limits = MediaLimits(image=word.max_images, video=word.max_videos)
-    if model in config.models and (said.image, said.video) != (limits.image, limits.video):
+    limits = MediaLimits(image=word.max_images, video=word.max_videos, frames=word.max_frames)
+    if model in config.models and said != limits:
         logger.error("limits_differ", model=model, settings=str(said), worker=str(limits))
     return limits
 

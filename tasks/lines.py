@@ -17,6 +17,9 @@ _SERVER_CODES: Final = frozenset({"engine_failure", "worker_crash", "internal_er
 _PARAMS: Final[Mapping[str, str]] = {
     "too_many_images": "messages",
     "too_many_videos": "messages",
+    "too_many_frames": "messages",
+    "too_many_segments": "messages",
+    "bad_segments": "messages",
     "invalid_messages": "messages",
     "invalid_media_url": "messages",
     "mismatched_model": "model",

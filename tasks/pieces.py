@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from media.data_url import decode_data_url
-from media.errors import VideoHasNoFramesError
+from engine.config import SAMPLING_KEYS, parse_part_options
+from media.data_url import FRAMES_MEDIA_TYPE, decode_data_url, media_type_of
+from media.errors import BadDataUrlError, TooManyFramesError, VideoHasNoFramesError
+from media.frames import build_sampling, count_frames
 from media.limits import VIDEO_LIMITS
-from media.segments import Cut, Segment, plan_segments
-from media.video import measure_clip
+from media.segments import MAX_SEGMENTS, Cut, Segment, plan_segments
+from tasks.bodies import ImagePolicy
 from tasks.summary import Subject
 
 Messages = Sequence[Mapping[str, Any]]
@@ -54,27 +56,99 @@ class Split:
     plan: bytes
 
 
-def split_clip(messages: Messages, clip: Mapping[str, Any], cut: Cut) -> Split:
+@dataclass(frozen=True, slots=True)
+class ClipRule:
     """
-    Cut a clip into segments.
+    How a clip is looked at in parts, or whether it must be.
+
+    Args:
+        cut: the segments that were asked for.
+        max_frames: of one prompt.
+        policy: what to do with a clip of which more are asked for.
+        measure: seconds and frames of an encoded clip.
+    """
+
+    cut: Cut | None
+    max_frames: int | None
+    policy: ImagePolicy
+    measure: Callable[[bytes], tuple[float, int]]
+
+    def check(self, num_frames: int) -> bool:
+        """Whether so many are within the limit; raises where more are refused."""
+        if self.max_frames is None or num_frames <= self.max_frames:
+            return True
+        if self.policy is ImagePolicy.REJECT:
+            raise TooManyFramesError(limit=self.max_frames, given=num_frames)
+        return False
+
+
+def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> Split | None:
+    """
+    Cut a clip into segments: those that were asked for, or as many as make its frames fit.
 
     Args:
         clip: the part of `messages` that is cut, with its bytes, a data URL or a callable.
 
+    Returns:
+        None where the clip needs no cutting.
+
     Raises:
-        MediaError: it is no clip that has times, or cannot be cut so.
+        MediaError: it is no clip that has times, cannot be cut so, or has too many frames.
     """
     encoded = _read(clip)
     options = {key: value for key, value in clip.items() if key not in _SOURCES}
-    segments = _plan(*measure_clip(encoded), cut, options)
+    measured = rule.measure(encoded)
+    cut = rule.cut
+    if cut is None:
+        num_frames = count_frames_asked(options, *measured)
+        if rule.check(num_frames):
+            return None
+        assert rule.max_frames is not None, "or all are within the limit"
+        cut = Cut(count=min(math.ceil(num_frames / rule.max_frames), MAX_SEGMENTS))
+    segments = _plan(*measured, cut, options)
+    windows = [_look_at(segment, options, is_last=segment is segments[-1]) for segment in segments]
+    most = max(count_frames_asked(window, *measured) for window in windows)
+    if not rule.check(most):
+        windows = [{**window, "num_frames": rule.max_frames} for window in windows]
     pieces = []
-    for number, segment in enumerate(segments, 1):
-        window = {"type": "video", "video": encoded, **options, "start_s": segment.start_s}
-        if number < len(segments):  # its end is the next one's; an engine takes the last frame in
-            window["end_s"] = math.nextafter(segment.end_s, 0)
-        asked = _replace(messages, {id(clip): window})
+    for number, (segment, window) in enumerate(zip(segments, windows, strict=True), 1):
+        part = {"type": "video", "video": encoded, **window}
+        asked = _replace(messages, {id(clip): part})
         pieces.append(Piece(number, asked, segment.start_s, segment.end_s))
-    return Split(Subject.VIDEO, tuple(pieces), _digest(encoded, options, segments))
+    return Split(Subject.VIDEO, tuple(pieces), _digest(encoded, *windows))
+
+
+def _look_at(segment: Segment, options: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
+    """The options of one segment's prompt."""
+    window = {**options, "start_s": segment.start_s}
+    if not is_last:  # its end belongs to the next one, and an engine takes the last frame in
+        window["end_s"] = math.nextafter(segment.end_s, 0)
+    return window
+
+
+def count_frames_asked(options: Mapping[str, Any], duration_s: float, num_frames: int) -> int:
+    """
+    How many frames of a clip its part's options ask for, as far as its length tells: key frames, and
+    frames that look alike, make them fewer.
+    """
+    sampling = build_sampling(parse_part_options(options, SAMPLING_KEYS, "messages").sampling)
+    end_s = duration_s if sampling.end_s is None else min(sampling.end_s, duration_s)
+    span_s = max(end_s - sampling.start_s, 0.0)
+    share = span_s / duration_s if duration_s else 1.0
+    return count_frames(max(math.ceil(num_frames * share), 1), span_s, sampling)
+
+
+def limit_frames(options: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """The same options, with no more frames than `most`, evenly spaced."""
+    given = options.get("num_frames")
+    is_less = given is not None and 0 <= given <= most
+    return {**options, "num_frames": given if is_less else most}
+
+
+def may_be_more(options: Mapping[str, Any], most: int) -> bool:
+    """Whether a clip's length decides if its options ask for more frames than `most`."""
+    given = options.get("num_frames")
+    return given is None or not 0 <= given <= most
 
 
 def split_images(messages: Messages, images: Sequence[Mapping[str, Any]], limit: int) -> Split:
@@ -115,6 +189,18 @@ def _read(clip: Mapping[str, Any]) -> bytes:
         return decode_data_url(clip["video_url"]["url"], VIDEO_LIMITS)[0]
     source: bytes | Callable[[], bytes] = clip["video"]
     return source() if callable(source) else source
+
+
+def count_listed_frames(clip: Mapping[str, Any]) -> int | None:
+    """Of a clip that is a list of frames in a data URL; None for any other, and for no good URL."""
+    if clip["type"] != "video_url":
+        return None
+    url: str = clip["video_url"]["url"]
+    try:
+        is_list = media_type_of(url) == FRAMES_MEDIA_TYPE
+    except BadDataUrlError:  # whoever decodes it says so
+        return None
+    return url.count(",") if is_list else None
 
 
 def _replace(

@@ -13,10 +13,18 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
+from engine.config import KEEP_ALL
 from engine.request import SamplingParams
 from media.data_url import FRAMES_MEDIA_TYPE, is_data_url, media_type_of, num_bytes_of
-from media.errors import FetchFailedError, ImageTooLargeError, MediaError, VideoTooLargeError
+from media.errors import (
+    FetchFailedError,
+    ImageTooLargeError,
+    MediaError,
+    TooManyFramesError,
+    VideoTooLargeError,
+)
 from media.fetched import Fetched
+from media.frames import DEFAULT_NUM_FRAMES
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from media.segments import Cut
 from storage import files, tenants
@@ -24,6 +32,7 @@ from storage.errors import BlobMissingError, StorageError
 from storage.ids import FileId, JobId, TenantId
 from storage.items import LeasedItem
 from storage.tables import File
+from storage.tenants import Caps
 from tasks.bodies import (
     IMAGE_PARTS,
     PART_OPTIONS,
@@ -42,7 +51,15 @@ from tasks.config import MediaLimits
 from tasks.engines import Prompt
 from tasks.errors import BadLineError
 from tasks.manifest import read_bodies
-from tasks.pieces import Split, split_clip, split_images
+from tasks.pieces import (
+    ClipRule,
+    Split,
+    count_listed_frames,
+    limit_frames,
+    may_be_more,
+    split_clip,
+    split_images,
+)
 from tasks.stores import Stores
 
 MAX_AHEAD: Final = 32
@@ -108,12 +125,21 @@ _COUNTED_BEFORE: Final = MediaLimits(image=10**9, video=10**9)
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """What a job and its tenant say of the media of its items."""
+
+    image_policy: ImagePolicy
+    caps: Caps
+
+
+@dataclass(frozen=True, slots=True)
 class Preparer:
     """
     Args:
         model: this worker's, and so the items'.
         limits: the engine's own.
-        pool: threads that wait for hosts.
+        pool: threads that wait for hosts, and for clips to be measured.
+        measure: seconds and frames of an encoded clip.
         names: of the tenants that were met.
     """
 
@@ -123,12 +149,13 @@ class Preparer:
     defaults: SamplingParams
     fetch: Fetch
     pool: Executor
+    measure: Callable[[bytes], tuple[float, int]]
     names: dict[TenantId, str] = field(default_factory=dict)
 
     def prepare(
         self,
         items: Sequence[LeasedItem],
-        policies: Mapping[JobId, ImagePolicy],
+        terms: Mapping[JobId, Terms],
         *,
         take: Callable[[LeasedItem], bool],
         hold: Hold,
@@ -137,7 +164,7 @@ class Preparer:
         Yield each item when it is ready, in about the order of the manifest.
 
         Args:
-            policies: of the items' jobs.
+            terms: of the items' jobs.
             take: asked before an item is begun; one that is not ours any more is left out.
             hold: what the items' bytes are counted with; the caller releases each when it has ended.
 
@@ -160,7 +187,7 @@ class Preparer:
                     yield Refused(item, BlobMissingError())
                 continue
             try:
-                draft = self._read(item, content, policies[item.job])
+                draft = self._read(item, content, terms[item.job])
             except (BadLineError, MediaError, StorageError) as error:
                 if take(item):
                     yield Refused(item, error)
@@ -174,7 +201,7 @@ class Preparer:
                 hold.release(item.fence.item)
                 continue
             if not (draft.urls or draft.is_split):
-                yield draft.build({})
+                yield draft.build({}, self.measure)
                 continue
             fetching[self.pool.submit(self._finish, draft, hold)] = None
             yield from _take_done(fetching, timeout=None if len(fetching) >= MAX_AHEAD else 0)
@@ -183,15 +210,15 @@ class Preparer:
         if unreadable is not None:
             raise unreadable
 
-    def _read(self, item: LeasedItem, content: bytes, policy: ImagePolicy) -> "_Draft":
+    def _read(self, item: LeasedItem, content: bytes, terms: Terms) -> "_Draft":
         body = check_body(
             parse_json(content)["body"],
             model=self.model,
-            limits=_COUNTED_BEFORE,
-            image_policy=policy,
+            limits=_COUNTED_BEFORE.lowered(terms.caps),
+            image_policy=terms.image_policy,
         )
         params = build_params(self.defaults, self._fill_in(body.sampling))
-        draft = _Draft(item, body, params, len(content))
+        draft = _Draft(item, body, params, len(content), self.limits.lowered(terms.caps))
         draft.read_messages(self)
         return draft
 
@@ -235,7 +262,7 @@ class Preparer:
         num_bytes = sum(len(one.content) for one in fetched.values())
         hold.shrink(draft.item.fence.item, draft.num_bytes + num_bytes)
         try:
-            return draft.build(fetched)
+            return draft.build(fetched, self.measure)
         except MediaError as error:
             return Refused(draft.item, error)
 
@@ -253,10 +280,16 @@ class _Draft:
 
     Args:
         num_bytes: of its line, data URLs included; uploaded files are added as they are met.
+        limits: of one prompt.
     """
 
     def __init__(
-        self, item: LeasedItem, body: Body, params: SamplingParams, num_bytes: int
+        self,
+        item: LeasedItem,
+        body: Body,
+        params: SamplingParams,
+        num_bytes: int,
+        limits: MediaLimits,
     ) -> None:
         self.item = item
         self.num_bytes = num_bytes
@@ -266,7 +299,8 @@ class _Draft:
         self._params = params
         self._messages: list[dict[str, Any]] = []
         self._images: list[dict[str, Any]] = []  # those of the messages' parts that are images
-        self._clip: tuple[dict[str, Any], Cut] | None = None  # the part that is to be cut
+        self._limits = limits
+        self._clips: list[tuple[dict[str, Any], Cut | None]] = []  # parts that are to be measured
         self._images_each = 0  # of one prompt, where there are more
         self._num_given = 0
         self._num_used = 0
@@ -281,7 +315,8 @@ class _Draft:
 
     @property
     def is_split(self) -> bool:
-        return self._clip is not None or self._images_each > 0
+        """Whether it may have to be asked in parts."""
+        return bool(self._clips) or self._images_each > 0
 
     def read_messages(self, preparer: Preparer) -> None:
         kinds = [
@@ -292,11 +327,11 @@ class _Draft:
         ]
         self._num_given = sum(kind in IMAGE_PARTS for kind in kinds)
         # As many as were counted when the line was expanded, or fewer if this engine takes fewer.
-        limit = min(self.item.num_images, preparer.limits.image)
+        limit = min(self.item.num_images, self._limits.image)
         chosen = choose_images(self._num_given, limit, self._body.image_policy)
         self._num_used = len(chosen)
-        if self._body.image_policy is ImagePolicy.SPLIT and self._num_used > preparer.limits.image:
-            self._images_each = preparer.limits.image
+        if self._body.image_policy is ImagePolicy.SPLIT and self._num_used > self._limits.image:
+            self._images_each = self._limits.image
         index = -1
         for message in self._body.messages:
             content = message["content"]
@@ -314,12 +349,32 @@ class _Draft:
         if part["type"] == "text":
             return {"type": "text", "text": part["text"]}
         read = self._read_media(part, preparer)
-        cut = read_cut(part)
-        if cut is not None:
-            self._clip = (read, cut)
         if part["type"] in IMAGE_PARTS:
             self._images.append(read)
+        else:
+            self._note_clip(read, read_cut(part))
         return read
+
+    def _note_clip(self, clip: dict[str, Any], cut: Cut | None) -> None:
+        """Bring the frames that it asks for under the limit, or have it measured."""
+        most = self._limits.frames
+        if most is None:
+            if cut is not None:
+                self._clips.append((clip, cut))
+            return
+        if "num_frames" not in clip and "fps" not in clip:
+            clip["num_frames"] = min(DEFAULT_NUM_FRAMES, most)
+        num_listed = count_listed_frames(clip)
+        may_leave_out = self._body.image_policy in (ImagePolicy.TRUNCATE, ImagePolicy.SAMPLE)
+        if num_listed is not None and self._body.image_policy is ImagePolicy.REJECT:
+            given = clip.get("num_frames")
+            num_asked = num_listed if given in (None, KEEP_ALL) else min(given, num_listed)
+            if num_asked > most:
+                raise TooManyFramesError(limit=most, given=num_asked)
+        if may_leave_out or num_listed is not None:
+            clip.update(limit_frames(clip, most))
+        if cut is not None or may_be_more(clip, most):
+            self._clips.append((clip, cut))
 
     def _read_media(self, part: Mapping[str, Any], preparer: Preparer) -> dict[str, Any]:
         options = {key: part[key] for key in PART_OPTIONS if part.get(key) is not None}
@@ -349,7 +404,9 @@ class _Draft:
         self._media.append({"kind": kind, "url": source})
         return {"type": kind, kind: source, **options}
 
-    def build(self, fetched: Mapping[str, Fetched]) -> Ready:
+    def build(
+        self, fetched: Mapping[str, Fetched], measure: Callable[[bytes], tuple[float, int]]
+    ) -> Ready:
         """
         The prompt, with bytes in the place of URLs; and its pieces, where it is asked in parts.
 
@@ -368,12 +425,19 @@ class _Draft:
             self._num_given,
             self._num_used,
             [_report(one, fetched) for one in self._media],
-            self._split(),
+            self._split(measure),
         )
 
-    def _split(self) -> Split | None:
-        if self._clip is not None:
-            return split_clip(self._messages, *self._clip)
+    def _split(self, measure: Callable[[bytes], tuple[float, int]]) -> Split | None:
+        found: Split | None = None
+        for clip, cut in self._clips:
+            rule = ClipRule(cut, self._limits.frames, self._body.image_policy, measure)
+            if found is None:
+                found = split_clip(self._messages, clip, rule)
+            elif self._limits.frames is not None:  # one clip of a prompt is cut, all others sampled
+                clip.update(limit_frames(clip, self._limits.frames))
+        if found is not None:
+            return found
         if self._images_each:
             return split_images(self._messages, self._images, self._images_each)
         return None

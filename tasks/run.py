@@ -26,7 +26,6 @@ from storage.ids import ItemId, JobId, LeaseId
 from storage.items import Chunk, Completion, Failure, Fence, LeasedItem, Outcome
 from storage.parts import NewPart
 from storage.served import Served
-from tasks.bodies import ImagePolicy
 from tasks.budget import Budget, Hold
 from tasks.config import Config
 from tasks.dispatch import Dispatcher
@@ -34,7 +33,7 @@ from tasks.engines import EnginePort, Prompt
 from tasks.errors import DeviceLostError
 from tasks.expand import JobOptions
 from tasks.parts import CUT_SHORT, Assembly, Move, Whole
-from tasks.prefetch import Preparer, Ready, Refused
+from tasks.prefetch import Preparer, Ready, Refused, Terms
 from tasks.retry import INTERNAL_TEXT, Act, Verdict, judge
 from tasks.stores import Stores
 from tasks.summary import build_stitcher
@@ -70,7 +69,7 @@ class Flight:
 
     lease: LeaseId
     open: dict[ItemId, Fence]
-    policies: Mapping[JobId, ImagePolicy]
+    terms: Mapping[JobId, Terms]
     handed: set[ItemId] = field(default_factory=set)
     """Given to the engine, or on the way to it."""
     running: set[ItemId] = field(default_factory=set)
@@ -237,7 +236,7 @@ class Runner:
         with self._stores.database.write() as session:
             served.register(
                 session,
-                Served(self._model, limits.image, limits.video),
+                Served(self._model, limits.image, limits.video, limits.frames),
                 worker=self.worker,
                 alive_s=self._config.lease_s,
             )
@@ -342,9 +341,12 @@ class Runner:
             )
 
     def _add_flight(self, chunk: Chunk) -> Flight:
-        policies = {job: JobOptions.read(said).image_policy for job, said in chunk.options.items()}
+        terms = {
+            job: Terms(JobOptions.read(said).image_policy, chunk.caps[job])
+            for job, said in chunk.options.items()
+        }
         fences = {item.fence.item: item.fence for item in chunk.items}
-        flight = Flight(chunk.lease, fences, policies)
+        flight = Flight(chunk.lease, fences, terms)
         with self._lock:
             self._flights[chunk.lease] = flight
         if self.is_draining.is_set():  # it began between our look and now
@@ -411,7 +413,7 @@ class Runner:
         self, chunk: Chunk, flight: Flight, asked: dict[str, Ready | Assembly], hold: Hold
     ) -> Iterator[Prompt]:
         prepare = self._preparer.prepare
-        for found in prepare(chunk.items, flight.policies, take=flight.take, hold=hold):
+        for found in prepare(chunk.items, flight.terms, take=flight.take, hold=hold):
             if isinstance(found, Refused):
                 self._refuse(flight, found, hold)
             elif found.split is None:

@@ -126,7 +126,15 @@ def run_gpu_worker(
             dispatcher,
             config,
             engine,
-            Preparer(stores, model, engine.limits, engine.defaults, fetch, pool),
+            Preparer(
+                stores,
+                model,
+                engine.limits,
+                engine.defaults,
+                fetch,
+                pool,
+                engine.measure_clip,
+            ),
             worker=name_worker(),
             on_device_lost=lambda: os._exit(ExitCode.DEVICE_LOST),
         )

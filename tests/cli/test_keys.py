@@ -46,6 +46,33 @@ def test_keys_are_made_listed_and_revoked(darkroom: Invoke, tmp_path: Path) -> N
     assert "revoked" in after.stdout
 
 
+def test_limits_of_a_tenant_are_set_shown_and_taken_back(darkroom: Invoke, tmp_path: Path) -> None:
+    home = {"DARKROOM_HOME": str(tmp_path)}
+    darkroom(
+        "keys", "limits", "--tenant", "team", "--images", "2", "--open-bytes", "9000000000", **home
+    )
+    shown = darkroom("keys", "limits", "--tenant", "team", "--frames", "16", **home)
+    after = darkroom("keys", "limits", "--tenant", "team", "--images", "none", **home)
+    other = darkroom("keys", "limits", **home)
+    wrong = [
+        darkroom("keys", "limits", option, text, **home)
+        for option, text in (("--frames", "0"), ("--images", "-1"), ("--open-items", "9999999999"))
+    ]
+
+    assert [
+        "images\t2",
+        "videos\tnone",
+        "frames\t16",
+        "open_items\tnone",
+        "open_bytes\t9000000000",
+    ] == shown.stdout.splitlines()
+    assert "images\tnone" == after.stdout.splitlines()[0]
+    assert "frames\t16" in after.stdout
+    assert all(line.endswith("\tnone") for line in other.stdout.splitlines())
+    assert [2, 2, 2] == [one.exit_code for one in wrong]
+    assert "--open-items: give a number from 0 to 2147483647, or none." in wrong[2].stderr
+
+
 def test_pepper_is_made_once_for_its_owner_only(tmp_path: Path) -> None:
     first, second = pepper.load(tmp_path / "home"), pepper.load(tmp_path / "home")
 

@@ -88,7 +88,9 @@ def main() -> None:
     engine = load_engine(EngineOptions(MODEL, limits=config.limits_of(MODEL), device="cpu"))
     fetch = SwappedFetch()
     with ThreadPoolExecutor(4) as pool:
-        preparer = Preparer(stores, MODEL, engine.limits, engine.defaults, fetch, pool)
+        preparer = Preparer(
+            stores, MODEL, engine.limits, engine.defaults, fetch, pool, engine.measure_clip
+        )
         runner = Runner(stores, dispatcher, config, engine, preparer, worker="corpus")
         runner.start()
         for line in sys.stdin:

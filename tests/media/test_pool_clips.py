@@ -56,6 +56,17 @@ def test_processes_give_the_frames_that_threads_give(
     assert [getattr(expected, fact) for fact in facts] == [getattr(found, fact) for fact in facts]
 
 
+@pytest.mark.parametrize("name", CLIPS)
+def test_clip_is_measured_in_a_process_as_in_a_thread(pool: DecoderPool, name: str) -> None:
+    duration_s, num_frames = Threads().measure_clip(CLIPS[name])
+
+    assert (duration_s, num_frames) == pool.measure_clip(CLIPS[name])
+    frames = decode_video(CLIPS[name], FrameSampling(num_frames=None))
+    assert frames.source_num_frames == num_frames
+    assert frames.times_s is not None
+    assert frames.times_s[-1] < duration_s
+
+
 def test_bad_clips_are_refused_in_the_same_words(pool: DecoderPool) -> None:
     pids = pool.pids
     for encoded in (
@@ -71,6 +82,9 @@ def test_bad_clips_are_refused_in_the_same_words(pool: DecoderPool) -> None:
             pool.decode_video(encoded)
         assert type(in_thread.value) is type(in_process.value)
         assert str(in_thread.value) == str(in_process.value)
+        with pytest.raises(type(in_thread.value)) as measured:
+            pool.measure_clip(encoded)
+        assert str(in_thread.value) == str(measured.value)
     assert pids == pool.pids
 
 

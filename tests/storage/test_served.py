@@ -65,3 +65,12 @@ def test_worker_that_was_killed_is_gone_after_a_while(database: Database) -> Non
     register(database, TWO, worker="b", alive_s=-1.0)
 
     assert TWO == find(database)
+
+
+def test_frames_are_a_limit_like_the_others(database: Database) -> None:
+    sixty = Served("M", 4, 1, 60)
+    register(database, sixty, worker="a")
+
+    assert sixty == find(database)
+    with pytest.raises(ServedOtherwiseError, match=r"image=4, video=1, frames=60, and .* video=1:"):
+        register(database, FOUR, worker="b")

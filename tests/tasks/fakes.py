@@ -9,19 +9,21 @@ from typing import Any
 
 from bench import instant
 from bench.instant import text_of
+from engine.config import SAMPLING_KEYS, parse_part_options
 from engine.errors import EngineError, EngineFailure, MediaRefused
 from engine.request import CompletionOutput, FinishReason, ImageUsed, MediaKind, Result
-from media.data_url import decode_data_url
+from media.data_url import decode_data_url, decode_frames_url
 from media.errors import MediaError
-from media.frames import FrameSampling
+from media.frames import build_sampling
 from media.images import decode_image
-from media.limits import IMAGE_LIMITS
-from media.video import decode_video
+from media.limits import IMAGE_LIMITS, VIDEO_LIMITS
+from media.video import decode_jpeg_frames, decode_video
 from tasks.app import TaskName
-from tasks.config import Config
+from tasks.config import Config, MediaLimits
 from tasks.dispatch import Dispatcher
 from tasks.engines import Prompt
 from tasks.errors import DeviceLostError
+from tasks.pieces import count_listed_frames
 
 MODEL = "darkroom-tiny"
 RED_DOT = (
@@ -107,6 +109,9 @@ class InstantEngine(instant.InstantEngine):
                 yield self.answer(prompt)
 
 
+TWO_IMAGES = MediaLimits(image=2)
+
+
 class SeeingEngine(InstantEngine):
     """
     Looks at pictures and clips with media's own decoding, and answers with what it was shown.
@@ -114,6 +119,7 @@ class SeeingEngine(InstantEngine):
     Args:
         harm: the error of a prompt that must fail.
         max_model_len: in words; so many make a summary of many texts take several rounds.
+        limits: of one prompt.
     """
 
     def __init__(
@@ -121,12 +127,18 @@ class SeeingEngine(InstantEngine):
         *,
         harm: Callable[[Prompt], EngineError | None] = lambda prompt: None,
         max_model_len: int = 4096,
+        limits: MediaLimits = TWO_IMAGES,
         delay_s: float = 0.0,
         on_prompt: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__(delay_s, on_prompt)
         self._harm = harm
         self._max_model_len = max_model_len
+        self._limits = limits
+
+    @property
+    def limits(self) -> MediaLimits:
+        return self._limits
 
     @property
     def max_model_len(self) -> int:
@@ -154,6 +166,8 @@ class SeeingEngine(InstantEngine):
         images = tuple(replace(image, index=index) for index, image in enumerate(seen))
         if not images:
             text = f"whole {text_of(prompt).count('[')}"
+        elif images[0].kind is MediaKind.VIDEO and not images[0].times_s:
+            text = f"seen {images[0].num_frames} frames"
         elif images[0].times_s:
             text = f"seen from {images[0].times_s[0]:g} to {images[0].times_s[-1]:g}"
         else:
@@ -162,15 +176,22 @@ class SeeingEngine(InstantEngine):
         return Result(prompt.name, text, (1,) * 7, outputs=(output,), images=images)
 
     def _look_at(self, part: Mapping[str, Any]) -> ImageUsed:
-        if part["type"] != "video":
+        if part["type"].startswith("image"):
             source = part["image_url"]["url"] if part["type"] == "image_url" else part["image"]
             if isinstance(source, str):
                 source = decode_data_url(source, IMAGE_LIMITS)[0]
             image = decode_image(source() if callable(source) else source)
             return ImageUsed(0, image.width_px, image.height_px, 28, 28, 1)
-        keys = ("num_frames", "fps", "start_s", "end_s")
-        sampling = FrameSampling(**{key: part[key] for key in keys if key in part})
-        frames = decode_video(part["video"], sampling)
+        sampling = build_sampling(parse_part_options(part, SAMPLING_KEYS, "part").sampling)
+        if count_listed_frames(part) is not None:
+            listed = decode_frames_url(part["video_url"]["url"], VIDEO_LIMITS)
+            frames = decode_jpeg_frames(listed, sampling)
+        elif part["type"] == "video_url":
+            clip = decode_data_url(part["video_url"]["url"], VIDEO_LIMITS)[0]
+            frames = decode_video(clip, sampling)
+        else:
+            source = part["video"]
+            frames = decode_video(source() if callable(source) else source, sampling)
         return ImageUsed(
             0,
             frames.width_px,

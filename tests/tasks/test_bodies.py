@@ -90,3 +90,20 @@ def test_split_takes_all_images_and_none_where_they_are_switched_off() -> None:
     with pytest.raises(BadLineError, match="At most 0 image"):
         check(IMAGE, image_policy="split", limits=MediaLimits(image=0))
     assert 2 == check(IMAGE, IMAGE, n=2, image_policy="split").num_images
+
+
+def test_more_frames_than_the_limit_are_refused_where_that_is_known() -> None:
+    limits = MediaLimits(frames=8)
+    asked: list[dict[str, Any]] = [
+        {"num_frames": 9},
+        {"num_frames": 9, "segments": {"count": 2}},
+    ]
+
+    for options in asked:
+        with pytest.raises(BadLineError, match=r"At most 8 frame.* asks for 9") as caught:
+            check({**VIDEO, **options}, limits=limits)
+        assert ("too_many_frames", "messages") == (caught.value.line_code, caught.value.param)
+        check({**VIDEO, **options}, limits=limits, image_policy="sample")
+        check({**VIDEO, **options}, limits=MediaLimits())
+    for options in ({"num_frames": 8}, {}, {"num_frames": 9, "fps": 1}, {"num_frames": -1}):
+        check({**VIDEO, **options}, limits=limits)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.tenants import Caps
 from tasks.app import build_app, refuse_unsafe
 from tasks.config import MediaLimits, load_config, parse_limits
 from tasks.errors import BadSettingError, UnsafeSettingError
@@ -190,3 +191,23 @@ def test_what_is_known_to_lose_work_is_refused(
 
     with pytest.raises(UnsafeSettingError, match=word):
         refuse_unsafe(app, pool, env, is_gpu=True)
+
+
+def test_tenants_caps_lower_limits_and_never_raise_them() -> None:
+    limits = MediaLimits(image=4, video=1, frames=64)
+
+    assert limits == limits.lowered(Caps())
+    assert MediaLimits(image=2, video=0, frames=16) == limits.lowered(Caps(2, 0, 16))
+    assert limits == limits.lowered(Caps(9, 9, 99))
+    assert MediaLimits(frames=16) == MediaLimits().lowered(Caps(max_frames=16))
+
+
+def test_frames_of_a_clip_are_a_limit_in_all_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_MODELS", '{"M": {"image": 2, "frames": 8}}')
+    monkeypatch.setenv("DARKROOM_LIMIT_MM_PER_PROMPT", "frames=16,image=3")
+    config = load_config()
+
+    assert MediaLimits(image=2, frames=8) == config.limits_of("M")
+    assert MediaLimits(image=3, frames=16) == config.limits_of("other")
+    with pytest.raises(BadSettingError, match=r"image=2, video=1, frames=8 of 'M'"):
+        config.refuse_other_limits("M", MediaLimits(image=2))

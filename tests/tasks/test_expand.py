@@ -305,6 +305,20 @@ def test_limits_are_those_of_the_models_workers(
     assert ["limits_differ"] == [line["event"] for line in logs if line["log_level"] == "error"]
 
 
+def test_limits_of_a_tenant_lower_those_of_the_model(
+    stores: Stores, dispatcher: RecordingDispatcher, config: Config
+) -> None:
+    with stores.database.write() as session:
+        served.register(session, Served(MODEL, 4, 1), worker="w", alive_s=60.0)
+        tenant = tenants.get_or_create(session, "default")
+        tenants.set_limits(session, tenant.id, {"max_images": 2})
+    job = make(stores, encode(*(build_request(f"r-{n}", num_images=n) for n in (2, 3, 4))))
+
+    expand(stores, dispatcher, config, job)
+
+    assert [(2, "too_many_images"), (3, "too_many_images")] == codes(find(stores, job))
+
+
 @pytest.mark.parametrize("policy", ["truncate", "sample"])
 def test_policy_takes_too_many_images(
     policy: str, stores: Stores, dispatcher: RecordingDispatcher, config: Config

@@ -13,15 +13,17 @@ from sqlalchemy import select, text
 
 from engine.errors import EngineError, EngineFailure, MediaRefused
 from media.limits import ImageLimits, VideoLimits
-from storage import items, jobs, parts
+from storage import items, jobs, parts, tenants
 from storage.errors import CommitUnknownError, DatabaseBusyError
 from storage.ids import JobId
 from storage.items import Ended
 from storage.parts import Answer
 from storage.states import ItemState, JobState
 from storage.tables import Item
+from tasks.config import MediaLimits
 from tasks.engines import Prompt
 from tasks.finish import finish
+from tests.media.files import encode, picture
 from tests.storage.rows import let_backoff_end, let_leases_end
 from tests.tasks.fakes import RED_DOT, SeeingEngine, build_request
 from tests.tasks.test_run import Rig, rig
@@ -497,3 +499,130 @@ def test_message_that_has_no_image_left_in_a_part_is_left_out(rig: Rig) -> None:
     rig.run(engine)
 
     assert [1, 1] == [len(prompt.messages) for prompt in engine.prompts[:2]]
+
+
+# Frames of a clip
+
+
+SIXTEEN = MediaLimits(frames=16)
+
+
+def build_clip_item(policy: str | None = None, **options: Any) -> dict[str, Any]:
+    """A clip of 300 frames, one a second, without segments."""
+    request = build_item(None, image_policy=policy)
+    request["body"]["messages"][0]["content"][0] |= options
+    return request
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("request_", "num_frames"),
+    [
+        (build_clip_item(), 16),  # the default of 32 is nobody's wish
+        (build_clip_item(num_frames=9), 9),
+        (build_clip_item(fps=0.05), 15),
+        (build_clip_item("sample", num_frames=40), 16),
+        (build_clip_item("truncate", num_frames=-1), 16),
+        (build_clip_item("sample", fps=1, start_s=100), 16),
+        (build_clip_item("reject", num_frames=-1, start_s=290), 10),
+        (build_clip_item("split", fps=1, start_s=290), 10),
+    ],
+)
+def test_clip_is_looked_at_in_no_more_frames_than_the_limit(
+    rig: Rig, request_: dict[str, Any], num_frames: int
+) -> None:
+    job = rig.make(request_)
+
+    rig.run(SeeingEngine(limits=SIXTEEN))
+    line = read_line(rig, job)
+
+    assert "parts" not in line
+    assert num_frames == line["images"][0]["num_frames"]
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("options", "given"), [({"fps": 1}, 300), ({"num_frames": -1, "end_s": 20}, 20)]
+)
+def test_clip_that_turns_out_to_have_too_many_frames_is_refused(
+    rig: Rig, options: dict[str, Any], given: int
+) -> None:
+    job = rig.make(build_clip_item(**options))
+    engine = SeeingEngine(limits=SIXTEEN)
+
+    rig.run(engine)
+
+    (ended,) = rig.ended(job)
+    assert "too_many_frames" == ended.error_code
+    assert "At most 16 frame(s) of a clip may be looked at" in str(ended.error_message)
+    assert f"asks for {given}." in str(ended.error_message)
+    assert [] == engine.prompts
+
+
+@on_sqlite
+def test_clip_with_too_many_frames_becomes_parts(rig: Rig) -> None:
+    job = rig.make(build_clip_item("split", num_frames=64))
+
+    rig.run(SeeingEngine(limits=SIXTEEN))
+    line = read_line(rig, job)
+
+    assert [(0, 75), (75, 150), (150, 225), (225, 300)] == [
+        (part["start_s"], part["end_s"]) for part in line["parts"]
+    ]
+    assert [16] * 4 == [len(part["frame_times_s"]) for part in line["parts"]]
+    times = [time_s for part in line["parts"] for time_s in part["frame_times_s"]]
+    assert sorted(set(times)) == times
+    assert "whole 4" == line["response"]["body"]["choices"][0]["message"]["content"]
+
+
+@on_sqlite
+def test_segments_are_looked_at_within_the_limit_of_frames(rig: Rig) -> None:
+    default, sampled, refused = (build_item({"seconds": 100}, custom_id=name) for name in "abc")
+    sampled["body"]["image_policy"] = "sample"
+    for request in (sampled, refused):
+        request["body"]["messages"][0]["content"][0]["fps"] = 1
+    job = rig.make(default, sampled, refused)
+
+    rig.run(SeeingEngine(limits=SIXTEEN))
+
+    first, second, third = rig.ended(job)
+    for ended in (first, second):  # what nobody asked for gives way, as what may be sampled does
+        assert [16] * 3 == [answer.images[0]["num_frames"] for answer in read_parts(rig, ended)]
+    assert "too_many_frames" == third.error_code
+    assert "asks for 100." in str(third.error_message)
+
+
+@on_sqlite
+def test_list_of_frames_is_counted_and_sampled(rig: Rig) -> None:
+    jpeg = base64.b64encode(encode(picture(), "JPEG")).decode()
+    url = "data:video/jpeg;base64," + ",".join([jpeg] * 20)
+    jobs_ = [
+        rig.make(build_item(None, url=url, image_policy=policy)) for policy in ("sample", "split")
+    ]
+    request = build_item(None, url=url)
+    request["body"]["messages"][0]["content"][0] |= {"num_frames": -1}
+    refused = rig.make(request)
+
+    rig.run(SeeingEngine(limits=SIXTEEN))
+
+    assert [["seen 16 frames"]] * 2 == [[e.text for e in rig.ended(job)] for job in jobs_]
+    (ended,) = rig.ended(refused)
+    assert "asks for 20." in str(ended.error_message)
+
+
+def test_caps_of_a_tenant_hold_for_what_is_leased_after_they_were_set(rig: Rig) -> None:
+    limits = MediaLimits(image=2, frames=16)
+    rig.config = rig.config.model_copy(update={"limit_mm_per_prompt": limits})
+    one = rig.make(build_request("a", num_images=2), build_clip_item("sample", num_frames=12))
+    two = rig.make(build_request("a", num_images=2, image_policy="split"))
+    with rig.stores.database.write() as session:
+        tenant = tenants.get_or_create(session, "default")
+        tenants.set_limits(session, tenant.id, {"max_images": 1, "max_frames": 4})
+
+    rig.run(SeeingEngine(limits=limits))
+
+    first, clip = rig.ended(one)
+    assert "too_many_images" == first.error_code
+    assert clip.details is not None
+    assert 4 == clip.details["images"][0]["num_frames"]
+    assert ["whole 2"] == [ended.text for ended in rig.ended(two)]

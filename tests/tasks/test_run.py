@@ -92,7 +92,13 @@ class Rig:
                 return bring(fetch(url, limits))
 
             preparer = Preparer(
-                self.stores, MODEL, engine.limits, engine.defaults, fetch_with_report, pool
+                self.stores,
+                MODEL,
+                engine.limits,
+                engine.defaults,
+                fetch_with_report,
+                pool,
+                engine.measure_clip,
             )
             runner = Runner(
                 self.stores, self.dispatcher, self.config, engine, preparer, worker="w", **words
@@ -855,7 +861,9 @@ def test_objects_are_fetched_in_the_name_of_their_tenant(rig: Rig) -> None:
     job = rig.make(request, tenant="somebody")
     engine = InstantEngine()
     with ThreadPoolExecutor(4) as pool:
-        preparer = Preparer(rig.stores, MODEL, engine.limits, engine.defaults, fetch, pool)
+        preparer = Preparer(
+            rig.stores, MODEL, engine.limits, engine.defaults, fetch, pool, engine.measure_clip
+        )
         runner = Runner(rig.stores, rig.dispatcher, rig.config, engine, preparer, worker="w")
         runner.start()
         runner.run_chunk()
