@@ -392,6 +392,45 @@ ServedModelName = Annotated[
         show_default="MODEL, as it is given",
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REVISION",
+        envvar="DARKROOM_REVISION",
+        help="Branch, tag or commit of a hub id in the cache; each result names the commit.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        envvar="DARKROOM_TRUST_REMOTE_CODE",
+        help="Let code that lies beside the weights run. No model of docs/models.md needs it.",
+    ),
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="DARKROOM_CHAT_TEMPLATE",
+        help="Chat template in place of the model's own, as a file or as Jinja text.",
+    ),
+]
+ProcessorKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--mm-processor-kwargs",
+        metavar="JSON",
+        envvar="DARKROOM_MM_PROCESSOR_KWARGS",
+        help='How pictures and clips are looked at, as {"num_crops": 4} or {"max_pixels": 200704}.',
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK", hidden=True, help="vLLM's word for what a server does: generate, or auto."
+    ),
+]
 Workers = Annotated[
     int,
     typer.Option(
@@ -433,6 +472,10 @@ def up(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     served_model_name: ServedModelName = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    chat_template: ChatTemplate = None,
+    mm_processor_kwargs: ProcessorKwargs = None,
     workers: Workers = 1,
 ) -> None:
     """
@@ -452,7 +495,17 @@ def up(
     from cli.server import ServeOptions, run_up
 
     options = ServeOptions(
-        model, served_model_name, limit_mm_per_prompt, max_model_len, device, dtype, workers
+        model,
+        served_model_name,
+        limit_mm_per_prompt,
+        max_model_len,
+        device,
+        dtype,
+        workers,
+        revision,
+        trust_remote_code,
+        chat_template,
+        mm_processor_kwargs,
     )
     _exit_after(lambda: run_up(options, host, port))
 
@@ -473,15 +526,27 @@ def serve(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     served_model_name: ServedModelName = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    chat_template: ChatTemplate = None,
+    mm_processor_kwargs: ProcessorKwargs = None,
     workers: Workers = 1,
+    task: Task = None,
 ) -> None:
     """
     Serve one model, in the words of vLLM's `serve`: `darkroom up` for whoever comes from there.
 
     \b
-    Example:
+    Examples:
       darkroom serve Qwen/Qwen2-VL-2B-Instruct --limit-mm-per-prompt image=2 --max-model-len 4096
+      darkroom serve microsoft/Phi-3.5-vision-instruct --task generate --trust-remote-code \\
+        --max-model-len 4096 --limit-mm-per-prompt image=2
     """
+    if task not in (None, "generate", "auto"):
+        raise typer.BadParameter(
+            "Darkroom writes text from pictures and text: generate, or leave it out.",
+            param_hint="--task",
+        )
     up(
         model,
         host,
@@ -491,6 +556,10 @@ def serve(
         dtype,
         max_model_len,
         served_model_name,
+        revision,
+        trust_remote_code,
+        chat_template,
+        mm_processor_kwargs,
         workers,
     )
 
@@ -522,6 +591,10 @@ def worker(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     served_model_name: ServedModelName = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    chat_template: ChatTemplate = None,
+    mm_processor_kwargs: ProcessorKwargs = None,
 ) -> None:
     """
     Serve jobs: of one model on this machine's device, or the work around them.
@@ -557,6 +630,10 @@ def worker(
             max_model_len=max_model_len,
             device=device,
             dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            chat_template=chat_template,
+            mm_processor_kwargs=mm_processor_kwargs,
         )
     )
 

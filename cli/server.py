@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from cli.errors import CannotStartError, ExitCode
 from cli.group import Group, Member
-from cli.service import prepare_database, reported
+from cli.service import prepare_database, read_object, reported
 
 if TYPE_CHECKING:
     from api.config import ApiConfig
@@ -130,6 +130,7 @@ class ServeOptions:
         limits: as `image=4`; None: what the settings say.
         max_model_len: in tokens; None: what the settings say, or the model allows.
         num_workers: processes that run the model, one a GPU where there are any.
+        mm_processor_kwargs: as JSON. This and the three before it: see `LLM`.
     """
 
     model: str
@@ -139,6 +140,10 @@ class ServeOptions:
     device: str = "auto"
     dtype: str = "auto"
     num_workers: int = 1
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    mm_processor_kwargs: str | None = None
 
     @property
     def name(self) -> str:
@@ -152,6 +157,7 @@ def run_up(options: ServeOptions, host: str, port: int) -> ExitCode:
     Raises:
         CannotStartError: the message says what to change.
     """
+    read_object("--mm-processor-kwargs", options.mm_processor_kwargs)
     with reported():
         from tasks.broker import open_broker
         from tasks.config import load_config
@@ -174,7 +180,7 @@ def run_up(options: ServeOptions, host: str, port: int) -> ExitCode:
             for number, env in enumerate(worker_envs, 1):
                 which = f" {number}" if len(worker_envs) > 1 else ""
                 name = f"worker{which} of {options.name}"
-                group.add(Member(name, _worker_args(options), env, niceness=WORKER_NICENESS))
+                group.add(Member(name, worker_args(options), env, niceness=WORKER_NICENESS))
             print(
                 f"darkroom: {options.name} at {show_url(host, port)}, data in {config.home}; "
                 "Ctrl-C stops",
@@ -198,10 +204,16 @@ def describe_models(config: "Config", options: ServeOptions) -> str:
     return json.dumps(known | {options.name: {**limits.model_dump(), "max_model_len": length}})
 
 
-def _worker_args(options: ServeOptions) -> tuple[str, ...]:
+def worker_args(options: ServeOptions) -> tuple[str, ...]:
     words = ["worker", "--model", options.model, "--device", options.device]
-    if options.served_model_name is not None:
-        words += ["--served-model-name", options.served_model_name]
+    for option, value in (
+        ("--served-model-name", options.served_model_name),
+        ("--revision", options.revision),
+        ("--chat-template", options.chat_template),
+        ("--mm-processor-kwargs", options.mm_processor_kwargs),
+    ):
+        words += [] if value is None else [option, value]
+    words += ["--trust-remote-code"] if options.trust_remote_code else []
     return (*words, "--dtype", options.dtype)
 
 

@@ -2,11 +2,12 @@
 What the verbs of the service share: how they open things, and what they say when they cannot start.
 """
 
+import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cli.errors import CannotStartError, ExitCode
 from engine.errors import EngineError
@@ -50,6 +51,24 @@ def reported() -> Iterator[None]:
         raise CannotStartError(str(error), code) from error
     except (EngineError, OSError, ValueError) as error:
         raise CannotStartError(str(error)) from error
+
+
+def read_object(option: str, text: str | None) -> Mapping[str, Any] | None:
+    """
+    A JSON object that an option was given.
+
+    Raises:
+        CannotStartError: it is none.
+    """
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise CannotStartError(f'{option} must be a JSON object, as {{"num_crops": 4}}.')
+    return value
 
 
 def prepare_database(config: "Config") -> None:

@@ -5,7 +5,7 @@
 import os
 from contextlib import closing
 
-from cli.service import prepare_database, reported
+from cli.service import prepare_database, read_object, reported
 from tasks.stopping import leaving_at_signal
 
 
@@ -17,6 +17,10 @@ def run_worker(
     max_model_len: int | None,
     device: str,
     dtype: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    chat_template: str | None,
+    mm_processor_kwargs: str | None,
 ) -> int:
     """
     Start a worker; return the number that its process ends with.
@@ -25,10 +29,12 @@ def run_worker(
         model: None for a worker of the cpu queue.
         served_model_name: what jobs call it; None: `model` itself.
         limits, max_model_len: limits as `image=4`; None for what the settings say.
+        mm_processor_kwargs: as JSON. This and the three before it: see `LLM`.
 
     Raises:
         CannotStartError: the message says what to change.
     """
+    processor_kwargs = read_object("--mm-processor-kwargs", mm_processor_kwargs)
     with reported(), leaving_at_signal():
         from tasks.broker import open_broker
         from tasks.config import MediaLimits, load_config, parse_limits
@@ -59,6 +65,10 @@ def run_worker(
                 dtype,
                 num_media_processes=config.media_processes,
                 draft_jpegs=config.draft_jpegs,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                chat_template=chat_template,
+                mm_processor_kwargs=processor_kwargs,
             )
             with closing(load_engine(options)) as engine:
                 return run_gpu_worker(config, url, engine, name, env=env)

@@ -72,6 +72,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         BadConfig: not found, not supported, or without a part that is needed.
     """
     folder = _get_folder(engine, engine.folder_or_id)
+    _check_code(engine, folder)
     options = {"trust_remote_code": engine.trust_remote_code, "local_files_only": True}
     written = _read_json(engine, folder / "config.json") or {}
     entry = find_entry(written)
@@ -159,6 +160,16 @@ def _build_family(entry: Entry, description: Description) -> Family:
         if token_id is not None and not (isinstance(token_id, int) and token is not None):
             raise ValueError("no token stands for a picture")
     return family
+
+
+def _check_code(engine: EngineConfig, folder: Path) -> None:
+    """A tokenizer that is code of the checkpoint's runs only where somebody said that it may."""
+    written = _read_json(engine, folder / "tokenizer_config.json") or {}
+    if not engine.trust_remote_code and "AutoTokenizer" in (written.get("auto_map") or ()):
+        raise BadConfig(
+            f"The model {engine.model!r} brings code of its own for its tokenizer. It runs only with "
+            "trust_remote_code=True (--trust-remote-code): read it first."
+        )
 
 
 def _check_sizes(family: Family, engine: EngineConfig) -> None:
@@ -259,6 +270,11 @@ def _get_folder(engine: EngineConfig, name: str) -> Path:
     (2.4, 2026).
     """
     if Path(name).is_dir():
+        if engine.revision is not None:
+            raise BadConfig(
+                f"revision={engine.revision!r} names a state of a model on the hub, and {name!r} is a "
+                "folder. Leave it out."
+            )
         return Path(name)
     try:
         config = try_to_load_from_cache(name, "config.json", revision=engine.revision)

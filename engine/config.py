@@ -30,6 +30,7 @@ AREA_KEYS = ("min_pixels", "max_pixels")
 KEEP_ALL = -1  # vLLM's num_frames for every frame of a clip
 SAMPLING_KEYS = ("num_frames", "fps", "start_s", "end_s", "keyframes", "dedupe_frames")
 CROP_KEYS = ("num_crops",)  # of pictures, where a model cuts them into tiles
+IMAGE_KEYS = (*AREA_KEYS, *CROP_KEYS)
 EDGES: Mapping[Any, str] = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
 # Words of vLLM's constructor that have no use here: accepted, and said once in the log.
@@ -291,8 +292,8 @@ def parse_processor_kwargs(
     Raises:
         BadConfig: another key, which would otherwise be dropped in silence; or a value that cannot be.
     """
-    of_images, of_videos = (*AREA_KEYS, *CROP_KEYS), (*AREA_KEYS, *SAMPLING_KEYS)
-    known = {"images_kwargs": of_images, "videos_kwargs": of_videos}
+    of_videos = (*AREA_KEYS, *SAMPLING_KEYS)
+    known = {"images_kwargs": IMAGE_KEYS, "videos_kwargs": of_videos}
     scopes: dict[str, dict[str, Any]] = {scope: {} for scope in known}
     unscoped: dict[str, Any] = {}
     for key, value in _items(name, given):
@@ -303,7 +304,7 @@ def parse_processor_kwargs(
     image = {**unscoped, **scopes["images_kwargs"]}
     video = {**unscoped, **scopes["videos_kwargs"]}
     return MediaOptions(
-        image={key: image[key] for key in of_images if key in image},
+        image={key: image[key] for key in IMAGE_KEYS if key in image},
         video={key: video[key] for key in AREA_KEYS if key in video},
         sampling=_checked_sampling(
             name, {key: video[key] for key in SAMPLING_KEYS if key in video}
@@ -316,7 +317,7 @@ def parse_part_options(part: Mapping[str, Any], keys: Collection[str], where: st
     Read what a part says of its own picture or clip; a key that is None is as good as absent.
 
     Args:
-        keys: of `AREA_KEYS` and `SAMPLING_KEYS`, those that such a part takes; others are not looked at.
+        keys: of `IMAGE_KEYS` and `SAMPLING_KEYS`, those that such a part takes; others are not looked at.
         where: the part's place, for what is said of it.
 
     Raises:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.config import (
     AREA_KEYS,
+    IMAGE_KEYS,
     SAMPLING_KEYS,
     MediaOptions,
     parse_io_kwargs,
@@ -385,7 +386,7 @@ def _is_picture(item: Any) -> bool:
 def _parse_picture_dict(given: Mapping[str, Any], where: str) -> list[Picture | Embeddings]:
     """The Qwen form of embeddings, or `{"image": picture, "max_pixels": n}` for one picture."""
     if "image" in given:
-        _refuse_unknown(given, ("image", *AREA_KEYS), where)
+        _refuse_unknown(given, ("image", *IMAGE_KEYS), where)
         return _with_area(_parse_item(given["image"], where), parse_part_area(given, where), where)
     if any(name not in given for name in EMBEDS_FIELDS):
         raise BadEmbeddings.missing_fields(required=EMBEDS_FIELDS, found=map(str, given))
@@ -483,8 +484,8 @@ def _is_clip(item: Any) -> bool:
 
 
 def parse_part_area(part: Mapping[str, Any], where: str) -> Mapping[str, int]:
-    """`min_pixels` and `max_pixels` of one picture, where its part or dict names them."""
-    return _part_options(part, AREA_KEYS, where).image
+    """`min_pixels`, `max_pixels` and `num_crops` of one picture, where its part or dict names them."""
+    return _part_options(part, IMAGE_KEYS, where).image
 
 
 def _part_options(part: Mapping[str, Any], keys: Sequence[str], where: str) -> MediaOptions:
@@ -553,7 +554,7 @@ def _parse_part(part: Any, where: str) -> UserText | Picture | Clip | Embeddings
         return UserText(text)
     name = "image_url" if kind == "input_image" else kind
     if kind in PICTURE_TYPES:
-        options: Sequence[str] = (*AREA_KEYS, "detail")
+        options: Sequence[str] = (*IMAGE_KEYS, "detail")
     else:
         options = () if kind == "image_embeds" else (*AREA_KEYS, *SAMPLING_KEYS)
     _refuse_unknown(part, ("type", name, *options, "uuid"), where)

@@ -52,6 +52,8 @@ class LLM:
         seed: of draws whose request names none; None for another one each time. The stamp of a
             result names what its own were made with.
         chat_template: Jinja text, or the path of a file that holds it.
+        needs_chat_template: whether a checkpoint that has none, where none is given, is refused at
+            once; otherwise `chat` refuses, and `generate` needs none.
         device: "auto", "cpu" or "cuda".
         tensor_parallel_size: only 1.
         num_media_processes: processes that decode files, for files of strangers: a file that breaks its
@@ -93,6 +95,7 @@ class LLM:
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         media_io_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | Path | None = None,
+        needs_chat_template: bool = False,
         tensor_parallel_size: int = 1,
         num_media_threads: int | None = None,
         num_media_processes: int = 0,
@@ -130,6 +133,11 @@ class LLM:
             media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
         )
         checkpoint = checkpoints.read_checkpoint(config)
+        if needs_chat_template and not (config.chat_template or checkpoint.tokenizer.chat_template):
+            raise BadConfig(
+                f"The model {config.model!r} has no chat template. Give one as chat_template=, a text or "
+                "a file (--chat-template FILE)."
+            )
         if knows_budget(config, checkpoint):
             plan_rows(config, checkpoint)  # what cannot work is said before a long load
         self.engine = Engine(config, checkpoint, checkpoints.load_weights(checkpoint, config))

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
-from engine.config import AREA_KEYS, SAMPLING_KEYS, parse_part_options
+from engine.config import AREA_KEYS, IMAGE_KEYS, SAMPLING_KEYS, parse_part_options
 from engine.errors import BadConfig, BadSamplingParams, TooManyImages, TooManyVideos
 from engine.request import SamplingParams
 from media.errors import BadSegmentsError, BadUrlError, TooManyFramesError
@@ -93,13 +93,13 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 _OWN: Final = frozenset({"model", "messages", "max_completion_tokens", "image_policy"})
 
-PART_OPTIONS: Final = (*AREA_KEYS, *SAMPLING_KEYS)
+PART_OPTIONS: Final = (*IMAGE_KEYS, *SAMPLING_KEYS)
 """How a part's picture or clip is sized and sampled; the engine says what they mean."""
 _PART_KEYS: Final[Mapping[str, frozenset[str]]] = {
     "text": frozenset({"text"}),
-    "image_url": frozenset({"image_url", "uuid", *AREA_KEYS}),
-    "image_file": frozenset({"image_file", "uuid", *AREA_KEYS}),
-    "video_url": frozenset({"video_url", "uuid", "segments", *PART_OPTIONS}),
+    "image_url": frozenset({"image_url", "uuid", *IMAGE_KEYS}),
+    "image_file": frozenset({"image_file", "uuid", *IMAGE_KEYS}),
+    "video_url": frozenset({"video_url", "uuid", "segments", *AREA_KEYS, *SAMPLING_KEYS}),
 }
 IMAGE_PARTS: Final = frozenset({"image_url", "image_file"})
 

@@ -99,6 +99,10 @@ class EngineOptions:
     dtype: str = "auto"
     num_media_processes: int | None = None
     draft_jpegs: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    mm_processor_kwargs: Mapping[str, Any] | None = None
 
 
 CORES_BESIDE: Final = 2
@@ -203,5 +207,10 @@ def load_engine(options: EngineOptions) -> LLMEngine:
         dtype=options.dtype,
         num_media_processes=num_processes,
         draft_jpegs=options.draft_jpegs,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        chat_template=options.chat_template,
+        mm_processor_kwargs=options.mm_processor_kwargs,
+        needs_chat_template=True,  # nothing but conversations is asked here
     )
     return LLMEngine(llm, options.limits)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cli.client import Client, ServerError
 from cli.errors import CannotStartError
 from cli.main import app
-from cli.server import ServeOptions, describe_models, open_listener, spread_workers
+from cli.server import ServeOptions, describe_models, open_listener, spread_workers, worker_args
 from tasks.config import load_config
 from tests.services import find_free_ports
 
@@ -44,7 +44,7 @@ def test_options_go_before_settings(
 
     known = json.loads(describe_models(load_config(), options))
 
-    assert described == known[options.name]
+    assert {**described, "frames": None} == known[options.name]
     assert "m" in known
 
 
@@ -114,6 +114,8 @@ def test_server_that_others_can_reach_takes_keys_only(tmp_path: Path) -> None:
         (["--limit-mm-per-prompt", "pictures=2"], "error: --limit-mm-per-prompt: give image=N"),
         (["--workers", "0"], "--workers"),
         (["--max-model-len", "0"], "--max-model-len"),
+        (["--task", "embed"], "--task"),
+        (["--mm-processor-kwargs", "4"], "error: --mm-processor-kwargs must be a JSON object"),
     ],
 )
 def test_option_that_makes_no_sense_starts_nothing(
@@ -126,3 +128,23 @@ def test_option_that_makes_no_sense_starts_nothing(
     assert 2 == run.exit_code
     assert message in run.stderr
     assert not (tmp_path / "home").exists()
+
+
+def test_workers_are_told_what_the_server_was_told() -> None:
+    plain = ServeOptions("m")
+    full = ServeOptions(
+        "m",
+        revision="v2",
+        trust_remote_code=True,
+        chat_template="t.jinja",
+        mm_processor_kwargs='{"num_crops": 4}',
+    )
+
+    assert ("worker", "--model", "m", "--device", "auto", "--dtype", "auto") == worker_args(plain)
+    assert {
+        *worker_args(plain),
+        *("--revision", "v2"),
+        *("--chat-template", "t.jinja"),
+        *("--mm-processor-kwargs", '{"num_crops": 4}'),
+        "--trust-remote-code",
+    } == set(worker_args(full))

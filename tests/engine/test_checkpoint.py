@@ -5,13 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine import LLM
 from engine.errors import BadConfig
+from tests.engine.pictures import GREEDY, token_ids
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -133,3 +136,118 @@ def test_odd_checkpoint_is_one_line(tiny_folder: Path, tmp_path: Path, what: str
 
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+# --- what cannot start ---------------------------------------------------------------------------------
+
+
+def split_weights(folder: Path) -> list[Path]:
+    """The weights as hubs store large ones: in two files and an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    files = sorted(set(where.values()))
+    for file in files:
+        of_file = {name: weight for name, weight in weights.items() if where[name] == file}
+        save_file(of_file, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return [folder / file for file in files]
+
+
+def cut_a_shard(folder: Path) -> None:
+    shard = split_weights(folder)[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def lose_a_shard(folder: Path) -> None:
+    split_weights(folder)[1].unlink()
+
+
+CANNOT_START: dict[str, tuple[Change, dict[str, object], str]] = {
+    "a model of nobody's": (
+        update("config.json", model_type="bert"),
+        {},
+        "The model type 'bert' is not supported yet: use ",
+    ),
+    "a shard that is cut short": (cut_a_shard, {}, "it has no weights in safetensors that fit"),
+    "a shard that is missing": (lose_a_shard, {}, "it has no weights in safetensors that fit"),
+    "no processor": (
+        lambda folder: (folder / "preprocessor_config.json").unlink(),
+        {},
+        "The model has no preprocessor_config.json, so its pictures have no size.",
+    ),
+    "no chat template": (
+        lambda folder: (folder / "chat_template.jinja").unlink(),
+        {"needs_chat_template": True},
+        "has no chat template. Give one as chat_template=, a text or a file (--chat-template FILE).",
+    ),
+    "a template that is no file": (
+        lambda folder: None,
+        {"chat_template": "/nowhere/template.jinja"},
+        "chat_template is neither a template (it holds no '{') nor a file that can be read.",
+    ),
+    "a revision of a folder": (
+        lambda folder: None,
+        {"revision": "v2"},
+        "revision='v2' names a state of a model on the hub, and ",
+    ),
+    "code for a tokenizer": (
+        update("tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Tokenizer", None]}),
+        {},
+        "brings code of its own for its tokenizer. It runs only with trust_remote_code=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT_START)
+def test_what_cannot_start_is_one_line_and_leaves_nothing_running(
+    tiny_folder: Path, tmp_path: Path, what: str
+) -> None:
+    change, words, message = CANNOT_START[what]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    change(folder)
+    threads = set(threading.enumerate())
+
+    with pytest.raises(BadConfig) as caught:
+        LLM(str(folder), **words)  # type: ignore[arg-type]
+
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert threads >= set(threading.enumerate())
+
+
+def test_model_in_several_files_answers_as_in_one(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    split_weights(folder)
+
+    texts = []
+    for place in (tiny_folder, folder):
+        with LLM(str(place)) as llm:
+            texts.append(token_ids(llm.generate("What is this?", GREEDY, use_tqdm=False)))
+
+    assert texts[0] == texts[1]
+
+
+def test_revision_picks_the_snapshot_and_stands_in_each_result(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    model = cache / "models--org--tiny"
+    other = COMMIT[::-1]
+    shutil.copytree(model / "snapshots" / COMMIT, model / "snapshots" / other)
+    (model / "refs" / "v2").write_text(other)
+
+    stamps = []
+    for revision in (None, "v2", COMMIT):
+        with LLM("org/tiny", revision=revision) as llm:
+            (result,) = llm.generate("a", GREEDY, use_tqdm=False)
+            assert result.stamp is not None
+            stamps.append(result.stamp.revision)
+
+    assert [COMMIT, other, COMMIT] == stamps
+    with pytest.raises(BadConfig) as caught:
+        LLM("org/tiny", revision="v3")
+    assert str(caught.value).endswith("Fetch it with `hf download org/tiny --revision v3`.")

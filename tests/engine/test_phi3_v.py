@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
@@ -162,27 +161,6 @@ def test_code_beside_the_weights_is_not_run_whoever_trusts_it(tmp_path: Path, tr
     LLM(str(folder), trust_remote_code=trusts).close()
 
     assert not ran.exists()
-
-
-def test_weights_in_several_files_are_read(folder: Path, tmp_path: Path) -> None:
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
-    for file_name in set(where.values()):
-        of_file = {name: weights[name] for name in weights if where[name] == file_name}
-        save_file(of_file, tmp_path / file_name, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": where}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    prompt = {"prompt": f"<|image_1|>{QUESTION}", "multi_modal_data": {"image": draw(1)}}
-
-    answers = []
-    for place in (folder, tmp_path):
-        with LLM(str(place)) as llm:
-            answers.append(token_ids(llm.generate(prompt, GREEDY, use_tqdm=False)))
-
-    assert answers[0] == answers[1]
 
 
 # --- pictures ----------------------------------------------------------------------------------------
