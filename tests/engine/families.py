@@ -6,6 +6,7 @@ tests/engine/test_families.py runs the same checks for each entry. A new family 
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Case:
     after: str = "\nASSISTANT:"
     max_pictures: int = 4
     are_nested: bool = False
+    num_requests: int = 50  # a family has two shapes of so many, or more
 
 
 class OnevisionProcessor(LlavaOnevisionProcessor):
@@ -91,7 +93,12 @@ CASES: Mapping[str, Case] = {
         "llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor, LLAVA_OTHER
     ),
     "llava, padded": Case(
-        "llava", write_tiny_llava, LlavaImageProcessorPil, LlavaProcessor, LLAVA_PADDED
+        "llava",
+        write_tiny_llava,
+        LlavaImageProcessorPil,
+        LlavaProcessor,
+        LLAVA_PADDED,
+        num_requests=20,
     ),
     "llava next": Case(
         "llava_next", write_tiny_llava_next, LlavaNextImageProcessorPil, LlavaNextProcessor
@@ -109,6 +116,7 @@ CASES: Mapping[str, Case] = {
         LlavaNextImageProcessorPil,
         LlavaNextProcessor,
         LLAVA_NEXT_WINDOW,
+        num_requests=20,
     ),
     "llava onevision": Case(
         "llava_onevision",
@@ -187,9 +195,8 @@ class Oracle:
         frames = [frame.resize((size, size), Image.Resampling.BICUBIC) for frame in clip]
         made = self.image_processor([frames * 2], return_tensors="pt")  # several, or it is tiled
         pixels = made["pixel_values"][: len(clip), 0]
-        (count,) = self.processor._get_num_multimodal_tokens(video_sizes=[(len(clip), size, size)])[
-            "num_video_tokens"
-        ]
+        side = math.ceil(math.isqrt(self.processor.num_image_tokens) / 2)
+        count = len(clip) * side**2 + 1  # the model refuses any other number
         assert self._case.clip is not None
         # It refuses its own mark of a clip that it does not read: another stands in.
         stand_in: str = self.processor.tokenizer.pad_token

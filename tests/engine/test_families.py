@@ -12,7 +12,6 @@ from engine import LLM
 from tests.engine.families import CASES, Asked, Case, Oracle, mixed, size
 from tests.engine.pictures import cut_picture, draw
 
-NUM_REQUESTS = 50  # of a shape; a family has two of them or more
 NUM_ALONE = 12
 NUM_SIZES = 50
 
@@ -46,13 +45,13 @@ def answers(llm: LLM, asked: Sequence[Asked]) -> Answers:
 
 
 def test_mixed_requests_are_answered_as_by_transformers_in_any_order(loaded: Loaded) -> None:
-    asked = mixed(loaded.case, NUM_REQUESTS, "families")
+    asked = mixed(loaded.case, loaded.case.num_requests, "families")
     expected = {one.name: loaded.oracle.generate(one) for one in asked}
     alone: Answers = {}
     for one in asked[:NUM_ALONE]:
         alone |= answers(loaded.llm, [one])
 
-    assert len({tuple(ids) for ids in expected.values()}) > NUM_REQUESTS // 4
+    assert len({tuple(ids) for ids in expected.values()}) > len(asked) // 4
     assert expected == answers(loaded.llm, asked)
     assert expected == answers(loaded.llm, random.Random(5).sample(asked, len(asked)))
     assert alone == {name: ids for name, ids in expected.items() if name in alone}
