@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
     from av.video.stream import VideoStream
 
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
@@ -527,10 +528,11 @@ def _keep_frames(
     images: list[RGBImage] = []
     ticks: list[int] = []
     size: tuple[int, int] | None = None
+    reformatter = _load_av().video.reformatter.VideoReformatter()
     for tick, frame in _pick(decoded, wanted):
         keep.check(frame.width, frame.height)
         size = size or (frame.width, frame.height)
-        images.append(_as_rgb_image(frame, size))
+        images.append(_as_rgb_image(frame, size, reformatter))
         ticks.append(tick)
     if not images:
         raise VideoUnreadableError
@@ -688,16 +690,31 @@ _TURNS = {
 }
 
 
-def _as_rgb_image(frame: VideoFrame, size_px: tuple[int, int]) -> RGBImage:
+_ROTATIONS = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), -180: (-1, 0, 0, -1), -90: (0, 1, -1, 0)}
+
+
+def _as_rgb_image(
+    frame: VideoFrame, size_px: tuple[int, int], reformatter: VideoReformatter
+) -> RGBImage:
     """Convert one decoded frame, resampled to (width, height) if it differs, and turn it upright."""
     width, height = size_px
-    image: Image.Image = frame.to_image(width=width, height=height)  # type: ignore[no-untyped-call]
+    # One thread: by itself each frame would start as many as there are cores, each with its stack.
+    rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1)
+    image: Image.Image = rgb.to_image()  # type: ignore[no-untyped-call]
     turn = _TURNS.get(_get_turn(frame))
     return RGBImage(image if turn is None else image.transpose(turn))
 
 
 def _get_turn(frame: VideoFrame) -> tuple[int, int, int, int]:
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    # Not `frame.side_data`, which the frame keeps and which keeps the frame, pixels and all.
+    from av.sidedata.sidedata import SideDataContainer
+
+    try:
+        matrix: Any = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
+    except (
+        ValueError
+    ):  # a kind of data that PyAV does not know, such as EXIF: no mirror is seen then
+        return _ROTATIONS.get(frame.rotation, (1, 0, 0, 1))
     if matrix is None:
         return (1, 0, 0, 1)
     a, b, _, c, d = (int(sign) for sign in np.sign(np.frombuffer(bytes(matrix), np.int32)[:5]))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.media.files import animation, encode, picture
 
 pytest.importorskip("av")
 
+from bench.video import repeat
 from tests.media.clips import clip, shades, turned
 
 
@@ -65,6 +67,16 @@ def test_clip_is_measured_in_a_process_as_in_a_thread(pool: DecoderPool, name: s
     assert frames.source_num_frames == num_frames
     assert frames.times_s is not None
     assert frames.times_s[-1] < duration_s
+
+
+def test_long_clip_of_many_frames_fits_into_what_one_may_have(pool: DecoderPool) -> None:
+    """The index of all packets, a codec, and the frames that are kept: no more grows with them."""
+    still = [np.full((720, 1280, 3), 99, np.uint8)] * 60
+    encoded = repeat(clip(still, fps=10, options={"g": "15"}), 300, Fraction(6))
+
+    frames = pool.decode_video(encoded, FrameSampling(num_frames=32))
+
+    assert (32, 18_000) == (frames.num_frames, frames.source_num_frames)
 
 
 def test_bad_clips_are_refused_in_the_same_words(pool: DecoderPool) -> None:

@@ -1,14 +1,16 @@
 """Clips: the frames that were asked for, at their times, and what is no clip at all."""
 
+import gc
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 pytest.importorskip("av", reason="the extra `video` is not installed")
 
@@ -206,6 +208,40 @@ def test_rotation_is_applied(name: str) -> None:
 
     upright = decode_video(encoded).images[0].pixels()
     assert np.array_equal(turn(upright), frames.images[0].pixels())
+
+
+def test_rotation_of_a_camera_that_writes_jpeg_files_is_applied() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter clockwise
+    picture = Image.new("RGB", (64, 48), (40, 40, 200))
+    picture.paste((200, 40, 40), (0, 0, 32, 24))
+    jpegs = [encode(picture, "JPEG", exif=exif)] * 2
+
+    frames = decode_video(jpeg_clip(jpegs, [0, 100]), ALL)
+
+    assert (48, 64) == (frames.width_px, frames.height_px)
+    upright = np.rot90(np.asarray(picture), -1).astype(np.int16)
+    assert np.abs(upright - frames.images[1].pixels()).mean() < 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_decoded_frames_are_let_go_at_once_and_no_thread_stays() -> None:
+    """Each had a thread for each core and its pixels, until Python happened to look for circles."""
+    import av
+
+    encoded = clip(shades(40))
+    gc.collect()
+    num_frames = sum(isinstance(found, av.VideoFrame) for found in gc.get_objects())
+    num_threads = len(list(Path("/proc/self/task").iterdir()))
+    gc.disable()
+    try:
+        decode_video(encoded, ALL)
+
+        left = sum(isinstance(found, av.VideoFrame) for found in gc.get_objects())
+        assert num_frames == left
+        assert num_threads == len(list(Path("/proc/self/task").iterdir()))
+    finally:
+        gc.enable()
 
 
 def test_frames_of_another_size_are_resampled_to_the_first() -> None:
