@@ -35,6 +35,18 @@ def test_chat_is_answered_by_a_worker(service: Service, client: Client) -> None:
     assert 16 == answer.usage.total_tokens
 
 
+def test_chat_that_is_asked_in_parts_has_them_beside_the_text(
+    service: Service, client: Client
+) -> None:
+    messages: Any = [{"role": "user", "content": "Describe it in parts."}]
+    with service.worker.working():
+        answer = client.api.chat.completions.create(model=MODEL, messages=messages)
+
+    assert "text of chat" == answer.choices[0].message.content
+    assert answer.model_extra is not None
+    assert ["part 1", "part 2"] == [part["text"] for part in answer.model_extra["parts"]]
+
+
 def test_chat_is_neither_a_batch_nor_a_file_of_anybody(service: Service, client: Client) -> None:
     with service.worker.working():
         client.api.chat.completions.create(model=MODEL, messages=MESSAGES)

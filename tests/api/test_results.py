@@ -106,6 +106,31 @@ def test_results_are_the_lines_of_the_files(service: Service, client: Client) ->
     assert read_lines(client, done.output_file_id) + read_lines(client, done.error_file_id) == bare
 
 
+def test_results_show_the_parts_of_items_that_have_some(service: Service, client: Client) -> None:
+    texts = {1: "as a whole", 2: "in parts", 3: "in parts, and please fail"}
+    batch = submit(client, *(build_line(number, text) for number, text in texts.items()))
+    service.worker.complete(job_of(batch))
+    done = client.api.batches.retrieve(batch.id)
+
+    whole, split, failed = read(client.http.get(f"/v1/batches/{batch.id}/results"))
+
+    assert "parts" not in whole
+    assert {
+        "number": 2,
+        "start_s": 10.0,
+        "end_s": 20.0,
+        "frame_times_s": [15.0],
+        "text": "part 2",
+        "finish_reason": "stop",
+        "images": [{"index": 0, "kind": "video", "num_frames": 1}],
+    } == split["parts"][1]
+    assert failed["parts"] == split["parts"]
+    assert [split["parts"]] == [
+        line["parts"] for line in read_lines(client, done.output_file_id)[1:]
+    ]
+    assert [failed["parts"]] == [line["parts"] for line in read_lines(client, done.error_file_id)]
+
+
 def test_results_are_found_by_state_and_by_name(service: Service, client: Client) -> None:
     batch = submit(client, build_line(1), build_line(2, "please fail"))
     service.worker.complete(job_of(batch))

@@ -2,7 +2,8 @@
 A stand-in for the rooms that do the work: expands, runs and finishes jobs by storage's own functions.
 
 It is as small as it can be and knows no queue: a test calls it when something should happen. The
-text of an item is "text of " and its custom_id; a prompt that says "please fail" fails.
+text of an item is "text of " and its custom_id; a prompt that says "please fail" fails, and one that
+says "in parts" has two.
 """
 
 import json
@@ -12,13 +13,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from storage import files, items, jobs
+from storage import files, items, jobs, parts
 from storage.blobs import Blobs
 from storage.db import Database
 from storage.errors import StaleExpansionError
 from storage.ids import FileId, JobId, new_uuid
 from storage.items import Completion, Failure, NewItem
 from storage.keys import build_errors_key, build_output_key
+from storage.parts import Answer, NewPart
 from storage.states import ItemState, JobState
 from storage.tables import Job
 from tasks.lines import build_line
@@ -64,16 +66,19 @@ class Worker:
             )
         if chunk is None:
             return 0
-        done, failed = [], []
+        done, failed, kept = [], [], []
         for item in chunk.items:
             raw = self.blobs.read(
                 item.manifest_key, offset=item.body_offset, length=item.body_length
             )
+            if b"in parts" in raw:
+                kept += [NewPart(item.fence, b"plan", build_answer(number)) for number in (1, 2)]
             if b"please fail" in raw:
                 failed.append(Failure(item.fence, "bad_image", "No.", is_transient=False))
             else:
                 done.append(Completion(item.fence, f"text of {item.custom_id}", "stop", 12, 4))
         with self.database.write() as session:
+            parts.keep(session, kept)
             items.complete(session, done)
             items.fail(session, failed)
         return len(chunk.items)
@@ -90,8 +95,12 @@ class Worker:
             return
         with self.database.read() as session:
             ended = items.list_by_line(session, job_id)
+            of = parts.list_by_item(session, [one.item for one in ended])
         is_output = [one.state is ItemState.COMPLETED for one in ended]
-        lines = [json.dumps(build_line(job.id, job.model, one)).encode() + b"\n" for one in ended]
+        lines = [
+            json.dumps(build_line(job.id, job.model, one, of.get(one.item, ()))).encode() + b"\n"
+            for one in ended
+        ]
         output = [line for line, is_mine in zip(lines, is_output, strict=True) if is_mine]
         errors = [line for line, is_mine in zip(lines, is_output, strict=True) if not is_mine]
         attempt = job.finish_attempt
@@ -159,6 +168,13 @@ class Worker:
         finally:
             is_over.set()
             thread.join()
+
+
+def build_answer(number: int) -> Answer:
+    image = {"index": 0, "kind": "video", "num_frames": 1, "times_s": [10.0 * number - 5]}
+    return Answer(
+        number, 10.0 * number - 10, 10.0 * number, [image], f"part {number}", "stop", 7, 3
+    )
 
 
 def find_error(raw: bytes, names: set[str], models: set[str]) -> str | None:
