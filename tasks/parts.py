@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from engine.request import Result, SamplingParams
+from engine.request import Result
 from storage.items import Fence
 from storage.parts import Answer
 from tasks.engines import Prompt
 from tasks.errors import DeviceLostError
 from tasks.pieces import Piece, Split
 from tasks.retry import Act, Verdict, judge
-from tasks.summary import Note, Stitcher, merge
+from tasks.summary import Note, Rounds, Stitcher
 
 CUT_SHORT: Final = Verdict(Act.RELEASE, "cut_short", "The worker stops.")
 """Parts that were not asked any more, because the worker drains: the item goes on elsewhere."""
@@ -90,22 +90,20 @@ class Assembly:
         self._prompt = prompt
         self._subject = split.subject
         self.plan = split.plan
-        self._stitcher = stitcher
         self._is_last_try = is_last_try
         self._lock = threading.Lock()
         self._answers = {answer.number: answer for answer in done}
         self._places = {piece.number: _find_place(piece) for piece in split.pieces}
         self._unasked = deque(p for p in split.pieces if p.number not in self._answers)
-        self._waiting: dict[str, Piece | list[Note]] = {}
+        self._waiting: dict[str, Piece | None] = {}  # None for a prompt of the summary
         self._is_seen = False
         self._has_ended = False
         self._is_cut_short = False
         self._trouble: Verdict | None = None
-        self._num_rounds = 0
-        self._groups: list[
-            tuple[str, list[Note]]
-        ] = []  # of the round, by the names of their prompts
-        self._texts: dict[str, str] = {}  # of the round
+        self._rounds = Rounds(stitcher, fence.name)
+        self._next: dict[
+            str, list[dict[str, Any]]
+        ] = {}  # prompts of the summary, by name, that are to be asked
         self._num_tokens = [
             sum(answer.num_prompt_tokens for answer in done),
             sum(answer.num_completion_tokens for answer in done),
@@ -124,7 +122,7 @@ class Assembly:
             name = f"{self.fence.name}.{piece.number}"
             self._waiting[name] = piece
             self.names = (*self.names, name)
-            return self._build_prompt(name, piece.messages, self._prompt.params)
+            return self._build_prompt(name, piece.messages)
 
     def go_on(self) -> Move:
         """After the last part was asked: nothing, or what follows where nothing is waited for."""
@@ -146,15 +144,15 @@ class Assembly:
             DeviceLostError: the error says so.
         """
         with self._lock:
-            asked = self._waiting.pop(result.request_id)
-            if isinstance(asked, Piece):
-                answer = self._take_part(asked, result)
+            piece = self._waiting.pop(result.request_id)
+            if piece is not None:
+                answer = self._take_part(piece, result)
                 return replace(self._go_on(result), answer=answer)
             if result.error is not None:
                 self._trouble = self._trouble or judge(result.error)
             else:
                 self._count(result)
-                self._texts[result.request_id] = result.outputs[0].text
+                self._next |= self._rounds.take(result.request_id, result.outputs[0].text)
             return self._go_on(result)
 
     def _take_part(self, piece: Piece, result: Result) -> Answer | None:
@@ -194,14 +192,16 @@ class Assembly:
         self.names = ()
         if self._trouble is not None or self._is_cut_short:
             return self._end(self._trouble or CUT_SHORT)
-        if not self._is_seen:
-            self._is_seen = True
-            return replace(self._summarise(self._read_notes(), result), is_seen=True)
-        notes = [
-            group[0] if len(group) == 1 else merge(group, self._texts[name])
-            for name, group in self._groups
-        ]
-        return self._summarise(notes, result)
+        if self._is_seen:
+            return self._summarise(result)
+        self._is_seen = True
+        notes = self._read_notes()
+        if not notes:
+            failed = self._answers[min(self._answers)]
+            code, message = failed.error_code or "", failed.error_message or ""
+            return replace(self._end(Verdict(Act.FAIL, code, message)), is_seen=True)
+        self._next = self._rounds.begin(notes)
+        return replace(self._summarise(result), is_seen=True)
 
     def _read_notes(self) -> list[Note]:
         answers = [self._answers[number] for number in self._places]
@@ -211,35 +211,21 @@ class Assembly:
             if answer.text is not None
         ]
 
-    def _summarise(self, notes: list[Note], result: Result | None) -> Move:
-        """Begin a round; or end, where one text is left."""
-        if not notes:
-            failed = self._answers[min(self._answers)]
-            code, message = failed.error_code or "", failed.error_message or ""
-            return self._end(Verdict(Act.FAIL, code, message))
-        if len(notes) == 1:
-            return self._end(self._build_whole(notes[0].text, result))
-        self._num_rounds += 1
-        self._texts = {}
-        self._groups = [
-            (f"{self.fence.name}.s{self._num_rounds}.{place}", group)
-            for place, group in enumerate(self._stitcher.group(notes))
-        ]
-        self._waiting = {name: group for name, group in self._groups if len(group) > 1}
+    def _summarise(self, result: Result | None) -> Move:
+        """Ask the next round; or end, where there is one text."""
+        if self._rounds.text is not None:
+            return self._end(self._build_whole(self._rounds.text, result))
+        prompts = [self._build_prompt(name, messages) for name, messages in self._next.items()]
+        self._next = {}
+        self._waiting = dict.fromkeys(prompt.name for prompt in prompts)
         self.names = tuple(self._waiting)
-        return Move(prompts=list(self._build_prompts()))
+        return Move(prompts=prompts)
 
-    def _build_prompts(self) -> Iterator[Prompt]:
-        for name, group in self._groups:
-            if len(group) > 1:
-                messages = self._stitcher.build_messages(group)
-                yield self._build_prompt(name, messages, self._prompt.params)
-
-    def _build_prompt(self, name: str, messages: Any, params: SamplingParams) -> Prompt:
-        return Prompt(name, messages, params, self._prompt.priority)
+    def _build_prompt(self, name: str, messages: Any) -> Prompt:
+        return Prompt(name, messages, self._prompt.params, self._prompt.priority)
 
     def _build_whole(self, text: str, result: Result | None) -> Whole:
-        if self._num_rounds and result is not None:
+        if self._rounds.num and result is not None:
             reason: str | None = result.outputs[0].finish_reason
         else:  # of the only part that has a text
             reason = next(a.finish_reason for a in self._answers.values() if a.text is not None)

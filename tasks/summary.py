@@ -148,7 +148,54 @@ def build_stitcher(
     return Stitcher(subject, system, question, room, count_tokens)
 
 
-def merge(group: Sequence[Note], text: str) -> Note:
+class Rounds:
+    """
+    The rounds of one summary: which prompts follow, until one text is left.
+
+    Args:
+        prefix: of the prompts' names.
+
+    Attributes:
+        num: rounds so far; 0 where one text needed none.
+        text: the summary, once it is there.
+    """
+
+    def __init__(self, stitcher: Stitcher, prefix: str) -> None:
+        self.num = 0
+        self.text: str | None = None
+        self._stitcher = stitcher
+        self._prefix = prefix
+        self._groups: list[tuple[str, list[Note]]] = []  # of this round, by their prompts' names
+        self._texts: dict[str, str] = {}
+
+    def begin(self, notes: Sequence[Note]) -> dict[str, list[dict[str, Any]]]:
+        """The messages of the prompts to ask next, by name; none where one text is left."""
+        if len(notes) == 1:
+            self.text = notes[0].text
+            return {}
+        self.num += 1
+        self._texts = {}
+        self._groups = [
+            (f"{self._prefix}.s{self.num}.{place}", group)
+            for place, group in enumerate(self._stitcher.group(notes))
+        ]
+        build = self._stitcher.build_messages
+        return {name: build(group) for name, group in self._groups if len(group) > 1}
+
+    def take(self, name: str, text: str) -> dict[str, list[dict[str, Any]]]:
+        """Note a prompt's answer; as `begin`, where it was the last of its round."""
+        self._texts[name] = text
+        if any(len(group) > 1 and name not in self._texts for name, group in self._groups):
+            return {}
+        return self.begin(
+            [
+                group[0] if len(group) == 1 else _merge(group, self._texts[name])
+                for name, group in self._groups
+            ]
+        )
+
+
+def _merge(group: Sequence[Note], text: str) -> Note:
     """The note that takes the place of a group's."""
     return Note(group[0].start, group[-1].end, text)
 

@@ -11,11 +11,11 @@ from tasks.summary import (
     CUT_MARK,
     LEAST_ROOM,
     Note,
+    Rounds,
     Stitcher,
     Subject,
     build_stitcher,
     format_time,
-    merge,
 )
 
 
@@ -50,16 +50,25 @@ def test_each_round_keeps_the_order_fits_and_has_fewer_texts(lengths: list[int],
 
 @given(lengths=st.lists(st.integers(0, 200), min_size=1, max_size=60), room=st.integers(20, 100))
 def test_rounds_come_to_an_end_with_one_text_over_all(lengths: list[int], room: int) -> None:
-    stitcher, notes = build(room), notes_of(lengths)
-    num_rounds = 0
+    rounds = Rounds(build(room), "item")
+    asked = rounds.begin(notes_of(lengths))
+    names = list(asked)
 
-    while len(notes) > 1:
-        num_rounds += 1
-        groups = stitcher.group(notes)
-        notes = [merge(group, "word " * 200) for group in groups]
+    while asked:
+        name, messages = asked.popitem()
+        more = rounds.take(name, f"{len(names)} " + "word " * 200)
+        assert not (more and asked), "a round begins when the last one is over"
+        last, asked = messages, asked | more
+        names += more
 
-    assert num_rounds <= 6
-    assert (0, len(lengths)) == (notes[0].start, notes[0].end)
+    assert rounds.num <= 6
+    assert len(set(names)) == len(names)
+    if len(lengths) == 1:
+        assert (0, notes_of(lengths)[0].text) == (rounds.num, rounds.text)
+    else:
+        assert str(rounds.text).startswith(f"{len(names)} ")
+        assert "[0:00 - " in last[-1]["content"]
+        assert f" - {format_time(len(lengths))}]" in last[-1]["content"]
 
 
 def test_texts_that_fit_are_one_prompt() -> None:
