@@ -161,6 +161,7 @@ class Fetcher:
         self._slots = asyncio.Semaphore(self._limits.max_connections)
         self._slots_by_host: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._failures = _Failures(self._limits)
+        self._silences = _Silences(self._limits)
 
     async def __aenter__(self) -> Self:
         return self
@@ -215,12 +216,16 @@ class Fetcher:
             )
             async with host_slots, self._slots:
                 self._failures.raise_if_remembered(key)  # it may have failed while this one waited
+                self._silences.raise_if_silent(errand.host)
                 progress.started_at = time.monotonic()
                 try:
                     return await self._fetch_in_time(errand, limits, progress)
                 except FetchFailedError as error:
+                    progress.is_silent |= isinstance(error, FetchTimeoutError)
                     self._failures.remember(key, error)
                     raise
+                finally:
+                    self._silences.note(errand.host, is_silent=progress.is_silent)
         except FetchFailedError as error:
             error.facts = asdict(progress.report(error.code))
             raise
@@ -247,6 +252,8 @@ class Fetcher:
         def wait_after(error: Exception) -> bool | float:
             """Return whether to try again, or the seconds that the server asks to wait before."""
             if not isinstance(error, FetchFailedError) or not error.retryable:
+                return False
+            if isinstance(error, FetchTimeoutError):
                 return False
             if error.retry_after_s is None:
                 return True
@@ -286,6 +293,7 @@ class Fetcher:
                 retryable=True,
             ) from error
         except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
+            progress.is_silent = isinstance(error, httpcore2.ConnectError)
             raise FetchFailedError(
                 "Failed to fetch media from URL: the server could not be reached or broke off. "
                 "Send the item again later.",
@@ -549,6 +557,7 @@ class _Progress:
     num_bytes: int = 0
     sha256: Any = field(default_factory=hashlib.sha256)
     is_complete: bool = False
+    is_silent: bool = False  # the last try: nobody was there, or its time ran out
 
     @property
     def seconds(self) -> float:
@@ -557,6 +566,7 @@ class _Progress:
     def start_try(self) -> None:
         self.num_tries += 1
         self.num_redirects = self.num_bytes = 0
+        self.is_silent = False
         self.sha256 = hashlib.sha256()
 
     def add(self, chunk: bytes) -> None:
@@ -607,6 +617,44 @@ class _Failures:
         self._failures.move_to_end(key)
         if len(self._failures) > self._limits.max_remembered_failures:
             self._failures.popitem(last=False)
+
+
+class _Silences:
+    """
+    Hosts that let us wait, one after the other: each fetch from them would hold a connection, and
+    its item's place, until its time is over.
+    """
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self._limits = limits
+        self._hosts: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how often; until when
+
+    def raise_if_silent(self, host: str) -> None:
+        num_silences, until = self._hosts.get(host, (0, 0.0))
+        if num_silences < self._limits.max_silences:
+            return
+        left_s = until - time.monotonic()
+        if left_s <= 0:  # this one asks how it is; the others wait for what it finds
+            self._hosts[host] = (num_silences, time.monotonic() + self._limits.host_rest_s)
+            return
+        error = FetchTimeoutError(
+            "Failed to fetch media from URL: its host has not answered others in time, and is left "
+            "alone for a moment. Send the item again later, or upload the file.",
+            retryable=True,
+        )
+        error.retry_after_s = left_s
+        raise error
+
+    def note(self, host: str, *, is_silent: bool) -> None:
+        """How a fetch from this host ended."""
+        if not is_silent:
+            self._hosts.pop(host, None)
+            return
+        num_silences = self._hosts.get(host, (0, 0.0))[0] + 1
+        self._hosts[host] = (num_silences, time.monotonic() + self._limits.host_rest_s)
+        self._hosts.move_to_end(host)
+        if len(self._hosts) > self._limits.max_remembered_failures:
+            self._hosts.popitem(last=False)
 
 
 def _copy_of(error: FetchFailedError) -> FetchFailedError:

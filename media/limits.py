@@ -95,6 +95,7 @@ class FetchLimits:
         max_header_bytes: of one answer, with the 1xx answers before it.
         max_redirects: of one try; 0: a redirect is an error like any other status.
         max_tries: in one fetch. An item has more of them later.
+            A try that ran out of time is the last one: a host that is slow now is slow in a second.
         retry_wait_s: before the second try, doubled for each further one; as much again by chance.
         max_retry_after_s: a server that asks for more patience is left alone in this fetch.
         max_connections_per_host: at once, from this process.
@@ -102,6 +103,8 @@ class FetchLimits:
         keep_alive_s: how long a connection waits for more work.
         remember_failures_s: so long the same URL fails again without being asked for.
         max_remembered_failures: the oldest is forgotten first.
+        max_silences: a host that has let so many fetches in a row run out of time, or could not be
+            reached by them, is left alone for `host_rest_s`. Then one fetch asks how it is.
     """
 
     connect_timeout_s: float = 5.0
@@ -114,10 +117,12 @@ class FetchLimits:
     retry_wait_s: float = 0.5
     max_retry_after_s: float = 10.0
     max_connections_per_host: int = 8
-    max_connections: int = 64
+    max_connections: int = 128
     keep_alive_s: float = 15.0
     remember_failures_s: float = 60.0
     max_remembered_failures: int = 10_000
+    max_silences: int = 3
+    host_rest_s: float = 30.0
 
 
 FETCH_LIMITS = FetchLimits()

@@ -112,8 +112,20 @@ class SourcesThread:
         ).result()
 
     def close(self) -> None:
-        """Close the connections and end the thread. No fetch may be running."""
-        asyncio.run_coroutine_threadsafe(self._sources.aclose(), self._loop).result()
+        """
+        Close the connections and end the thread.
+
+        A fetch that is under way is given up; whoever waits for it gets a `CancelledError` of
+        `concurrent.futures`, for a thread that waited for ever would never let its process end.
+        """
+        asyncio.run_coroutine_threadsafe(self._give_up(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _give_up(self) -> None:
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self._sources.aclose()

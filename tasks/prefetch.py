@@ -10,7 +10,7 @@ wait or are fetched at a time, whatever its size, and all chunks together hold n
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from engine.config import KEEP_ALL
@@ -18,6 +18,7 @@ from engine.request import SamplingParams
 from media.data_url import FRAMES_MEDIA_TYPE, is_data_url, media_type_of, num_bytes_of
 from media.errors import (
     FetchFailedError,
+    FetchTooLargeError,
     ImageTooLargeError,
     MediaError,
     TooManyFramesError,
@@ -62,7 +63,15 @@ from tasks.pieces import (
 )
 from tasks.stores import Stores
 
-MAX_AHEAD: Final = 32
+MAX_AHEAD: Final = 64
+
+EXPECTED_IMAGE_BYTES: Final = 8 * 1024 * 1024
+EXPECTED_VIDEO_BYTES: Final = 64 * 1024 * 1024
+"""What is taken from the budget for one that has not come. A larger one waits for room for the largest,
+and is fetched again: else a few hosts that let us wait would hold all of it."""
+
+TAIL_S: Final = 0.1
+"""A chunk to which nothing has come for so long, and which can begin nothing more, only waits."""
 
 
 class Fetch(Protocol):
@@ -159,6 +168,7 @@ class Preparer:
         *,
         take: Callable[[LeasedItem], bool],
         hold: Hold,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> Iterator[Ready | Refused]:
         """
         Yield each item when it is ready, in about the order of the manifest.
@@ -167,6 +177,7 @@ class Preparer:
             terms: of the items' jobs.
             take: asked before an item is begun; one that is not ours any more is left out.
             hold: what the items' bytes are counted with; the caller releases each when it has ended.
+            on_wait: called when all that is left waits for its host, each time for `TAIL_S`.
 
         Raises:
             StorageError: a manifest could not be read; the items not yet yielded are not begun.
@@ -193,10 +204,10 @@ class Preparer:
                     yield Refused(item, error)
                 continue
             # What has come is handed on before we wait: it holds what we are waiting for.
-            while not hold.take(item.fence.item, draft.max_bytes, wait=not fetching):
+            while not hold.take(item.fence.item, draft.expected_bytes, wait=not fetching):
                 if hold.is_closed:
                     return
-                yield from _take_done(fetching, timeout=None)
+                yield from _take_next(fetching, on_wait)
             if not take(item):  # also where a drain began while it waited
                 hold.release(item.fence.item)
                 continue
@@ -204,9 +215,11 @@ class Preparer:
                 yield draft.build({}, self.measure)
                 continue
             fetching[self.pool.submit(self._finish, draft, hold)] = None
-            yield from _take_done(fetching, timeout=None if len(fetching) >= MAX_AHEAD else 0)
+            yield from _take_done(fetching, timeout=0)
+            while len(fetching) >= MAX_AHEAD:
+                yield from _take_next(fetching, on_wait)
         while fetching:
-            yield from _take_done(fetching, timeout=None)
+            yield from _take_next(fetching, on_wait)
         if unreadable is not None:
             raise unreadable
 
@@ -251,20 +264,35 @@ class Preparer:
 
     def _finish(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
         """Fetch what lies behind addresses, and cut what is to be cut."""
+        item = draft.item.fence.item
         try:
-            tenant = self._name(draft.item.tenant)
-            fetched = {
-                url: self.fetch(url, VIDEO_LIMITS if is_video else IMAGE_LIMITS, tenant)
-                for url, is_video in draft.urls.items()
-            }
+            try:
+                fetched = self._fetch_within(draft, EXPECTED_IMAGE_BYTES, EXPECTED_VIDEO_BYTES)
+            except FetchTooLargeError:
+                # It waits for its turn with nothing in hand, or items would wait for each other.
+                hold.release(item)
+                if not hold.take(item, draft.max_bytes, wait=True):
+                    raise
+                fetched = self._fetch_within(draft, IMAGE_LIMITS.max_bytes, VIDEO_LIMITS.max_bytes)
         except (FetchFailedError, StorageError) as error:
             return Refused(draft.item, error)
         num_bytes = sum(len(one.content) for one in fetched.values())
-        hold.shrink(draft.item.fence.item, draft.num_bytes + num_bytes)
+        hold.shrink(item, draft.num_bytes + num_bytes)
         try:
             return draft.build(fetched, self.measure)
         except MediaError as error:
             return Refused(draft.item, error)
+
+    def _fetch_within(
+        self, draft: "_Draft", max_image_bytes: int, max_video_bytes: int
+    ) -> dict[str, Fetched]:
+        tenant = self._name(draft.item.tenant)
+        image = replace(IMAGE_LIMITS, max_bytes=min(max_image_bytes, IMAGE_LIMITS.max_bytes))
+        video = replace(VIDEO_LIMITS, max_bytes=min(max_video_bytes, VIDEO_LIMITS.max_bytes))
+        return {
+            url: self.fetch(url, video if is_video else image, tenant)
+            for url, is_video in draft.urls.items()
+        }
 
     def _name(self, tenant: TenantId) -> str:
         """Names of tenants stay, so each is read once."""
@@ -304,6 +332,16 @@ class _Draft:
         self._images_each = 0  # of one prompt, where there are more
         self._num_given = 0
         self._num_used = 0
+
+    @property
+    def expected_bytes(self) -> int:
+        """With what most that may still come do not exceed."""
+        return self.num_bytes + sum(
+            min(EXPECTED_VIDEO_BYTES, VIDEO_LIMITS.max_bytes)
+            if is_video
+            else min(EXPECTED_IMAGE_BYTES, IMAGE_LIMITS.max_bytes)
+            for is_video in self.urls.values()
+        )
 
     @property
     def max_bytes(self) -> int:
@@ -464,6 +502,17 @@ def _describe_data_url(url: str) -> dict[str, Any]:
 
 def _role(message: Mapping[str, Any]) -> str:
     return "system" if message["role"] == "developer" else str(message["role"])
+
+
+def _take_next(
+    fetching: dict[Future[Ready | Refused], None], on_wait: Callable[[], None]
+) -> Iterator[Ready | Refused]:
+    """Wait until some have come."""
+    done, _ = wait(fetching, TAIL_S, FIRST_COMPLETED)
+    if not done:
+        on_wait()
+        return
+    yield from _take_done(fetching, timeout=None)
 
 
 def _take_done(

@@ -48,6 +48,9 @@ not be asked a hundred times a second, nor each time count as an attempt."""
 MAX_UNCOMMITTED: Final = 1024
 """Results that wait for the database; beyond them the engine's threads wait too."""
 
+MAX_STAND_INS: Final = 16
+"""Chunks that run beside those that only wait for hosts."""
+
 FLUSH_S: Final = 2.0
 
 GIVE_BACK_S: Final = 10.0
@@ -218,6 +221,7 @@ class Runner:
         self._lock = threading.Lock()
         self._flights: dict[LeaseId, Flight] = {}
         self._leases = threading.Condition()
+        self._num_stand_ins = 0
         self._num_leasing = 0  # transactions that may lease, and have not ended
         self._last_beat = self._progress_at = time.monotonic()
         self._progress = 0.0  # the engine's, when we last looked
@@ -274,18 +278,56 @@ class Runner:
         Returns:
             The number of items that were leased; 0 where there was nothing to do.
         """
+        stand_ins: list[threading.Thread] = []
+        try:
+            return self._run_chunk(is_fast, stand_ins)
+        finally:
+            for thread in stand_ins:  # whoever waits for this one waits for what it began
+                thread.join()
+
+    def _run_chunk(self, is_fast: bool, stand_ins: list[threading.Thread]) -> int:
         with self._gate.pass_through(alone=False):
             chunk = self._lease_if_allowed(is_fast)
             if chunk is None:
                 return 0
             if not chunk.is_alone:
-                return self._see_to_the_end(chunk)
+                return self._see_to_the_end(chunk, is_fast, stand_ins)
         # Leased again when nobody else is inside: if it were ours while it waits, another one's
         # killing this process would count against it as if it had been alone.
         self.release([item.fence for item in chunk.items], sends_permits=False)
         with self._gate.pass_through(alone=True):
             chunk = self._lease_if_allowed(is_fast)
-            return 0 if chunk is None else self._see_to_the_end(chunk)
+            return 0 if chunk is None else self._see_to_the_end(chunk, is_fast, stand_ins)
+
+    def _stand_in_for(
+        self, flight: Flight, is_fast: bool, stand_ins: list[threading.Thread]
+    ) -> None:
+        """
+        Let other chunks run beside one that only waits for hosts, until that has ended.
+
+        Or a few hosts that let us wait would hold all chunks, and the engine would have nothing.
+        """
+        if stand_ins:
+            return
+        with self._lock:
+            if self._num_stand_ins >= MAX_STAND_INS:
+                return
+            self._num_stand_ins += 1
+
+        def run() -> None:
+            try:
+                while (
+                    flight.open
+                    and not self.is_draining.is_set()
+                    and self.run_chunk(is_fast=is_fast)
+                ):
+                    pass
+            finally:
+                with self._lock:
+                    self._num_stand_ins -= 1
+
+        stand_ins.append(threading.Thread(target=run, name="stand-in", daemon=True))
+        stand_ins[0].start()
 
     def _lease_if_allowed(self, is_fast: bool) -> Chunk | None:
         with self._leases:  # whoever sees under it that we drain, and nobody leasing, sees the last
@@ -315,10 +357,12 @@ class Runner:
             logger.warning("lease_failed", error=error.code)
             return None
 
-    def _see_to_the_end(self, chunk: Chunk) -> int:
+    def _see_to_the_end(
+        self, chunk: Chunk, is_fast: bool, stand_ins: list[threading.Thread]
+    ) -> int:
         flight = self._add_flight(chunk)
         try:
-            self._run(chunk, flight)
+            self._run(chunk, flight, lambda: self._stand_in_for(flight, is_fast, stand_ins))
             self._committer.hurry()
             while not flight.wait_until_settled(1.0):
                 self._committer.hurry()
@@ -354,14 +398,14 @@ class Runner:
         logger.debug("chunk_leased", num_items=len(chunk.items), is_alone=chunk.is_alone)
         return flight
 
-    def _run(self, chunk: Chunk, flight: Flight) -> None:
+    def _run(self, chunk: Chunk, flight: Flight, on_wait: Callable[[], None]) -> None:
         started = time.perf_counter()
         asked: dict[str, Ready | Assembly] = {}
         fences = dict(flight.open)
         hold = Hold(self._budget)
         wait_s = 0.0
         silence: Verdict | None = None  # the end of what was handed out and never came back
-        stream = self._engine.stream(self._feed(chunk, flight, asked, hold))
+        stream = self._engine.stream(self._feed(chunk, flight, asked, hold, on_wait))
         try:
             for result in stream:
                 ready = asked.pop(result.request_id)
@@ -410,10 +454,17 @@ class Runner:
             self._put(flight, build_completion(ready, result))
 
     def _feed(
-        self, chunk: Chunk, flight: Flight, asked: dict[str, Ready | Assembly], hold: Hold
+        self,
+        chunk: Chunk,
+        flight: Flight,
+        asked: dict[str, Ready | Assembly],
+        hold: Hold,
+        on_wait: Callable[[], None],
     ) -> Iterator[Prompt]:
-        prepare = self._preparer.prepare
-        for found in prepare(chunk.items, flight.terms, take=flight.take, hold=hold):
+        prepared = self._preparer.prepare(
+            chunk.items, flight.terms, take=flight.take, hold=hold, on_wait=on_wait
+        )
+        for found in prepared:
             if isinstance(found, Refused):
                 self._refuse(flight, found, hold)
             elif found.split is None:

@@ -70,7 +70,8 @@ FAST_CPU_THREADS: Final = 2
 FAST_GPU_THREADS: Final = 4
 """Chunks of the fast lane that are in flight beside the others."""
 
-FETCH_THREADS: Final = 32
+FETCH_THREADS: Final = 128
+"""They only wait: for hosts that are slow, and for room."""
 EXIT_GRACE_S: Final = 1.0
 """From the deadline to the worker's last act, whatever its threads are doing."""
 

@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Coroutine, Mapping
+from concurrent import futures
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
@@ -240,6 +241,21 @@ def test_thread_of_its_own_serves_other_threads() -> None:
                 return await asyncio.to_thread(sources.fetch, url, LIMITS, "anyone")
 
     assert JPEG == run(scenario()).content
+
+
+def test_thread_that_closes_gives_up_what_is_under_way() -> None:
+    async def scenario() -> BaseException | None:
+        async with serve(raw(b"", ends=False)) as server:
+            sources = SourcesThread(config_for(server, timeout_s=60.0), Names())
+            url = f"http://pictures.test:{server.port}/"
+            with futures.ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(sources.fetch, url, LIMITS, "anyone")
+                while not server.heads:
+                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(sources.close)
+                return waiting.exception(SOON_S)
+
+    assert isinstance(run(scenario()), futures.CancelledError)
 
 
 # What it never lets through
@@ -529,7 +545,7 @@ def test_stall_before_the_head_ends_in_time() -> None:
     error = assert_failed(outcome, FetchTimeoutError, retryable=True)
 
     assert time.monotonic() - started < SOON_S
-    assert 3 == len(server.heads)
+    assert 1 == len(server.heads)
     assert "0.2 s" in str(error)
     assert "DARKROOM_IMAGE_FETCH_TIMEOUT" in str(error)
 
@@ -573,8 +589,8 @@ def test_body_above_the_least_rate_may_take_longer_than_the_window() -> None:
 
 def test_all_tries_together_end_in_time() -> None:
     started = time.monotonic()
-    limits = replace(QUICK, whole_timeout_s=0.5, max_tries=100)
-    outcome, _ = fetch_from(raw(b"", ends=False), limits=limits, timeout_s=0.2)
+    limits = replace(QUICK, whole_timeout_s=0.5, max_tries=100, retry_wait_s=0.05)
+    outcome, _ = fetch_from(answering(status="503 X"), limits=limits)
 
     assert_failed(outcome, FetchTimeoutError, retryable=True)
     assert 0.4 < time.monotonic() - started < SOON_S
@@ -907,6 +923,67 @@ def test_failures_that_are_remembered_stay_within_their_number() -> None:
         return server
 
     assert ["/1", "/2", "/3", "/1"] == run(scenario()).paths
+
+
+class Moods:
+    """A host that is silent while `is_silent`, and refuses with what it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.is_silent = True
+        self.answer: Answer = answering(JPEG)
+
+    async def __call__(self, head: str, writer: asyncio.StreamWriter) -> None:
+        await (raw(b"", ends=False) if self.is_silent else self.answer)(head, writer)
+
+
+def test_host_that_lets_fetches_wait_is_left_alone_and_asked_again_by_one() -> None:
+    async def scenario() -> None:
+        host = Moods()
+        limits = replace(QUICK, host_rest_s=0.5, remember_failures_s=0.0)
+        async with serve(host) as server:
+            config = config_for(server, limits=limits, timeout_s=0.1)
+            async with Fetcher(config, Names()) as fetcher:
+
+                async def ask(path: str, name: str = "pictures.test") -> Outcome:
+                    return await outcome_of(fetcher, f"http://{name}:{server.port}/{path}")
+
+                for number in range(3):
+                    assert_failed(await ask(f"{number}"), FetchTimeoutError, retryable=True)
+                left_alone = assert_failed(await ask("3"), FetchTimeoutError, retryable=True)
+                assert 3 == len(server.heads)
+                assert left_alone.facts is not None
+                assert 0 == left_alone.facts["num_tries"]
+                assert 0 < (left_alone.retry_after_s or 0) <= 0.5
+                host.is_silent = False
+                assert_fetched(await ask("4", "others.test"))  # another one is not to blame
+                await asyncio.sleep(0.6)
+                host.is_silent = True
+                crowd = await asyncio.gather(*(ask(f"{number}") for number in range(5, 10)))
+                assert 4 + 1 == len(server.heads)  # one of them has asked
+                assert all(isinstance(outcome, FetchTimeoutError) for outcome in crowd)
+                await asyncio.sleep(0.6)
+                host.is_silent = False
+                assert_fetched(await ask("10"))
+                assert_fetched(await ask("11"))
+
+    run(scenario())
+
+
+def test_host_that_answers_now_and_then_is_never_left_alone() -> None:
+    async def scenario() -> int:
+        host = Moods()
+        limits = replace(QUICK, remember_failures_s=0.0)
+        async with serve(host) as server:
+            config = config_for(server, limits=limits, timeout_s=0.05)
+            async with Fetcher(config, Names()) as fetcher:
+                for number in range(9):
+                    host.is_silent = number % 3 != 2
+                    # Also a refusal is an answer.
+                    host.answer = answering(status="404 X") if number == 5 else answering(JPEG)
+                    await outcome_of(fetcher, f"http://pictures.test:{server.port}/{number}")
+            return len(server.heads)
+
+    assert 9 == run(scenario())
 
 
 def test_one_host_gets_only_so_many_connections_at_once() -> None:

@@ -111,6 +111,12 @@ def test_five_minutes_become_thirty_timed_parts_and_a_summary(rig: Rig) -> None:
     assert "\n[0:00 - 0:10] seen from 0 to 9\n[0:10 - 0:20] seen from 10" in asked["content"]
     assert asked["content"].endswith("\n[4:50 - 5:00] seen from 290 to 299")
     assert 217 == rig.job(job).num_prompt_tokens
+    (media,) = line["media"]
+    assert ("video", "data", len(build_clip())) == (
+        media["kind"],
+        media["scheme"],
+        media["num_bytes"],
+    )
 
 
 @on_sqlite

@@ -17,9 +17,9 @@ from sqlalchemy import select
 
 from engine.errors import MediaRefused
 from engine.request import ImageUsed, Result, Stamp
-from media.errors import FetchFailedError, MediaError
+from media.errors import FetchFailedError, FetchTooLargeError, MediaError
 from media.fetched import Fetched, FetchReport
-from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
+from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
 from storage.blobs import Blobs
 from storage.errors import (
@@ -40,7 +40,7 @@ from tasks.engines import Prompt
 from tasks.expand import expand
 from tasks.finish import finish
 from tasks.lines import build_line
-from tasks.prefetch import Preparer
+from tasks.prefetch import EXPECTED_IMAGE_BYTES, Preparer
 from tasks.run import Runner
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
@@ -831,7 +831,7 @@ def test_clips_come_from_urls_files_and_lines_with_what_is_asked_of_their_frames
     engine = InstantEngine()
 
     def fetch_itself(url: str, limits: ImageLimits | VideoLimits) -> bytes:
-        assert limits is VIDEO_LIMITS
+        assert isinstance(limits, VideoLimits)
         return url.encode()
 
     rig.run(engine, fetch=fetch_itself)
@@ -879,7 +879,7 @@ def test_bytes_of_pictures_are_bounded_over_all_chunks_and_free_in_the_end(rig: 
         return [{"role": "user", "content": [{"type": "text", "text": f"{number}"}, part]}]
 
     job = rig.make(*(build_request(f"r-{n}", messages=image(n)) for n in range(32)))
-    room = 2 * (IMAGE_LIMITS.max_bytes + 1000)  # for two pictures that have not come yet
+    room = 2 * (EXPECTED_IMAGE_BYTES + 1000)  # for two pictures that have not come yet
     rig.config = rig.config.model_copy(update={"max_media_bytes": room})
     now, most, held = 0, 0, []
     lock = threading.Lock()
@@ -905,7 +905,90 @@ def test_bytes_of_pictures_are_bounded_over_all_chunks_and_free_in_the_end(rig: 
 
     assert {ItemState.COMPLETED: 32} == rig.count(job)
     assert most <= 2
-    assert IMAGE_LIMITS.max_bytes < max(held) <= room
+    assert EXPECTED_IMAGE_BYTES < max(held) <= room
+
+
+def test_large_picture_waits_for_room_with_nothing_in_hand_and_comes(rig: Rig) -> None:
+    large = bytes(EXPECTED_IMAGE_BYTES + 1)
+    asked: list[tuple[str, int]] = []
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        asked.append((url, limits.max_bytes))
+        content = large if "large" in url else b"small"
+        if len(content) > limits.max_bytes:
+            raise FetchTooLargeError
+        return content
+
+    urls = [f"https://host/{name}" for name in ("large-1", "large-2", "small")]
+    job = rig.make(*(build_request(f"r-{n}", messages=show(url)) for n, url in enumerate(urls)))
+    rig.config = rig.config.model_copy(update={"max_media_bytes": 2 * EXPECTED_IMAGE_BYTES})
+    with rig.runner(InstantEngine(), fetch=fetch) as runner:
+        runner.run_chunk()
+        assert 0 == runner.num_media_bytes
+
+    assert {ItemState.COMPLETED: 3} == rig.count(job)
+    assert ("https://host/small", IMAGE_LIMITS.max_bytes) not in asked
+    assert {
+        ("https://host/large-1", most) for most in (EXPECTED_IMAGE_BYTES, IMAGE_LIMITS.max_bytes)
+    } <= {*asked}
+
+
+def show(url: str) -> list[Any]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+def test_chunk_that_only_waits_for_hosts_lets_others_run_beside_it(rig: Rig) -> None:
+    num_waiting = rig.config.chunk_items
+    door = threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert door.wait(60)
+        return b"late"
+
+    waiting = rig.make(
+        *(build_request(f"r-{n}", messages=show(f"https://host/{n}")) for n in range(num_waiting))
+    )
+    others = rig.make(*(build_request(f"r-{n}") for n in range(3 * rig.config.chunk_items)))
+    with rig.runner(InstantEngine(), fetch=fetch) as runner:
+        thread = threading.Thread(target=runner.run_chunk)  # one thread, and one permit
+        thread.start()
+        deadline = time.monotonic() + 60
+        while rig.count(others).get(ItemState.COMPLETED, 0) < 3 * rig.config.chunk_items:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert {ItemState.LEASED: num_waiting} == rig.count(waiting)
+        assert thread.is_alive()
+        door.set()
+        thread.join()
+
+    assert {ItemState.COMPLETED: num_waiting} == rig.count(waiting)
+
+
+def test_drain_ends_also_what_runs_beside_a_chunk_that_waits(rig: Rig) -> None:
+    door = threading.Event()
+    begun = threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert door.wait(60)
+        return b"late"
+
+    def wait_too(text: str) -> None:
+        begun.set()
+        assert door.wait(60)
+
+    waiting = rig.make(build_request("a", messages=show("https://host/a")))
+    other = rig.make(build_request("b", "b"))
+    with rig.runner(InstantEngine(on_prompt=wait_too), fetch=fetch) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert begun.wait(60)
+        runner.drain()
+        runner.abandon()
+        assert [{ItemState.PENDING: 1}] * 2 == [rig.count(job) for job in (waiting, other)]
+        door.set()
+        thread.join()
+
+    assert [{ItemState.PENDING: 1}] * 2 == [rig.count(job) for job in (waiting, other)]
 
 
 def test_policy_leaves_images_out_and_says_so(rig: Rig) -> None:
