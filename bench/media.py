@@ -3,7 +3,8 @@ Pictures a second on the host: `python -m bench.media`.
 
 Two things are measured. From a URL of loopback to bytes, where fetching is installed; and from JPEG
 bytes to pixels of the size that Qwen2-VL sees, uint8: in processes, in threads, in a plain loop over
-Pillow, and in threads over transformers' own image processor, whose pixels are float32. One JSON
+Pillow, in one such loop a core (each a process that keeps its pixels: what this machine can do at
+most), and in threads over transformers' own image processor, whose pixels are float32. One JSON
 line for each way, size and run, and one for each size that compares the medians; the ways take
 turns, so that what disturbs a machine disturbs all of them.
 """
@@ -20,11 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from ipaddress import ip_network
 from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,16 @@ NUM_DISTINCT_PX = 32 * 640 * 480
 """So many pixels of pictures that differ are made; they come again and again."""
 
 DRAFT = ", draft"
-WAYS = ("fetch", "pool", f"pool{DRAFT}", "threads", f"threads{DRAFT}", "loop", "transformers")
+WAYS = (
+    "fetch",
+    "pool",
+    f"pool{DRAFT}",
+    "threads",
+    f"threads{DRAFT}",
+    "loop",
+    "loops",
+    "transformers",
+)
 SIZES = "336x336,640x480,1024x768,4000x3000"
 THREADS_BESIDE = 2  # as the engine has beside its processes
 FETCHES_AT_ONCE = 16
@@ -168,6 +179,7 @@ def open_ways(num_cores: int) -> Iterator[dict[str, Way]]:
         DecoderPool(num_cores) as pool,
         ThreadPoolExecutor(num_cores + THREADS_BESIDE) as beside,
         ThreadPoolExecutor(num_cores) as threads,
+        ProcessPoolExecutor(num_cores, get_context("spawn")) as processes,
     ):
 
         def read_all(
@@ -182,7 +194,10 @@ def open_ways(num_cores: int) -> Iterator[dict[str, Way]]:
             f"pool{DRAFT}": partial(read_all, beside, partial(in_pool, may_draft=True)),
             "threads": partial(read_all, threads, in_threads),
             f"threads{DRAFT}": partial(read_all, threads, partial(in_threads, may_draft=True)),
-            "loop": lambda pictures: sum(map(_read_plainly, pictures)),
+            "loop": _read_all_plainly,
+            "loops": lambda pictures: sum(
+                processes.map(_read_all_plainly, (pictures[n::num_cores] for n in range(num_cores)))
+            ),
             "transformers": partial(read_all, threads, partial(_read_as_peer, processor)),
         }
         yield ways
@@ -195,6 +210,10 @@ def _fit(header: Header, *, may_draft: bool = False) -> Fit:
 
 def _read(decoder: Decoder, jpeg: bytes, *, may_draft: bool = False) -> int:
     return decoder.decode_image(jpeg, ask=partial(_fit, may_draft=may_draft)).view().size
+
+
+def _read_all_plainly(jpegs: Sequence[bytes]) -> int:
+    return sum(map(_read_plainly, jpegs))
 
 
 def _read_plainly(jpeg: bytes) -> int:

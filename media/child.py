@@ -174,7 +174,6 @@ class Server:
         encoded = self._wire.read(num_bytes)
         self._limit_s = message["limit_s"] + GRACE_S
         self._start_clock()
-        self._wire.send({"say": "begun"})
         try:
             images, facts = self._decode(self, message, encoded)
             for index, image in enumerate(images):

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 MAX_MESSAGE_BYTES: Final = 1 << 20
 _LENGTH: Final = struct.Struct("<I")
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 Message = dict[str, Any]
 
@@ -78,6 +79,9 @@ class ParentWire:
         self._reading, self._writing = reading, writing
         self._come = bytearray()
         os.set_blocking(writing, False)
+        self._to_read, self._to_write = select.poll(), select.poll()
+        self._to_read.register(reading, select.POLLIN)
+        self._to_write.register(writing, select.POLLOUT)
 
     def send(self, message: Message, timeout_s: float, behind: bytes = b"") -> None:
         """
@@ -95,7 +99,7 @@ class ParentWire:
                 try:
                     rest = rest[os.write(self._writing, rest) :]
                 except BlockingIOError:
-                    _wait(self._writing, select.POLLOUT, deadline)
+                    _wait(self._to_write, deadline)
                 except OSError as error:
                     raise BrokenWireError from error
 
@@ -123,7 +127,7 @@ class ParentWire:
         if num_bytes > MAX_MESSAGE_BYTES:
             raise BrokenWireError
         while len(self._come) < num_bytes:
-            _wait(self._reading, select.POLLIN, deadline)
+            _wait(self._to_read, deadline)
             piece = os.read(self._reading, 1 << 16)
             if not piece:
                 raise BrokenWireError
@@ -134,12 +138,10 @@ class ParentWire:
 
 
 def _pack(message: Message) -> bytes:
-    body = json.dumps(message, separators=(",", ":")).encode()
+    body = _ENCODER.encode(message).encode()
     return _LENGTH.pack(len(body)) + body
 
 
-def _wait(fd: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(fd, event)
-    if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+def _wait(until: select.poll, deadline: float) -> None:
+    if not until.poll(max(deadline - time.monotonic(), 0) * 1000):
         raise SilentError

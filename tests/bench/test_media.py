@@ -30,7 +30,7 @@ def test_each_way_is_timed_and_compared() -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     small = [line for line in lines if line.get("size") == "64x48"]
     large = [line for line in lines if line.get("size") == "2400x1700"]
-    plain = ["fetch", "pool", "threads", "loop", "transformers"]
+    plain = ["fetch", "pool", "threads", "loop", "loops", "transformers"]
     assert plain == [line["way"] for line in small]
     assert [
         "fetch",
@@ -39,6 +39,7 @@ def test_each_way_is_timed_and_compared() -> None:
         "threads",
         "threads, draft",
         "loop",
+        "loops",
         "transformers",
     ] == [line["way"] for line in large]
     for line in (*small, *large):
