@@ -217,6 +217,7 @@ class PromptTooLong(RequestError):
         num_image_tokens: tokens that its images and video frames expand to.
         max_pixels: the largest `max_pixels`, in pixels an image, with which the same images would
             fit; None where there are no images, or no size would do.
+        num_crops: the same for a model that cuts images into tiles.
         has_frames: whether some of them are frames of a clip.
     """
 
@@ -229,12 +230,14 @@ class PromptTooLong(RequestError):
         num_text_tokens: int,
         num_image_tokens: int = 0,
         max_pixels: int | None = None,
+        num_crops: int | None = None,
         has_frames: bool = False,
     ) -> None:
         self.max_model_len = max_model_len
         self.num_text_tokens = num_text_tokens
         self.num_image_tokens = num_image_tokens
         self.max_pixels = max_pixels
+        self.num_crops = num_crops
         if num_text_tokens > max_model_len:
             self.param = "input_tokens"
         fewer = " Of a clip, num_frames says how many frames are looked at." if has_frames else ""
@@ -273,9 +276,10 @@ class PromptTooLong(RequestError):
         if not self.num_image_tokens or room <= 0:
             return f"{counts}; at most {longest} would fit: shorten the text."
         would_fit = f"{counts}; beside this text at most {room} image tokens would fit"
-        if self.max_pixels is None:
-            return f"{would_fit}, and no size makes these images so few: send fewer, or less text."
-        return f"{would_fit}: use max_pixels={self.max_pixels} or less, or fewer images."
+        for word, most in (("max_pixels", self.max_pixels), ("num_crops", self.num_crops)):
+            if most is not None:
+                return f"{would_fit}: use {word}={most} or less, or fewer images."
+        return f"{would_fit}, and no size makes these images so few: send fewer, or less text."
 
 
 class MaxTokensTooLarge(RequestError):
@@ -384,25 +388,22 @@ class PlaceholderMismatch(RequestError):
             "places them itself."
         )
 
+    @classmethod
+    def out_of_order(cls, numbers: Sequence[int], *, first: str, second: str) -> Self:
+        """
+        The placeholders carry numbers, and these are not 1, 2, 3 and so on, in order.
 
-class PlaceholderOrder(RequestError):
-    """
-    The placeholders of a prompt carry numbers, and these are not 1, 2, 3 and so on, in order.
-
-    Args:
-        numbers: as they stand in the prompt.
-        first, second: how the model writes the first two.
-    """
-
-    code = "placeholder_mismatch"
-    param = "prompt"
-
-    def __init__(self, *, numbers: Sequence[int], first: str, second: str) -> None:
+        Args:
+            numbers: as they stand in the prompt.
+            first, second: how the model writes the first two.
+        """
+        error = cls(num_items=len(numbers), num_placeholders=len(numbers), placeholder=first)
         listed = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
-        super().__init__(
+        error.args = (
             f"This prompt numbers its images {listed}. Number them in order from 1, each once: "
-            f"`{first}`, `{second}` and so on; or use chat, which places them itself."
+            f"`{first}`, `{second}` and so on; or use chat, which places them itself.",
         )
+        return error
 
 
 class UnsupportedModality(RequestError):

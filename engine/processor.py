@@ -45,6 +45,7 @@ from engine.families.protocol import (
     ImageTooNarrowError,
     Plan,
     Sizing,
+    TileLimit,
     Visual,
     resize,
 )
@@ -719,6 +720,7 @@ class Processor:
                 num_text_tokens=num_text_tokens,
                 num_image_tokens=num_media_tokens,
                 max_pixels=self._find_max_pixels(media, self._max_model_len - 1 - num_text_tokens),
+                num_crops=self._find_num_crops(media, self._max_model_len - 1 - num_text_tokens),
                 has_frames=any(item.frames is not None for item in media),
             )
         if params.max_tokens is None:
@@ -744,6 +746,23 @@ class Processor:
             return None
         tokens_each = bisect_right(range(1, max_tokens + 1), max_tokens, key=num_tokens)
         return tokens_each * pixels_a_token or None
+
+    def _find_num_crops(self, media: Sequence[_Ready], max_tokens: int) -> int | None:
+        """The largest `num_crops` with which all pictures would fit; None where none would do."""
+
+        def num_tokens(num_crops: int) -> int:
+            plans = (
+                self._family.plan_picture(
+                    item.width_px, item.height_px, TileLimit(min(item.area.num_crops, num_crops))
+                )
+                if isinstance(item.area, TileLimit)
+                else item.plan
+                for item in media
+            )
+            return sum(plan.num_tokens for plan in plans)
+
+        most = [item.area.num_crops for item in media if isinstance(item.area, TileLimit)]
+        return bisect_right(range(1, max(most, default=0)), max_tokens, key=num_tokens) or None
 
     def _plan_within(self, item: _Ready, max_pixels: int) -> Plan:
         """The plan of a picture or clip if it were no larger; its own where it has no size."""

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.attention import VISION_ATTENTION, VisionContext, dense_kernels, using
-from engine.errors import BadConfig, PlaceholderOrder
+from engine.errors import BadConfig, PlaceholderMismatch
 from engine.families.phi3_v_model import MERGE, PictureEmbedding, SwitchedRotary
 from engine.families.protocol import (
     Description,
@@ -151,7 +151,9 @@ class Phi3V(Family):
         """Numbers count from 1 without a gap; the token itself, which has none, is taken as it is."""
         numbers = [int(match[1]) for match in PLACEHOLDER.finditer(text) if match[1]]
         if numbers != list(range(1, len(numbers) + 1)):
-            raise PlaceholderOrder(numbers=numbers, first="<|image_1|>", second="<|image_2|>")
+            raise PlaceholderMismatch.out_of_order(
+                numbers, first="<|image_1|>", second="<|image_2|>"
+            )
         return self.read_text(text)
 
     def plan_picture(self, width_px: int, height_px: int, area: Sizing | None) -> Plan:

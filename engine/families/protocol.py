@@ -319,7 +319,7 @@ class Family:
         `read_text` for a whole prompt that a caller wrote.
 
         Raises:
-            PlaceholderOrder: placeholders that are numbered wrongly.
+            PlaceholderMismatch: placeholders that are numbered wrongly.
         """
         return self.read_text(text)
 

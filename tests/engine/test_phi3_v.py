@@ -14,10 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from bench.phi3_v import write_phi3_v
+from bench.phi3_v import FIRST_TOKENS, LATER_TOKENS, write_phi3_v
 from engine import LLM, Request, Result, SamplingParams, fuse
 from engine.errors import BadConfig
 from engine.families.phi3_v import Phi3V, fit, lay_on_white
@@ -294,6 +296,25 @@ def test_num_crops_of_the_innermost_level_counts(folder: Path) -> None:
     assert [(56, 56)] == _columns_and_rows(of_checkpoint)  # 6 allow no more
 
 
+def test_prompt_that_is_too_long_is_told_how_many_tiles_would_fit(folder: Path) -> None:
+    asked: dict[str, Any] = {
+        "prompt": f"<|image_1|><|image_2|>{QUESTION}",
+        "multi_modal_data": {"image": [draw(1, 90, 90), draw(2, 90, 30)]},
+    }
+
+    with LLM(str(folder), limit_mm_per_prompt=LIMITS, max_model_len=80) as llm:
+        (refused,) = llm.generate(asked, GREEDY, use_tqdm=False)
+        words = {"num_crops": 3}  # a tile for the first, three for the second
+        (taken,) = llm.generate(asked, GREEDY, use_tqdm=False, mm_processor_kwargs=words)
+        one_more = {"num_crops": 4}
+        (over,) = llm.generate(asked, GREEDY, use_tqdm=False, mm_processor_kwargs=one_more)
+
+    assert refused.error is not None
+    assert refused.error.message.endswith("use num_crops=3 or less, or fewer images.")
+    assert taken.error is None
+    assert over.error is not None
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -351,6 +372,62 @@ def test_pieces_around_pictures_are_tokenised_one_by_one(phi: LLM, folder: Path)
     assert prompt == result.prompt
     assert expected == list(result.prompt_token_ids or [])
     assert 3 == expected.count(tokenizer.bos_token_id)
+
+
+def _write_llama_tokenizer(folder: Path) -> None:
+    """The published form: sentencepiece's, with bytes for what it does not know."""
+    special = (*FIRST_TOKENS, *LATER_TOKENS)
+    spelled = ["▁", *map(chr, range(33, 127)), "▁i", "is", "▁is"]
+    names = [*FIRST_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *spelled]
+    vocab = {name: index for index, name in enumerate(names)}
+    merges = [("▁", "i"), ("i", "s"), ("▁i", "s")]
+    model = BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True)  # noqa: S106
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(name, special=True, normalized=False, rstrip=name.startswith("<|"))
+            for name in special
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    words = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    _edit(folder, "tokenizer_config.json", lambda content: content.update(words))
+
+
+def test_tokenizer_of_the_published_form_is_read_alike(tmp_path: Path) -> None:
+    folder = write_tiny_phi3_v(tmp_path, vocab_size=420)
+    _write_llama_tokenizer(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=Phi3Config())
+    pieces = ["<|user|>\n", "\nthis is", f" {QUESTION}<|end|>\n<|assistant|>\n"]
+    asked = {
+        "prompt": "<|image_1|>".join(pieces[:2]) + "<|image_2|>" + pieces[2],
+        "multi_modal_data": {"image": [draw(1), draw(2)]},
+    }
+    parts = [{"type": "image", "image": draw(1)}, {"type": "text", "text": "this is <|end|> it"}]
+    typed = ["▁", "<0x0A>", *"th", "is", "▁is", "▁", *"<|end|>", "▁i", "t"]
+
+    with LLM(str(folder), limit_mm_per_prompt=LIMITS) as llm:
+        results = [
+            *llm.generate(asked, GREEDY, use_tqdm=False),
+            *llm.chat([{"role": "user", "content": parts}], GREEDY, use_tqdm=False),
+        ]
+
+    image_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    generated, chatted = (
+        [index for index in result.prompt_token_ids or [] if index != image_id]
+        for result in results
+    )
+    assert [index for piece in pieces for index in tokenizer(piece)["input_ids"]] == generated
+    assert ["<s>", "<|user|>", "<s>", *typed, "<|end|>", "<|assistant|>"] == (
+        tokenizer.convert_ids_to_tokens(chatted)
+    )
 
 
 @pytest.mark.parametrize(
@@ -441,6 +518,19 @@ def test_chat_says_what_generate_says(phi: LLM) -> None:
     chatted = phi.chat([{"role": "user", "content": parts}], GREEDY, use_tqdm=False)
 
     assert token_ids(phi.generate(asked, GREEDY, use_tqdm=False)) == token_ids(chatted)
+
+
+def test_frames_of_a_clip_are_so_many_pictures(phi: LLM) -> None:
+    frames = [draw(seed, 60, 40) for seed in range(3)]
+    pictures = [{"type": "image", "image": frame} for frame in frames]
+    question = {"type": "text", "text": QUESTION}
+
+    of_clip, of_pictures = (
+        phi.chat([{"role": "user", "content": [*parts, question]}], GREEDY, use_tqdm=False)
+        for parts in ([{"type": "video", "video": frames}], pictures)
+    )
+
+    assert token_ids(of_pictures) == token_ids(of_clip)
 
 
 # --- LongRoPE ------------------------------------------------------------------------------------------
