@@ -225,6 +225,20 @@ class _Planning:
         return self.plan.num_tokens < self._max_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class _Forms:
+    """
+    In which forms a template reads what somebody said.
+
+    Attributes:
+        takes_parts: a list of parts. Others take only text.
+        takes_text: text. Others look for parts in it, find none, and leave it out without a word.
+    """
+
+    takes_parts: bool
+    takes_text: bool
+
+
 class Processor:
     """
     Args:
@@ -279,7 +293,7 @@ class Processor:
         self._eats_before = {token.content for token in added if token.lstrip}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._templates_taking_parts: dict[str, bool] = {}
+        self._forms: dict[str, _Forms] = {}  # by template
         self._rendered: dict[Hashable, tuple[str, list[int]]] = {}
         self._rendered_lock = threading.Lock()
 
@@ -485,8 +499,8 @@ class Processor:
             before, _, after = text.partition(core)
             return before + name + after
 
-        takes_parts = self._takes_parts(template)
-        marked = [self._for_template(message, mark, takes_parts) for message in messages]
+        forms = self._find_forms(template)
+        marked = [self._for_template(message, mark, forms) for message in messages]
         try:
             rendered = self._tokenizer.apply_chat_template(
                 marked,
@@ -531,28 +545,35 @@ class Processor:
         # Most templates write the token that begins a text; some leave it to the tokenizer.
         return text, ids if ids[:1] == self._first_ids else [*self._first_ids, *ids]
 
-    def _takes_parts(self, template: str) -> bool:
-        """Whether a template reads a list of parts; others take only a string as content."""
-        if template not in self._templates_taking_parts:
+    def _find_forms(self, template: str) -> _Forms:
+        """What a template reads, by what comes out of it: no form is promised anywhere."""
+        if template not in self._forms:
             probe = f"{MARK_START}{MARK_END}"  # in a list shown as text it would be escaped
-            messages = [{"role": "user", "content": [{"type": "text", "text": probe}]}]
-            try:
-                rendered = self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, chat_template=template
-                )
-            except TEMPLATE_ERRORS:
-                rendered = ""
-            self._templates_taking_parts[template] = probe in rendered
-        return self._templates_taking_parts[template]
+            parts = [{"type": "text", "text": probe}]
+            takes_parts, takes_text = (
+                probe in self._try_rendering(template, content) for content in (parts, probe)
+            )
+            self._forms[template] = _Forms(takes_parts, takes_text)
+        return self._forms[template]
+
+    def _try_rendering(self, template: str, content: object) -> str:
+        messages = [{"role": "user", "content": content}]
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, chat_template=template
+            )
+        except TEMPLATE_ERRORS:
+            return ""
+        return rendered
 
     def _for_template(
-        self, message: Message, mark: Callable[[str], str], takes_parts: bool
+        self, message: Message, mark: Callable[[str], str], forms: _Forms
     ) -> dict[str, Any]:
         """A message as templates read it, its texts behind marks."""
         texts = [mark(part.text) for part in message.parts if isinstance(part, UserText)]
-        if message.is_plain_text:
+        if message.is_plain_text and (forms.takes_text or not forms.takes_parts):
             return {"role": message.role, "content": texts[0]}
-        if not takes_parts:  # as vLLM does: what was seen first, then what was said of it
+        if not forms.takes_parts:  # as vLLM does: what was seen first, then what was said of it
             slots = [self._slot(part) for part in message.parts if not isinstance(part, UserText)]
             return {"role": message.role, "content": "\n".join(slots + texts)}
         following = iter(texts)

@@ -11,6 +11,7 @@ from engine.errors import BadConfig
 from engine.families.protocol import Description, Family, Plan, Rows, Visual
 from engine.families.resizing import Resizing, check_aspect
 from engine.families.tiles import TileEncoder, Tower, count_patches
+from media.decoded import Fit
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -79,6 +80,9 @@ class Llava(Family):
             width_px=self._resizing.width_px,
             height_px=self._resizing.height_px,
         )
+
+    def fit(self, plan: Plan) -> Fit | None:
+        return self._resizing.fit()
 
     def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
         return self._build([self._resizing.run(image)], plan)

@@ -18,12 +18,14 @@ from torch import Tensor
 from engine.families.llava_next import LlavaNext, Tiling
 from engine.families.protocol import Description, Plan, Rows, Visual
 from engine.families.resizing import check_aspect, pad_to_square, resize
+from media.decoded import Fit
 
+WHOLE, FRAMES = Tiling(), Tiling(height=1)  # layouts of what is not tiled
 SHRINK_FROM = 1.1  # times too large a side before features are shrunk
 
 
 class LlavaOnevision(LlavaNext):
-    """A plan's layout is its `Tiling`; an empty one for what is seen whole only."""
+    """A plan's layout is its `Tiling`; one without rows and columns for what is seen whole only."""
 
     video_placeholder = video_slot = "<video>"
     chat_template = None
@@ -48,7 +50,7 @@ class LlavaOnevision(LlavaNext):
         if number == 1:
             return self.plan_picture(width_px, height_px, area)
         check_aspect(width_px, height_px)
-        return self._plan_whole(self.image_token_id, self._num_rows + 1, 1)
+        return self._plan_whole(self.image_token_id, self._num_rows + 1, 1, WHOLE)
 
     def plan_clip(
         self,
@@ -60,15 +62,15 @@ class LlavaOnevision(LlavaNext):
         area: Any,
     ) -> Plan:
         num_rows = num_frames * self._pooled_side**2 + 1
-        return self._plan_whole(self.video_token_id, num_rows, num_frames)
+        return self._plan_whole(self.video_token_id, num_rows, num_frames, FRAMES)
 
-    def _plan_whole(self, token_id: int, num_rows: int, num_tiles: int) -> Plan:
+    def _plan_whole(self, token_id: int, num_rows: int, num_tiles: int, layout: Tiling) -> Plan:
         return Plan(
             (Rows(token_id, num_rows),),
             num_patches=self._num_patches * num_tiles,
             width_px=self._tile_px,
             height_px=self._tile_px,
-            layout=Tiling(),
+            layout=layout,
         )
 
     def _tile(self, height_px: int, width_px: int, rows: int, columns: int) -> Tiling:
@@ -78,6 +80,12 @@ class LlavaOnevision(LlavaNext):
             return tiling
         height, width = int(tiling.height // too_large), int(tiling.width // too_large)
         return Tiling(rows, columns, tiling.top, tiling.left, height, width)
+
+    def fit(self, plan: Plan) -> Fit | None:
+        """Frames are squashed; pictures are needed as they are."""
+        if plan.layout != FRAMES:
+            return None
+        return Fit(self._tile_px, self._tile_px, self._clip_resample)
 
     def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
         if plan.layout.rows:

@@ -7,6 +7,7 @@ from typing import Any, Self
 from PIL import Image
 
 from engine.families.protocol import ImageTooNarrowError
+from media.decoded import Fit
 
 MAX_ASPECT = 200  # a longer strip would be resampled to something far larger than what is seen
 
@@ -52,6 +53,12 @@ class Resizing:
             raise ValueError("squashed to one size and cropped to another")
         pad = tuple(int(255 * level) for level in told["image_mean"]) if told["do_pad"] else None
         return cls(shortest, height_px, width_px, pad, Image.Resampling(told["resample"]))
+
+    def fit(self) -> Fit | None:
+        """The whole of it, where a picture is squashed."""
+        if self.shortest_px is not None or self.pads_with is not None:
+            return None
+        return Fit(self.width_px, self.height_px, self.resample)
 
     def run(self, image: Image.Image) -> Image.Image:
         """

@@ -307,7 +307,7 @@ def test_one_bad_conversation_costs_itself_alone(llm: LLM) -> None:
         (
             user([{"type": "image_url", "image_url": "data:,", "max_pixel": 3}]),
             "messages[0].content[0] has an unknown key 'max_pixel'. Use type, image_url, min_pixels, "
-            "max_pixels, detail, uuid.",
+            "max_pixels, num_crops, detail, uuid.",
         ),
         (
             user([{"type": "image_url", "image_url": "data:,", "max_pixels": "3"}]),

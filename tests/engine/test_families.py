@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from engine import LLM
+from engine import LLM, Request
+from engine.families.protocol import Visual
+from engine.processor import Prepared
 from tests.engine.families import CASES, Asked, Case, Oracle, mixed, size
-from tests.engine.pictures import cut_picture, draw
+from tests.engine.pictures import GREEDY, cut_picture, draw, encode, token_ids
 
 NUM_ALONE = 12
 NUM_SIZES = 50
@@ -74,6 +77,28 @@ def test_pictures_of_all_sizes_are_cut_as_by_transformers(loaded: Loaded) -> Non
         assert expected == prepared.token_ids, picture.size
 
     assert worst < 0.01  # of 255 levels; one is what we promise
+
+
+def test_encoded_files_are_seen_as_what_they_hold(loaded: Loaded) -> None:
+    """Where a family only resamples, whoever decodes a file does that too."""
+    prompt = loaded.case.before + loaded.case.picture + loaded.case.after
+    picture = draw(1, 90, 70)
+    plain, encoded = (
+        {"prompt": prompt, "multi_modal_data": {"image": image}}
+        for image in (picture, encode(picture))
+    )
+    results = loaded.llm.generate([plain, encoded], GREEDY, use_tqdm=False)
+    prepared = [loaded.llm.engine._processor.prepare(Request(prompt=p)) for p in (plain, encoded)]
+    one, other = (visual_of(p).pixels for p in prepared)
+
+    assert torch.equal(one, other)
+    assert 1 == len({tuple(ids) for ids in token_ids(results)})
+
+
+def visual_of(prepared: Prepared) -> Visual:
+    (placed,) = prepared.media
+    assert isinstance(placed.content, Visual)
+    return placed.content
 
 
 def test_what_a_family_does_not_see_is_refused(loaded: Loaded) -> None:

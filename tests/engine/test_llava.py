@@ -97,6 +97,20 @@ def test_chat_with_a_template_from_a_file(folder: Path, tmp_path: Path, oracle: 
     assert [ask(oracle, text, draw(3))] == token_ids(results)  # and one first token, not two
 
 
+@pytest.mark.parametrize("content", ["ab", ["ab"], [{"type": "text", "text": "ab"}]])
+def test_template_that_reads_parts_alone_is_given_parts(llm: LLM, content: Any) -> None:
+    """As published with checkpoints of this family: of a plain text it would show nothing."""
+    template = (
+        "{% for message in messages %}{{ message['role'] | upper }}: "
+        "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ part['text'] }} {% endfor %}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": content}]
+    (result,) = llm.chat(messages, GREEDY, use_tqdm=False, chat_template=template)
+
+    assert "SYSTEM: s USER: ab " == result.prompt
+
+
 def test_template_of_the_older_file_is_read(tmp_path: Path) -> None:
     write_tiny_llava(tmp_path)
     (tmp_path / "chat_template.json").write_text('{"chat_template": "Q{{ messages[0].content }}A"}')
