@@ -64,6 +64,7 @@ def run_worker(
                 device,
                 dtype,
                 num_media_processes=config.media_processes,
+                image_formats=config.image_formats,
                 draft_jpegs=config.draft_jpegs,
                 revision=revision,
                 trust_remote_code=trust_remote_code,

@@ -16,6 +16,8 @@ from typing import Any
 from engine.errors import BadConfig
 from media.errors import BadFrameSamplingError
 from media.frames import MAX_MIN_CHANGE, build_sampling
+from media.images import can_read
+from media.limits import OPT_IN_FORMATS
 
 BUNDLED_MODEL = "darkroom-tiny"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / BUNDLED_MODEL
@@ -144,6 +146,7 @@ class EngineConfig:
             Callables that fetch pictures wait in threads of their own.
         num_media_processes: processes that decode files in the threads' place, for files of strangers:
             they have no network and no files, and may die; 0 decodes in the threads.
+        image_formats: of `media.limits.OPT_IN_FORMATS`, those that are read besides the usual ones.
         draft_jpegs: whether a JPEG at least twice as large as the model sees it may be decoded at a
             half, a quarter or an eighth of its size: faster, with slightly other pixels, so that
             answers may be others. For families that only resample.
@@ -173,6 +176,7 @@ class EngineConfig:
     chat_template: str | None = None
     num_media_threads: int | None = None
     num_media_processes: int = 0
+    image_formats: tuple[str, ...] = ()
     draft_jpegs: bool = False
     encoder_cache_bytes: int = 256 << 20
     uses_graphs: bool = True
@@ -200,6 +204,17 @@ class EngineConfig:
             "max_num_batched_tokens",
         ):
             _check_positive(name, getattr(self, name), may_be_none=True)
+        for name in self.image_formats:
+            if name not in OPT_IN_FORMATS:
+                raise BadConfig(
+                    f"image_formats takes {' and '.join(OPT_IN_FORMATS)}, what is not read otherwise, "
+                    f"got {name!r}."
+                )
+            if not can_read(name):
+                raise BadConfig(
+                    f"image_formats: {name} is not installed here. Run pip install "
+                    "-e '.[heic]' in Darkroom's folder."
+                )
         for name in ("encoder_cache_bytes", "num_media_processes"):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 0:

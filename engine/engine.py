@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
-from engine.inputs import IN_THREAD, Request, may_fetch, text_of
+from engine.inputs import Request, may_fetch, text_of
 from engine.kernels.greedy import NO_TOKEN
 from engine.meter import Work
 from engine.processor import Prepared, Processor
@@ -43,7 +43,8 @@ from engine.sequence import Sequence
 from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
 from engine.text import Detokenizer, decode_token
 from engine.uploads import Download
-from media.decoder import Decoder
+from media.decoder import Decoder, Threads
+from media.limits import STILL_FORMATS, ImageLimits
 
 logger = logging.getLogger(__name__)
 
@@ -873,12 +874,13 @@ def _num_media_threads(config: EngineConfig, checkpoint: Checkpoint) -> int:
 
 
 def _open_decoder(config: EngineConfig) -> Decoder:
+    limits = ImageLimits(formats=(*STILL_FORMATS, *config.image_formats))
     if not config.num_media_processes:
-        return IN_THREAD
+        return Threads(limits)
     from media.pool import DecoderPool, PoolBrokenError
 
     try:
-        return DecoderPool(config.num_media_processes)
+        return DecoderPool(config.num_media_processes, image_limits=limits)
     except PoolBrokenError as error:
         raise BadConfig(f"num_media_processes={config.num_media_processes}: {error}") from error
 

@@ -58,6 +58,8 @@ class LLM:
         tensor_parallel_size: only 1.
         num_media_processes: processes that decode files, for files of strangers: a file that breaks its
             decoder then breaks nothing else. 0 decodes in threads. `close` ends them.
+        image_formats: "TIFF", "HEIC" or both, which are read only where they are named here; HEIC needs
+            the extra `heic`.
         draft_jpegs: decode large JPEGs at a half, a quarter or an eighth of their size where the model
             sees them no larger: faster, with slightly other pixels.
         encoder_cache_bytes: memory for encoded pictures, so that many prompts about one picture
@@ -99,6 +101,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         num_media_threads: int | None = None,
         num_media_processes: int = 0,
+        image_formats: Sequence[str] = (),
         draft_jpegs: bool = False,
         encoder_cache_bytes: int = 256 << 20,
         enforce_eager: bool = False,
@@ -126,6 +129,7 @@ class LLM:
             chat_template=_template_text(chat_template),
             num_media_threads=num_media_threads,
             num_media_processes=num_media_processes,
+            image_formats=tuple(image_formats),
             draft_jpegs=draft_jpegs,
             encoder_cache_bytes=encoder_cache_bytes,
             uses_graphs=not enforce_eager,

@@ -111,6 +111,8 @@ def serve(birth: Birth, decode: Decode) -> None:
     with suppress(ImportError):
         avif: Any = import_module("PIL.AvifImagePlugin")
         avif.DEFAULT_MAX_THREADS = 1  # the processes are what runs side by side
+    with suppress(ImportError):
+        import_module("pillow_heif").options.DECODE_THREADS = 1
     # From here on nobody reads what C libraries print about bad files.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     arena = open_view(birth.memory, birth.arena_bytes)

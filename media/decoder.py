@@ -19,9 +19,9 @@ class Decoder(Protocol):
     """Several threads may ask at once."""
 
     def decode_image(
-        self, encoded: bytes, limits: ImageLimits = IMAGE_LIMITS, ask: Ask | None = None
+        self, encoded: bytes, limits: ImageLimits | None = None, ask: Ask | None = None
     ) -> RGBImage:
-        """As `media.images.decode_image`."""
+        """As `media.images.decode_image`; without `limits` within those that it was made with."""
 
     def decode_video(
         self,
@@ -39,12 +39,20 @@ class Decoder(Protocol):
 
 
 class Threads:
-    """Decodes in the thread that asks."""
+    """
+    Decodes in the thread that asks.
+
+    Args:
+        image_limits: of images for which a call brings none.
+    """
+
+    def __init__(self, image_limits: ImageLimits = IMAGE_LIMITS) -> None:
+        self._image_limits = image_limits
 
     def decode_image(
-        self, encoded: bytes, limits: ImageLimits = IMAGE_LIMITS, ask: Ask | None = None
+        self, encoded: bytes, limits: ImageLimits | None = None, ask: Ask | None = None
     ) -> RGBImage:
-        return decode_image(encoded, limits, ask)
+        return decode_image(encoded, limits or self._image_limits, ask)
 
     def decode_video(
         self,

@@ -56,6 +56,10 @@ from media.limits import IMAGE_LIMITS, ImageLimits
 for _plugin in ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Avif", "Tiff"):
     with suppress(ImportError):
         import_module(f"PIL.{_plugin}ImagePlugin")
+with suppress(ImportError):  # the extra `heic`
+    import_module("pillow_heif").register_heif_opener()
+
+_PILLOWS_NAMES = {"HEIC": "HEIF"}  # where they are not ours
 
 # What Pillow's decoders were seen to raise on damaged bytes. Python's own errors are among them,
 # because its parsers index and unpack what they have not checked. Warning: a process that turns
@@ -303,8 +307,13 @@ def open_lazily(encoded: bytes, formats: Sequence[str]) -> Image.Image:
     Raises:
         DECODER_ERRORS: whatever Pillow says. The caller turns it into an error of this room.
     """
-    read = [name for name in formats if name in Image.OPEN]
+    read = [_PILLOWS_NAMES.get(name, name) for name in formats if can_read(name)]
     return Image.open(BytesIO(_without_bulk(encoded)), formats=read)
+
+
+def can_read(name: str) -> bool:
+    """Whether what decodes this format is installed."""
+    return _PILLOWS_NAMES.get(name, name) in Image.OPEN
 
 
 _MAX_BULK_BYTES = 1024 * 1024
@@ -361,7 +370,7 @@ def _find_webp_bulk(webp: bytes) -> Iterator[tuple[int, int]]:
 def _unreadable(encoded: bytes, limits: ImageLimits) -> MediaError:
     """Judge by the bytes themselves why they failed: Pillow's texts are not stable."""
     name = find_format(encoded)
-    formats = [name for name in limits.formats if name in Image.OPEN]
+    formats = [name for name in limits.formats if can_read(name)]
     accepted = ", ".join(formats)
     if name in formats:
         if is_cut_short(encoded, name):

@@ -12,8 +12,11 @@ MEBIBYTE = 1024 * 1024
 STILL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 """Read by default, in Pillow's words. One place to widen, so nobody is handed a rare decoder."""
 
-OPT_IN_FORMATS = ("TIFF",)
-"""Read only where an operator asks: TIFF brings a dozen compressions, each with its own past."""
+OPT_IN_FORMATS = ("TIFF", "HEIC")
+"""
+Read only where an operator asks: TIFF brings a dozen compressions, each with its own past, and HEIC the
+extra `heic` with a video codec of its own.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,6 +206,7 @@ class DecoderPool:
         num_processes: None for one a core.
         max_bytes: that decodings may hold at a time, with the pixels that callers still have; one
             that needs more waits until it is alone. None for MAX_BYTES, or more for many processes.
+        image_limits: of images for which a call brings none.
         image_limit_s, video_limit_s: on the clock, for one file, waiting for room not counted.
         entry: `module:function` that a process runs; another one makes tests' processes misbehave.
 
@@ -218,12 +219,14 @@ class DecoderPool:
         num_processes: int | None = None,
         *,
         max_bytes: int | None = None,
+        image_limits: ImageLimits = IMAGE_LIMITS,
         image_limit_s: float = IMAGE_LIMIT_S,
         video_limit_s: float = VIDEO_LIMIT_S,
         entry: str = ENTRY,
     ) -> None:
         self.num_processes = num_processes or count_cores()
         self._max_bytes = max_bytes or max(MAX_BYTES, self.num_processes * MAX_BYTES_A_PROCESS)
+        self._image_limits = image_limits
         self._image_limit_s = image_limit_s
         self._video_limit_s = video_limit_s
         self._entry = entry
@@ -255,7 +258,7 @@ class DecoderPool:
             raise
 
     def decode_image(
-        self, encoded: bytes, limits: ImageLimits = IMAGE_LIMITS, ask: Ask | None = None
+        self, encoded: bytes, limits: ImageLimits | None = None, ask: Ask | None = None
     ) -> RGBImage:
         """
         As `media.images.decode_image`, with the same pixels; they lie in memory of the pool until
@@ -266,6 +269,7 @@ class DecoderPool:
             DecoderFailedError, DecodeTimeoutError, DecodeMemoryError: what became of the process.
             PoolBrokenError, PoolClosedError: nobody decodes here.
         """
+        limits = limits or self._image_limits
         if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
             return decode_image(encoded, limits)
         order = {"say": "image", "limits": _describe(limits), "limit_s": self._image_limit_s}

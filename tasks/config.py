@@ -121,6 +121,7 @@ class Config(BaseSettings):
             fetched, or about to be, until the engine has answered.
         media_processes: processes in which a GPU worker decodes pictures and clips; by default one for
             each core that the worker leaves, and 0 decodes in its own threads.
+        image_formats: TIFF, HEIC or both, which are not read otherwise.
         draft_jpegs: whether large JPEGs may be decoded at a fraction of their size: see `LLM`.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
         stall_s: after which an engine that has prompts and finishes no step is taken for dead.
@@ -172,6 +173,7 @@ class Config(BaseSettings):
     chunks_in_flight: Count = 3
     max_media_bytes: Count = 2048 * MEBIBYTE
     media_processes: int | None = Field(default=None, ge=0)
+    image_formats: Annotated[tuple[str, ...], NoDecode] = ()
     draft_jpegs: bool = False
     commit_items: Count = 64
     commit_s: Seconds = 0.2
@@ -211,6 +213,13 @@ class Config(BaseSettings):
     @classmethod
     def _empty_is_unset(cls, text: str | None) -> str | None:
         return text or None
+
+    @field_validator("image_formats", mode="before")
+    @classmethod
+    def _split_formats(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        return [part.strip().upper() for part in given.split(",") if part.strip()]
 
     @field_validator("redis_url")
     @classmethod

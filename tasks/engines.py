@@ -98,6 +98,7 @@ class EngineOptions:
     device: str = "auto"
     dtype: str = "auto"
     num_media_processes: int | None = None
+    image_formats: tuple[str, ...] = ()
     draft_jpegs: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
@@ -206,6 +207,7 @@ def load_engine(options: EngineOptions) -> LLMEngine:
         device=options.device,
         dtype=options.dtype,
         num_media_processes=num_processes,
+        image_formats=options.image_formats,
         draft_jpegs=options.draft_jpegs,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,

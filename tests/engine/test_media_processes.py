@@ -17,7 +17,7 @@ from engine.errors import BadConfig
 from engine.families.protocol import Pixels, Visual
 from media.decoded import Fit
 from media.decoder import Decoder
-from media.images import decode_image
+from media.images import can_read, decode_image
 from media.pool import DecoderPool
 from tests.engine.conftest import LIMITS
 from tests.engine.idle import assert_idle
@@ -159,6 +159,28 @@ def test_closing_the_engine_ends_its_processes(tiny_folder: Path) -> None:
     llm.close()
 
     assert frozenset() == decoder.pids
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_tiff_is_read_where_it_is_asked_for(llm: LLM, tiny_folder: Path, number: int) -> None:
+    tiff = {"prompt": PICTURE, "multi_modal_data": {"image": encode(draw(1), "TIFF")}}
+    png = {"prompt": PICTURE, "multi_modal_data": {"image": encode(draw(1), "PNG")}}
+
+    (refused,) = llm.generate(tiff, GREEDY, use_tqdm=False)
+    with LLM(str(tiny_folder), image_formats=["TIFF"], num_media_processes=number) as with_tiff:
+        read, same = with_tiff.generate([tiff, png], GREEDY, use_tqdm=False)
+
+    assert refused.error is not None
+    assert "image_format_not_supported" == refused.error.code
+    assert read.outputs[0].token_ids == same.outputs[0].token_ids
+
+
+def test_formats_that_cannot_be_read_are_refused_at_the_start(tiny_folder: Path) -> None:
+    with pytest.raises(BadConfig, match="image_formats takes TIFF and HEIC"):
+        LLM(str(tiny_folder), image_formats=["PSD"])
+    if not can_read("HEIC"):
+        with pytest.raises(BadConfig, match=r"HEIC is not installed here.*heic"):
+            LLM(str(tiny_folder), image_formats=["HEIC"])
 
 
 def test_number_of_processes_is_checked(tiny_folder: Path) -> None:

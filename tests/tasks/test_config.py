@@ -40,6 +40,12 @@ def test_model_may_have_a_length_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert [4096, None, None] == [config.max_model_len_of(m) for m in ("big", "m", "other")]
 
 
+def test_formats_are_listed_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_IMAGE_FORMATS", "tiff, HEIC,")
+
+    assert ("TIFF", "HEIC") == load_config().image_formats
+
+
 @pytest.mark.parametrize(
     ("text", "limits"),
     [
@@ -66,6 +72,7 @@ def test_limits_that_make_no_sense_are_refused(text: str) -> None:
     [
         ("CHUNK_ITEMS", "0"),
         ("CHUNK_ITEMS", "many"),
+        ("MEDIA_PROCESSES", "-1"),
         ("LEASE_S", "nan"),
         ("HEARTBEAT_S", "50"),
         ("MAX_BODY_BYTES", "1000000000"),
