@@ -14,6 +14,7 @@ from typing import Any, Self
 from cli.inputs import ClipReader
 from engine.request import FinishReason, Result
 from media.errors import MediaError
+from tasks.summary import format_time
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a name or a text must not steer the terminal
 # Line ends by any reader's idea, and the controls that some terminals obey.
@@ -54,6 +55,25 @@ class FramesUsed:
 
 
 @dataclass(frozen=True, slots=True)
+class PartAnswer:
+    """
+    What became of one segment of a clip.
+
+    Attributes:
+        number: from 1.
+        start_s, end_s: where it begins and ends, in seconds.
+        error: why there is no text.
+    """
+
+    number: int
+    start_s: float
+    end_s: float
+    text: str | None
+    error: Problem | None
+    frames: FramesUsed | None
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """
     What became of one input; the fields of `--json`, in their order.
@@ -70,6 +90,7 @@ class Answer:
         flags: what a reader should know, though it is no error.
         error: why there is no text.
         frames: of a clip; None for a picture, which then has no such field in `--json`.
+        parts: of a clip that was asked about segment by segment, in the same way; they have the frames.
     """
 
     path: str
@@ -85,6 +106,7 @@ class Answer:
     flags: tuple[str, ...] = ()
     error: Problem | None = None
     frames: FramesUsed | None = None
+    parts: tuple[PartAnswer, ...] | None = None
 
     @classmethod
     def from_result(cls, path: str, result: Result, clip: ClipReader | None = None) -> Self:
@@ -120,11 +142,18 @@ class Answer:
         """The path and the text, or the error's message, as they stand in one line."""
         return one_line(self.path), one_line(self.error.message if self.error else self.text or "")
 
+    def list_part_lines(self) -> Iterator[tuple[str, PartAnswer]]:
+        """Each part, with how it is called in a line."""
+        for part in self.parts or ():
+            times = f"{format_time(part.start_s)} - {format_time(part.end_s)}"
+            yield f"{one_line(self.path)} [{times}]", part
+
     def to_json(self) -> str:
         """One object in one line, by any reader's idea of a line."""
         fields: dict[str, Any] = dataclasses.asdict(self)
-        if self.frames is None:
-            del fields["frames"]
+        for name in ("frames", "parts"):
+            if fields[name] is None:
+                del fields[name]
         return json.dumps(fields, ensure_ascii=False).translate(_ESCAPES)
 
 

@@ -28,15 +28,17 @@ from cli.errors import (
     NotFoundError,
 )
 from media.decoded import Frames, RGBImage
-from media.errors import MediaError
+from media.errors import BadSegmentsError, MediaError
 from media.frames import FrameSampling, choose_untimed
 from media.images import find_format, read_image
 from media.limits import IMAGE_LIMITS, STILL_FORMATS, VIDEO_LIMITS, ImageLimits
+from media.segments import Cut, Segment, plan_window
 from media.video import (
     ANIMATION_FORMATS,
     count_source_frames,
     decode_video,
     gather_frames,
+    measure_clip,
     plan_frames,
 )
 
@@ -273,6 +275,20 @@ class ClipReader:
         self.indices, self.times_s = frames.indices, frames.times_s
         self.num_dropped = frames.num_dropped
         return frames
+
+    def plan(self, cut: Cut) -> Sequence[Segment]:
+        """
+        Where the window of a clip is cut.
+
+        Raises:
+            MediaError: it cannot be read or cut; a folder's frames have no times.
+        """
+        if self._found.frames:
+            raise BadSegmentsError("A folder of frames has no times, so it has no segments.")
+        with _own_errors():
+            measured = measure_clip(self._read_file())
+        start_s, end_s = self._sampling.start_s, self._sampling.end_s
+        return plan_window(*measured, cut, start_s=start_s, end_s=end_s)
 
     def build_loaders(self) -> Sequence[Callable[[], RGBImage]]:
         """

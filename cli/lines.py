@@ -6,6 +6,7 @@ The media go inside the line or are uploaded before, so the server needs no acce
 
 import json
 from base64 import b64encode
+from collections.abc import Mapping
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any, Final
@@ -37,9 +38,12 @@ def build_picture(source: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": source}}
 
 
-def build_clip(source: str, num_frames: int) -> dict[str, Any]:
-    """As `build_picture`; the server looks at so many frames."""
-    return {"type": "video_url", "video_url": {"url": source}, "num_frames": num_frames}
+def build_clip(
+    source: str, num_frames: int, segments: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """As `build_picture`; the server looks at so many frames, of each segment where there are some."""
+    part = {"type": "video_url", "video_url": {"url": source}, "num_frames": num_frames}
+    return part if segments is None else {**part, "segments": dict(segments)}
 
 
 def encode(path: Path) -> str:

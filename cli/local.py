@@ -15,11 +15,13 @@ from cli.answers import Answer, InOrder, one_line
 from cli.errors import CannotStartError, EngineStoppedError, ExitCode
 from cli.inputs import Input, Refused
 from cli.interrupts import Interrupts
-from cli.questions import Question
+from cli.questions import Question, Segmented
+from cli.segments import SegmentedClip, Segments, stitcher_for
 from cli.show import Screen
 from engine.config import BUNDLED_MODEL
 from engine.errors import EngineError
 from engine.request import SamplingParams
+from media.errors import MediaError
 
 if TYPE_CHECKING:
     from engine import LLM, Request
@@ -38,7 +40,7 @@ class EngineOptions:
 
 def run(
     inputs: Sequence[Input | Refused],
-    ask: Callable[[Input], Question],
+    ask: Callable[[Input], Question | Segmented],
     screen: Screen,
     *,
     options: EngineOptions,
@@ -131,7 +133,7 @@ def _max_num_seqs(device: str) -> int:
 
 def answer_all(
     llm: "LLM",
-    questions: Iterable[Question | Refused],
+    questions: Iterable[Question | Segmented | Refused],
     params: SamplingParams,
     *,
     count: Callable[[Answer], None],
@@ -152,8 +154,9 @@ def answer_all(
     """
     from engine import Request
 
-    asked: dict[str, Question] = {}
+    asked: dict[str, Question | SegmentedClip] = {}
     held = InOrder()
+    segmented = Segments()
 
     def settle(index: int, answer: Answer) -> None:
         held.put(index, answer)
@@ -163,20 +166,41 @@ def answer_all(
         for index, question in enumerate(questions):
             if isinstance(question, Refused):
                 settle(index, Answer.from_problem(question.path, question.problem))
-                continue
-            asked[str(index)] = question
-            messages = [{"role": "user", "content": question.content}]
-            yield Request(messages=messages, request_id=str(index))
+            elif isinstance(question, Segmented):
+                stitcher = stitcher_for(llm, question.prompt, params.max_tokens)
+                try:
+                    clip = SegmentedClip(index, question, stitcher)
+                except MediaError as problem:
+                    settle(index, Answer.from_problem(question.path, problem))
+                    continue
+                segmented.open(clip)
+                for name, messages in clip.list_parts().items():
+                    asked[name] = clip
+                    yield Request(messages=messages, request_id=name)
+            else:
+                asked[str(index)] = question
+                messages = [{"role": "user", "content": question.content}]
+                yield Request(messages=messages, request_id=str(index))
+        for clip, name, messages in segmented.wait_for_more():
+            asked[name] = clip
+            yield Request(messages=messages, request_id=name)
 
     try:
         for result in llm.stream(build_requests(), params):
             question = asked.pop(result.request_id)
-            answer = Answer.from_result(question.path, result, question.clip)
-            settle(int(result.request_id), answer)
+            if isinstance(question, SegmentedClip):
+                whole = segmented.take(question, result)
+                if whole is None:
+                    continue
+                settle(question.index, whole)
+            else:
+                answer = Answer.from_result(question.path, result, question.clip)
+                settle(int(result.request_id), answer)
             for ready in held.take_ready():
                 show(ready)
     except EngineError as error:
         raise EngineStoppedError(str(error)) from error
     finally:
+        segmented.close()
         for ready in held.take_rest():
             show(ready)

@@ -22,16 +22,20 @@ import typer
 from cli import keys, remote
 from cli.demo import run_demo
 from cli.errors import CannotStartError, ExitCode
-from cli.inputs import Found, find_clips, find_pictures
+from cli.inputs import Found, Input, find_clips, find_pictures
 from cli.local import EngineOptions, run
 from cli.questions import (
     CLIP_PROMPT,
     NUM_FRAMES,
     PICTURE_PROMPT,
     Form,
+    Question,
+    Segmented,
     ask_about_clip,
     ask_about_picture,
+    ask_in_segments,
 )
+from cli.segments import parse_cut
 from cli.show import Screen, note_left_out
 from engine.config import BUNDLED_MODEL
 from engine.errors import BadSamplingParams
@@ -292,6 +296,15 @@ def describe(
             help="Leave out frames that look like the one before.",
         ),
     ] = False,
+    segments: Annotated[
+        str | None,
+        typer.Option(
+            metavar="10s|30",
+            envvar="DARKROOM_SEGMENTS",
+            help="Ask about each segment by itself, of so many seconds or so many of equal length, "
+            "and then for all of them as one text. The options above count for each.",
+        ),
+    ] = None,
     prompt: Prompt = CLIP_PROMPT,
     form: Annotated[
         Form,
@@ -313,11 +326,15 @@ def describe(
     (frame2 before frame10). --json says which frames were looked at, and their times; with --dedupe
     also how many were left out.
 
+    With --segments, what stands for each segment comes before the clip's own line, after its times;
+    --json has it under parts.
+
     Output, errors and exit codes are those of `darkroom caption`.
 
     \b
     Examples:
       darkroom describe ball.mp4
+      darkroom describe lecture.mp4 --segments 30s
       darkroom describe ball.mp4 --frames 16 --json
       darkroom describe lecture.mp4 --start 600 --end 660 --fps 0.5 --dedupe
       darkroom describe timelapse/ --as images --prompt "What changes?"
@@ -330,13 +347,21 @@ def describe(
         sampling = build_sampling({**given, "keyframes": keyframes, "dedupe_frames": dedupe})
     except BadFrameSamplingError as error:
         raise typer.BadParameter(_in_options(str(error))) from error
+    ask: Callable[[Input], Question | Segmented]
+    ask = partial(ask_about_clip, sampling=sampling, form=form, prompt=prompt)
+    if segments is not None:
+        try:
+            cut = parse_cut(segments)
+        except ValueError as error:  # also what media says of it
+            raise typer.BadParameter(f"--segments: {error}") from error
+        ask = partial(ask_in_segments, sampling=sampling, form=form, prompt=prompt, cut=cut)
     found = find_clips(paths)
     is_video = form is Form.VIDEO
     max_frames = sampling.num_frames or VIDEO_LIMITS.max_frames
     raise typer.Exit(
         run(
             found.inputs,
-            partial(ask_about_clip, sampling=sampling, form=form, prompt=prompt),
+            ask,
             build_screen("clips", found, as_json=as_json),
             options=EngineOptions(model, device, dtype, max_model_len, max_pixels),
             params=build_params(max_tokens, temperature),

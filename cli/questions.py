@@ -2,8 +2,8 @@
 What is asked about an input: the parts of one user's message, with media that the engine reads.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any, NoReturn
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from cli.inputs import ClipReader, Input, load_picture
 from media.errors import MediaError
 from media.frames import FrameSampling
+from media.segments import Cut, Segment
 
 PICTURE_PROMPT = "Describe the image."
 CLIP_PROMPT = "What happens?"
@@ -41,6 +42,23 @@ class Question:
     clip: ClipReader | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Segmented:
+    """
+    A clip, and how it is cut.
+
+    Attributes:
+        prompt: what is asked about each segment.
+        measure: its segments; reads the clip.
+        ask: the question about one of them, and whether it is the last.
+    """
+
+    path: str
+    prompt: str
+    measure: Callable[[], Sequence[Segment]]
+    ask: Callable[[Segment, bool], Question]
+
+
 def ask_about_picture(found: Input, prompt: str = PICTURE_PROMPT) -> Question:
     picture = {"type": "image", "image": partial(load_picture, found.path)}
     return Question(found.path, [picture, {"type": "text", "text": prompt}])
@@ -55,6 +73,19 @@ def ask_about_clip(
     clip = ClipReader(found, sampling)
     parts = [{"type": "video", "video": clip.load}] if form is Form.VIDEO else _build_stills(clip)
     return Question(found.path, [*parts, {"type": "text", "text": prompt}], clip)
+
+
+def ask_in_segments(
+    found: Input, prompt: str, sampling: FrameSampling, form: Form, cut: Cut
+) -> Segmented:
+    """As `ask_about_clip`, of each segment; `sampling` counts for each."""
+
+    def ask(segment: Segment, is_last: bool) -> Question:
+        end_s = sampling.end_s if is_last else segment.last_s
+        window = replace(sampling, start_s=segment.start_s, end_s=end_s)
+        return ask_about_clip(found, prompt, window, form)
+
+    return Segmented(found.path, prompt, partial(ClipReader(found, sampling).plan, cut), ask)
 
 
 def _build_stills(clip: ClipReader) -> list[dict[str, Any]]:

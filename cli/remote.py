@@ -27,11 +27,13 @@ from cli.errors import ExitCode, FileError
 from cli.inputs import CLIP_SUFFIXES, Found, Input, Refused, find_pictures
 from cli.lines import build_clip, build_line, build_picture, encode
 from cli.questions import CLIP_PROMPT, NUM_FRAMES, PICTURE_PROMPT
+from cli.segments import parse_cut
 from cli.show import Screen, note_left_out
 from cli.uploads import upload_all
 from cli.watch import describe, follow
 from engine.config import BUNDLED_MODEL
 from media.errors import MediaError
+from media.segments import Cut
 
 Server = Annotated[
     str, typer.Option(metavar="URL", envvar="DARKROOM_SERVER", help="Where the server is.")
@@ -79,6 +81,14 @@ def submit(
             envvar="DARKROOM_PROMPT",
             help="What to ask of pictures.",
             show_default=PICTURE_PROMPT,
+        ),
+    ] = None,
+    segments: Annotated[
+        str | None,
+        typer.Option(
+            metavar="10s|30",
+            envvar="DARKROOM_SEGMENTS",
+            help="Ask about each segment of a clip, of so many seconds or so many of equal length.",
         ),
     ] = None,
     model: Annotated[
@@ -134,7 +144,12 @@ def submit(
     Examples:
       darkroom submit captions.jsonl
       darkroom submit holiday/ --prompt "What is in the foreground?" --wait
+      darkroom submit lecture.mp4 --segments 30s
     """
+    try:
+        cut = None if segments is None else parse_cut(segments)
+    except ValueError as error:  # also what media says of it
+        raise typer.BadParameter(f"--segments: {error}") from error
     client = Client(server, api_key)
     key = key or secrets.token_hex(16)
     with problems_told():
@@ -144,7 +159,8 @@ def submit(
         else:
             model = choose_model(model, models)
             found = find_pictures(paths)
-        with open_manifest(client, paths, found, prompt, model or BUNDLED_MODEL) as manifest:
+        asking = Asking(model or BUNDLED_MODEL, prompt, cut)
+        with open_manifest(client, paths, found, asking) as manifest:
             batch = hand_in(
                 client,
                 manifest,
@@ -277,9 +293,26 @@ def choose_model(wanted: str | None, served: list[str]) -> str:
     return wanted
 
 
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What is asked about pictures and clips; no prompt: the usual one of their kind."""
+
+    model: str
+    prompt: str | None
+    cut: Cut | None
+
+    @property
+    def segments(self) -> dict[str, float] | None:
+        """How clips are cut, in the words of a line."""
+        if self.cut is None:
+            return None
+        wanted = {"seconds": self.cut.seconds, "count": self.cut.count}
+        return {name: number for name, number in wanted.items() if number is not None}
+
+
 @contextmanager
 def open_manifest(
-    client: Client, paths: list[str], found: Found, prompt: str | None, model: str
+    client: Client, paths: list[str], found: Found, asking: "Asking"
 ) -> Iterator[Manifest]:
     """A JSONL file as it is, or lines about the pictures and clips that were found."""
     if is_manifest(paths):
@@ -298,7 +331,7 @@ def open_manifest(
             typer.echo("Nothing was handed in. Again, only what is missing is uploaded.", err=True)
             raise
     with tempfile.TemporaryFile() as file:
-        num_refused = write_lines(file, found, uploaded, prompt, model)
+        num_refused = write_lines(file, found, uploaded, asking)
         num_bytes = file.tell()
         if num_bytes == 0:
             raise typer.Exit(ExitCode.USAGE)
@@ -318,8 +351,7 @@ def write_lines(
     file: IO[bytes],
     found: Found,
     uploaded: dict[str, str | FileError],
-    prompt: str | None,
-    model: str,
+    asking: "Asking",
 ) -> int:
     """Return how many inputs cannot be read; each is told of, and costs no other."""
     num_lines = num_refused = 0
@@ -332,9 +364,10 @@ def write_lines(
         num_lines += 1
         path = Path(each.path)
         is_clip = path.suffix.lower() in CLIP_SUFFIXES
-        media = build_clip(source, NUM_FRAMES) if is_clip else build_picture(source)
-        text = prompt or (CLIP_PROMPT if is_clip else PICTURE_PROMPT)
-        file.write(build_line(f"{num_lines}:{path.name}", model, media, text))
+        clip = build_clip(source, NUM_FRAMES, asking.segments)
+        media = clip if is_clip else build_picture(source)
+        text = asking.prompt or (CLIP_PROMPT if is_clip else PICTURE_PROMPT)
+        file.write(build_line(f"{num_lines}:{path.name}", asking.model, media, text))
     return num_refused
 
 

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from cli.answers import Answer
+from cli.answers import Answer, one_line
 from cli.inputs import CLIP_SUFFIXES, Found
 
 
@@ -93,6 +93,11 @@ class Screen:
         self.num_cut_off += answer.is_cut_off
         if self._as_json:
             self.print(Text(answer.to_json()))
+        for name, part in answer.list_part_lines():
+            if part.error:
+                self.complain(f"{name}: {one_line(part.error.message)}")
+            elif not self._as_json:
+                self.print(Text.assemble((name, "cyan"), f": {one_line(part.text or '')}"))
         if answer.error:
             self.complain(": ".join(answer.to_line()))
         elif not self._as_json:

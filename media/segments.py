@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from media.errors import BadSegmentsError, TooManySegmentsError
+from media.errors import BadSegmentsError, TooManySegmentsError, VideoHasNoFramesError
 
 MAX_SEGMENTS: Final = 1000
 """Of one clip: each is a prompt of its own. An hour, the longest clip, in steps of 3.6 seconds."""
@@ -71,6 +71,33 @@ class Segment:
 
     start_s: float
     end_s: float
+
+    @property
+    def last_s(self) -> float:
+        """The last moment that belongs to it: a choice of frames takes its end in."""
+        return math.nextafter(self.end_s, 0)
+
+
+def plan_window(
+    duration_s: float,
+    num_frames: int,
+    cut: Cut,
+    *,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+) -> tuple[Segment, ...]:
+    """
+    Cut a window of a clip, as `plan_segments` cuts all of it; the segments are in the clip's seconds.
+
+    Raises:
+        VideoHasNoFramesError: the window begins after the clip's end.
+    """
+    end_s = duration_s if end_s is None else min(end_s, duration_s)
+    if start_s > duration_s:
+        raise VideoHasNoFramesError
+    share = (end_s - start_s) / duration_s if duration_s else 1.0
+    segments = plan_segments(end_s - start_s, max(math.ceil(num_frames * share), 1), cut)
+    return tuple(Segment(part.start_s + start_s, part.end_s + start_s) for part in segments)
 
 
 def plan_segments(duration_s: float, num_frames: int, cut: Cut) -> tuple[Segment, ...]:

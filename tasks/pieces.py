@@ -13,10 +13,10 @@ from typing import Any
 
 from engine.config import SAMPLING_KEYS, parse_part_options
 from media.data_url import FRAMES_MEDIA_TYPE, decode_data_url, media_type_of
-from media.errors import BadDataUrlError, TooManyFramesError, VideoHasNoFramesError
+from media.errors import BadDataUrlError, TooManyFramesError
 from media.frames import build_sampling, count_frames
 from media.limits import VIDEO_LIMITS
-from media.segments import MAX_SEGMENTS, Cut, Segment, plan_segments
+from media.segments import MAX_SEGMENTS, Cut, Segment, plan_window
 from tasks.bodies import ImagePolicy
 from tasks.summary import Subject
 
@@ -105,7 +105,8 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
             return None
         assert rule.max_frames is not None, "or all are within the limit"
         cut = Cut(count=min(math.ceil(num_frames / rule.max_frames), MAX_SEGMENTS))
-    segments = _plan(*measured, cut, options)
+    start_s, end_s = options.get("start_s", 0.0), options.get("end_s")
+    segments = plan_window(*measured, cut, start_s=start_s, end_s=end_s)
     windows = [_look_at(segment, options, is_last=segment is segments[-1]) for segment in segments]
     most = max(count_frames_asked(window, *measured) for window in windows)
     if not rule.check(most):
@@ -121,8 +122,8 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
 def _look_at(segment: Segment, options: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
     """The options of one segment's prompt."""
     window = {**options, "start_s": segment.start_s}
-    if not is_last:  # its end belongs to the next one, and an engine takes the last frame in
-        window["end_s"] = math.nextafter(segment.end_s, 0)
+    if not is_last:
+        window["end_s"] = segment.last_s
     return window
 
 
@@ -169,19 +170,6 @@ def split_images(messages: Messages, images: Sequence[Mapping[str, Any]], limit:
 
 
 _SOURCES = ("type", "video", "video_url")
-
-
-def _plan(
-    duration_s: float, num_frames: int, cut: Cut, options: Mapping[str, Any]
-) -> list[Segment]:
-    """The segments of the window that the options leave of the clip, in the clip's seconds."""
-    start_s = options.get("start_s", 0.0)
-    end_s = min(options.get("end_s", duration_s), duration_s)
-    if start_s > duration_s:
-        raise VideoHasNoFramesError
-    share = (end_s - start_s) / duration_s if duration_s else 1.0
-    segments = plan_segments(end_s - start_s, max(math.ceil(num_frames * share), 1), cut)
-    return [Segment(s.start_s + start_s, s.end_s + start_s) for s in segments]
 
 
 def _read(clip: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ import itertools
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cli.local import EngineOptions
 from engine import Request
@@ -20,6 +21,20 @@ from engine.request import (
 )
 
 Pulled = tuple[Request, str]  # with the text to answer; "" for the usual one
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """What is asked of an engine beside results: how many words fit."""
+
+    max_model_len: int = 4096
+
+    @property
+    def checkpoint(self) -> "FakeEngine":
+        return self
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
 
 
 @dataclass(slots=True)
@@ -46,6 +61,7 @@ class FakeLLM:
     num_pulled: int = 0
     num_answered: int = 0
     is_closed: bool = False
+    engine: Any = field(default_factory=lambda: FakeEngine())
 
     def load(self, options: EngineOptions, limits: Mapping[str, int]) -> "FakeLLM":
         """Stands for `cli.local.load_llm`."""
@@ -76,6 +92,8 @@ class FakeLLM:
         try:
             self._check_limits(message.parts)
             seen = [look(part, index) for index, part in enumerate(message.parts[:-1])]
+            if not seen:
+                text = text or f"all of {message.parts[0].text.count('[')}"  # type: ignore[union-attr]
         except EngineError as error:
             return Result.failed(request.request_id, error)
         prompt = message.parts[-1]

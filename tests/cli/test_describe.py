@@ -120,3 +120,68 @@ def test_option_that_makes_no_sense_is_refused(darkroom: Invoke, option: tuple[s
 
     assert 2 == result.exit_code
     assert option[0] in result.stderr
+
+
+def test_clip_in_segments_is_told_part_by_part_and_as_a_whole(
+    darkroom: Invoke, llm: FakeLLM
+) -> None:
+    llm.num_ahead = 1
+    Path("ball.mp4").write_bytes(clip(shades(30), fps=10))
+    Path("short.mp4").write_bytes(clip(shades(5), fps=10))
+
+    result = darkroom("describe", "ball.mp4", "short.mp4", "--segments", "1s", "--frames", "3")
+
+    assert [
+        f"ball.mp4 [0:00 - 0:01]: {PROMPT} video 64x48",
+        f"ball.mp4 [0:01 - 0:02]: {PROMPT} video 64x48",
+        f"ball.mp4 [0:02 - 0:03]: {PROMPT} video 64x48",
+        "ball.mp4: all of 3",
+        f"short.mp4 [0:00 - 0:00.5]: {PROMPT} video 64x48",
+        f"short.mp4: {PROMPT} video 64x48",
+    ] == result.stdout.splitlines()
+    assert 0 == result.exit_code
+
+
+def test_json_of_a_clip_in_segments_has_its_parts_with_their_frames(
+    darkroom: Invoke, llm: FakeLLM
+) -> None:
+    llm.num_ahead = 1
+    Path("ball.mp4").write_bytes(clip(shades(40), fps=10))
+
+    options = ("--segments", "2", "--frames", "2", "--start", "1", "--end", "3", "--json")
+    result = darkroom("describe", "ball.mp4", *options)
+
+    record = json.loads(result.stdout)
+    assert ("all of 2", 12, 6) == (
+        record["text"],
+        record["num_prompt_tokens"],
+        record["num_tokens"],
+    )
+    assert "frames" not in record
+    assert [(1, 1.0, 2.0), (2, 2.0, 3.0)] == [
+        (part["number"], part["start_s"], part["end_s"]) for part in record["parts"]
+    ]
+    assert [[1.0, 1.9], [2.0, 3.0]] == [part["frames"]["times_s"] for part in record["parts"]]
+    assert [None, None] == [part["error"] for part in record["parts"]]
+
+
+def test_what_has_no_segments_is_its_own_error(darkroom: Invoke, llm: FakeLLM) -> None:
+    llm.num_ahead = 1
+    save_pictures(2, "folder")
+    Path("bad.mp4").write_bytes(b"no clip")
+    Path("good.mp4").write_bytes(clip(shades(5), fps=10))
+
+    result = darkroom("describe", "folder", "bad.mp4", "good.mp4", "--segments", "5")
+
+    assert 1 == result.exit_code
+    assert "good.mp4: all of 5" == result.stdout.splitlines()[-1]
+    assert "error: folder: A folder of frames has no times" in result.stderr
+    assert "error: bad.mp4: Failed to load video: " in result.stderr
+
+
+@pytest.mark.parametrize("text", ["ten", "0", "0s", "10m", "-3", "1001"])
+def test_segments_that_cannot_be_are_named(darkroom: Invoke, text: str) -> None:
+    result = darkroom("describe", "ball.mp4", f"--segments={text}")
+
+    assert 2 == result.exit_code
+    assert "segments" in result.stderr

@@ -253,6 +253,20 @@ def test_nothing_to_hand_in_is_no_batch(darkroom: Invoke, client: Client, tmp_pa
     assert [] == client.api.batches.list().data
 
 
+@pytest.mark.parametrize(("option", "segments"), [("2.5s", {"seconds": 2.5}), ("3", {"count": 3})])
+def test_clip_goes_with_the_segments_that_were_asked_for(
+    darkroom: Invoke, client: Client, option: str, segments: dict[str, float]
+) -> None:
+    made = darkroom("submit", str(SAMPLES / "clip.mp4"), "--segments", option)
+    wrong = darkroom("submit", str(SAMPLES / "clip.mp4"), "--segments", "2 minutes")
+
+    batch = client.api.batches.retrieve(made.stdout.strip())
+    (line,) = client.api.files.content(batch.input_file_id).text.splitlines()
+    clip, _ = json.loads(line)["body"]["messages"][0]["content"]
+    assert segments == clip["segments"]
+    assert (2, "") == (wrong.exit_code, wrong.stdout)
+
+
 def test_named_clip_goes_as_a_clip(darkroom: Invoke, client: Client) -> None:
     made = darkroom("submit", str(SAMPLES / "clip.mp4"))
 
