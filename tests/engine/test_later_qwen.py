@@ -7,7 +7,10 @@ Each with two shapes of tiny random weights, float32 on a CPU.
 import json
 import os
 import random
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +21,16 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2_5_VLProcessor,
+    Qwen3VLProcessor,
+)
 from transformers import Qwen2VLImageProcessorPil as Processor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from transformers.video_utils import VideoMetadata
 from transformers.vision_utils import (
     get_vision_interpolation_indices_and_weights,
     get_vision_window_index,
@@ -32,11 +42,13 @@ from engine.families.protocol import AreaLimits, Description, ImageTooNarrowErro
 from engine.families.qwen2_5_vl import find_windows
 from engine.families.qwen2_vl import MERGE, Grid, Qwen2VL, cut_on_device
 from engine.families.qwen3_vl import clip_size, find_taps
+from engine.kernels.pictures import Choice, Cut
 from engine.reference import Reference
 from media.decoded import Frames
-from tests.engine.mixed import mixed_requests
-from tests.engine.pictures import as_frames, draw, draw_clip
+from tests.engine.mixed import ANSWER, CLIP, PICTURE, SYSTEM, mixed_requests
+from tests.engine.pictures import GREEDY, as_frames, draw, draw_clip, features_of, token_ids
 from tests.engine.test_exactness import check_all_ways
+from tests.engine.test_repeats import Runs, visuals_of
 from tests.engine.tiny_qwen import (
     QWEN2_5_VL,
     QWEN2_5_VL_OTHER,
@@ -77,13 +89,52 @@ def family(folder: Path) -> Qwen2VL:
     return built
 
 
-@pytest.mark.timeout(900)
-def test_random_weights_answer_as_the_reference_in_any_order(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
     llm = LLM(str(folder), limit_mm_per_prompt={"image": 8}, max_num_seqs=24)
+    yield llm
+    llm.close()
+
+
+@pytest.mark.timeout(900)
+def test_random_weights_answer_as_the_reference_in_any_order(folder: Path, llm: LLM) -> None:
     asked = mixed_requests(NUM_REQUESTS, "later qwen", with_times=HAS_SECONDS)
 
     assert any(mixed.videos for mixed in asked)
     check_all_ways(llm, Reference(folder), asked, ignore_eos=True)
+
+
+def test_features_answer_in_the_place_of_their_picture(llm: LLM) -> None:
+    prompt = f"{SYSTEM}{PICTURE}What is there?{ANSWER}"
+    picture = draw(3, 150, 90)
+    (features,), (grid,) = features_of(llm, picture)
+    embeds = {"image_embeds": features, "image_grid_thw": torch.tensor([grid])}
+
+    given = [
+        {"prompt": prompt, "multi_modal_data": {"image": image}} for image in (picture, embeds)
+    ]
+    seen, made = token_ids(llm.generate(given, GREEDY, use_tqdm=False))
+
+    assert seen == made
+    assert features.shape[1] == llm.engine.checkpoint.family.feature_size
+
+
+def test_filled_up_calls_give_the_same_features(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = llm.engine.checkpoint.family
+    assert isinstance(family, Qwen2VL)
+    visuals = visuals_of(family, [(56, 84), (112, 56), (230, 84), (84, 84)])
+    expected = family.encode(visuals)
+
+    monkeypatch.setattr(family.encoder, "choice", Choice(Cut(), beats_dense=True))  # its twin, here
+    monkeypatch.setattr(family.encoder, "has_varlen", True)
+    runs = Runs()
+    monkeypatch.setattr(family, "repeats", runs)
+    found = family.encode(visuals)
+    family.encode(visuals_of(family, [(84, 56), (56, 112), (230, 84), (84, 84)]))
+
+    assert 1 == len(set(runs.keys))  # other sizes, one graph
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
 # --- from sizes to patches ---------------------------------------------------------------------------
@@ -131,6 +182,39 @@ def test_clips_equal_the_references_frame_by_frame(folder: Path, family: Qwen2VL
             patches.view(expected.shape) / 255, expected, rtol=0, atol=TOLERANCE
         )
         assert given["input_ids"][0].tolist() == plan.token_ids()
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+def test_clip_stands_in_the_prompt_as_transformers_writes_it(llm: LLM, num_frames: int) -> None:
+    """Its processor cannot be made without torchvision; what writes the text can be asked alone."""
+    family = llm.engine.checkpoint.family
+    step, fps = 13, 29.97
+    indices = list(range(0, num_frames * step, step))
+    images = as_frames(draw_clip(7, num_frames, 120, 80)).images
+    times_s = tuple(index / fps for index in indices)
+    clip = Frames(images, times_s, fps, num_frames * step, tuple(indices))
+    plan = family.plan_clip(120, 80, num_frames, times_s, clip.frame_s, None)
+    told = {
+        "video_grid_thw": np.array([[plan.layout.times, plan.layout.rows, plan.layout.columns]]),
+        "video_metadata": [VideoMetadata(num_frames * step, fps=fps, frames_indices=indices)],
+    }
+    unbound: Any = Qwen3VLProcessor  # it reads nothing of itself there
+    marks = ("vision_start", "<|vision_start|>"), ("video", "<|video_pad|>")
+    processor = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        _calculate_timestamps=partial(unbound._calculate_timestamps, None),
+        **{f"{name}_token": mark for name, mark in (*marks, ("vision_end", "<|vision_end|>"))},
+    )
+    model_type = llm.engine.checkpoint.config.model_type
+    written: Any = Qwen3VLProcessor if model_type == "qwen3_vl" else Qwen2_5_VLProcessor
+    expanded = written.replace_video_token(processor, told, 0)
+
+    prompt = f"{SYSTEM}{CLIP}What happens?{ANSWER}"
+    given = {"prompt": prompt, "multi_modal_data": {"video": clip}}
+    (result,) = llm.generate(given, GREEDY, use_tqdm=False)
+    whole = prompt.replace("<|video_pad|>", expanded)
+
+    assert llm.engine.checkpoint.tokenizer(whole)["input_ids"] == result.prompt_token_ids
 
 
 # --- positions ---------------------------------------------------------------------------------------
