@@ -253,6 +253,12 @@ class FetchTimeoutError(FetchFailedError):
     code: ClassVar[str] = "fetch_timeout"
 
 
+class HostPausedError(FetchFailedError):
+    """The host of the URL has asked for a pause. The item is tried again when it is over."""
+
+    code: ClassVar[str] = "host_paused"
+
+
 class FetchTooLargeError(FetchFailedError):
     """The media behind the URL is too large. Scale it down, or cut it, before sending it."""
 

@@ -43,6 +43,7 @@ from media.errors import (
     HostNotAllowedError,
 )
 from media.fetched import UNKNOWN_MEDIA_TYPE, Fetched, FetchReport
+from media.hosts import SharedLimits, Unshared, say_paused
 from media.limits import FETCH_LIMITS, FetchLimits, ImageLimits, VideoLimits
 from media.urls import WebUrl, join_url, parse_url
 
@@ -141,9 +142,11 @@ class Fetcher:
         config: FetchConfig | None = None,
         resolve: Resolve | None = None,
         tls: ssl.SSLContext | None = None,
+        shared: SharedLimits | None = None,
     ) -> None:
         """
         Args:
+            shared: what other processes know of the hosts; None: nothing.
             resolve: in the place of the system's resolver.
             tls: which authorities are trusted; by default those of the system, or of SSL_CERT_FILE,
                 which the TLS library reads by itself.
@@ -162,6 +165,7 @@ class Fetcher:
         self._slots_by_host: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._failures = _Failures(self._limits)
         self._silences = _Silences(self._limits)
+        self._shared: SharedLimits = shared or Unshared()
 
     async def __aenter__(self) -> Self:
         return self
@@ -177,6 +181,7 @@ class Fetcher:
     async def aclose(self) -> None:
         """Close the connections that wait for more work."""
         await self._pool.aclose()
+        await self._shared.aclose()
 
     async def fetch(self, url: str, limits: ImageLimits | VideoLimits) -> Fetched:
         """
@@ -214,7 +219,7 @@ class Fetcher:
             host_slots = self._slots_by_host.setdefault(
                 errand.host, asyncio.Semaphore(self._limits.max_connections_per_host)
             )
-            async with host_slots, self._slots:
+            async with host_slots, self._shared.turn(errand.host), self._slots:
                 self._failures.raise_if_remembered(key)  # it may have failed while this one waited
                 self._silences.raise_if_silent(errand.host)
                 progress.started_at = time.monotonic()
@@ -271,7 +276,13 @@ class Fetcher:
         ):
             with attempt:
                 progress.start_try()
-                return await self._try(errand, limits, progress)
+                try:
+                    return await self._try(errand, limits, progress)
+                except FetchFailedError as error:
+                    if error.retry_after_s:
+                        self._silences.pause(errand.host, error.retry_after_s)
+                        await self._shared.pause(errand.host, error.retry_after_s)
+                    raise
         raise AssertionError("stamina ends with a result or an error")
 
     async def _try(
@@ -621,15 +632,26 @@ class _Failures:
 
 class _Silences:
     """
-    Hosts that let us wait, one after the other: each fetch from them would hold a connection, and
+    Hosts that asked for a pause, and hosts that let us wait, one after the other: each fetch from them would hold a connection, and
     its item's place, until its time is over.
     """
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
         self._hosts: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how often; until when
+        self._pauses: OrderedDict[str, float] = OrderedDict()  # until when
+
+    def pause(self, host: str, seconds: float) -> None:
+        """It has asked for that, so whoever comes now need not ask it."""
+        self._pauses[host] = time.monotonic() + min(seconds, self._limits.max_pause_s)
+        self._pauses.move_to_end(host)
+        if len(self._pauses) > self._limits.max_remembered_failures:
+            self._pauses.popitem(last=False)
 
     def raise_if_silent(self, host: str) -> None:
+        left_s = self._pauses.get(host, 0.0) - time.monotonic()
+        if left_s > 0:
+            raise say_paused(left_s)
         num_silences, until = self._hosts.get(host, (0, 0.0))
         if num_silences < self._limits.max_silences:
             return

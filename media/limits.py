@@ -101,6 +101,7 @@ class FetchLimits:
             A try that ran out of time is the last one: a host that is slow now is slow in a second.
         retry_wait_s: before the second try, doubled for each further one; as much again by chance.
         max_retry_after_s: a server that asks for more patience is left alone in this fetch.
+        max_pause_s: so long at most a host is left alone by all fetches when it asks one for patience.
         max_connections_per_host: at once, from this process.
         max_connections: at once, to all hosts.
         keep_alive_s: how long a connection waits for more work.
@@ -119,6 +120,7 @@ class FetchLimits:
     max_tries: int = 3
     retry_wait_s: float = 0.5
     max_retry_after_s: float = 10.0
+    max_pause_s: float = 300.0
     max_connections_per_host: int = 8
     max_connections: int = 128
     keep_alive_s: float = 15.0

@@ -17,6 +17,7 @@ from media.errors import BucketNotAllowedError, FetchFailedError, FileNotAllowed
 from media.fetch import FetchConfig, Fetcher, Resolve, report_of_refusal
 from media.fetched import Fetched
 from media.folder import FolderReader, is_file_url
+from media.hosts import SharedLimits
 from media.limits import ImageLimits, VideoLimits
 from media.s3_url import is_s3_url
 
@@ -32,16 +33,17 @@ class Sources:
         *,
         buckets: BucketConfig | None = None,
         folder: FolderReader | None = None,
+        shared: SharedLimits | None = None,
     ) -> None:
         """
         Args:
-            config, resolve, tls: as `Fetcher` takes them.
+            config, resolve, tls, shared: as `Fetcher` takes them.
             buckets, folder: None: s3:// and file:// are refused.
 
         Raises:
             ValueError: `buckets` has a profile or an address that cannot be.
         """
-        self._web = Fetcher(config, resolve, tls)
+        self._web = Fetcher(config, resolve, tls, shared)
         self._buckets = None if buckets is None else BucketFetcher(buckets, config, resolve, tls)
         self._folder = folder
 
@@ -88,8 +90,9 @@ class SourcesThread:
         *,
         buckets: BucketConfig | None = None,
         folder: FolderReader | None = None,
+        shared: SharedLimits | None = None,
     ) -> None:
-        self._sources = Sources(config, resolve, tls, buckets=buckets, folder=folder)
+        self._sources = Sources(config, resolve, tls, buckets=buckets, folder=folder, shared=shared)
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="darkroom-fetch", daemon=True)
         self._thread.start()

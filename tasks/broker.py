@@ -37,13 +37,18 @@ LOG_NAME: Final = "valkey.log"
 
 
 def build_client(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
-    """A client of our own beside Celery's; kombu's form of a socket's URL is understood too."""
+    """A client of our own beside Celery's."""
     return redis.Redis.from_url(
-        url.replace("redis+socket://", "unix://", 1),
+        as_client_url(url),
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         decode_responses=True,
     )
+
+
+def as_client_url(url: str) -> str:
+    """A broker's URL in redis-py's words, which has another form of a socket's than kombu."""
+    return url.replace("redis+socket://", "unix://", 1)
 
 
 def ping(url: str) -> None:

@@ -98,6 +98,8 @@ class Config(BaseSettings):
         media_s3_profile: of AWS's shared files, whose keys read them; by default requests are not
             signed. The keys of the blobs are never used.
         media_s3_endpoint_url, media_s3_region: where those buckets are.
+        media_host_connections, media_host_rate: fetches from one host by http, at a time and begun in a
+            second, of all workers together where they share a broker.
         media_root: a folder whose files items may name as file://…; on one host without keys only.
         pepper: what API keys are hashed with, in hexadecimal digits, the same on every host; by
             default, without `database_url`, a file under `home`.
@@ -151,6 +153,8 @@ class Config(BaseSettings):
     media_s3_endpoint_url: str | None = None
     media_s3_region: str | None = None
     media_root: Path | None = None
+    media_host_connections: Count = 32
+    media_host_rate: Count = 100
     pepper: SecretStr = SecretStr("")
 
     metrics_from: Annotated[tuple[Network, ...], NoDecode] = ()

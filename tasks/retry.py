@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from engine.errors import EngineError, ResultError
-from media.errors import FetchFailedError, MediaError
+from media.errors import FetchFailedError, HostPausedError, MediaError
 from storage.errors import BlobMissingError, NotFoundError, StorageError
 from storage.items import Failure, Fence
 from tasks.errors import BadLineError, DeviceLostError
@@ -53,6 +53,8 @@ def judge(error: Exception | ResultError) -> Verdict:
         case ResultError() | EngineError():
             message = error.message if isinstance(error, ResultError) else str(error)
             return Verdict(_again_if(error.retryable), error.code, message)
+        case HostPausedError():  # others were told to wait, and this item was not tried
+            return Verdict(Act.RELEASE, error.code, str(error), error.retry_after_s or 0.0)
         case FetchFailedError():
             wait_s = error.retry_after_s or 0.0
             return Verdict(_again_if(error.retryable), error.code, str(error), wait_s)

@@ -586,7 +586,7 @@ class Runner:
             raise DeviceLostError
         if verdict.act is Act.RELEASE:
             flight.settle([fence.item])
-            self.release([fence], wait_s=wait_s)
+            self.release([fence], wait_s=max(wait_s, verdict.retry_after_s))
         else:
             self._put(flight, verdict.as_failure(fence))
 

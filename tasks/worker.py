@@ -52,6 +52,7 @@ from tasks.errors import BadSettingError, BadSubmissionError
 from tasks.expand import expand
 from tasks.fast import EXPAND_LIST, FastLane, name_permit_list, serving
 from tasks.finish import finish
+from tasks.hosts import RedisLimits
 from tasks.ingest import StreamIngest, bury
 from tasks.prefetch import Fetch, Preparer, refuse_to_fetch
 from tasks.run import GIVE_BACK_S, Runner
@@ -121,7 +122,7 @@ def run_gpu_worker(
         open_things.callback(dispatcher.close)
         pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
         open_things.callback(pool.shutdown, wait=False, cancel_futures=True)
-        fetch = fetch or open_things.enter_context(open_fetch(config, env))
+        fetch = fetch or open_things.enter_context(open_fetch(config, env, broker_url))
         runner = Runner(
             stores,
             dispatcher,
@@ -415,9 +416,14 @@ def _in_thread(name: str, run: Callable[[threading.Event], None]) -> Iterator[No
 
 
 @contextmanager
-def open_fetch(config: Config, env: dict[str, str]) -> Iterator[Fetch]:
+def open_fetch(
+    config: Config, env: dict[str, str], broker_url: str | None = None
+) -> Iterator[Fetch]:
     """
     The one way out to the network, for the block; refusing where it is not installed.
+
+    Args:
+        broker_url: over which limits of hosts are shared; None: they are not.
 
     Raises:
         ValueError: a timeout makes no sense; the text names its variable.
@@ -436,7 +442,10 @@ def open_fetch(config: Config, env: dict[str, str]) -> Iterator[Fetch]:
     )
     try:
         sources = SourcesThread(
-            fetching, buckets=_read_buckets(config), folder=_read_folder(config)
+            fetching,
+            buckets=_read_buckets(config),
+            folder=_read_folder(config),
+            shared=None if broker_url is None else _share_limits(config, broker_url),
         )
     except BadProfileError as error:
         raise BadSettingError(f"DARKROOM_MEDIA_S3_PROFILE: {error}.") from error
@@ -462,6 +471,14 @@ def _read_buckets(config: Config) -> "BucketConfig | None":
         profile=config.media_s3_profile,
         endpoint_url=config.media_s3_endpoint_url,
         region=config.media_s3_region,
+    )
+
+
+def _share_limits(config: Config, broker_url: str) -> RedisLimits:
+    return RedisLimits(
+        broker_url,
+        max_connections=config.media_host_connections,
+        max_rate=config.media_host_rate,
     )
 
 

@@ -29,6 +29,7 @@ from media.errors import (
     FetchTimeoutError,
     FetchTooLargeError,
     HostNotAllowedError,
+    HostPausedError,
 )
 from media.fetch import (
     FetchConfig,
@@ -965,6 +966,26 @@ def test_host_that_lets_fetches_wait_is_left_alone_and_asked_again_by_one() -> N
                 host.is_silent = False
                 assert_fetched(await ask("10"))
                 assert_fetched(await ask("11"))
+
+    run(scenario())
+
+
+def test_host_that_asked_for_a_pause_is_left_alone_until_it_is_over() -> None:
+    async def scenario() -> None:
+        busy = answering(status="503 X", headers=["Retry-After: 5"])
+        limits = replace(QUICK, max_retry_after_s=0.0, max_pause_s=0.5)
+        async with (
+            serve(in_turn(busy, answering(JPEG))) as server,
+            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
+        ):
+            url = f"http://pictures.test:{server.port}/"
+            assert_failed(await outcome_of(fetcher, url + "a"), FetchFailedError, True)
+            paused = assert_failed(await outcome_of(fetcher, url + "b"), HostPausedError, True)
+            assert 0 < (paused.retry_after_s or 0) <= 0.5
+            assert 1 == len(server.heads)
+            assert_fetched(await outcome_of(fetcher, f"http://others.test:{server.port}/"))
+            await asyncio.sleep(0.6)
+            assert_fetched(await outcome_of(fetcher, url + "c"))
 
     run(scenario())
 

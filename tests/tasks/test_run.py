@@ -19,9 +19,11 @@ from engine.errors import MediaRefused
 from engine.request import ImageUsed, Result, Stamp
 from media.errors import FetchFailedError, FetchTooLargeError, MediaError
 from media.fetched import Fetched, FetchReport
+from media.hosts import say_paused
 from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
 from storage.blobs import Blobs
+from storage.db import clock
 from storage.errors import (
     BlobMissingError,
     BlobsUnavailableError,
@@ -871,6 +873,29 @@ def test_objects_are_fetched_in_the_name_of_their_tenant(rig: Rig) -> None:
 
     assert {ItemState.COMPLETED: 1} == rig.count(job)
     assert [("s3://photographs/a.mp4", "somebody")] == asked
+
+
+def test_item_whose_host_asked_for_a_pause_waits_for_it_and_loses_no_try(rig: Rig) -> None:
+    is_paused = True
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        if is_paused:
+            raise say_paused(200.0)
+        return b"a picture"
+
+    job = rig.make(build_request("a", messages=show("https://host/a")))
+    for _ in range(5):
+        rig.run(fetch=fetch)
+        with rig.stores.database.read() as session:
+            (item,) = session.scalars(select(Item))
+            now = session.scalars(select(clock())).one()
+            assert (ItemState.PENDING, 0) == (item.state, item.charged)
+            assert 100 < item.not_before - now <= 200
+        let_backoff_end(rig.stores.database)
+    is_paused = False
+    rig.run(fetch=fetch)
+
+    assert {ItemState.COMPLETED: 1} == rig.count(job)
 
 
 def test_bytes_of_pictures_are_bounded_over_all_chunks_and_free_in_the_end(rig: Rig) -> None:

@@ -1,0 +1,211 @@
+"""What workers share of the hosts they fetch from: real processes, and a real broker that may be away."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from ipaddress import ip_network
+
+import pytest
+
+from media.addresses import AddressRules
+from media.errors import FetchFailedError, HostPausedError
+from media.fetch import FetchConfig, Fetcher
+from media.limits import FETCH_LIMITS, IMAGE_LIMITS
+from tasks import hosts
+from tasks.broker import build_client
+from tasks.hosts import RedisLimits
+from tests.media.servers import Answer, Server, answering, serve
+
+PICTURE = answering(b"\xff\xd8\xff")
+
+
+async def fetch_in(
+    num_processes: int, broker: str, server: Server, *, num: int, connections: int, rate: int
+) -> list[list[str]]:
+    """What became of the fetches of each process; all run at the same time."""
+    words = map(str, (server.port, num, connections, rate))
+    command = [sys.executable, "-m", "tests.tasks.host_client", broker, *words]
+    processes = [
+        await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        for _ in range(num_processes)
+    ]
+    outputs = await asyncio.gather(*(process.communicate() for process in processes))
+    return [json.loads(output) for output, _ in outputs]
+
+
+def noting(moments: list[float], answer: Answer) -> Answer:
+    async def note(head: str, writer: asyncio.StreamWriter) -> None:
+        moments.append(time.time())
+        await answer(head, writer)
+
+    return note
+
+
+def test_workers_together_keep_to_the_connections_of_a_host(broker: str) -> None:
+    most, now = 0, 0
+
+    async def answer(head: str, writer: asyncio.StreamWriter) -> None:
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        await PICTURE(head, writer)
+
+    async def scenario() -> list[list[str]]:
+        async with serve(answer) as server:
+            return await fetch_in(2, broker, server, num=24, connections=3, rate=1000)
+
+    assert [["fetched"] * 24] * 2 == asyncio.run(scenario())
+    assert 3 == most  # each alone would have had 8
+
+
+def test_workers_together_keep_to_the_rate_of_a_host(broker: str) -> None:
+    moments: list[float] = []
+
+    async def scenario() -> list[list[str]]:
+        async with serve(noting(moments, PICTURE)) as server:
+            return await fetch_in(2, broker, server, num=11, connections=100, rate=10)
+
+    assert [["fetched"] * 11] * 2 == asyncio.run(scenario())
+    # Counted when they are begun, and seen a moment later, on a busy machine perhaps in the next second.
+    assert moments[-1] - moments[0] > 1.0  # 22 are in three seconds at least
+    assert max(Counter(map(int, moments)).values()) < 2 * 10
+
+
+def test_pause_that_one_worker_was_asked_for_is_kept_by_all(broker: str) -> None:
+    heads: list[float] = []
+    busy = noting(heads, answering(status="429 X", headers=["Retry-After: 60"]))
+
+    async def scenario() -> list[str]:
+        async with serve(busy) as server:
+            first = await fetch_alone(broker, server, num=1)
+            ((second,),) = await fetch_in(1, broker, server, num=1, connections=8, rate=100)
+            return [first, second]
+
+    assert ["image_fetch_failed", "host_paused"] == asyncio.run(scenario())
+    assert 1 == len(heads)
+
+
+def test_pause_is_no_longer_than_is_sensible_and_no_host_stands_in_redis(broker: str) -> None:
+    async def scenario() -> float | None:
+        limits = RedisLimits(broker, max_connections=1, max_rate=1)
+        await limits.pause("pictures.test", 1e9)
+        with pytest.raises(HostPausedError) as caught:
+            async with limits.turn("pictures.test"):
+                pass
+        async with limits.turn("others.test"):
+            pass
+        await limits.aclose()
+        return caught.value.retry_after_s
+
+    left_s = asyncio.run(scenario())
+
+    assert left_s is not None
+    assert hosts.MAX_PAUSE_S - 60 < left_s <= hosts.MAX_PAUSE_S
+    with build_client(broker) as client:
+        keys = list(client.scan_iter())
+        assert keys
+        assert not [key for key in keys if "test" in key]
+        assert all(0 < client.ttl(key) <= hosts.MAX_PAUSE_S for key in keys)
+
+
+def test_turn_of_a_worker_that_died_is_free_in_the_end(
+    broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "HELD_S", 1)
+
+    async def scenario() -> float:
+        dead = RedisLimits(broker, max_connections=1, max_rate=100)
+        alive = RedisLimits(broker, max_connections=1, max_rate=100)
+        held = dead.turn("pictures.test")
+        await held.__aenter__()
+        started = time.monotonic()
+        async with alive.turn("pictures.test"):
+            waited_s = time.monotonic() - started
+        await dead.aclose()
+        await alive.aclose()
+        return waited_s
+
+    assert 0.5 < asyncio.run(scenario()) < 30
+
+
+@contextmanager
+def frozen(broker: str) -> Iterator[None]:
+    with build_client(broker) as client:
+        pid = int(client.info("server")["process_id"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def fetch_alone(broker: str, server: Server, *, num: int = 20) -> str:
+    config = FetchConfig(
+        rules=AddressRules(allowed_networks=(ip_network("127.0.0.1/32"),)),
+        ports=frozenset({server.port}),
+        limits=replace(FETCH_LIMITS, retry_wait_s=0.01),
+    )
+
+    async def find_here(host: str) -> list[str]:
+        return ["127.0.0.1"]
+
+    shared = RedisLimits(broker, max_connections=1, max_rate=1)
+    async with Fetcher(config, find_here, shared=shared) as fetcher:
+        urls = [f"http://pictures.test:{server.port}/{number}" for number in range(num)]
+        try:
+            await asyncio.gather(*(fetcher.fetch(url, IMAGE_LIMITS) for url in urls))
+        except FetchFailedError as error:
+            return error.code
+    return "fetched"
+
+
+@pytest.mark.parametrize("how", ["gone", "frozen"])
+def test_fetching_never_waits_for_a_broker_that_is_away(broker: str, how: str) -> None:
+    async def scenario(url: str) -> str:
+        async with serve(PICTURE) as server:
+            return await fetch_alone(url, server)
+
+    started = time.monotonic()
+    if how == "gone":
+        end = asyncio.run(scenario("redis://127.0.0.1:1/0"))
+    else:
+        with frozen(broker):
+            end = asyncio.run(scenario(broker))
+
+    assert "fetched" == end
+    assert time.monotonic() - started < 10  # at one a second it would be 20
+
+
+def test_broker_that_forbids_scripts_is_enough(broker: str) -> None:
+    with build_client(broker) as client:
+        client.execute_command(
+            *("ACL", "SETUSER", "fetcher", "on", ">hush", "~darkroom:*", "-@all"),
+            *("+multi", "+exec", "+pttl", "+zremrangebyscore", "+zadd", "+zcard", "+expire"),
+            *("+zrem", "+incr", "+set", "+hello", "+client|setinfo"),
+        )
+        try:
+            url = broker.replace("redis://", "redis://fetcher:hush@", 1)
+
+            async def scenario() -> bool:
+                limits = RedisLimits(url, max_connections=1, max_rate=1)
+                async with limits.turn("pictures.test"):
+                    await limits.pause("pictures.test", 60)
+                is_shared = not limits._away_until
+                with pytest.raises(HostPausedError):
+                    async with limits.turn("pictures.test"):
+                        pass
+                await limits.aclose()
+                return is_shared
+
+            assert asyncio.run(scenario())
+        finally:
+            client.execute_command("ACL", "DELUSER", "fetcher")
