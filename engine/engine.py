@@ -452,8 +452,14 @@ class Engine:
             if was_idle:
                 waited_s = now - max(self._idle_since, ticket.arrived)
                 ticket.wait_ms = waited_s * 1000
-            with self._contained(ticket):
-                self._queue(ticket, _outcome(future))
+            error = _error_of(future)
+            if error is None:
+                with self._contained(ticket):
+                    self._queue(ticket, future.result())
+            else:
+                # Not raised again: its trace would lead here, to the future that holds it, and what
+                # the request brought would lie in that circle until some garbage collection.
+                self._contain(ticket, error)
 
     def _queue(self, ticket: _Ticket, prepared: Prepared) -> None:
         ticket.prepared = prepared
@@ -812,14 +818,16 @@ def _let_pixels_go(ticket: _Ticket) -> None:
         sequence.prepared = ticket.prepared
 
 
-def _outcome(future: Future[Prepared]) -> Prepared:
-    """What a media thread made of a request, or the error that ends that request."""
+def _error_of(future: Future[Prepared]) -> Exception | None:
+    """What ends a request that a media thread has worked on; None where it is prepared."""
     if future.cancelled():
-        raise EngineClosed
+        return EngineClosed()
     error = future.exception()
-    if error is not None and not isinstance(error, Exception):
-        raise RuntimeError("a callable wanted to end the process") from error
-    return future.result()
+    if error is None or isinstance(error, Exception):
+        return error
+    failure = RuntimeError("a callable wanted to end the process")
+    failure.__cause__ = error
+    return failure
 
 
 def plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:

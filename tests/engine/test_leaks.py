@@ -2,6 +2,7 @@
 
 import gc
 import random
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -44,3 +45,26 @@ def test_objects_stay_as_many_after_requests_of_all_kinds(tiny_folder: Path) -> 
     grown = {name: [count[name] for count in counts[1:]] for name in counts[-1]}
     leaking = {name: of for name, of in grown.items() if of == sorted(of) and of[0] + 3 < of[-1]}
     assert {} == leaking
+
+
+class Broken:
+    """A picture that cannot be read."""
+
+    def __call__(self) -> bytes:
+        return b"not a picture"
+
+
+def test_what_a_refused_request_brought_goes_without_a_garbage_collection(llm: LLM) -> None:
+    source = Broken()
+    leftover = weakref.ref(source)
+    messages = [{"role": "user", "content": [{"type": "image", "image": source}]}]
+    gc.collect()
+    gc.disable()
+    try:
+        (result,) = llm.chat(messages, use_tqdm=False)
+        del source, messages
+
+        assert result.error is not None
+        assert leftover() is None
+    finally:
+        gc.enable()
