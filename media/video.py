@@ -473,13 +473,14 @@ def _read_track(source: InputContainer, stream: VideoStream, limits: VideoLimits
     for packet in source.demux(stream):
         if not packet.size:
             continue  # the empty packet at the end
+        pts = packet.pts  # once: each reading makes a number of its own, and there may be very many
         if packet.is_keyframe or not shown:
-            starts.append(_Start(len(shown), packet.pts, packet.dts, packet.is_keyframe))
-        shown.append(packet.pts)
-        if packet.pts is None:
+            starts.append(_Start(len(shown), pts, packet.dts, packet.is_keyframe))
+        shown.append(pts)
+        if pts is None:
             is_timed = is_timed and packet.is_discard
         elif not packet.is_discard:
-            ticks.add(packet.pts)
+            ticks.add(pts)
         if len(shown) > limits.max_source_frames:
             raise VideoTooLargeError(
                 f"The video has more than the {limits.max_source_frames} frames that one may "
