@@ -43,6 +43,7 @@ from tests.corpus.cases import (
     data_url,
     image_part,
     sample,
+    video_part,
 )
 from tests.corpus.texts import find_leaks
 from tests.media.servers import Answer, Server, serve
@@ -105,8 +106,10 @@ class Front:
         self._secrets = (PLANTED, str(log.parent), str(ROOT), socket.gethostname(), "sqlite")
 
     def warm_up(self) -> None:
-        """Load the model, and what a first picture loads, so that no case pays for it."""
-        self._run(self._submit(Asked(GOOD[1][0].replace(b"before", b"first"))), {})
+        """Load the model, and what a first picture and clip load, so that no case pays for it."""
+        clip = video_part(data_url(sample("clip.mp4"), "video/mp4"))
+        line = build_line(build_body(clip, question="Describe the video."), "first")
+        self._run(self._submit(Asked(line)), {})
         self._first_rss = memory.read_rss(self._process.pid)
 
     def read_growth(self) -> int:
@@ -238,6 +241,8 @@ def open_front(folder: Path, template: bytes) -> Iterator[Front]:
     Args:
         template: an empty SQLite database.
     """
+    # Where the worker stands, for scripts that would read a file there.
+    (folder / "clip.mp4").write_bytes(sample("clip.mp4"))
     (folder / "darkroom.sqlite3").write_bytes(template)
     stores = Stores(
         Database(f"sqlite:///{folder / 'darkroom.sqlite3'}"), FolderBlobs(folder / "blobs")
