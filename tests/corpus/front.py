@@ -31,6 +31,7 @@ from tasks.stores import Stores
 from tasks.submit import PURPOSE, Submission, submit
 from tests.corpus import memory
 from tests.corpus.cases import (
+    MOVES,
     OK,
     PLANTED,
     ROOT,
@@ -50,8 +51,8 @@ from tests.media.servers import Answer, Server, serve
 from tests.tasks.fakes import MODEL, RecordingDispatcher
 
 MAX_S = 10.0
-MAX_GROWTH_BYTES = 128 * memory.MEBIBYTE
-"""A file of 50 MB is there twice: in the worker, and in the process that decodes it."""
+MAX_GROWTH_BYTES = 64 * memory.MEBIBYTE
+"""Of the worker and its decoder processes together, for one item: what they hold at most."""
 
 LIMITS = {"image": 4, "video": 1}
 BAD_LINE = 2
@@ -109,7 +110,9 @@ class Front:
         """Load the model, and what a first picture and clip load, so that no case pays for it."""
         clip = video_part(data_url(sample("clip.mp4"), "video/mp4"))
         line = build_line(build_body(clip, question="Describe the video."), "first")
-        self._run(self._submit(Asked(line)), {})
+        job = self._submit(Asked(line))
+        self._run(job, {})
+        assert MOVES == self._list_ended(job)[BAD_LINE].text
         self._first_rss = memory.read_rss(self._process.pid)
 
     def read_growth(self) -> int:

@@ -85,7 +85,13 @@ def main() -> None:
     config = load_config()
     stores = open_stores(config)
     dispatcher = RecordingDispatcher(config, "redis://127.0.0.1:1/0")
-    engine = load_engine(EngineOptions(MODEL, limits=config.limits_of(MODEL), device="cpu"))
+    options = EngineOptions(
+        MODEL,
+        limits=config.limits_of(MODEL),
+        device="cpu",
+        num_media_processes=config.media_processes,
+    )
+    engine = load_engine(options)
     fetch = SwappedFetch()
     with ThreadPoolExecutor(4) as pool:
         preparer = Preparer(
