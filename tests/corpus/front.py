@@ -102,7 +102,6 @@ class Front:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._servers: list[Any] = []
-        self._first_rss = 0
         # Nothing of the machine, and no word that was planted, belongs into a text.
         self._secrets = (PLANTED, str(log.parent), str(ROOT), socket.gethostname(), "sqlite")
 
@@ -113,11 +112,10 @@ class Front:
         job = self._submit(Asked(line))
         self._run(job, {})
         assert MOVES == self._list_ended(job)[BAD_LINE].text
-        self._first_rss = memory.read_rss(self._process.pid)
 
-    def read_growth(self) -> int:
-        """Bytes that the worker holds more than when it was warm."""
-        return memory.read_rss(self._process.pid) - self._first_rss
+    def read_rss(self) -> int:
+        """Bytes that the worker and its decoder processes hold now."""
+        return memory.read_rss(self._process.pid)
 
     def ask(self, case: Case) -> Row:
         """
