@@ -231,13 +231,13 @@ def test_decoded_frames_are_let_go_at_once_and_no_thread_stays() -> None:
 
     encoded = clip(shades(40))
     gc.collect()
-    num_frames = sum(isinstance(found, av.VideoFrame) for found in gc.get_objects())
+    num_frames = sum(type(found) is av.VideoFrame for found in gc.get_objects())
     num_threads = len(list(Path("/proc/self/task").iterdir()))
     gc.disable()
     try:
         decode_video(encoded, ALL)
 
-        left = sum(isinstance(found, av.VideoFrame) for found in gc.get_objects())
+        left = sum(type(found) is av.VideoFrame for found in gc.get_objects())
         assert num_frames == left
         assert num_threads == len(list(Path("/proc/self/task").iterdir()))
     finally:
