@@ -31,6 +31,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
+from transformers.models.siglip import modeling_siglip as siglip
 
 from engine.kernels import activations, norms, quantised, rope
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
@@ -557,7 +558,7 @@ class FusedVisionBlock(nn.Module):
 
 
 class FusedCLIPAttention(nn.Module):
-    """Attention of a CLIP layer, (pictures, T, width)."""
+    """Attention of a CLIP or SigLIP layer, (pictures, T, width)."""
 
     def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
@@ -611,9 +612,13 @@ def _fuse_clip_attention(attention: Any, fusions: Fusions, _is_last: bool) -> nn
 
 
 def _fuse_clip_mlp(mlp: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
-    if not (fusions.vision and isinstance(mlp.activation_fn, QuickGELUActivation)):
+    if not fusions.vision:
         return None
-    return QuickGELUMLP(mlp.fc1, mlp.fc2, fusions)
+    if isinstance(mlp.activation_fn, QuickGELUActivation):
+        return QuickGELUMLP(mlp.fc1, mlp.fc2, fusions)
+    if isinstance(mlp.activation_fn, GELUTanh):
+        return GELUTanhMLP(mlp.fc1, mlp.fc2, fusions)
+    return None
 
 
 def _is_silu(activation: nn.Module) -> bool:
@@ -650,5 +655,7 @@ _SWAPS: dict[type[nn.Module], _Build] = {
     phi3.Phi3RotaryEmbedding: _fuse_rotary,
     clip.CLIPAttention: _fuse_clip_attention,
     clip.CLIPMLP: _fuse_clip_mlp,
+    siglip.SiglipAttention: _fuse_clip_attention,
+    siglip.SiglipMLP: _fuse_clip_mlp,
     nn.LayerNorm: _fuse_layer_norm,
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.attention import VisionContext, dense_kernels, using
 from engine.families.protocol import Visual
+from engine.fuse import FusedLayerNorm
 from engine.repeats import Repeats
 from engine.uploads import Uploads
 
@@ -75,14 +76,17 @@ class TileEncoder:
             with using(VisionContext(())), dense_kernels(self._device):
                 return see(normalised)
 
-        return call(tiles) if repeats is None else repeats.run(tuple(tiles.shape), call, tiles)
+        # Another encoder of the family, of clips, may take other colours off.
+        key = id(self), *tiles.shape
+        return call(tiles) if repeats is None else repeats.run(key, call, tiles)
 
 
 class Tower:
     """
     A CLIP or SigLIP encoder up to the last state that is read; the layers behind are let go.
 
-    transformers' own call keeps every state between layers, and runs layers that nobody reads.
+    transformers' own call keeps every state between layers, and runs layers that nobody reads. Here
+    additions and the norms behind them are one pass, across layers too.
 
     Args:
         model: transformers' vision model. Its layers lose those that are not read.
@@ -105,13 +109,28 @@ class Tower:
     def __call__(self, pixels: Tensor) -> Tensor:
         """(pictures, 3, height_px, width_px) -> (pictures, rows, width of all states read)."""
         x = self._norm(self._embeddings(pixels))
-        states = [x]
-        for layer in self._layers:
-            x = layer(x, attention_mask=None)
-            x = x if isinstance(x, Tensor) else x[0]
-            states.append(x)
+        states = {0: x}
+        delta: Tensor | None = None  # what is still to be added to x
+        for number, layer in enumerate(self._layers, 1):
+            x, normed = _add(layer.layer_norm1, delta, x)
+            attended, _ = layer.self_attn(normed, attention_mask=None)
+            x, normed = _add(layer.layer_norm2, attended, x)
+            delta = layer.mlp(normed)
+            if number in self._states:
+                states[number] = x + delta
         picked = [states[state][:, int(self._drops_first) :] for state in self._states]
         return picked[0] if len(picked) == 1 else torch.cat(picked, dim=-1)
+
+
+def _add(norm: Any, delta: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum, which may stand where delta stood, and its norm: in one pass where layers are fused."""
+    if delta is None:
+        return x, norm(x)
+    if isinstance(norm, FusedLayerNorm):
+        normed = norm.add_(delta, x)
+        assert isinstance(normed, Tensor), "a norm of its own has no reader in fp8"
+        return delta, normed
+    return delta + x, norm(delta + x)
 
 
 def count_patches(vision: Any) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.vision_utils import get_vision_window_index
 
@@ -290,6 +292,28 @@ def test_llava_says_the_same(llava: Any) -> None:
     assert_near(run_text(llava), run_text(fused))
     for one, other in zip(actual, expected, strict=True):
         assert_near(other, one)
+
+
+def test_siglip_says_the_same() -> None:
+    torch.manual_seed(5)
+    config = SiglipVisionConfig(
+        hidden_size=36,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=56,
+        patch_size=14,
+    )
+    model: Any = _frozen(SiglipVisionModel(config))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    fused = copy.deepcopy(model)
+    swapped = fuse.apply(fused)
+    pixels = torch.randn(2, 3, 56, 56)
+
+    assert 3 == swapped["SiglipAttention"]
+    assert 3 <= swapped["SiglipMLP"]  # and that of the head, where it has one
+    assert_near(model(pixels).last_hidden_state, fused(pixels).last_hidden_state)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "mistral"])
