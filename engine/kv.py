@@ -1,8 +1,10 @@
 """The tensors under the slabs: keys and values of every layer, allocated once."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,4 +52,17 @@ class KVRows:
         for rows in (self.keys, self.values):
             for layer in shape.layers:
                 size = (num_rows, layer.kv_heads, layer.dim)
-                rows.append(torch.zeros(size, dtype=shape.dtype, device=device))
+                rows.append(_zeros(size, shape.dtype, device))
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """
+    On a CPU, memory that counts only where something was written.
+
+    A model that could read 262144 tokens has rows for as many, and hardly a prompt is so long:
+    `torch.zeros` would write all of them.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    num_bytes = math.prod(size) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(size)
