@@ -179,17 +179,20 @@ class _Claim:
     What one decoding may have.
 
     Attributes:
+        file_bytes: the encoded file, which the process has a copy of.
         work_bytes: of the process's own memory.
         place: of its pixels: where in the arena, and (num_frames, height_px, width_px, 3).
     """
 
+    file_bytes: int
     work_bytes: int = 0
     place: tuple[int, tuple[int, ...]] | None = None
     is_admitted: bool = False
 
     @property
     def num_bytes(self) -> int:
-        return self.work_bytes + (math.prod(self.place[1]) if self.place else 0)
+        pixel_bytes = math.prod(self.place[1]) if self.place else 0
+        return self.file_bytes + self.work_bytes + pixel_bytes
 
     def as_message(self, fit: Fit | None) -> Message:
         return {
@@ -397,7 +400,7 @@ class DecoderPool:
             _FullError: callers hold too much of this process's arena.
             BrokenWireError, SilentError, MediaError: the process is of no use any more.
         """
-        claim = _Claim()
+        claim = _Claim(len(encoded))
         try:
             child.left_s = order["limit_s"]
             child.say({**order, "num_bytes": len(encoded)}, behind=encoded)
