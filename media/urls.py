@@ -96,7 +96,7 @@ def parse_url(text: str, ports: Collection[int] = (80, 443)) -> WebUrl:
     if port not in ports:
         raise BadUrlError(
             "The URL names a port that is not open here. Use the default of http or https, or ask "
-            "the operator to open the port."
+            "the operator to open the port with DARKROOM_MEDIA_PORTS."
         )
     target = quote((parts["path"] or "/") + (parts["query"] or ""), safe=_KEPT)
     return WebUrl(scheme, host, port, target)

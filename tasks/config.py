@@ -42,6 +42,7 @@ DAY_S: Final = 24 * 3600
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1, le=65_535)]
 Network = IPv4Network | IPv6Network
 
 
@@ -98,6 +99,10 @@ class Config(BaseSettings):
         media_s3_profile: of AWS's shared files, whose keys read them; by default requests are not
             signed. The keys of the blobs are never used.
         media_s3_endpoint_url, media_s3_region: where those buckets are.
+        media_allowed_hosts, media_allowed_networks: names that may lead to private addresses, and
+            private networks that may be reached, as cdn.internal and 10.1.0.0/16; by default none.
+        media_denied_networks: reached by nobody, though they are public.
+        media_ports: that an address may name besides 80 and 443.
         media_host_connections, media_host_rate: fetches from one host by http, at a time and begun in a
             second, of all workers together where they share a broker.
         media_root: a folder whose files items may name as file://…; on one host without keys only.
@@ -153,6 +158,10 @@ class Config(BaseSettings):
     media_s3_endpoint_url: str | None = None
     media_s3_region: str | None = None
     media_root: Path | None = None
+    media_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    media_allowed_networks: Annotated[tuple[Network, ...], NoDecode] = ()
+    media_denied_networks: Annotated[tuple[Network, ...], NoDecode] = ()
+    media_ports: Annotated[tuple[Port, ...], NoDecode] = ()
     media_host_connections: Count = 32
     media_host_rate: Count = 100
     pepper: SecretStr = SecretStr("")
@@ -204,7 +213,11 @@ class Config(BaseSettings):
     def _parse_limits(cls, given: object) -> object:
         return parse_limits(given) if isinstance(given, str) else given
 
-    @field_validator("metrics_from", "media_s3_buckets", mode="before")
+    @field_validator(
+        *("metrics_from", "media_s3_buckets", "media_allowed_hosts", "media_allowed_networks"),
+        *("media_denied_networks", "media_ports"),
+        mode="before",
+    )
     @classmethod
     def _split_list(cls, given: object) -> object:
         return (
@@ -254,6 +267,14 @@ class Config(BaseSettings):
                 "late must not cost the lease"
             )
         return self
+
+    @field_validator("media_allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(name.lower().removesuffix(".") for name in names)
+        if not all(re.fullmatch(r"[a-z0-9_.-]+", name) for name in names):
+            raise ValueError("give names of hosts, as cdn.internal, without ports or wildcards")
+        return names
 
     @field_validator("media_root", mode="before")
     @classmethod

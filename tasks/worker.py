@@ -30,6 +30,7 @@ import structlog
 from celery import Celery, Task, signals
 from celery.exceptions import Reject
 
+from media.addresses import AddressRules
 from media.folder import FolderReader
 from media.s3_url import parse_open_prefix
 from storage.errors import IdempotencyConflictError, NotFoundError, StorageError
@@ -439,6 +440,12 @@ def open_fetch(
     fetching = FetchConfig(
         image_fetch_timeout_s=fetch_timeout_from(env),
         video_fetch_timeout_s=video_fetch_timeout_from(env),
+        rules=AddressRules(
+            allowed_networks=config.media_allowed_networks,
+            allowed_hosts=frozenset(config.media_allowed_hosts),
+            denied_networks=config.media_denied_networks,
+        ),
+        ports=frozenset({80, 443, *config.media_ports}),
     )
     try:
         sources = SourcesThread(

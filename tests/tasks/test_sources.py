@@ -1,5 +1,6 @@
 """What an operator says about where media come from: a bad word stops the start and names its variable."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import pytest
 from cli.server import build_api_config
 from media.errors import BucketNotAllowedError, FetchFailedError
 from media.limits import IMAGE_LIMITS
-from tasks.config import load_config
+from tasks.config import Config, load_config
 from tasks.errors import BadSettingError
 from tasks.worker import open_fetch
+from tests.media.servers import Server, answering, serve
 
 
 @pytest.mark.parametrize(
@@ -28,8 +30,16 @@ from tasks.worker import open_fetch
         ({"media_root": "/nowhere/at/all"}, "DARKROOM_MEDIA_ROOT"),
         ({"media_root": "/"}, "DARKROOM_MEDIA_ROOT"),
         ({"media_root": "/srv", "database_url": "postgresql://h/d"}, "DARKROOM_MEDIA_ROOT"),
+        ({"media_allowed_hosts": "*.internal"}, "DARKROOM_MEDIA_ALLOWED_HOSTS"),
+        ({"media_allowed_networks": "10.1"}, "DARKROOM_MEDIA_ALLOWED_NETWORKS"),
+        ({"media_denied_networks": "10.1.2.3/8"}, "DARKROOM_MEDIA_DENIED_NETWORKS"),
+        ({"media_ports": "0"}, "DARKROOM_MEDIA_PORTS"),
+        ({"media_ports": "http"}, "DARKROOM_MEDIA_PORTS"),
     ],
-    ids=["bucket", "segment", "profile", "address", "folder", "root", "shared"],
+    ids=[
+        *("bucket", "segment", "profile", "address", "folder", "root", "shared"),
+        *("wildcard", "network", "bits", "port", "name of a port"),
+    ],
 )
 def test_place_that_cannot_be_stops_the_start(words: dict[str, str], variable: str) -> None:
     with pytest.raises(BadSettingError, match=variable), open_fetch(load_config(**words), {}):
@@ -66,3 +76,44 @@ def test_nothing_is_open_unless_it_was_said() -> None:
             with pytest.raises(FetchFailedError) as caught:
                 fetch(url, IMAGE_LIMITS, "a")
             assert caught.value.code in ("file_not_allowed", "bucket_not_allowed")
+
+
+PICTURE = answering(b"a picture")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ({}, "host_not_allowed"),
+        ({"media_allowed_networks": "127.0.0.0/8"}, None),
+        ({"media_allowed_hosts": "other.internal, LocalHost."}, None),
+        ({"media_allowed_hosts": "other.internal"}, "host_not_allowed"),
+        (
+            {"media_allowed_hosts": "localhost", "media_denied_networks": "127.0.0.0/8, ::1/128"},
+            "host_not_allowed",
+        ),
+    ],
+    ids=["closed", "network", "host", "another host", "denied all the same"],
+)
+def test_private_hosts_and_ports_are_open_where_an_operator_says_so(
+    words: dict[str, str], code: str | None
+) -> None:
+    async def scenario() -> list[str | None]:
+        async with serve(PICTURE) as server:
+            return [
+                await asyncio.to_thread(fetch_with, load_config(**words, media_ports=ports), server)
+                for ports in (f"8443,{server.port}", "8443")
+            ]
+
+    assert [code, "bad_url"] == asyncio.run(scenario())
+
+
+def fetch_with(config: Config, server: Server) -> str | None:
+    """The code of the error; None where the picture came."""
+    host = "localhost" if config.media_allowed_hosts else "127.0.0.1"
+    with open_fetch(config, {}) as fetch:
+        try:
+            fetch(f"http://{host}:{server.port}/", IMAGE_LIMITS, "a")
+        except FetchFailedError as error:
+            return error.code
+    return None
