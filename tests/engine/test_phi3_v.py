@@ -4,7 +4,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -576,6 +576,22 @@ def test_factors_go_by_the_prompt_and_not_by_its_neighbours(
     together = phi.generate([short, long] * 3, GREEDY, use_tqdm=False)
 
     assert expected * 3 == token_ids(together)
+
+
+def test_answer_that_crosses_the_length_goes_on_as_it_began(phi: LLM, folder: Path) -> None:
+    most = DEFAULT["original_max_position_embeddings"]
+    prompt = "a" * (most - 11)  # and <s>: ten tokens are left
+    always_short = Phi3VReference(folder)
+    config = (
+        always_short.text.config
+    )  # read at each call; what angles are scaled by is there by now
+    config.original_max_position_embeddings = 10**6
+    config.rope_parameters["original_max_position_embeddings"] = 10**6
+    params = replace(GREEDY, max_tokens=30)
+
+    results = phi.generate([prompt, "b" * 2 * most], params, use_tqdm=False)
+
+    assert always_short.generate(prompt, max_tokens=30, ignore_eos=True) == token_ids(results)[0]
 
 
 def test_all_layers_of_both_halves_are_fused(folder: Path) -> None:

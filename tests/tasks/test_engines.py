@@ -1,11 +1,14 @@
-"""A worker's engine decodes where it is told to, and what ends there is judged."""
+"""A worker's engine starts with what it needs, decodes where it is told to, and its ends are judged."""
 
+import json
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from bench.phi3_v import write_phi3_v
 from engine.config import BUNDLED_FOLDER
-from engine.errors import ResultError
+from engine.errors import BadConfig, ResultError
 from engine.inputs import refused
 from media.decoder import Threads
 from media.errors import DecodeMemoryError, DecoderFailedError, DecodeTimeoutError, MediaError
@@ -54,3 +57,21 @@ def test_ends_of_decoders_are_judged_by_whose_fault_they_may_be(
 
     assert act is judge(told).act
     assert error.code == judge(told).code
+
+
+def test_model_that_cannot_hold_a_conversation_is_refused_before_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    folder = write_phi3_v(tmp_path)  # of full size, and no weights that could be loaded
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(BadConfig, match="has no chat template") as caught:
+        load_engine(EngineOptions(str(folder), max_model_len=64, device="cpu"))
+    with pytest.raises(BadConfig, match="it has no weights in safetensors"):
+        load_engine(
+            EngineOptions(str(folder), max_model_len=64, device="cpu", chat_template="{{ 1 }}")
+        )
+
+    assert "\n" not in str(caught.value)
