@@ -1,6 +1,6 @@
 """LLaVA-1.5: every picture at one size, one token for each patch, behind a Llama or another text model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,15 +8,15 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import BadConfig
-from engine.families.protocol import Description, Family, Plan, Rows, Visual
+from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
 from engine.families.resizing import Resizing, check_aspect
 from engine.families.tiles import TileEncoder, Tower, count_patches
 from media.decoded import Fit
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# What its image processor does where the checkpoint does not say.
-DEFAULT = {
+# What its image processor does where the checkpoint does not say: CLIP's and LLaVA's own, or SigLIP's.
+DEFAULT: Mapping[str, Any] = {
     "do_resize": True,
     "do_center_crop": True,
     "do_rescale": True,
@@ -25,6 +25,14 @@ DEFAULT = {
     "crop_size": {"height": 224, "width": 224},
     "resample": Image.Resampling.BICUBIC,
     "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+SIGLIP_DEFAULT: Mapping[str, Any] = {
+    **DEFAULT,
+    "do_center_crop": False,
+    "size": {"height": 224, "width": 224},
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
 }
 
 
@@ -57,10 +65,15 @@ class Llava(Family):
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
+        check_text(self.text_config)
         self.config = config = description.config
         self.image_token_id = config.image_token_id
-        self._pictures = description.pictures
-        self._resizing = Resizing.read(description.pictures, DEFAULT)
+        pictures = description.pictures
+        processor = str(pictures.get("image_processor_type", "")).removesuffix("Fast")
+        default = SIGLIP_DEFAULT if processor == "SiglipImageProcessor" else DEFAULT
+        told = {key: value for key, value in pictures.items() if value is not None}
+        self._pictures = {**default, **told}
+        self._resizing = Resizing.read(self._pictures)
         vision = config.vision_config
         if (vision.image_size,) * 2 != (self._resizing.height_px, self._resizing.width_px):
             raise BadConfig(
@@ -97,8 +110,8 @@ class Llava(Family):
             weight.device,
             weight.dtype,
             self._pictures,
-            CLIP_MEAN,
-            CLIP_STD,
+            self._pictures["image_mean"],
+            self._pictures["image_std"],
             tile_patches=self._num_patches,
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import BadConfig
 from engine.families.llava import CHAT_TEMPLATE, CLIP_MEAN, CLIP_STD
-from engine.families.protocol import Description, Family, Plan, Rows, Visual
+from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
 from engine.families.resizing import check_aspect, read_sides, resize
 from engine.families.tiles import TileEncoder, Tower, count_patches
 
@@ -53,6 +53,7 @@ class LlavaNext(Family):
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
+        check_text(self.text_config)
         self.config = config = description.config
         self.image_token_id = config.image_token_id
         self._pictures = pictures = description.pictures

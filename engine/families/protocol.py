@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.errors import BadEmbeddings, BadPrompt
+from engine.errors import BadConfig, BadEmbeddings, BadPrompt
 from engine.kv import KVShape
 from engine.repeats import Repeats
 from media.decoded import Fit, RGBImage
@@ -44,6 +44,32 @@ Pixels = npt.NDArray[np.uint8]
 Positions = npt.NDArray[np.int64]
 
 MAX_TILES = 256  # that a request may ask for: far over what models were trained with
+
+
+# Text models that others may be built on, each compared with transformers: causal attention alone, over
+# all rows or a window of them, and rotary positions that do not change with the length of a call.
+TEXT_TYPES = ("llama", "mistral", "qwen2")
+CHANGING_ROPES = ("dynamic", "longrope")
+
+
+def check_text(text_config: Any) -> None:
+    """
+    For families whose config names its text model.
+
+    Raises:
+        BadConfig: one that would run, perhaps, and say something else.
+    """
+    if text_config.model_type not in TEXT_TYPES:
+        raise BadConfig(
+            f"The model's text part is of the type {text_config.model_type!r}, which is not supported "
+            f"yet here: use {', '.join(TEXT_TYPES)}."
+        )
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in CHANGING_ROPES:
+        raise BadConfig(
+            f"The model's positions are of the type {rope['rope_type']!r}, which changes with the "
+            "length of a prompt. That is not supported."
+        )
 
 
 class ImageTooNarrowError(ValueError):

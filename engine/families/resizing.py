@@ -31,14 +31,13 @@ class Resizing:
     resample: Image.Resampling
 
     @classmethod
-    def read(cls, pictures: Mapping[str, Any], default: Mapping[str, Any]) -> Self:
+    def read(cls, told: Mapping[str, Any]) -> Self:
         """
-        Of a preprocessor_config.json; `default` has what its image processor does otherwise.
+        Of a preprocessor_config.json over what its image processor does otherwise.
 
         Raises:
             ValueError: pictures would come out in different sizes.
         """
-        told = {**default, **{key: value for key, value in pictures.items() if value is not None}}
         if not (told["do_resize"] and told["do_rescale"]):
             raise ValueError("pictures come in all sizes, and colours from 0 to 255")
         size, crop = read_sides(told["size"]), read_sides(told.get("crop_size") or {})

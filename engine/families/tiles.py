@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.attention import VisionContext, dense_kernels, using
+from engine.errors import BadConfig
 from engine.families.protocol import Visual
 from engine.fuse import FusedLayerNorm
 from engine.repeats import Repeats
 from engine.uploads import Uploads
 
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 MAX_BATCH_PATCHES = 32_768  # of one call of the tower
 
 See = Callable[[Tensor], Tensor]
@@ -134,7 +136,16 @@ def _add(norm: Any, delta: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def count_patches(vision: Any) -> tuple[int, int]:
-    """Rows of features that a tower of this config gives for a picture, and how many are patches."""
+    """
+    Rows of features that a tower of this config gives for a picture, and how many are patches.
+
+    Raises:
+        BadConfig: an encoder of another form.
+    """
+    if vision.model_type not in TOWERS:
+        raise BadConfig(
+            f"The model's encoder is of the type {vision.model_type!r}, which is not supported yet "
+            f"here: use {' or '.join(TOWERS)}."
+        )
     patches = (vision.image_size // vision.patch_size) ** 2
-    has_class = vision.model_type in ("clip_vision_model", "clip")
-    return patches + int(has_class), patches
+    return patches + int(vision.model_type == "clip_vision_model"), patches

@@ -32,6 +32,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from engine import Request, SamplingParams
 from engine.families import FAMILIES
@@ -42,6 +43,7 @@ from tests.engine.tiny_llava import (
     LLAVA_ONEVISION_OTHER,
     LLAVA_OTHER,
     LLAVA_PADDED,
+    LLAVA_SIGLIP,
     write_tiny_llava,
     write_tiny_llava_next,
     write_tiny_llava_onevision,
@@ -98,6 +100,14 @@ CASES: Mapping[str, Case] = {
         LlavaImageProcessorPil,
         LlavaProcessor,
         LLAVA_PADDED,
+        num_requests=20,
+    ),
+    "llava, SigLIP and Qwen2": Case(
+        "llava",
+        write_tiny_llava,
+        SiglipImageProcessorPil,
+        LlavaProcessor,
+        LLAVA_SIGLIP,
         num_requests=20,
     ),
     "llava next": Case(

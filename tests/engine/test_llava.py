@@ -244,6 +244,23 @@ def test_prompt_that_is_too_long_tells_no_size_that_would_do(llm: LLM) -> None:
             "config.json and preprocessor_config.json that go together",
         ),
         (
+            rewrite("config.json", lambda c: c["text_config"].update(model_type="gemma2")),
+            "The model's text part is of the type 'gemma2', which is not supported yet here: use llama",
+        ),
+        (
+            rewrite(
+                "config.json",
+                lambda c: c["text_config"].update(
+                    rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+                ),
+            ),
+            "The model's positions are of the type 'dynamic', which changes with the length",
+        ),
+        (
+            rewrite("config.json", lambda c: c["vision_config"].update(model_type="pixtral")),
+            "The model's encoder is of the type 'pixtral', which is not supported yet here",
+        ),
+        (
             rewrite("config.json", lambda c: c.update(image_token_index=7)),
             "The tokenizer does not fit the model: <image> is not its token 7.",
         ),

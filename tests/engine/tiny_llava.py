@@ -179,6 +179,20 @@ LLAVA_ONEVISION_OTHER: Changes = {
 }
 
 
+# As published for pictures among text: nothing is said of crops, and squashing is SigLIP's default.
+LLAVA_SIGLIP: Changes = {
+    "text": QWEN2,
+    "vision": SIGLIP,
+    "config": LLAVA_NEXT_OTHER["config"],
+    "pictures": {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 44, "width": 44},
+        "crop_size": None,
+    },
+    "processor": LLAVA_NEXT_OTHER["processor"],
+}
+
+
 def write_tiny_llava(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
     """Write a whole LLaVA-1.5 (weights, configs, tokenizer; no chat template); return its folder."""
     return write(folder, "llava", LLAVA, changes or {}, seed)
