@@ -7,7 +7,7 @@ Each with two shapes of tiny random weights, float32 on a CPU.
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from bench.later_qwen import LaterQwenShape
 from engine import LLM
 from engine.families import find_entry
 from engine.families.protocol import AreaLimits, Description, ImageTooNarrowError, Plan
@@ -358,3 +359,47 @@ def test_size_of_a_clip_is_the_published_one(
             clip_size(num_frames, height_px, width_px, area, 32)
     else:
         assert expected == clip_size(num_frames, height_px, width_px, area, 32)
+
+
+# --- configs as they are published -------------------------------------------------------------------
+
+
+def flatten(config: dict[str, Any]) -> None:
+    """The text's config on top, and its positions as `rope_scaling`, as Qwen2.5-VL's authors write it."""
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    config |= {name: value for name, value in text.items() if name != "model_type"}
+    config["rope_theta"] = rope["rope_theta"]
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    config |= {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 70}
+    config["vision_config"].pop("model_type")
+
+
+def rename(config: dict[str, Any]) -> None:
+    """As Qwen3-VL's authors write it: an older name of its encoder, and positions as `rope_scaling`."""
+    config["vision_config"]["model_type"] = "qwen3_vl"
+    text = config["text_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = rope
+
+
+@pytest.mark.parametrize(("shape", "change"), [(QWEN2_5_VL, flatten), (QWEN3_VL, rename)])
+def test_configs_as_their_authors_write_them(
+    tmp_path: Path, shape: LaterQwenShape, change: Callable[[dict[str, Any]], None]
+) -> None:
+    folder = write_tiny_qwen(tmp_path, shape, seed=3)
+    expected = answer(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+    assert expected == answer(folder)
+
+
+def answer(folder: Path) -> list[list[int]]:
+    prompt = f"{SYSTEM}{PICTURE}What is there?{ANSWER}"
+    given = {"prompt": prompt, "multi_modal_data": {"image": draw(3, 150, 90)}}
+    with LLM(str(folder)) as llm:
+        return token_ids(llm.generate(given, GREEDY, use_tqdm=False))
