@@ -48,6 +48,9 @@ class Entry:
 
 # By the `model_type` of a config.json; "type/vision type" goes first where one type has several encoders.
 FAMILIES: Mapping[str, Entry] = {
+    "internvl": Entry(
+        "engine.families.internvl:InternVL", "transformers:InternVLForConditionalGeneration"
+    ),
     "llava": Entry("engine.families.llava:Llava", "transformers:LlavaForConditionalGeneration"),
     "llava_next": Entry(
         "engine.families.llava_next:LlavaNext", "transformers:LlavaNextForConditionalGeneration"

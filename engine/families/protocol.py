@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engine.errors import BadConfig, BadEmbeddings, BadPrompt
@@ -197,6 +198,13 @@ class Description:
     pictures: Mapping[str, Any] = field(default_factory=dict)
     clips: Mapping[str, Any] = field(default_factory=dict)
     processor: Mapping[str, Any] = field(default_factory=dict)
+
+    def copy_tokenizer(self) -> Tokenizer:
+        """Its core, for families that write text: transformers' own calls change what threads share."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 @dataclass(frozen=True, slots=True)

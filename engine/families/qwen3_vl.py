@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from engine.attention import find_extra
@@ -112,10 +111,7 @@ class Qwen3VL(Qwen2VL):
         self.video_area = area_of(description.clips, USUAL_CLIP_AREA)
         self._vision_start: int = config.vision_start_token_id
         self._vision_end: int = config.vision_end_token_id
-        # A copy of the tokenizer's core: transformers' own calls change its state, threads share it.
-        self._tokenizer = Tokenizer.from_str(description.tokenizer.backend_tokenizer.to_str())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = description.copy_tokenizer()
 
     def plan_clip(
         self,

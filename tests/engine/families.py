@@ -8,6 +8,7 @@ tests/engine/test_families.py runs the same checks for each entry. A new family 
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from PIL import Image
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    InternVLProcessor,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -38,12 +41,14 @@ from engine import Request, SamplingParams
 from engine.families import FAMILIES
 from tests.engine.pictures import draw
 from tests.engine.tiny_llava import (
+    INTERNVL_OTHER,
     LLAVA_NEXT_OTHER,
     LLAVA_NEXT_WINDOW,
     LLAVA_ONEVISION_OTHER,
     LLAVA_OTHER,
     LLAVA_PADDED,
     LLAVA_SIGLIP,
+    write_tiny_internvl,
     write_tiny_llava,
     write_tiny_llava_next,
     write_tiny_llava_onevision,
@@ -62,6 +67,8 @@ class Case:
         write: writes a tiny checkpoint into a folder, by a seed.
         image_processor, processor: transformers' classes.
         picture, clip: how a prompt writes one; no clip where the family sees none.
+        read_clips: what the model is given for a prompt with a clip: transformers' own processors
+            of clips need torchvision.
         are_nested: whether the processor is told which pictures are of one prompt.
         before, after: what stands around a prompt.
     """
@@ -73,6 +80,7 @@ class Case:
     changes: Any = None
     picture: str = "<image>\n"
     clip: str | None = None
+    read_clips: "Callable[[Oracle, Asked], dict[str, Any]] | None" = None
     before: str = "USER: "
     after: str = "\nASSISTANT:"
     max_pictures: int = 4
@@ -80,16 +88,88 @@ class Case:
     num_requests: int = 50  # a family has two shapes of so many, or more
 
 
-class OnevisionProcessor(LlavaOnevisionProcessor):
-    """Without the part that reads clips, which is looked up where torchvision is missing."""
+class WithoutClips:
+    """The part that reads clips is left out: it is looked up where torchvision is missing."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         if argument_name == "video_processor":
             return None
-        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[no-untyped-call]
+        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+
+
+class OnevisionProcessor(WithoutClips, LlavaOnevisionProcessor): ...
+
+
+class TilesProcessor(WithoutClips, InternVLProcessor): ...
+
+
+def read_onevision_clips(oracle: "Oracle", asked: "Asked") -> dict[str, Any]:
+    """Each frame goes through the processor of pictures, as one that is not cut into tiles."""
+    (clip,) = asked.clips
+    size = oracle.image_processor.size["height"]
+    frames = [frame.resize((size, size), Image.Resampling.BICUBIC) for frame in clip]
+    made = oracle.image_processor([frames * 2], return_tensors="pt")  # several, or it is tiled
+    pixels = made["pixel_values"][: len(clip), 0]
+    side = math.ceil(math.isqrt(oracle.processor.num_image_tokens) / 2)
+    count = len(clip) * side**2 + 1  # the model refuses any other number
+    assert oracle.case.clip is not None
+    # It refuses its own mark of a clip that it does not read: another stands in.
+    stand_in: str = oracle.processor.tokenizer.pad_token
+    prompt = asked.prompt.replace(oracle.case.clip.strip(), stand_in * count)
+    inputs = oracle.read(Asked("", prompt, asked.pictures, [], 1))
+    ids = inputs["input_ids"]
+    ids[ids == oracle.processor.tokenizer.pad_token_id] = oracle.model.config.video_token_id
+    return {**inputs, "pixel_values_videos": pixels[None]}
+
+
+def read_internvl_clips(oracle: "Oracle", asked: "Asked") -> dict[str, Any]:
+    """A frame is one tile, behind its number; placeholders are written out, pictures' too."""
+    marks = iter(re.findall("<IMG_CONTEXT>|<video>", asked.prompt))
+    pictures, (clip,) = iter(asked.pictures), asked.clips
+    pixels = []
+
+    def write(images: Sequence[Image.Image], *, is_tiled: bool) -> list[str]:
+        written = []
+        for image in images:
+            made = oracle.image_processor([image], return_tensors="pt", crop_to_patches=is_tiled)
+            pixels.append(made["pixel_values"])
+            count = len(made["pixel_values"]) * oracle.processor.image_seq_length
+            written.append(f"<img>{'<IMG_CONTEXT>' * count}</img>")
+        return written
+
+    pieces = re.split("<IMG_CONTEXT>|<video>", asked.prompt)
+    prompt = pieces[0]
+    for mark, piece in zip(marks, pieces[1:], strict=True):
+        if mark == "<video>":
+            frames = write(clip, is_tiled=False)
+            prompt += "\n".join(f"Frame{n}: {frame}" for n, frame in enumerate(frames, 1))
+        else:
+            prompt += write([next(pictures)], is_tiled=True)[0]
+        prompt += piece
+    inputs = oracle.processor.tokenizer(prompt, return_tensors="pt")
+    return {**inputs, "pixel_values": torch.cat(pixels)}
 
 
 CASES: Mapping[str, Case] = {
+    "internvl": Case(
+        "internvl",
+        write_tiny_internvl,
+        GotOcr2ImageProcessorPil,
+        TilesProcessor,
+        picture="<IMG_CONTEXT>\n",
+        clip="<video>\n",
+        read_clips=read_internvl_clips,
+    ),
+    "internvl, RMSNorm and Llama": Case(
+        "internvl",
+        write_tiny_internvl,
+        GotOcr2ImageProcessorPil,
+        TilesProcessor,
+        INTERNVL_OTHER,
+        picture="<IMG_CONTEXT>\n",
+        clip="<video>\n",
+        read_clips=read_internvl_clips,
+    ),
     "llava": Case("llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor),
     "llava, other heads, squashed": Case(
         "llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor, LLAVA_OTHER
@@ -134,6 +214,7 @@ CASES: Mapping[str, Case] = {
         LlavaOnevisionImageProcessorPil,
         OnevisionProcessor,
         clip="<video>\n",
+        read_clips=read_onevision_clips,
         are_nested=True,
     ),
     "llava onevision, all shrunk": Case(
@@ -143,6 +224,7 @@ CASES: Mapping[str, Case] = {
         OnevisionProcessor,
         LLAVA_ONEVISION_OTHER,
         clip="<video>\n",
+        read_clips=read_onevision_clips,
         are_nested=True,
     ),
 }
@@ -178,7 +260,7 @@ class Oracle:
             tokenizer=AutoTokenizer.from_pretrained(folder),
             **told,
         )
-        self._case = case
+        self.case = case
         model_class = FAMILIES[case.model_type].load_model_class()
         self.model = model_class.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
@@ -188,33 +270,13 @@ class Oracle:
     def read(self, asked: Asked) -> dict[str, Any]:
         """What the model is given."""
         if asked.clips:
-            return self._read_clips(asked)
+            assert self.case.read_clips is not None
+            return self.case.read_clips(self, asked)
         media: dict[str, Any] = {}
         if asked.pictures:
             pictures = list(asked.pictures)
-            media["images"] = [pictures] if self._case.are_nested else pictures
+            media["images"] = [pictures] if self.case.are_nested else pictures
         return dict(self.processor(text=[asked.prompt], return_tensors="pt", **media))
-
-    def _read_clips(self, asked: Asked) -> dict[str, Any]:
-        """
-        The same for a prompt with a clip: transformers' processors of clips need torchvision, so
-        each frame goes through the one of pictures, as one that is not cut into tiles.
-        """
-        (clip,) = asked.clips
-        size = self.image_processor.size["height"]
-        frames = [frame.resize((size, size), Image.Resampling.BICUBIC) for frame in clip]
-        made = self.image_processor([frames * 2], return_tensors="pt")  # several, or it is tiled
-        pixels = made["pixel_values"][: len(clip), 0]
-        side = math.ceil(math.isqrt(self.processor.num_image_tokens) / 2)
-        count = len(clip) * side**2 + 1  # the model refuses any other number
-        assert self._case.clip is not None
-        # It refuses its own mark of a clip that it does not read: another stands in.
-        stand_in: str = self.processor.tokenizer.pad_token
-        prompt = asked.prompt.replace(self._case.clip.strip(), stand_in * count)
-        inputs = self.read(Asked("", prompt, asked.pictures, [], 1))
-        ids = inputs["input_ids"]
-        ids[ids == self.processor.tokenizer.pad_token_id] = self.model.config.video_token_id
-        return {**inputs, "pixel_values_videos": pixels[None]}
 
     @torch.inference_mode()
     def generate(self, asked: Asked) -> list[int]:

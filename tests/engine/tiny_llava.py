@@ -6,14 +6,14 @@ their size.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from bench.configs import LLAVA_FIRST, build_llava_tokenizer
+from bench.configs import LLAVA_FIRST, LLAVA_LAST, build_tokenizer
 from engine.families import FAMILIES
 from tests.engine.tiny import NUM_BYTES, WEIGHT_STD
 
@@ -193,6 +193,63 @@ LLAVA_SIGLIP: Changes = {
 }
 
 
+INTERNVL_MARKS = ("<IMG_CONTEXT>", "<pad>", "<video>", "<img>", "</img>")
+INTERNVL: Changes = {
+    "text": {**LLAMA, **QWEN2},
+    "vision": {
+        "model_type": "internvl_vision",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": [56, 56],
+        "patch_size": [14, 14],
+    },
+    "config": {"image_token_id": IMAGE_ID},
+    "pictures": {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "size": {"height": 56, "width": 56},
+        "crop_to_patches": True,
+        "max_patches": 6,
+    },
+    "processor": {"image_seq_length": 4},
+}
+# RMSNorm, also of queries and keys, wider heads, a norm at the end, a Llama, tiles of a third size.
+INTERNVL_OTHER: Changes = {
+    "text": LLAMA,
+    "vision": {
+        "hidden_size": 48,
+        "norm_type": "rms_norm",
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "use_mean_pooling": False,
+        "image_size": [48, 48],
+        "patch_size": [8, 8],
+    },
+    "pictures": {
+        "size": {"height": 48, "width": 48},
+        "min_patches": 2,
+        "max_patches": 4,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.2],
+        "resample": 2,
+    },
+    "processor": {"image_seq_length": 9},
+}
+
+
+def write_tiny_internvl(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
+    named = {
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+    }
+    return write(
+        folder, "internvl", INTERNVL, changes or {}, seed, marks=INTERNVL_MARKS, named=named
+    )
+
+
 def write_tiny_llava(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
     """Write a whole LLaVA-1.5 (weights, configs, tokenizer; no chat template); return its folder."""
     return write(folder, "llava", LLAVA, changes or {}, seed)
@@ -208,10 +265,25 @@ def write_tiny_llava_onevision(
     return write(folder, "llava_onevision", LLAVA_ONEVISION, changes or {}, seed)
 
 
-def write(folder: Path, model_type: str, default: Changes, changes: Changes, seed: int) -> Path:
+def write(
+    folder: Path,
+    model_type: str,
+    default: Changes,
+    changes: Changes,
+    seed: int,
+    *,
+    marks: Sequence[str] = LLAVA_LAST,
+    named: Mapping[str, str] | None = None,
+) -> Path:
+    """
+    Args:
+        marks: special tokens from IMAGE_ID on.
+        named: those that the tokenizer has attributes for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {part: {**default[part], **changes.get(part, {})} for part in default}
-    build_llava_tokenizer(NUM_TEXT_IDS).save(str(folder / "tokenizer.json"))
+    tokenizer = build_tokenizer(NUM_TEXT_IDS, first=LLAVA_FIRST, last=marks, begins_with="<s>")
+    tokenizer.save(str(folder / "tokenizer.json"))
     files: dict[str, Any] = {
         "config.json": {
             "model_type": model_type,
@@ -229,6 +301,7 @@ def write(folder: Path, model_type: str, default: Changes, changes: Changes, see
             "eos_token": "</s>",
             "pad_token": "<pad>",
             "unk_token": "<unk>",
+            "extra_special_tokens": dict(named or {}),
         },
     }
     for name, content in files.items():
