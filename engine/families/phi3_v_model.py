@@ -177,6 +177,12 @@ class Phi3VForCausalLM(Phi3PreTrainedModel):  # type: ignore[no-untyped-call]
     config_class = Phi3VConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(cls, folder: Any, **words: Any) -> Any:  # type: ignore[override]
+        """The published model has its word embeddings twice; which of the names is stored varies."""
+        words["key_mapping"] = {r"^model\.vision_embed_tokens\.wte\.": "model.embed_tokens."}
+        return super().from_pretrained(folder, **words)
+
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         self.model = Phi3Model(config.text_config)

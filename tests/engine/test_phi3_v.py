@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, Phi3Config
@@ -163,6 +165,24 @@ def test_code_beside_the_weights_is_not_run_whoever_trusts_it(tmp_path: Path, tr
     LLM(str(folder), trust_remote_code=trusts).close()
 
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("has_both", [True, False])
+def test_word_embeddings_are_found_under_either_name(
+    folder: Path, tmp_path: Path, has_both: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    weights = load_file(copy / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    weights["model.vision_embed_tokens.wte.weight"] = embeddings.clone()
+    if not has_both:
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+
+    with LLM(str(copy)) as llm:
+        loaded: Any = llm.engine.checkpoint.family.embed
+        assert torch.equal(embeddings, loaded.weight)
+    assert ("", "") == capfd.readouterr()
 
 
 # --- pictures ----------------------------------------------------------------------------------------
