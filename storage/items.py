@@ -165,6 +165,7 @@ class Failure:
         code, message: safe to show to the client.
         is_transient: trying again may help, and is done while charged tries are left.
         retry_after_s: what the other side asked for; obeyed up to `BACKOFF_MAX_S`.
+        details: kept where the item ends with it.
     """
 
     fence: Fence
@@ -172,6 +173,7 @@ class Failure:
     message: str
     is_transient: bool
     retry_after_s: float = 0.0
+    details: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -582,14 +584,14 @@ def fail(
     by_item = {failure.fence.item: failure for failure in failures}
     held = _lock_fenced(session, [failure.fence for failure in by_item.values()])
     back: dict[ItemId, float] = {}
-    failed: dict[ItemId, tuple[str, str]] = {}
+    failed: dict[ItemId, _Reason] = {}
     for item in held:
         failure = by_item[item.id]
         if failure.is_transient and item.charged + 1 < max_attempts:
             asked_s = min(failure.retry_after_s, BACKOFF_MAX_S)
             back[item.id] = max(asked_s, draw_backoff_s(item.charged))
         else:
-            failed[item.id] = (failure.code, failure.message)
+            failed[item.id] = (failure.code, failure.message, failure.details)
     jobs = {item.id: item.job_id for item in held}
     for item_id, delay_s in back.items():
         _give_back(session, [item_id], delay_s, charged=Item.charged + 1)
@@ -791,7 +793,7 @@ def list_by_commit(
     return [Ended(*row) for row in rows]
 
 
-_ENDED: Final = (
+_ENDED: Final[tuple[Any, ...]] = (
     Item.id,
     func.coalesce(Result.seq, Item.seq, 0),
     Item.line,
@@ -806,7 +808,7 @@ _ENDED: Final = (
     Result.finish_reason,
     Result.num_prompt_tokens,
     Result.num_completion_tokens,
-    Result.details,
+    func.coalesce(Result.details, Item.error_details),
     Item.ended_at,
 )
 
@@ -916,17 +918,21 @@ def _crash(session: Session, held: Sequence[_Held], *, are_suspects: bool) -> Ou
     ended = _end_failed(
         session,
         {item.id: item.job_id for item in held},
-        dict.fromkeys(guilty_ids, ("worker_crash", text)),
+        dict.fromkeys(guilty_ids, ("worker_crash", text, None)),
         charged=Item.charged + 1,
         num_crashes=Item.num_crashes + 1,
     )
     return Outcome(frozenset(item.id for item in held), ended)
 
 
+_Reason = tuple[str, str, Mapping[str, Any] | None]
+"""Code, message and details."""
+
+
 def _end_failed(
     session: Session,
     jobs: Mapping[ItemId, JobId],
-    failed: Mapping[ItemId, tuple[str, str]],
+    failed: Mapping[ItemId, "_Reason"],
     **values: ColumnElement[Any],
 ) -> tuple[JobId, ...]:
     """Fail items under our lock, count them, and number them; returns the jobs that ended."""
@@ -934,7 +940,7 @@ def _end_failed(
     for job, ids in _group_by_job({item: jobs[item] for item in failed}).items():
         seqs, is_over = _count_ends(session, job, ItemState.FAILED, len(ids))
         for seq, item in zip(seqs, ids, strict=True):
-            code, message = failed[item]
+            code, message, details = failed[item]
             session.execute(
                 update(Item)
                 .where(Item.id == item, in_state(Item.state, ItemState.LEASED))
@@ -946,6 +952,7 @@ def _end_failed(
                     seq=seq,
                     error_code=code,
                     error_message=message,
+                    error_details=None if details is None else dict(details),
                     **values,
                 )
                 .execution_options(synchronize_session=False)

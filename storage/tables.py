@@ -295,6 +295,8 @@ class Item(Base):
     """The commit number of a failure; a completed item's stands in its result."""
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
+    error_details: Mapped[dict[str, Any] | None]
+    """Where its media came from, as far as they came; a completed item's stand in its result."""
 
     __table_args__ = (
         UniqueConstraint("job_id", "line"),

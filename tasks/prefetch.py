@@ -123,10 +123,16 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An item that cannot run: `tasks.retry` says what becomes of it."""
+    """
+    An item that cannot run: `tasks.retry` says what becomes of it.
+
+    Args:
+        media: as in `Ready`, as far as they came.
+    """
 
     item: LeasedItem
     error: Exception
+    media: Sequence[Mapping[str, Any]] = ()
 
 
 # Lines with too much were refused when the job was expanded, and the engine has the last word.
@@ -275,13 +281,13 @@ class Preparer:
                     raise
                 fetched = self._fetch_within(draft, IMAGE_LIMITS.max_bytes, VIDEO_LIMITS.max_bytes)
         except (FetchFailedError, StorageError) as error:
-            return Refused(draft.item, error)
+            return Refused(draft.item, error, draft.media)
         num_bytes = sum(len(one.content) for one in fetched.values())
         hold.shrink(item, draft.num_bytes + num_bytes)
         try:
             return draft.build(fetched, self.measure)
         except MediaError as error:
-            return Refused(draft.item, error)
+            return Refused(draft.item, error, draft.media)
 
     def _fetch_within(
         self, draft: "_Draft", max_image_bytes: int, max_video_bytes: int
@@ -289,10 +295,15 @@ class Preparer:
         tenant = self._name(draft.item.tenant)
         image = replace(IMAGE_LIMITS, max_bytes=min(max_image_bytes, IMAGE_LIMITS.max_bytes))
         video = replace(VIDEO_LIMITS, max_bytes=min(max_video_bytes, VIDEO_LIMITS.max_bytes))
-        return {
-            url: self.fetch(url, video if is_video else image, tenant)
-            for url, is_video in draft.urls.items()
-        }
+        fetched: dict[str, Fetched] = {}
+        for url, is_video in draft.urls.items():
+            try:
+                fetched[url] = self.fetch(url, video if is_video else image, tenant)
+            except FetchFailedError as error:
+                draft.facts[url] = error.facts or {}
+                raise
+            draft.facts[url] = asdict(fetched[url].report)
+        return fetched
 
     def _name(self, tenant: TenantId) -> str:
         """Names of tenants stay, so each is read once."""
@@ -322,6 +333,7 @@ class _Draft:
         self.item = item
         self.num_bytes = num_bytes
         self.urls: dict[str, bool] = {}  # and whether a video is expected there
+        self.facts: dict[str, Mapping[str, Any]] = {}  # of each fetch that has ended
         self._media: list[dict[str, Any]] = []
         self._body = body
         self._params = params
@@ -332,6 +344,20 @@ class _Draft:
         self._images_each = 0  # of one prompt, where there are more
         self._num_given = 0
         self._num_used = 0
+
+    @property
+    def media(self) -> list[dict[str, Any]]:
+        """
+        Where the pictures and clips that are used come from, as far as they came.
+
+        Without their addresses, which may be secret.
+        """
+        reports = []
+        for one in self._media:
+            facts = self.facts.get(one["url"], {}) if "url" in one else one
+            known = {name: fact for name, fact in facts.items() if fact is not None}
+            reports.append({"kind": one["kind"], **known})
+        return reports
 
     @property
     def expected_bytes(self) -> int:
@@ -462,7 +488,7 @@ class _Draft:
             self._body.image_policy,
             self._num_given,
             self._num_used,
-            [_report(one, fetched) for one in self._media],
+            self.media,
             self._split(measure),
         )
 
@@ -479,14 +505,6 @@ class _Draft:
         if self._images_each:
             return split_images(self._messages, self._images, self._images_each)
         return None
-
-
-def _report(one: Mapping[str, Any], fetched: Mapping[str, Fetched]) -> dict[str, Any]:
-    """Where one picture or clip comes from, without the address, which may be a secret."""
-    if "url" not in one:
-        return dict(one)
-    said = asdict(fetched[one["url"]].report).items()
-    return {"kind": one["kind"], **{name: fact for name, fact in said if fact is not None}}
 
 
 def _describe_data_url(url: str) -> dict[str, Any]:

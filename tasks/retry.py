@@ -6,9 +6,10 @@ may pass is tried again with a delay, a few times. What was no fault of the item
 without a charge. What took the device away ends the process.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from engine.errors import EngineError, ResultError
 from media.errors import FetchFailedError, HostPausedError, MediaError
@@ -34,16 +35,19 @@ class Verdict:
     Args:
         code, message: what the client is told if the item ends here.
         retry_after_s: what the other side asked for.
+        media: where the item's pictures and clips came from, as far as they came.
     """
 
     act: Act
     code: str
     message: str
     retry_after_s: float = 0.0
+    media: Sequence[Mapping[str, Any]] = ()
 
     def as_failure(self, fence: Fence) -> Failure:
         is_transient = self.act is Act.RETRY
-        return Failure(fence, self.code, self.message, is_transient, self.retry_after_s)
+        details = {"media": list(self.media)} if self.media else None
+        return Failure(fence, self.code, self.message, is_transient, self.retry_after_s, details)
 
 
 def judge(error: Exception | ResultError) -> Verdict:

@@ -449,7 +449,7 @@ class Runner:
         hold.release(fence.item)
         flight.note_answer(fence.item)
         if result.error is not None:
-            self._settle(flight, fence, judge(result.error))
+            self._settle(flight, fence, replace(judge(result.error), media=ready.media))
         else:
             self._put(flight, build_completion(ready, result))
 
@@ -480,7 +480,7 @@ class Runner:
         fence = refused.item.fence
         hold.release(fence.item)
         flight.note_answer(fence.item)
-        self._settle(flight, fence, judge(refused.error))
+        self._settle(flight, fence, replace(judge(refused.error), media=refused.media))
 
     # --- items that are asked in parts ---------------------------------------------------------------
 
@@ -577,7 +577,7 @@ class Runner:
             if move.end.act is Act.RELEASE:
                 self._committer.flush()  # what is not written under this lease would be lost
             wait_s = 0.0 if move.end is CUT_SHORT else STORE_WAIT_S
-            self._settle(flight, fence, move.end, wait_s=wait_s)
+            self._settle(flight, fence, replace(move.end, media=assembly.media), wait_s=wait_s)
 
     def _settle(
         self, flight: Flight, fence: Fence, verdict: Verdict, *, wait_s: float = STORE_WAIT_S

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -1074,6 +1074,43 @@ def test_result_says_where_its_media_came_from_and_keeps_their_addresses_out(rig
         {"kind": "video", "scheme": "data", "media_type": "video/jpeg"},
     ] == line["media"]
     assert "hush" not in json.dumps(line)
+
+
+def test_failure_says_where_its_media_came_from_as_far_as_they_came(rig: Rig) -> None:
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        if "gone" not in url:
+            return b"a picture"
+        error = FetchFailedError("Failed to fetch media from URL: HTTP 404 error. Check it.")
+        report = FetchReport("https", "gone.test", None, 0, None, 2.5, 1, 1, error.code)
+        error.facts = asdict(report)
+        raise error
+
+    job = rig.make(
+        build_request("a", messages=show("https://gone.test/?signature=hush")),
+        build_request("b", "a bad picture", num_images=1),
+        build_request("c", "bad luck"),
+    )
+    for _ in range(3):
+        rig.run(fetch=fetch)
+        let_backoff_end(rig.stores.database)
+
+    gone, bad, unlucky = (build_line(job, MODEL, ended) for ended in rig.ended(job))
+    assert [
+        {
+            "kind": "image",
+            "scheme": "https",
+            "host": "gone.test",
+            "num_bytes": 0,
+            "fetch_ms": 2.5,
+            "num_redirects": 1,
+            "num_tries": 1,
+            "error_code": "image_fetch_failed",
+        }
+    ] == gone["media"]
+    assert "hush" not in json.dumps(gone)
+    assert 400 == gone["response"]["status_code"]
+    assert [("data", 85)] == [(one["scheme"], one["num_bytes"]) for one in bad["media"]]
+    assert "media" not in unlucky
 
 
 def test_sizes_stand_beside_where_media_came_from(rig: Rig) -> None:
