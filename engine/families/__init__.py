@@ -46,11 +46,14 @@ class Entry:
         return _load(self.config or "transformers:AutoConfig")
 
 
+_TEXT = "engine.families.text:TextOnly"
+
 # By the `model_type` of a config.json; "type/vision type" goes first where one type has several encoders.
 FAMILIES: Mapping[str, Entry] = {
     "internvl": Entry(
         "engine.families.internvl:InternVL", "transformers:InternVLForConditionalGeneration"
     ),
+    "llama": Entry(_TEXT, "transformers:LlamaForCausalLM"),
     "llava": Entry("engine.families.llava:Llava", "transformers:LlavaForConditionalGeneration"),
     "llava_next": Entry(
         "engine.families.llava_next:LlavaNext", "transformers:LlavaNextForConditionalGeneration"
@@ -59,11 +62,13 @@ FAMILIES: Mapping[str, Entry] = {
         "engine.families.llava_onevision:LlavaOnevision",
         "transformers:LlavaOnevisionForConditionalGeneration",
     ),
+    "mistral": Entry(_TEXT, "transformers:MistralForCausalLM"),
     "phi3_v": Entry(
         "engine.families.phi3_v:Phi3V",
         "engine.families.phi3_v_model:Phi3VForCausalLM",
         "engine.families.phi3_v_model:Phi3VConfig",
     ),
+    "qwen2": Entry(_TEXT, "transformers:Qwen2ForCausalLM"),
     "qwen2_vl": Entry(
         "engine.families.qwen2_vl:Qwen2VL", "transformers:Qwen2VLForConditionalGeneration"
     ),

@@ -52,6 +52,7 @@ from tests.engine.tiny_llava import (
     write_tiny_llava,
     write_tiny_llava_next,
     write_tiny_llava_onevision,
+    write_tiny_text,
 )
 
 WORDS = ("Describe.", "What is this?", "Which one is red?", "a b", "And now", "Read it aloud.")
@@ -65,7 +66,7 @@ class Case:
 
     Attributes:
         write: writes a tiny checkpoint into a folder, by a seed.
-        image_processor, processor: transformers' classes.
+        image_processor, processor: transformers' classes; None for text alone.
         picture, clip: how a prompt writes one; no clip where the family sees none.
         read_clips: what the model is given for a prompt with a clip: transformers' own processors
             of clips need torchvision.
@@ -150,6 +151,11 @@ def read_internvl_clips(oracle: "Oracle", asked: "Asked") -> dict[str, Any]:
     return {**inputs, "pixel_values": torch.cat(pixels)}
 
 
+def text_case(model_type: str, **changes: Any) -> Case:
+    changes = {"text": {"model_type": model_type, **changes}}
+    return Case(model_type, write_tiny_text, None, None, changes, num_requests=20, max_pictures=0)
+
+
 CASES: Mapping[str, Case] = {
     "internvl": Case(
         "internvl",
@@ -170,6 +176,9 @@ CASES: Mapping[str, Case] = {
         clip="<video>\n",
         read_clips=read_internvl_clips,
     ),
+    "llama": text_case("llama", num_key_value_heads=2),
+    "mistral, with a window": text_case("mistral", sliding_window=16),
+    "qwen2": text_case("qwen2", tie_word_embeddings=True),
     "llava": Case("llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor),
     "llava, other heads, squashed": Case(
         "llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor, LLAVA_OTHER
@@ -253,13 +262,14 @@ class Oracle:
     """transformers, reading a checkpoint of its own accord."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        told = json.loads((folder / "processor_config.json").read_text())
-        self.image_processor = case.image_processor.from_pretrained(folder)
-        self.processor = case.processor(
-            image_processor=self.image_processor,
-            tokenizer=AutoTokenizer.from_pretrained(folder),
-            **told,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.processor: Any = tokenizer
+        if case.processor is not None:
+            told = json.loads((folder / "processor_config.json").read_text())
+            self.image_processor = case.image_processor.from_pretrained(folder)
+            self.processor = case.processor(
+                image_processor=self.image_processor, tokenizer=tokenizer, **told
+            )
         self.case = case
         model_class = FAMILIES[case.model_type].load_model_class()
         self.model = model_class.from_pretrained(

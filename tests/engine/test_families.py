@@ -13,7 +13,7 @@ from engine import LLM, Request
 from engine.families.protocol import Visual
 from engine.processor import Prepared
 from tests.engine.families import CASES, Asked, Case, Oracle, mixed, size
-from tests.engine.pictures import GREEDY, cut_picture, draw, encode, token_ids
+from tests.engine.pictures import GREEDY, cut_picture, draw, encode, error_of, token_ids
 
 NUM_ALONE = 12
 NUM_SIZES = 50
@@ -62,6 +62,8 @@ def test_mixed_requests_are_answered_as_by_transformers_in_any_order(loaded: Loa
 
 def test_pictures_of_all_sizes_are_cut_as_by_transformers(loaded: Loaded) -> None:
     family = loaded.llm.engine.checkpoint.family
+    if "image" not in family.modalities:
+        pytest.skip("it sees no pictures")
     rng = random.Random("sizes")
     worst = 0.0
     for seed in range(NUM_SIZES):
@@ -81,6 +83,8 @@ def test_pictures_of_all_sizes_are_cut_as_by_transformers(loaded: Loaded) -> Non
 
 def test_encoded_files_are_seen_as_what_they_hold(loaded: Loaded) -> None:
     """Where a family only resamples, whoever decodes a file does that too."""
+    if "image" not in loaded.llm.engine.checkpoint.family.modalities:
+        pytest.skip("it sees no pictures")
     prompt = loaded.case.before + loaded.case.picture + loaded.case.after
     picture = draw(1, 90, 70)
     plain, encoded = (
@@ -109,4 +113,24 @@ def test_what_a_family_does_not_see_is_refused(loaded: Loaded) -> None:
     (result,) = loaded.llm.generate(given, use_tqdm=False)
 
     assert result.error is not None
-    assert "Unsupported modality: video. Use image." == result.error.message
+    advice = "Use image." if "image" in known else "This model reads text alone."
+    assert f"Unsupported modality: video. {advice}" == result.error.message
+
+
+def test_chat_of_a_text_model_takes_no_pictures(loaded: Loaded) -> None:
+    if "image" in loaded.llm.engine.checkpoint.family.modalities:
+        pytest.skip("it sees pictures")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    seen, said = (
+        loaded.llm.chat(
+            {"role": "user", "content": content}, GREEDY, use_tqdm=False, chat_template=template
+        )
+        for content in ([{"type": "image", "image": draw(1)}, "x"], "x")
+    )
+    clip = [{"role": "user", "content": [{"type": "video", "video": [draw(1), draw(2)]}]}]
+    watched = loaded.llm.chat(clip, GREEDY, use_tqdm=False, chat_template=template)
+
+    assert "Unsupported modality: image. This model reads text alone." == error_of(seen)
+    assert "Unsupported modality: video. This model reads text alone." == error_of(watched)
+    assert "x" == said[0].prompt
+    assert 12 == len(token_ids(said)[0])

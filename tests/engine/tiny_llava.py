@@ -20,6 +20,7 @@ from tests.engine.tiny import NUM_BYTES, WEIGHT_STD
 Changes = Mapping[str, Mapping[str, Any]]
 """What to write over a default: values by part, `text`, `vision`, `config`, `pictures`, `processor`."""
 
+PICTURE_FILES = {"pictures": "preprocessor_config.json", "processor": "processor_config.json"}
 NUM_TEXT_IDS = NUM_BYTES + len(LLAVA_FIRST)
 IMAGE_ID = NUM_TEXT_IDS
 VOCAB = NUM_TEXT_IDS + 8  # a few ids at the end have no token, as in the checkpoints of the world
@@ -250,6 +251,12 @@ def write_tiny_internvl(folder: Path, *, seed: int = 0, changes: Changes | None 
     )
 
 
+def write_tiny_text(folder: Path, *, seed: int = 0, changes: Changes) -> Path:
+    """A text model alone: the `text` of a LLaVA with these changes."""
+    write(folder, "", {"text": LLAMA, "config": {}}, changes, seed)
+    return folder
+
+
 def write_tiny_llava(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
     """Write a whole LLaVA-1.5 (weights, configs, tokenizer; no chat template); return its folder."""
     return write(folder, "llava", LLAVA, changes or {}, seed)
@@ -284,17 +291,19 @@ def write(
     parts = {part: {**default[part], **changes.get(part, {})} for part in default}
     tokenizer = build_tokenizer(NUM_TEXT_IDS, first=LLAVA_FIRST, last=marks, begins_with="<s>")
     tokenizer.save(str(folder / "tokenizer.json"))
-    files: dict[str, Any] = {
-        "config.json": {
+    config: dict[str, Any] = {"dtype": "float32", **parts["config"]}
+    if "vision" in parts:
+        config |= {
             "model_type": model_type,
-            "dtype": "float32",
             "image_token_index": IMAGE_ID,
             "text_config": parts["text"],
             "vision_config": parts["vision"],
-            **parts["config"],
-        },
-        "preprocessor_config.json": parts["pictures"],
-        "processor_config.json": parts["processor"],
+        }
+    else:
+        config |= parts["text"]
+    files: dict[str, Any] = {
+        "config.json": config,
+        **{name: parts[part] for part, name in PICTURE_FILES.items() if part in parts},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<s>",
@@ -306,7 +315,7 @@ def write(
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    _save_weights(folder, model_type, seed)
+    _save_weights(folder, config["model_type"], seed)
     return folder
 
 
