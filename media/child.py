@@ -34,6 +34,7 @@ LATE_IMPORTS: Final = ("PIL.MpoImagePlugin", "PIL.TiffImagePlugin", "av.subtitle
 for _name in LATE_IMPORTS:
     with suppress(ImportError):  # the extra `video` may not be installed
         import_module(_name)
+Image.preinit()
 
 READING_BYTES: Final = 96 << 20
 """For headers and Python itself, beside twice the encoded bytes and what a header asks for."""
@@ -117,10 +118,10 @@ def serve(birth: Birth, decode: Decode) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     arena = open_view(birth.memory, birth.arena_bytes)
     wire = ChildWire(birth.reading, birth.writing)
-    meter = _open_meter()
-    is_filtered = confine(_mapped_bytes(meter) + birth.work_bytes + READING_BYTES)
+    memory = _Memory()
+    is_filtered = confine(memory.measure(birth.work_bytes + READING_BYTES))
     wire.send({"say": "ready", "is_filtered": is_filtered})
-    server = Server(wire, arena, decode, meter)
+    server = Server(wire, arena, decode, memory)
     try:
         while True:
             server.answer(wire.receive())
@@ -128,17 +129,31 @@ def serve(birth: Birth, decode: Decode) -> None:
         return  # the parent has closed, or is gone
 
 
-def _open_meter() -> int | None:
-    try:
-        return os.open("/proc/self/statm", os.O_RDONLY)
-    except OSError:  # not Linux
-        return None
+class _Memory:
+    """How much of the address space may be used, counted from what is mapped when nothing is decoded."""
 
+    def __init__(self) -> None:
+        self._meter: int | None = None
+        with suppress(OSError):  # not Linux, or no /proc: nothing is known, and nothing is bounded
+            self._meter = os.open("/proc/self/statm", os.O_RDONLY)
+        self._base_bytes = 0
 
-def _mapped_bytes(meter: int | None) -> int:
-    if meter is None:
-        return 0
-    return int(os.pread(meter, 256, 0).split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    def measure(self, more_bytes: int) -> int | None:
+        """What is mapped now and so much more; None where nobody knows."""
+        if self._meter is None:
+            return None
+        num_pages = int(os.pread(self._meter, 256, 0).split()[0])
+        return num_pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
+
+    def start(self, more_bytes: int) -> None:
+        """Count from now on, and allow so much more."""
+        self._base_bytes = self.measure(more_bytes) or 0
+        self.allow(0)
+
+    def allow(self, more_bytes: int) -> None:
+        """Allow so much beside what `start` did."""
+        if self._meter is not None:
+            lower_memory(self._base_bytes + more_bytes)
 
 
 def _describe(header: Header) -> Message:
@@ -159,20 +174,18 @@ class DroppedError(Exception):
 class Server:
     """What a decoding may ask of its parent, and how its pixels get there."""
 
-    def __init__(self, wire: ChildWire, arena: Pixels, decode: Decode, meter: int | None) -> None:
+    def __init__(self, wire: ChildWire, arena: Pixels, decode: Decode, memory: _Memory) -> None:
         self._wire = wire
         self._arena = arena
         self._decode = decode
-        self._meter = meter
+        self._memory = memory
         self._limit_s = 0.0
-        self._base_bytes = 0  # of address space, without what the header asks for
         self._place = 0
 
     def answer(self, message: Message) -> None:
         """Decode one file; say what went wrong with it, if anything."""
         num_bytes = message["num_bytes"]
-        self._base_bytes = _mapped_bytes(self._meter) + READING_BYTES + 2 * num_bytes
-        lower_memory(self._base_bytes)
+        self._memory.start(READING_BYTES + 2 * num_bytes)
         encoded = self._wire.read(num_bytes)
         self._limit_s = message["limit_s"] + GRACE_S
         self._start_clock()
@@ -217,7 +230,7 @@ class Server:
         self._start_clock()
         if answer["say"] == "drop":
             raise DroppedError
-        lower_memory(self._base_bytes + answer["work_bytes"])
+        self._memory.allow(answer["work_bytes"])
         return answer
 
     def _write(self, image: RGBImage, index: int) -> None:

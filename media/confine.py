@@ -58,28 +58,28 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def confine(max_bytes: int) -> bool:
+def confine(max_bytes: int | None) -> bool:
     """
     Give up everything but computing on what is mapped and open.
 
     Args:
-        max_bytes: of address space, for good; `lower_memory` moves within it.
+        max_bytes: of address space, for good; `lower_memory` moves within it. None: nobody knows how
+            much there is already.
 
     Returns:
         Whether the kernel's filter is on, besides the limits.
     """
     for what in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
         resource.setrlimit(what, (0, 0))  # what is open stays open; nothing can be opened
-    if sys.platform == "linux":  # elsewhere address space is no measure of memory
+    if max_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     return sys.platform == "linux" and _filter_calls()
 
 
 def lower_memory(max_bytes: int) -> None:
     """Bound the address space until the next call, at most by what `confine` left."""
-    if sys.platform == "linux":
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (min(max_bytes, most), most))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (min(max_bytes, most), most))
 
 
 def _libc() -> ctypes.CDLL:

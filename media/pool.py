@@ -238,9 +238,8 @@ class DecoderPool:
         self._room_changed = threading.Condition(self._lock)
         self._buried = threading.Condition(self._lock)
         self._children: set[_Child] = set()
-        self._idle: deque[_Child] = (
-            deque()
-        )  # the last to come is the first to go: its caches are warm
+        # The last to come is the first to go: its caches are warm.
+        self._idle: deque[_Child] = deque()
         self._turns: deque[object] = deque()  # who waits for room
         self._let_go: deque[tuple[Arena, int, int]] = deque()  # pixels that nobody has any more
         self._num_working = 0
@@ -312,7 +311,7 @@ class DecoderPool:
         """
         if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
             return measure_clip(encoded, limits)
-        order = {"say": "measure", "limits": asdict(limits), "limit_s": self._video_limit_s}
+        order = {"say": "measure", "limits": _describe(limits), "limit_s": self._video_limit_s}
         check = partial(_check_clip, limits=limits)
         _, message = self._decode(encoded, order, None, check)
         return _read_measure(message)

@@ -30,10 +30,13 @@ from media.errors import (
 from media.images import decode_image
 from media.limits import IMAGE_LIMITS, ImageLimits
 from media.pool import DecoderPool, PoolBrokenError, PoolClosedError
+from tests.media.bad_child import OPENING
 from tests.media.files import animation, encode, exif, picture, png, png_chunk
 
 BAD_CHILD = "tests.media.bad_child:main"
 NUM_ITEMS = int(os.environ.get("DARKROOM_TEST_POOL_ITEMS", "200"))  # one in ten is bad
+
+WITH_TIFF = ImageLimits(formats=(*IMAGE_LIMITS.formats, "TIFF"))
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 
@@ -112,10 +115,9 @@ def drafted(header: Header) -> Fit:
 def test_processes_give_the_pixels_that_threads_give(
     pool: DecoderPool, name: str, ask: Callable[[Header], Fit] | None
 ) -> None:
-    limits = ImageLimits(formats=(*IMAGE_LIMITS.formats, "TIFF"))
-    expected = decode_image(FILES[name], limits, ask)
+    expected = decode_image(FILES[name], WITH_TIFF, ask)
 
-    found = pool.decode_image(FILES[name], limits, ask)
+    found = pool.decode_image(FILES[name], WITH_TIFF, ask)
 
     assert np.array_equal(expected.pixels(), found.view())
     assert np.array_equal(expected.pixels(), np.asarray(found.image))
@@ -296,7 +298,7 @@ def test_bad_files_harm_no_good_one(bad_pool: DecoderPool) -> None:
 
 
 @linux
-def test_process_can_reach_nothing(bad_pool: DecoderPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_can_reach_nothing(bad_pool: DecoderPool) -> None:
     with pytest.raises(ImageUnreadableError) as caught:
         bad_pool.decode_image(b"TRIES")
 
@@ -305,6 +307,22 @@ def test_process_can_reach_nothing(bad_pool: DecoderPool, monkeypatch: pytest.Mo
     assert "done" == came_of_it.pop("nothing")
     assert ["KeyError", "KeyError"] == [came_of_it.pop("torch"), came_of_it.pop("secrets")]
     assert {name: found for name, found in came_of_it.items() if found not in stopped} == {}
+
+
+@linux
+def test_limits_alone_keep_a_process_from_network_and_files(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with DecoderPool(1, entry="tests.media.bad_child:unfiltered") as pool:
+        for encoded in FILES.values():
+            expected = decode_image(encoded, WITH_TIFF)
+            assert np.array_equal(expected.view(), pool.decode_image(encoded, WITH_TIFF).view())
+        with pytest.raises(ImageUnreadableError) as caught:
+            pool.decode_image(b"OPENS")
+
+    assert "decoder_not_filtered" in caplog.text
+    came_of_it = json.loads(str(caught.value))
+    assert dict.fromkeys(OPENING, f"errno {errno.EMFILE}") == came_of_it
 
 
 @linux
