@@ -470,9 +470,7 @@ def _read_track(source: InputContainer, stream: VideoStream, limits: VideoLimits
     starts: list[_Start] = []
     ticks: set[int] = set()
     is_timed = source.format.name != "avi"
-    for packet in source.demux(stream):
-        if not packet.size:
-            continue  # the empty packet at the end
+    for packet in _demux(source, stream):
         pts = packet.pts  # once: each reading makes a number of its own, and there may be very many
         if packet.is_keyframe or not shown:
             starts.append(_Start(len(shown), pts, packet.dts, packet.is_keyframe))
@@ -501,6 +499,14 @@ def _read_track(source: InputContainer, stream: VideoStream, limits: VideoLimits
     track = _Track(shown, starts, in_order, times_s, tick_s, is_timed)
     _check_times(track, limits)
     return track
+
+
+def _demux(source: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """The packets that hold something, from where the source stands to its end."""
+    try:
+        yield from (packet for packet in source.demux(stream) if packet.size)
+    except IndexError:  # PyAV 18.1, at the end of a file in which another stream began on the way
+        return
 
 
 def _check_times(track: _Track, limits: VideoLimits) -> None:
@@ -573,12 +579,12 @@ class _Run:
 
     Attributes:
         end: the place behind the last packet that may be needed.
-        last_tick: nothing is decoded once a frame of this tick, or a later one, is there.
+        ticks: of the wanted frames; once one of the last tick, or a later one, is there, it ends.
     """
 
     start: _Start
     end: int
-    last_tick: int
+    ticks: tuple[int, ...]
 
 
 def _plan_runs(track: _Track, wanted: Sequence[int], sampling: FrameSampling) -> list[_Run]:
@@ -590,9 +596,9 @@ def _plan_runs(track: _Track, wanted: Sequence[int], sampling: FrameSampling) ->
     """
     if sampling.keyframes or (not track.is_timed and track.has_only_keys):
         keys = track.find_keys()
-        return [_Run(keys[tick], keys[tick].place + 1, tick) for tick in wanted]
+        return [_Run(keys[tick], keys[tick].place + 1, (tick,)) for tick in wanted]
     if not track.is_timed:
-        return [_Run(track.starts[0], len(track.shown), wanted[-1])]
+        return [_Run(track.starts[0], len(track.shown), tuple(wanted))]
     starts = [start.place for start in track.starts]
     ends = [*starts[1:], len(track.shown)]
     among = set(wanted)
@@ -604,9 +610,10 @@ def _plan_runs(track: _Track, wanted: Sequence[int], sampling: FrameSampling) ->
         pts = track.starts[group].pts
         first = group - 1 if group and pts is not None and tick < pts else group
         if runs and first <= reached:
-            runs[-1] = replace(runs[-1], end=ends[max(group, reached)], last_tick=tick)
+            end = ends[max(group, reached)]
+            runs[-1] = replace(runs[-1], end=end, ticks=(*runs[-1].ticks, tick))
         else:
-            runs.append(_Run(track.starts[first], ends[group], tick))
+            runs.append(_Run(track.starts[first], ends[group], (tick,)))
         reached = max(group, reached)
     return runs
 
@@ -619,15 +626,32 @@ def _decode(
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Decode the runs, frame by frame, in order of time."""
     for run in runs:
+        packets: Iterator[Packet[VideoStream]]
         packets = islice(read_from(run.start), run.end - run.start.place)
+        if track.is_timed and stream.codec_context.has_b_frames:
+            packets = _pass_over(stream, packets, run.ticks)
         for place, frame in enumerate(_decode_run(stream, packets), run.start.place):
             tick = frame.pts if track.is_timed else place
             if tick is None or tick > track.ticks[-1]:  # of a damaged clip: no packet says so
                 continue
             yield tick, frame
-            if tick >= run.last_tick:
+            if tick >= run.ticks[-1]:
                 break
         stream.codec_context.flush_buffers()
+
+
+def _pass_over(
+    stream: VideoStream, packets: Iterator[Packet[VideoStream]], ticks: Sequence[int]
+) -> Iterator[Packet[VideoStream]]:
+    """
+    Let the decoder leave out frames that nobody wants and to which no other frame refers.
+
+    Not where it takes frames to come in their order: it learns from these that they do not.
+    """
+    wanted = set(ticks)
+    for packet in packets:
+        stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        yield packet
 
 
 def _decode_run(
@@ -659,7 +683,7 @@ class _Seeker:
             self.source.seek(target, stream=self.stream)
         except _load_av().FFmpegError as error:
             raise _SeekLostError from error
-        packets = (packet for packet in self.source.demux(self.stream) if packet.size)
+        packets = _demux(self.source, self.stream)
         for packet in packets:
             if packet.is_keyframe and packet.pts == start.pts:
                 return chain((packet,), packets)
@@ -672,8 +696,7 @@ class _Scanner:
     """Reads all packets from the clip's start, in one pass: the starts must come in their order."""
 
     def __init__(self, source: InputContainer, stream: VideoStream) -> None:
-        packets = (packet for packet in source.demux(stream) if packet.size)
-        self._numbered = enumerate(packets)
+        self._numbered = enumerate(_demux(source, stream))
 
     def __call__(self, start: _Start) -> Iterator[Packet[VideoStream]]:
         return (packet for place, packet in self._numbered if place >= start.place)

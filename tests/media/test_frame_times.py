@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("av", reason="the extra `video` is not installed")
 
 import av
+from av.audio.stream import AudioStream
+from av.video.stream import VideoStream
 
 from media.decoded import Frames
 from media.frames import FrameSampling, choose_indices
@@ -26,6 +28,7 @@ from tests.media.clips import clip, numbered, read_number, turned
 from tests.media.files import Pixels
 
 NUM_FRAMES = 90
+TICK = Fraction(1, 90_000)  # of a transport stream
 B_FRAMES = {"g": "24", "bf": "3", "x264-params": "b-pyramid=normal:b-adapt=0:scenecut=0"}
 VARIABLE_MS = [40 * place + 15 * (place % 3) + 500 * (place // 20) for place in range(NUM_FRAMES)]
 
@@ -207,6 +210,54 @@ def test_resolution_that_changes_on_the_way_changes_no_time() -> None:
 def _shift(packet: Any, by_s: int) -> None:
     packet.pts += round(by_s / packet.time_base)
     packet.dts += round(by_s / packet.time_base)
+
+
+def test_stream_whose_sound_begins_on_the_way_is_read_to_its_end() -> None:
+    silent = clip(numbered(120), "mpegts", fps=10)  # longer than is looked at to find streams
+    nothing = (b"G\x1f\xff\x10" + b"\xff" * 184) * 8_000
+    end = remux(  # which is looked at as well
+        clip(numbered(180)[160:], "mpegts", fps=10),
+        "mpegts",
+        lambda packet: _shift(packet, 16),
+        container_options={"mpegts_copyts": "1"},
+    )
+    with av.open(BytesIO(silent), "r") as source:
+        stream = source.streams.video[0]
+        assert stream.start_time is not None
+        assert stream.time_base is not None
+        start_s = stream.start_time * stream.time_base
+    middle = sounding(numbered(160)[120:], start_s + 12)
+    encoded = silent + 4 * nothing + middle + nothing + end
+    with av.open(BytesIO(encoded), "r") as source:
+        assert 1 == len(source.streams)
+
+    frames = decode_video(encoded, FrameSampling(4))
+
+    assert [0, 59, 119, 179] == [read_number(image.pixels()) for image in frames.images]
+    assert frames.times_s == pytest.approx((0.0, 5.9, 11.9, 17.9), abs=0.05)
+
+
+def sounding(pictures: list[Pixels], start_s: Fraction) -> bytes:
+    """Ten frames a second, with a moment of silence that is sound."""
+    file = BytesIO()
+    with av.open(file, "w", format="mpegts", container_options={"mpegts_copyts": "1"}) as target:
+        picture_stream = target.add_stream("libx264", rate=10)
+        assert isinstance(picture_stream, VideoStream)
+        picture_stream.width, picture_stream.height, picture_stream.pix_fmt = 192, 64, "yuv420p"
+        picture_stream.codec_context.time_base = TICK
+        sound_stream = target.add_stream("aac", rate=8000)
+        assert isinstance(sound_stream, AudioStream)
+        for place, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round((start_s + Fraction(place, 10)) / TICK), TICK
+            target.mux(picture_stream.encode(frame))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate, silence.pts = 8000, round(start_s * 8000)
+        silence.time_base = Fraction(1, 8000)
+        target.mux(sound_stream.encode(silence))
+        target.mux(sound_stream.encode(None))
+        target.mux(picture_stream.encode())
+    return file.getvalue()
 
 
 def test_240_frames_a_second_are_told_apart() -> None:

@@ -81,7 +81,7 @@ def test_no_more_is_decoded_than_leads_from_a_key_frame_to_each_frame(
     assert frames.indices is not None
     least = sum(index % GROUP + 1 for index in frames.indices)
     assert least <= work.num_packets <= least + DELAY * 16
-    assert work.num_frames <= work.num_packets
+    assert work.num_frames < 0.7 * work.num_packets  # those to which no other refers are left out
     assert 0 == work.num_scans
 
 
