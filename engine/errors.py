@@ -219,6 +219,7 @@ class PromptTooLong(RequestError):
             fit; None where there are no images, or no size would do.
         num_crops: the same for a model that cuts images into tiles.
         has_frames: whether some of them are frames of a clip.
+        is_at_least: the text was read no further than to `num_text_tokens`.
     """
 
     code = "prompt_too_long"
@@ -232,8 +233,10 @@ class PromptTooLong(RequestError):
         max_pixels: int | None = None,
         num_crops: int | None = None,
         has_frames: bool = False,
+        is_at_least: bool = False,
     ) -> None:
         self.max_model_len = max_model_len
+        self.is_at_least = is_at_least
         self.num_text_tokens = num_text_tokens
         self.num_image_tokens = num_image_tokens
         self.max_pixels = max_pixels
@@ -246,10 +249,11 @@ class PromptTooLong(RequestError):
     def _verdict(self) -> str:
         limit = self.max_model_len
         length = self.num_text_tokens + self.num_image_tokens
+        at_least = "at least " if self.is_at_least else ""
         if self.num_text_tokens > limit:
             return (
                 f"This model's maximum context length is {limit} tokens. However, your prompt "
-                f"contains {self.num_text_tokens} input tokens, which exceeds this limit even "
+                f"contains {at_least}{self.num_text_tokens} input tokens, which exceeds this limit even "
                 "without any output tokens. Please reduce the length of the input prompt."
             )
         if length > limit:

@@ -87,6 +87,8 @@ TEMPLATE_ERRORS = (
 )
 MAX_RENDERED = 256  # conversations whose text and ids are kept, pictures left out
 MAX_RENDERED_CHARACTERS = 4096  # of a conversation that is kept
+PIECE_CHARACTERS = 64 * 1024  # of a long text, read at once to see whether there are too many
+TOKENS_OF_A_CUT = 16
 MOODY_WORDS = ("strftime_now", "random", "now(")  # of templates that say something else each time
 OUR_TEMPLATE_WORDS = (
     "conversation",
@@ -374,6 +376,7 @@ class Processor:
         pictures, clips = parse_media(request.multi_modal_data)
         prompt = request.prompt
         if isinstance(prompt, str):
+            self._refuse_endless([prompt])
             text = self._family.read_prompt(_checked_text(prompt))
             ids: list[int] = self._encoder.encode(text).ids
             return prompt, ids, pictures, clips
@@ -397,6 +400,8 @@ class Processor:
     ) -> tuple[str, list[int], list[Picture | Embeddings], list[Clip]]:
         assert request.messages is not None
         messages = parse_messages(request.messages)
+        parts = [part for message in messages for part in message.parts]
+        self._refuse_endless([part.text for part in parts if isinstance(part, UserText)])
         pictures, clips = _split(messages)
         if request.multi_modal_data is not None:
             raise BadPrompt(
@@ -614,6 +619,27 @@ class Processor:
         """A text between two special tokens, less the space that these take along."""
         plain = plain.lstrip() if before in self._eats_behind else plain
         return plain.rstrip() if after in self._eats_before else plain
+
+    def _refuse_endless(self, texts: Sequence[str]) -> None:
+        """
+        Raise where texts have more tokens than the context long before their end.
+
+        All tokens of 10 MB took half a minute and 2 GB (tokenizers 0.23, 2026). A piece at a time, they
+        are counted no further than the context. A cut makes tokens, so some are taken off for each.
+        """
+        if sum(map(len, texts)) <= PIECE_CHARACTERS:
+            return
+        num_tokens = 0
+        for text in texts:
+            for start in range(0, len(text), PIECE_CHARACTERS):
+                piece = _checked_text(text[start : start + PIECE_CHARACTERS])
+                num_tokens += max(0, len(self._encode_plain(piece)) - TOKENS_OF_A_CUT)
+                if num_tokens > self._max_model_len:
+                    raise PromptTooLong(
+                        max_model_len=self._max_model_len,
+                        num_text_tokens=num_tokens,
+                        is_at_least=True,
+                    )
 
     def count_tokens(self, text: str) -> int:
         """How many tokens a text of a user's is, by itself; what is no text counts as some."""

@@ -21,6 +21,7 @@ from engine.config import BUNDLED_FOLDER
 from engine.errors import BadConfig, BadPrompt
 from engine.kernels.quantised import Fp8Linear
 from engine.kv import KVShape
+from engine.processor import Processor
 from engine.runner import num_kv_rows
 from models.train.settings import SYSTEM_PROMPT
 from tests.engine.pictures import (
@@ -474,6 +475,31 @@ def test_text_alone_may_be_too_long(short: LLM) -> None:
             f"{num_tokens} input tokens, which exceeds this limit even without any output tokens. "
             "Please reduce the length of the input prompt."
         )
+
+
+def test_endless_text_is_read_no_further_than_the_context(
+    short: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    encode = Processor._encode_plain
+
+    def note(self: Processor, text: str) -> list[int]:
+        read.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr("engine.processor.PIECE_CHARACTERS", 40)
+    monkeypatch.setattr(Processor, "_encode_plain", note)
+    endless = "x" * 100_000
+    (asked,) = short.generate(endless, GREEDY, use_tqdm=False)
+    (chatted,) = short.chat([{"role": "user", "content": endless}], GREEDY, use_tqdm=False)
+    (answered,) = short.generate("x" * 50, GREEDY, use_tqdm=False)
+
+    for result in (asked, chatted):
+        assert result.error is not None
+        assert ("prompt_too_long", "input_tokens") == (result.error.code, result.error.param)
+        assert "your prompt contains at least 72 input tokens" in result.error.message
+    assert [40] * 6 + [40, 10] == read
+    assert answered.error is None
 
 
 def test_text_and_pictures_together_may_be_too_long(short: LLM) -> None:
