@@ -7,6 +7,7 @@ answer is ever ignored: a field that is not known is refused by its name.
 """
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -171,12 +172,22 @@ def _parse_integer(digits: str) -> int:
     return number
 
 
+def _parse_float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):  # 1e999
+        raise BadLineError("invalid_json_line", "This line holds a number that is too large.")
+    return number
+
+
 def _refuse_constant(name: str) -> Any:
     raise BadLineError("invalid_json_line", f"This line holds {name}, which is not JSON.")
 
 
 _DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=_build_object, parse_int=_parse_integer, parse_constant=_refuse_constant
+    object_pairs_hook=_build_object,
+    parse_int=_parse_integer,
+    parse_float=_parse_float,
+    parse_constant=_refuse_constant,
 )
 
 

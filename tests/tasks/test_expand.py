@@ -110,6 +110,7 @@ def test_all_line_errors_are_reported_with_their_lines_and_nothing_runs(
             build_request("m", image_policy="crop"),
             build_request("n", messages=show("file:///x")),
             build_request("o", messages=show("s3://photographs/a.jpg")),  # none is opened
+            b'{"custom_id": "p", "body": 1e999}',
         ),
     )
 
@@ -142,6 +143,7 @@ def test_all_line_errors_are_reported_with_their_lines_and_nothing_runs(
         (23, "invalid_image_policy"),
         (24, "invalid_media_url"),
         (25, "invalid_media_url"),
+        (26, "invalid_json_line"),
     ] == codes(found)
     texts = {error["line"]: error["message"] for error in found.errors or []}
     assert texts[11].startswith(TOO_MANY)
