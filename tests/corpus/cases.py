@@ -37,12 +37,16 @@ class Asked:
         network: what the fetcher may reach and how names are answered; see `tests.corpus.worker`.
         secrets: beside what is planted everywhere, words that must not come out.
         canaries: servers that nobody may have asked.
+        head, line_end, tail: around the lines of the manifest, in place of what is usual.
     """
 
     line: bytes
     network: Mapping[str, Any] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     canaries: tuple[Server, ...] = ()
+    head: bytes = b""
+    line_end: bytes = b"\n"
+    tail: bytes | None = None
 
 
 class Place(Protocol):
@@ -66,6 +70,7 @@ class Case:
         says: what the model must say where it is ok: it sees well enough to show a wrong picture.
         note: what is smaller here than the list has it.
         is_slow: run only where all are asked for.
+        max_growth_mb: what it may cost in memory at most; more than the usual needs a note.
     """
 
     id: str
@@ -75,6 +80,7 @@ class Case:
     says: str | None = None
     note: str = ""
     is_slow: bool = False
+    max_growth_mb: float = 64.0
 
     @property
     def family(self) -> str:

@@ -51,9 +51,6 @@ from tests.media.servers import Answer, Server, serve
 from tests.tasks.fakes import MODEL, RecordingDispatcher
 
 MAX_S = 10.0
-MAX_GROWTH_BYTES = 64 * memory.MEBIBYTE
-"""Of the worker and its decoder processes together, for one item: what they hold at most."""
-
 LIMITS = {"image": 4, "video": 1}
 BAD_LINE = 2
 
@@ -193,7 +190,8 @@ class Front:
         return file
 
     def _submit(self, asked: Asked) -> JobId:
-        manifest = b"\n".join((GOOD[1][0], asked.line, GOOD[3][0])) + b"\n"
+        lines = asked.line_end.join((GOOD[1][0], asked.line, GOOD[3][0]))
+        manifest = asked.head + lines + (asked.line_end if asked.tail is None else asked.tail)
         file = self._store(manifest, "requests.jsonl", PURPOSE)
         submission = Submission(input_file_id=f"file-{file.hex}", model=MODEL, on_invalid="skip")
         return submit(self._stores, self._dispatcher, submission).job.id
@@ -226,7 +224,7 @@ def check_row(row: Row, case: Case) -> None:
     if case.says is not None:
         assert case.says == row.text
     assert row.ms < MAX_S * 1000
-    assert row.growth_mb * memory.MEBIBYTE < MAX_GROWTH_BYTES
+    assert row.growth_mb < case.max_growth_mb
 
 
 def check_texts(texts: list[str], secrets: tuple[str, ...]) -> None:
@@ -252,6 +250,8 @@ def open_front(folder: Path, template: bytes) -> Iterator[Front]:
     env |= {
         "DARKROOM_HOME": str(folder),
         "DARKROOM_MODELS": json.dumps({MODEL: LIMITS}),
+        "DARKROOM_MAX_LINE_BYTES": str(16 * memory.MEBIBYTE),
+        "DARKROOM_MEDIA_S3_BUCKETS": "s3://photographs/{tenant}",
         "DARKROOM_REDIS_URL": f"redis://:{PLANTED}@127.0.0.1:1/0",
         "PYTHONPATH": str(ROOT),
     }

@@ -69,7 +69,7 @@ def open_sources(network: dict[str, Any]) -> Iterator[SourcesThread]:
     buckets = network.get("buckets")
     if buckets is not None:
         prefixes = tuple(map(parse_open_prefix, buckets["open"]))
-        buckets = BucketConfig(prefixes, "media", buckets["endpoint"], "us-east-1")
+        buckets = BucketConfig(prefixes, None, buckets["endpoint"], "us-east-1")
     with SourcesThread(config, names, tls, buckets=buckets) as sources:
         yield sources
 
