@@ -63,12 +63,14 @@ FAMILIES: Mapping[str, Entry] = {
         "transformers:LlavaOnevisionForConditionalGeneration",
     ),
     "mistral": Entry(_TEXT, "transformers:MistralForCausalLM"),
+    "phi3": Entry(_TEXT, "transformers:Phi3ForCausalLM"),
     "phi3_v": Entry(
         "engine.families.phi3_v:Phi3V",
         "engine.families.phi3_v_model:Phi3VForCausalLM",
         "engine.families.phi3_v_model:Phi3VConfig",
     ),
     "qwen2": Entry(_TEXT, "transformers:Qwen2ForCausalLM"),
+    "qwen3": Entry(_TEXT, "transformers:Qwen3ForCausalLM"),
     "qwen2_vl": Entry(
         "engine.families.qwen2_vl:Qwen2VL", "transformers:Qwen2VLForConditionalGeneration"
     ),

@@ -49,7 +49,7 @@ MAX_TILES = 256  # that a request may ask for: far over what models were trained
 
 # Text models that others may be built on, each compared with transformers: causal attention alone, over
 # all rows or a window of them, and rotary positions that do not change with the length of a call.
-TEXT_TYPES = ("llama", "mistral", "qwen2")
+TEXT_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 CHANGING_ROPES = ("dynamic", "longrope")
 
 

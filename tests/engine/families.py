@@ -178,7 +178,9 @@ CASES: Mapping[str, Case] = {
     ),
     "llama": text_case("llama", num_key_value_heads=2),
     "mistral, with a window": text_case("mistral", sliding_window=16),
+    "phi3": text_case("phi3", sliding_window=20),
     "qwen2": text_case("qwen2", tie_word_embeddings=True),
+    "qwen3": text_case("qwen3", head_dim=24, num_key_value_heads=2),
     "llava": Case("llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor),
     "llava, other heads, squashed": Case(
         "llava", write_tiny_llava, CLIPImageProcessorPil, LlavaProcessor, LLAVA_OTHER
