@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip as clip
+from transformers.models.idefics3 import modeling_idefics3 as idefics3
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.phi3 import modeling_phi3 as phi3
@@ -32,6 +33,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.siglip import modeling_siglip as siglip
+from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from engine.kernels import activations, norms, quantised, rope
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
@@ -675,5 +677,9 @@ _SWAPS: dict[type[nn.Module], _Build] = {
     clip.CLIPMLP: _fuse_clip_mlp,
     siglip.SiglipAttention: _fuse_clip_attention,
     siglip.SiglipMLP: _fuse_clip_mlp,
+    idefics3.Idefics3VisionAttention: _fuse_clip_attention,
+    idefics3.Idefics3VisionMLP: _fuse_clip_mlp,
+    smolvlm.SmolVLMVisionAttention: _fuse_clip_attention,
+    smolvlm.SmolVLMVisionMLP: _fuse_clip_mlp,
     nn.LayerNorm: _fuse_layer_norm,
 }

@@ -50,6 +50,9 @@ _TEXT = "engine.families.text:TextOnly"
 
 # By the `model_type` of a config.json; "type/vision type" goes first where one type has several encoders.
 FAMILIES: Mapping[str, Entry] = {
+    "idefics3": Entry(
+        "engine.families.idefics3:Idefics3", "transformers:Idefics3ForConditionalGeneration"
+    ),
     "internvl": Entry(
         "engine.families.internvl:InternVL", "transformers:InternVLForConditionalGeneration"
     ),
@@ -79,6 +82,9 @@ FAMILIES: Mapping[str, Entry] = {
     ),
     "qwen3_vl": Entry(
         "engine.families.qwen3_vl:Qwen3VL", "transformers:Qwen3VLForConditionalGeneration"
+    ),
+    "smolvlm": Entry(
+        "engine.families.idefics3:Idefics3", "transformers:SmolVLMForConditionalGeneration"
     ),
 }
 

@@ -94,12 +94,20 @@ class Tower:
         model: transformers' vision model. Its layers lose those that are not read.
         states: which of the states between layers are read, 0 being the embeddings and negative ones
             counted from the last; several stand side by side.
-        has_class_token: whether the first row is left out.
+        drops_first: whether the first row, a class token, is left out.
+        embed: in the place of its embeddings.
     """
 
-    def __init__(self, model: Any, states: int | Sequence[int], *, drops_first: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        states: int | Sequence[int],
+        *,
+        drops_first: bool,
+        embed: nn.Module | None = None,
+    ) -> None:
         inner = getattr(model, "vision_model", model)
-        self._embeddings = inner.embeddings
+        self._embeddings = embed or inner.embeddings
         self._norm = getattr(inner, "pre_layrnorm", nn.Identity())
         self._layers = inner.encoder.layers
         num_states = len(self._layers) + 1

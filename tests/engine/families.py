@@ -21,6 +21,7 @@ from PIL import Image
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    Idefics3Processor,
     InternVLProcessor,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -36,11 +38,14 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from engine import Request, SamplingParams
 from engine.families import FAMILIES
 from tests.engine.pictures import draw
 from tests.engine.tiny_llava import (
+    IDEFICS3_OTHER,
+    IDEFICS3_WHOLE,
     INTERNVL_OTHER,
     LLAVA_NEXT_OTHER,
     LLAVA_NEXT_WINDOW,
@@ -48,10 +53,12 @@ from tests.engine.tiny_llava import (
     LLAVA_OTHER,
     LLAVA_PADDED,
     LLAVA_SIGLIP,
+    write_tiny_idefics3,
     write_tiny_internvl,
     write_tiny_llava,
     write_tiny_llava_next,
     write_tiny_llava_onevision,
+    write_tiny_smolvlm,
     write_tiny_text,
 )
 
@@ -157,6 +164,42 @@ def text_case(model_type: str, **changes: Any) -> Case:
 
 
 CASES: Mapping[str, Case] = {
+    "idefics3": Case(
+        "idefics3",
+        write_tiny_idefics3,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+        are_nested=True,
+    ),
+    "idefics3, uneven tiles and Qwen2": Case(
+        "idefics3",
+        write_tiny_idefics3,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+        IDEFICS3_OTHER,
+        are_nested=True,
+    ),
+    "idefics3, whole pictures": Case(
+        "idefics3",
+        write_tiny_idefics3,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+        IDEFICS3_WHOLE,
+        are_nested=True,
+        num_requests=20,
+    ),
+    # SmolVLM's own processor writes the same text for pictures, and wants a package for clips.
+    "smolvlm": Case(
+        "smolvlm", write_tiny_smolvlm, SmolVLMImageProcessorPil, Idefics3Processor, are_nested=True
+    ),
+    "smolvlm, uneven tiles and Qwen2": Case(
+        "smolvlm",
+        write_tiny_smolvlm,
+        SmolVLMImageProcessorPil,
+        Idefics3Processor,
+        IDEFICS3_OTHER,
+        are_nested=True,
+    ),
     "internvl": Case(
         "internvl",
         write_tiny_internvl,

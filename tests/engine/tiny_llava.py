@@ -239,6 +239,68 @@ INTERNVL_OTHER: Changes = {
 }
 
 
+# `row 3` and `column 3` are no tokens here, but letters.
+IDEFICS3_MARKS = (
+    "<image>",
+    "<pad>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+    "<end_of_utterance>",
+)
+IDEFICS3: Changes = {
+    "text": LLAMA,
+    "vision": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 48,
+        "patch_size": 8,
+    },
+    "config": {"image_token_id": IMAGE_ID, "scale_factor": 2},
+    "pictures": {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "size": {"longest_edge": 120},
+        "max_image_size": {"longest_edge": 48},
+    },
+    "processor": {"image_seq_len": 9},
+}
+# Patches that do not fill a tile, three times three of them a token, other colours, a Qwen2.
+IDEFICS3_OTHER: Changes = {
+    "text": QWEN2,
+    "vision": {
+        "hidden_size": 36,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "image_size": 44,
+        "patch_size": 7,
+    },
+    "config": {"scale_factor": 3},
+    "pictures": {
+        "size": {"longest_edge": 88},
+        "max_image_size": {"longest_edge": 44},
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.2],
+        "resample": 2,
+    },
+    "processor": {"image_seq_len": 4},
+}
+IDEFICS3_WHOLE: Changes = {"pictures": {"do_image_splitting": False}}
+
+
+def write_tiny_idefics3(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
+    return write(folder, "idefics3", IDEFICS3, changes or {}, seed, marks=IDEFICS3_MARKS)
+
+
+def write_tiny_smolvlm(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
+    default = {
+        **IDEFICS3,
+        "pictures": {**IDEFICS3["pictures"], "image_processor_type": "SmolVLMImageProcessor"},
+    }
+    return write(folder, "smolvlm", default, changes or {}, seed, marks=IDEFICS3_MARKS)
+
+
 def write_tiny_internvl(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
     named = {
         "context_image_token": "<IMG_CONTEXT>",
