@@ -65,6 +65,14 @@ def check_text(text_config: Any) -> None:
             f"The model's text part is of the type {text_config.model_type!r}, which is not supported "
             f"yet here: use {', '.join(TEXT_TYPES)}."
         )
+    check_positions(text_config)
+
+
+def check_positions(text_config: Any) -> None:
+    """
+    Raises:
+        BadConfig: those of one prompt would depend on which run beside it.
+    """
     rope = getattr(text_config, "rope_parameters", None) or {}
     if rope.get("rope_type") in CHANGING_ROPES:
         raise BadConfig(

@@ -33,6 +33,7 @@ from engine.families.protocol import (
     Plan,
     Rows,
     Visual,
+    check_positions,
 )
 from engine.kernels.pixels import centre
 from engine.uploads import upload
@@ -232,6 +233,7 @@ class Qwen2VL(Family):
                 "This checkpoint has other patches than of 2 frames each, merged 2 x 2. Only these "
                 "are supported."
             )
+        check_positions(self.text_config)
         self.patch_px: int = vision.patch_size
         self.pixels_a_token = (self.patch_px * MERGE) ** 2
         self.image_token_id: int = config.image_token_id

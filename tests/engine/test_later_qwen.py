@@ -8,6 +8,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,8 +37,10 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from bench.configs import write_shape
 from bench.later_qwen import LaterQwenShape
 from engine import LLM
+from engine.errors import BadConfig
 from engine.families import find_entry
 from engine.families.protocol import AreaLimits, Description, ImageTooNarrowError, Plan
 from engine.families.qwen2_5_vl import find_windows
@@ -136,6 +139,28 @@ def test_filled_up_calls_give_the_same_features(llm: LLM, monkeypatch: pytest.Mo
     assert 1 == len(set(runs.keys))  # other sizes, one graph
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_text_layers_that_look_back_over_a_window(tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    shape = replace(QWEN2_5_VL_OTHER, text={**QWEN2_5_VL_OTHER.text, **windows})
+    folder = write_tiny_qwen(tmp_path, shape, seed=3)
+    reference = Reference(folder)
+    asked = mixed_requests(6, "windows")
+    with LLM(str(folder), limit_mm_per_prompt={"image": 8}) as llm:
+        results = list(llm.stream([mixed.request(ignore_eos=True) for mixed in asked]))
+    found = {result.request_id: list(result.outputs[0].token_ids) for result in results}
+
+    assert "sliding_attention" in reference.model.config.text_config.layer_types
+    assert {mixed.name: mixed.ask(reference, ignore_eos=True) for mixed in asked} == found
+
+
+def test_positions_that_change_with_the_length_are_refused(tmp_path: Path) -> None:
+    rope = {**QWEN3_VL.text["rope_parameters"], "rope_type": "dynamic", "factor": 2.0}
+    shape = replace(QWEN3_VL, text={**QWEN3_VL.text, "rope_parameters": rope})
+
+    with pytest.raises(BadConfig, match="positions are of the type 'dynamic'"):
+        LLM(str(write_shape(shape, tmp_path)))
 
 
 # --- from sizes to patches ---------------------------------------------------------------------------
