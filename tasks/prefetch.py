@@ -174,7 +174,7 @@ class Preparer:
         *,
         take: Callable[[LeasedItem], bool],
         hold: Hold,
-        on_wait: Callable[[], None] = lambda: None,
+        on_wait: Callable[[], bool] = lambda: True,
     ) -> Iterator[Ready | Refused]:
         """
         Yield each item when it is ready, in about the order of the manifest.
@@ -183,7 +183,8 @@ class Preparer:
             terms: of the items' jobs.
             take: asked before an item is begun; one that is not ours any more is left out.
             hold: what the items' bytes are counted with; the caller releases each when it has ended.
-            on_wait: called when all that is left waits for its host, each time for `TAIL_S`.
+            on_wait: called when all that is left waits for its host, each time for `TAIL_S`; False
+                where none of them is ours any more, and nobody need wait.
 
         Raises:
             StorageError: a manifest could not be read; the items not yet yielded are not begun.
@@ -523,12 +524,13 @@ def _role(message: Mapping[str, Any]) -> str:
 
 
 def _take_next(
-    fetching: dict[Future[Ready | Refused], None], on_wait: Callable[[], None]
+    fetching: dict[Future[Ready | Refused], None], on_wait: Callable[[], bool]
 ) -> Iterator[Ready | Refused]:
-    """Wait until some have come."""
+    """Wait until some have come, for a while."""
     done, _ = wait(fetching, TAIL_S, FIRST_COMPLETED)
     if not done:
-        on_wait()
+        if not on_wait():
+            fetching.clear()
         return
     yield from _take_done(fetching, timeout=None)
 

@@ -301,17 +301,20 @@ class Runner:
 
     def _stand_in_for(
         self, flight: Flight, is_fast: bool, stand_ins: list[threading.Thread]
-    ) -> None:
+    ) -> bool:
         """
         Let other chunks run beside one that only waits for hosts, until that has ended.
 
         Or a few hosts that let us wait would hold all chunks, and the engine would have nothing.
+
+        Returns:
+            Whether the chunk has items left that are worth waiting for.
         """
-        if stand_ins:
-            return
+        if stand_ins or not flight.open:
+            return bool(flight.open)
         with self._lock:
             if self._num_stand_ins >= MAX_STAND_INS:
-                return
+                return True
             self._num_stand_ins += 1
 
         def run() -> None:
@@ -328,6 +331,7 @@ class Runner:
 
         stand_ins.append(threading.Thread(target=run, name="stand-in", daemon=True))
         stand_ins[0].start()
+        return True
 
     def _lease_if_allowed(self, is_fast: bool) -> Chunk | None:
         with self._leases:  # whoever sees under it that we drain, and nobody leasing, sees the last
@@ -398,7 +402,7 @@ class Runner:
         logger.debug("chunk_leased", num_items=len(chunk.items), is_alone=chunk.is_alone)
         return flight
 
-    def _run(self, chunk: Chunk, flight: Flight, on_wait: Callable[[], None]) -> None:
+    def _run(self, chunk: Chunk, flight: Flight, on_wait: Callable[[], bool]) -> None:
         started = time.perf_counter()
         asked: dict[str, Ready | Assembly] = {}
         fences = dict(flight.open)
@@ -459,7 +463,7 @@ class Runner:
         flight: Flight,
         asked: dict[str, Ready | Assembly],
         hold: Hold,
-        on_wait: Callable[[], None],
+        on_wait: Callable[[], bool],
     ) -> Iterator[Prompt]:
         prepared = self._preparer.prepare(
             chunk.items, flight.terms, take=flight.take, hold=hold, on_wait=on_wait

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -11,17 +12,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_network
+from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from media.addresses import AddressRules
 from media.errors import FetchFailedError, HostPausedError
 from media.fetch import FetchConfig, Fetcher
 from media.limits import FETCH_LIMITS, IMAGE_LIMITS
+from storage.states import ItemState
+from storage.tables import Item
 from tasks import hosts
 from tasks.broker import build_client
+from tasks.config import Config
+from tasks.dispatch import Dispatcher
+from tasks.expand import expand
 from tasks.hosts import RedisLimits
+from tasks.stores import Stores
+from tasks.submit import parse_submission, submit
+from tasks.worker import ExitCode
 from tests.media.servers import Answer, Server, answering, serve
+from tests.tasks.fakes import build_request
+from tests.tasks.processes import open_fleet
 
 PICTURE = answering(b"\xff\xd8\xff")
 
@@ -209,3 +222,42 @@ def test_broker_that_forbids_scripts_is_enough(broker: str) -> None:
             assert asyncio.run(scenario())
         finally:
             client.execute_command("ACL", "DELUSER", "fetcher")
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_worker_that_is_told_to_stop_gives_up_what_it_fetches(
+    tmp_path: Path, stores: Stores, config: Config, broker: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        settings = {
+            "HOME": str(config.home),
+            "DATABASE_URL": config.database_url,
+            "REDIS_URL": broker,
+            "DRAIN_S": "1",
+            "IMAGE_FETCH_TIMEOUT": "600",
+            "MEDIA_ALLOWED_NETWORKS": "127.0.0.1/32",
+            "MEDIA_PORTS": str(port),
+        }
+        part = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{port}/a.jpg"}}
+        request = build_request("a", messages=[{"role": "user", "content": [part]}])
+        with open_fleet(tmp_path, **settings) as fleet:
+            worker = fleet.start("gpu")
+            dispatcher = Dispatcher(config, broker)
+            job = submit(stores, dispatcher, parse_submission({"requests": [request]})).job.id
+            expand(stores, dispatcher, config, job)
+            dispatcher.close()
+            silent.settimeout(120)
+            connection, _ = silent.accept()  # it is on its way, and never comes
+            worker.send_signal(signal.SIGTERM)
+            started = time.monotonic()
+            code = worker.wait(60)
+            waited_s = time.monotonic() - started
+            connection.close()
+
+    assert code in (ExitCode.DRAINED, ExitCode.DEADLINE)
+    assert waited_s < 20  # the fetch alone would have taken 30
+    with stores.database.read() as session:
+        (item,) = session.scalars(select(Item).where(Item.job_id == job))
+        assert (ItemState.PENDING, 0) == (item.state, item.charged)

@@ -989,6 +989,29 @@ def test_chunk_that_only_waits_for_hosts_lets_others_run_beside_it(rig: Rig) -> 
     assert {ItemState.COMPLETED: num_waiting} == rig.count(waiting)
 
 
+def test_chunk_whose_items_are_lost_waits_for_no_host(rig: Rig) -> None:
+    begun, door = threading.Event(), threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        begun.set()
+        assert door.wait(60)
+        return b"late"
+
+    job = rig.make(build_request("a", messages=show("https://host/a")))
+    with rig.runner(InstantEngine(), fetch=fetch) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert begun.wait(60)
+        cancel(rig, job)
+        runner.beat()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert 0 == runner.num_media_bytes
+        door.set()
+
+    assert {ItemState.CANCELLED: 1} == rig.count(job)
+
+
 def test_drain_ends_also_what_runs_beside_a_chunk_that_waits(rig: Rig) -> None:
     door = threading.Event()
     begun = threading.Event()
