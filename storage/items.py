@@ -35,7 +35,7 @@ from storage.db import clock, is_sqlite
 from storage.errors import StaleExpansionError
 from storage.ids import ItemId, JobId, LeaseId, TenantId, new_uuid
 from storage.states import ItemState, JobState
-from storage.tables import Item, Job, Result, Tenant, in_state
+from storage.tables import Item, Job, Part, Result, Tenant, in_state
 from storage.tenants import Caps
 
 LEASE_S: Final = 60.0
@@ -898,9 +898,14 @@ def _give_back(
 
 
 def _crash(session: Session, held: Sequence[_Held], *, are_suspects: bool) -> Outcome:
-    guilty = [item for item in held if item.is_suspect and item.num_crashes + 1 >= MAX_CRASHES]
+    # A lease under which parts were answered got on, and was cut off: what kills a worker is asked
+    # again and again until nothing else of the item is left to be answered.
+    got_on = _find_parted(session, [item.id for item in held])
+    _give_back(session, sorted(got_on), draw_backoff_s(0))
+    stuck = [item for item in held if item.id not in got_on]
+    guilty = [item for item in stuck if item.is_suspect and item.num_crashes + 1 >= MAX_CRASHES]
     guilty_ids = {item.id for item in guilty}
-    rest = [item for item in held if item.id not in guilty_ids]
+    rest = [item for item in stuck if item.id not in guilty_ids]
     worst = max((item.num_crashes for item in rest), default=0)
     _give_back(
         session,
@@ -923,6 +928,17 @@ def _crash(session: Session, held: Sequence[_Held], *, are_suspects: bool) -> Ou
         num_crashes=Item.num_crashes + 1,
     )
     return Outcome(frozenset(item.id for item in held), ended)
+
+
+def _find_parted(session: Session, ids: Sequence[ItemId]) -> frozenset[ItemId]:
+    """Those of these items of which a part was answered under their last lease."""
+    rows = session.scalars(
+        select(Part.item_id)
+        .join(Item, Item.id == Part.item_id)
+        .where(Part.item_id.in_(ids), Part.attempt == Item.attempt)
+        .distinct()
+    )
+    return frozenset(rows)
 
 
 _Reason = tuple[str, str, Mapping[str, Any] | None]

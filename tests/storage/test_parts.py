@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from storage import invariants, items, parts
 from storage.db import Database
@@ -11,7 +11,9 @@ from storage.errors import DatabaseRefusedError
 from storage.ids import ItemId
 from storage.items import Completion, Fence
 from storage.parts import Answer, NewPart
-from tests.storage.rows import lease, let_leases_end, make_job
+from storage.states import ItemState
+from storage.tables import Item
+from tests.storage.rows import lease, let_backoff_end, let_leases_end, make_job
 
 PLAN, OTHER_PLAN = b"a plan", b"another plan"
 
@@ -130,6 +132,58 @@ def test_parts_of_several_items_are_written_in_one_go(database: Database) -> Non
     with database.read() as session:
         found = parts.list_by_item(session, [first.item, second.item, third.item])
     assert {first.item: [answer(1)], third.item: [answer(1)]} == found
+
+
+def crash(database: Database) -> None:
+    """Let all leases end in silence."""
+    let_leases_end(database)
+    with database.write() as session:
+        items.expire_leases(session)
+
+
+def read_item(database: Database, item: ItemId) -> tuple[ItemState, int, bool]:
+    with database.read() as session:
+        query = select(Item.state, Item.num_crashes, Item.is_suspect).where(Item.id == item)
+        state, num_crashes, is_suspect = session.execute(query).one()
+    return state, num_crashes, is_suspect
+
+
+def test_lease_that_answered_a_part_is_no_crash_of_its_item(database: Database) -> None:
+    make_job(database, 1)
+    for number in range(1, 6):
+        fence = lease(database, 1).items[0].fence
+        assert keep(database, fence, answer(number))
+        crash(database)
+        let_backoff_end(database)
+
+        assert (ItemState.PENDING, 0, False) == read_item(database, fence.item)
+
+
+def test_part_that_kills_every_worker_fails_its_item_when_nothing_else_is_left(
+    database: Database,
+) -> None:
+    make_job(database, 1)
+    fence = lease(database, 1).items[0].fence
+    assert keep(database, fence, answer(1))
+    crash(database)
+    for _ in range(items.MAX_CRASHES):
+        let_backoff_end(database)
+        fence = lease(database, 1).items[0].fence
+        crash(database)
+
+    assert (ItemState.FAILED, 3, True) == read_item(database, fence.item)
+    assert [answer(1)] == read(database, fence.item)
+
+
+def test_reported_crash_of_an_item_that_got_on_counts_neither(database: Database) -> None:
+    make_job(database, 2)
+    first, second = (item.fence for item in lease(database, 2).items)
+    assert keep(database, first, answer(1))
+    with database.write() as session:
+        items.report_crash(session, [first, second])
+
+    assert (ItemState.PENDING, 0, False) == read_item(database, first.item)
+    assert (ItemState.PENDING, 1, True) == read_item(database, second.item)
 
 
 def complete(database: Database, fence: Fence, num_parts: int) -> None:
