@@ -30,8 +30,8 @@ demo: .venv/ready-to-run ## send the sample pictures through a service with the 
 test: .venv/ready ## run every test that needs no GPU; ARGS="tests/engine -x" narrows it, to one process
 	@$(BIN)/pytest -m "not gpu" $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
-faults: .venv/ready ## kill workers and the broker under 5,000 items on each database; some minutes
-	@DARKROOM_FAULT_PROFILE=full $(BIN)/pytest -s tests/faults/test_kills.py $(ARGS)
+faults: .venv/ready ## kill workers and the broker under 5,000 items, then under 40 clips in parts, on each database; some minutes
+	@DARKROOM_FAULT_PROFILE=full $(BIN)/pytest -s tests/faults/test_kills.py tests/faults/test_parts.py $(ARGS)
 
 acceptance: .venv/ready ## 500 texts of the bundled model and 100,000 lines, both through a whole service; some minutes
 	@DARKROOM_ACCEPTANCE_ITEMS=500 $(BIN)/pytest -s tests/acceptance/test_texts.py $(ARGS)

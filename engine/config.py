@@ -22,6 +22,8 @@ from media.limits import OPT_IN_FORMATS
 BUNDLED_MODEL = "darkroom-tiny"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / BUNDLED_MODEL
 MODALITIES = ("image", "video")
+FRAMES = "frames"
+"""Beside the modalities in `limit_mm_per_prompt`: of one clip. Absent: as many as media reads."""
 LIMIT_OPTIONS = ("count", "width", "height", "num_frames")
 QUANTIZATIONS = (None, "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -253,7 +255,8 @@ def parse_limits(given: Mapping[str, Any] | None) -> dict[str, int]:
 
     Args:
         given: `{"image": 4}` or `{"image": {"count": 4, "width": 512, "height": 512}}`, or mixed.
-            Only `count` refuses a prompt. A modality that is left out keeps its default of 1.
+            Only `count` refuses a prompt. A modality that is left out keeps its default of 1. Not
+            vLLM's is `{"frames": 64}`: of each clip.
 
     Raises:
         BadConfig: an unknown modality or option, or a count that is no whole number of 0 or more.
@@ -261,6 +264,10 @@ def parse_limits(given: Mapping[str, Any] | None) -> dict[str, int]:
     limits = dict(DEFAULT_LIMITS)
     for modality, limit in _items("limit_mm_per_prompt", given):
         if modality in ABSENT_MODALITIES and _count_of(modality, limit) == 0:
+            continue
+        if modality == FRAMES:
+            _check_positive(f"limit_mm_per_prompt[{FRAMES!r}]", limit, may_be_none=False)
+            limits[FRAMES] = int(limit)
             continue
         if modality not in MODALITIES:
             raise BadConfig(

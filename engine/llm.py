@@ -41,7 +41,7 @@ class LLM:
     Args:
         model: a checkpoint folder, a hub id in the cache, or `darkroom-tiny`.
         limit_mm_per_prompt: pictures and videos one prompt may hold, e.g. `{"image": 4}`; one each
-            by default.
+            by default. `{"frames": 64}` limits those of one clip, which else are as many as asked for.
         mm_processor_kwargs: `min_pixels` and `max_pixels` of every picture and frame, `num_frames`,
             `fps` and the like of encoded clips. What a call, a request, a prompt or a part says goes first,
             key by key, the innermost before all.

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig, MediaOptions
+from engine.config import FRAMES, EngineConfig, MediaOptions
 from engine.errors import (
     BadEmbeddings,
     BadPrompt,
@@ -66,11 +66,14 @@ from engine.inputs import (
     parse_messages,
     read_clip,
     read_picture,
+    refused,
     unfold,
 )
 from engine.request import ImageUsed, MediaKind, SamplingParams
 from media.decoded import Fit, Header, RGBImage
 from media.decoder import Decoder
+from media.errors import TooManyFramesError
+from media.frames import DEFAULT_NUM_FRAMES
 
 MARK_START, MARK_END = "\ue000", "\ue001"  # private use: around the name of a text somebody typed
 
@@ -435,10 +438,11 @@ class Processor:
         return shown
 
     def _read_frames(self, clip: Clip, options: MediaOptions) -> list[Picture]:
-        sampling = {**self._sampling, **options.sampling}
+        sampling = self._sample(clip, options)
         source = fetch(clip.source)
         with self._cores:
             frames = read_clip(source, clip.sampling, sampling, self._decoder)
+        self._check_num_frames(frames.num_frames)
         area = {**self._clip_area, **options.video, **clip.area}
         taken = FramesTaken.of(frames)
         return [
@@ -704,6 +708,7 @@ class Processor:
         limits = resize(resize(self._video_area, options.video), clip.area)
 
         def plan(header: Header) -> Plan:
+            self._check_num_frames(header.num_frames)
             return self._family.plan_clip(
                 header.width_px,
                 header.height_px,
@@ -714,7 +719,7 @@ class Processor:
             )
 
         planning = _Planning(self._family, plan, self._max_model_len)
-        sampling = {**self._sampling, **options.sampling}
+        sampling = self._sample(clip, options)
         source = fetch(clip.source)
         with self._cores:
             frames = read_clip(source, clip.sampling, sampling, self._decoder, planning.ask)
@@ -722,6 +727,20 @@ class Processor:
         taken = FramesTaken.of(frames)
         size = planning.header.width_px, planning.header.height_px
         return _Ready(visual, planning.plan, MediaKind.VIDEO, limits, *size, taken)
+
+    def _sample(self, clip: Clip, options: MediaOptions) -> dict[str, Any]:
+        """How a clip is sampled where its part does not say."""
+        sampling = {**self._sampling, **options.sampling}
+        most = self._limits.get(FRAMES)
+        is_asked = not {"num_frames", "fps"}.isdisjoint((*sampling, *clip.sampling))
+        if most is not None and not is_asked:  # what nobody asked for gives way
+            sampling["num_frames"] = min(DEFAULT_NUM_FRAMES, most)
+        return sampling
+
+    def _check_num_frames(self, num_frames: int) -> None:
+        most = self._limits.get(FRAMES, num_frames)
+        if num_frames > most:
+            raise refused(TooManyFramesError(limit=most, given=num_frames))
 
     def _ready_embeddings(self, given: Embeddings) -> _Ready:
         features = given.features

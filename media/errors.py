@@ -140,7 +140,8 @@ class TooManyFramesError(MediaError):
         super().__init__(
             message
             or f"At most {limit} frame(s) of a clip may be looked at in one prompt, and this one asks "
-            f"for {given}. Lower num_frames or fps, give segments, or use image_policy=sample or split."
+            f"for {given}. Lower num_frames or fps; in a job, give segments or image_policy=sample or "
+            "split."
         )
 
 

@@ -202,7 +202,7 @@ def load_engine(options: EngineOptions) -> LLMEngine:
         num_processes = min(max(count_cores() - CORES_BESIDE, 1), MAX_MEDIA_PROCESSES)
     llm = LLM(
         model=options.model,
-        limit_mm_per_prompt=options.limits.model_dump(include={"image", "video"}),
+        limit_mm_per_prompt=options.limits.model_dump(exclude_none=True),
         max_model_len=options.max_model_len,
         device=options.device,
         dtype=options.dtype,

@@ -272,6 +272,10 @@ def test_limits_come_in_both_forms() -> None:
     clips = {"count": 2, "num_frames": 32, "width": 512, "height": 512}
     assert {"image": 5, "video": 2} == parse_limits({"image": options, "video": clips})
     assert {"image": 5, "video": 0} == parse_limits({"image": options, "video": 0})
+    assert {"image": 1, "video": 1, "frames": 64} == parse_limits({"frames": 64})
+    for frames in (0, -1, 1.5, True, None, "64", {"count": 4}):
+        with pytest.raises(BadConfig, match="frames"):
+            parse_limits({"frames": frames})
     assert {"image": 1, "video": 1} == parse_limits({"image": {"width": 512}})
     assert {"image": 3, "video": 1} == parse_limits({"image": {"count": 3, "width": None}})
     others = {"audio": 0, "vision_chunk": {"count": 0}}

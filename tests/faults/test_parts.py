@@ -1,7 +1,7 @@
 """
 Workers that are killed half way through clips: what was answered is not asked again.
 
-`DARKROOM_FAULT_PROFILE=full` has more clips and more kills. The `database` fixture checks L1 to L7,
+`make faults` has more clips and more kills. The `database` fixture checks L1 to L7,
 changes included, when a test is over: no part is answered twice.
 """
 
@@ -11,6 +11,7 @@ import os
 import random
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_clips_survive_workers_that_are_killed_at_random(
         job = hand_in(stores, broker.url, tmp_path, num_clips=PROFILE.num_clips)
         for number in range(PROFILE.num_kills):
             few = (number + 1) * chance.randrange(5, 10)
-            wait_until(lambda few=few: len(read_kept(database)) >= few, fleet, timeout_s=120)
+            wait_until(partial(has_kept, database, few), fleet, timeout_s=120)
             victim = chance.choice(
                 [n for n in range(2) if count_items_of(database, workers[n])] or [0]
             )
@@ -163,6 +164,10 @@ def read_kept(database: Database) -> set[tuple[int, str]]:
     with database.read() as session:
         rows = session.execute(select(Part.item_id, Part.number))
         return {(item, str(number)) for item, number in rows}
+
+
+def has_kept(database: Database, num_parts: int) -> bool:
+    return len(read_kept(database)) >= num_parts
 
 
 def read_numbers(log: Path) -> list[str]:
