@@ -80,7 +80,7 @@ def _decode(num: int, heads: int, kv_heads: int, dim: int, rows: int) -> None:
     kernels: dict[str, Callable[[], Tensor]] = {
         "flash": lambda: _flash(query, keys, values, ones, starts, 1, rows, lens, is_causal=True)
     }
-    own = find_decode_attention(query.device, query.dtype)
+    own = find_decode_attention(query.device, query.dtype, dim)
     if own is not None:
         kernels["own"] = lambda: own(query, keys, values, starts[:-1], lens, rows, dim**-0.5)
     for name, run in kernels.items():

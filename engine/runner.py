@@ -65,7 +65,9 @@ class Runner:
         self._uses_flash = all(
             can_use_flash(self.device, self.dtype, layer.dim) for layer in shape.layers
         )
-        self._decode_kernel = find_decode_attention(self.device, self.dtype)
+        self._decode_kernel = find_decode_attention(
+            self.device, self.dtype, max(layer.dim for layer in shape.layers)
+        )
         self._argmax = argmax
         self._graphs: Graphs | None = None
         self._prefills: Repeats | None = None

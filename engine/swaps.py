@@ -17,6 +17,8 @@ from engine.kernels.decode import attend
 
 logger = logging.getLogger(__name__)
 
+MAX_KERNEL_DIM = 128  # wider heads may not fit the memory of a GPU's processor: flash takes them
+
 # (query, keys, values, starts, lens, max_len, scale), as `engine.kernels.decode.attend`
 DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
@@ -27,7 +29,9 @@ def fuse(model: Any, *, fp8: bool = False) -> None:
     logger.info("layers_fused %s", " ".join(f"{name}={n}" for name, n in sorted(swapped.items())))
 
 
-def find_decode_attention(device: torch.device, dtype: torch.dtype) -> DecodeAttention | None:
+def find_decode_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> DecodeAttention | None:
     """A kernel for one new token a sequence, straight on the slabs; None where none runs."""
-    is_taken = dtype in (torch.float16, torch.bfloat16)
+    is_taken = dtype in (torch.float16, torch.bfloat16) and head_dim <= MAX_KERNEL_DIM
     return attend if is_taken and has_kernels(torch.empty(1, device=device)) else None

@@ -52,7 +52,7 @@ MAX_TILES = 256  # that a request may ask for: far over what models were trained
 
 # Text models that others may be built on, each compared with transformers: causal attention alone, over
 # all rows or a window of them, and rotary positions that do not change with the length of a call.
-TEXT_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+TEXT_TYPES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 CHANGING_ROPES = ("dynamic", "longrope")
 
 
@@ -69,19 +69,35 @@ def check_text(text_config: Any) -> None:
             f"yet here: use {', '.join(TEXT_TYPES)}."
         )
     check_positions(text_config)
+    if getattr(text_config, "use_bidirectional_attention", False):
+        raise BadConfig(
+            "The model's tokens look ahead (use_bidirectional_attention): it makes embeddings and no "
+            "answers. Give a model that generates."
+        )
+    for cap in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if getattr(text_config, cap, None) is not None:
+            raise BadConfig(f"The model bounds its scores ({cap}), which is not supported.")
 
 
 def check_positions(text_config: Any) -> None:
     """
     Raises:
-        BadConfig: those of one prompt would depend on which run beside it.
+        BadConfig: those of one prompt would depend on which run beside it, or a part of each head only
+            knows them.
     """
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in CHANGING_ROPES:
-        raise BadConfig(
-            f"The model's positions are of the type {rope['rope_type']!r}, which changes with the "
-            "length of a prompt. That is not supported."
-        )
+    ropes = getattr(text_config, "rope_parameters", None) or {}
+    # Where layers of several kinds turn differently, there is one for each kind.
+    for rope in [ropes, *(value for value in ropes.values() if isinstance(value, Mapping))]:
+        if rope.get("rope_type") in CHANGING_ROPES:
+            raise BadConfig(
+                f"The model's positions are of the type {rope['rope_type']!r}, which changes with the "
+                "length of a prompt. That is not supported."
+            )
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise BadConfig(
+                "The model's positions turn a part of each head only (partial_rotary_factor), which is "
+                "not supported."
+            )
 
 
 class ImageTooNarrowError(ValueError):

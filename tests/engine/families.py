@@ -44,6 +44,8 @@ from engine import Request, SamplingParams
 from engine.families import FAMILIES
 from tests.engine.pictures import draw
 from tests.engine.tiny_llava import (
+    GEMMA,
+    GEMMA_OTHER,
     IDEFICS3_OTHER,
     IDEFICS3_WHOLE,
     INTERNVL_OTHER,
@@ -219,6 +221,8 @@ CASES: Mapping[str, Case] = {
         clip="<video>\n",
         read_clips=read_internvl_clips,
     ),
+    "gemma3, text alone": text_case("gemma3_text", **GEMMA),
+    "gemma3, text alone, one KV head": text_case("gemma3_text", **GEMMA_OTHER),
     "llama": text_case("llama", num_key_value_heads=2),
     "mistral, with a window": text_case("mistral", sliding_window=16),
     "phi3": text_case("phi3", sliding_window=20),

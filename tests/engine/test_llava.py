@@ -245,7 +245,7 @@ def test_prompt_that_is_too_long_tells_no_size_that_would_do(llm: LLM) -> None:
         ),
         (
             rewrite("config.json", lambda c: c["text_config"].update(model_type="gemma2")),
-            "The model's text part is of the type 'gemma2', which is not supported yet here: use llama",
+            "The model's text part is of the type 'gemma2', which is not supported yet here: use gemma3",
         ),
         (
             rewrite(

@@ -136,6 +136,31 @@ LLAVA_NEXT_OTHER: Changes = {
         "num_additional_image_tokens": 0,
     },
 }
+# Every third layer looks at all rows; heads are wider than their share, and turn by two tables.
+GEMMA: Mapping[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 12,
+    "sliding_window_pattern": 3,
+    "rope_local_base_freq": 100.0,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "tie_word_embeddings": True,
+}
+# Wider heads that share one KV head, layers named one by one, the last one a window.
+GEMMA_OTHER: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 48,
+    "query_pre_attn_scalar": 48,
+    "sliding_window": 5,
+    "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    "tie_word_embeddings": True,
+}
 # Mistral, all of whose layers look at fewer rows than most prompts have.
 LLAVA_NEXT_WINDOW: Changes = {
     "text": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 24},
