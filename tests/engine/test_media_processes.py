@@ -1,5 +1,6 @@
 """Files decoded in processes: the engine answers as with threads, and a process's end is one result."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -157,6 +158,16 @@ def test_closing_the_engine_ends_its_processes(tiny_folder: Path) -> None:
     assert isinstance(decoder, DecoderPool)
 
     llm.close()
+
+    assert frozenset() == decoder.pids
+
+
+def test_engine_that_nobody_closes_takes_its_processes_along(tiny_folder: Path) -> None:
+    llm = LLM(str(tiny_folder), num_media_processes=1)
+    decoder = pool_of(llm.engine)
+
+    del llm
+    gc.collect()
 
     assert frozenset() == decoder.pids
 
