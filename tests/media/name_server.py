@@ -153,6 +153,8 @@ async def fetch_all() -> dict[str, Any]:
                 for port in (good.port, canary.port, good.port):
                     if port == canary.port and name in ("plain.test", "alias-of-good.test"):
                         continue
+                    if name == "silent.test" and name in ends:
+                        continue  # each costs a second
                     url = f"http://{name}:{port}/{len(ends)}"
                     try:
                         await fetcher.fetch(url, ImageLimits())

@@ -61,8 +61,9 @@ def noting(moments: list[float], answer: Answer) -> Answer:
     return note
 
 
-def test_workers_together_keep_to_the_connections_of_a_host(broker: str) -> None:
+def test_workers_together_keep_to_the_connections_and_the_rate_of_a_host(broker: str) -> None:
     most, now = 0, 0
+    moments: list[float] = []
 
     async def answer(head: str, writer: asyncio.StreamWriter) -> None:
         nonlocal most, now
@@ -73,24 +74,14 @@ def test_workers_together_keep_to_the_connections_of_a_host(broker: str) -> None
         await PICTURE(head, writer)
 
     async def scenario() -> list[list[str]]:
-        async with serve(answer) as server:
-            return await fetch_in(2, broker, server, num=24, connections=3, rate=1000)
+        async with serve(noting(moments, answer)) as server:
+            return await fetch_in(2, broker, server, num=16, connections=3, rate=15)
 
-    assert [["fetched"] * 24] * 2 == asyncio.run(scenario())
-    assert 3 == most  # each alone would have had 8
-
-
-def test_workers_together_keep_to_the_rate_of_a_host(broker: str) -> None:
-    moments: list[float] = []
-
-    async def scenario() -> list[list[str]]:
-        async with serve(noting(moments, PICTURE)) as server:
-            return await fetch_in(2, broker, server, num=11, connections=100, rate=10)
-
-    assert [["fetched"] * 11] * 2 == asyncio.run(scenario())
+    assert [["fetched"] * 16] * 2 == asyncio.run(scenario())
+    assert most <= 3  # each alone would have had 8
+    assert moments[-1] - moments[0] > 1.0  # 32 are in three seconds at least
     # Counted when they are begun, and seen a moment later, on a busy machine perhaps in the next second.
-    assert moments[-1] - moments[0] > 1.0  # 22 are in three seconds at least
-    assert max(Counter(map(int, moments)).values()) < 2 * 10
+    assert max(Counter(map(int, moments)).values()) < 2 * 15
 
 
 def test_pause_that_one_worker_was_asked_for_is_kept_by_all(broker: str) -> None:
