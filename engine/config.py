@@ -16,7 +16,6 @@ from typing import Any
 from engine.errors import BadConfig
 from media.errors import BadFrameSamplingError
 from media.frames import MAX_MIN_CHANGE, build_sampling
-from media.images import can_read
 from media.limits import OPT_IN_FORMATS
 
 BUNDLED_MODEL = "darkroom-tiny"
@@ -206,17 +205,8 @@ class EngineConfig:
             "max_num_batched_tokens",
         ):
             _check_positive(name, getattr(self, name), may_be_none=True)
-        for name in self.image_formats:
-            if name not in OPT_IN_FORMATS:
-                raise BadConfig(
-                    f"image_formats takes {' and '.join(OPT_IN_FORMATS)}, what is not read otherwise, "
-                    f"got {name!r}."
-                )
-            if not can_read(name):
-                raise BadConfig(
-                    f"image_formats: {name} is not installed here. Run pip install "
-                    "-e '.[heic]' in Darkroom's folder."
-                )
+        if self.image_formats:
+            _check_formats(self.image_formats)
         for name in ("encoder_cache_bytes", "num_media_processes"):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 0:
@@ -240,6 +230,22 @@ class EngineConfig:
         if self.model == BUNDLED_MODEL and not Path(self.model).is_dir():
             return str(BUNDLED_FOLDER)
         return self.model
+
+
+def _check_formats(names: Iterable[str]) -> None:
+    from media.images import can_read  # Pillow, which reading settings does not need otherwise
+
+    for name in names:
+        if name not in OPT_IN_FORMATS:
+            raise BadConfig(
+                f"image_formats takes {' and '.join(OPT_IN_FORMATS)}, what is not read otherwise, got "
+                f"{name!r}."
+            )
+        if not can_read(name):
+            raise BadConfig(
+                f"image_formats: {name} is not installed here. Run pip install -e '.[heic]' in "
+                "Darkroom's folder."
+            )
 
 
 def _check_positive(name: str, value: object, *, may_be_none: bool) -> None:

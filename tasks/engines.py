@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from engine.errors import EngineFailure
 from engine.request import Result, SamplingParams
 from media.errors import DecoderFailedError
-from media.pool import count_cores
 from tasks.config import MediaLimits
 from tasks.errors import DeviceLostError
 
@@ -196,6 +195,7 @@ def load_engine(options: EngineOptions) -> LLMEngine:
         BadConfig: the engine's own word for what cannot work.
     """
     from engine import LLM
+    from media.pool import count_cores
 
     num_processes = options.num_media_processes
     if num_processes is None:

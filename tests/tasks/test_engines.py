@@ -1,6 +1,8 @@
 """A worker's engine starts with what it needs, decodes where it is told to, and its ends are judged."""
 
 import json
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -75,3 +77,16 @@ def test_model_that_cannot_hold_a_conversation_is_refused_before_it_is_loaded(
         )
 
     assert "\n" not in str(caught.value)
+
+
+def test_worker_of_the_cpu_queue_loads_no_decoder() -> None:
+    program = (
+        "import sys, tasks.engines, tasks.worker\n"
+        "print(*{'torch', 'numpy', 'PIL', 'media.pool'}.intersection(sys.modules))"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert "" == done.stdout.strip()
