@@ -59,6 +59,9 @@ FAMILIES: Mapping[str, Entry] = {
     ),
     "llama": Entry(_TEXT, "transformers:LlamaForCausalLM"),
     "llava": Entry("engine.families.llava:Llava", "transformers:LlavaForConditionalGeneration"),
+    "llava/pixtral": Entry(
+        "engine.families.pixtral:Pixtral", "transformers:LlavaForConditionalGeneration"
+    ),
     "llava_next": Entry(
         "engine.families.llava_next:LlavaNext", "transformers:LlavaNextForConditionalGeneration"
     ),
@@ -67,6 +70,9 @@ FAMILIES: Mapping[str, Entry] = {
         "transformers:LlavaOnevisionForConditionalGeneration",
     ),
     "mistral": Entry(_TEXT, "transformers:MistralForCausalLM"),
+    "mistral3": Entry(
+        "engine.families.pixtral:Pixtral", "transformers:Mistral3ForConditionalGeneration"
+    ),
     "phi3": Entry(_TEXT, "transformers:Phi3ForCausalLM"),
     "phi3_v": Entry(
         "engine.families.phi3_v:Phi3V",

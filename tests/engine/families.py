@@ -37,6 +37,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -55,11 +56,15 @@ from tests.engine.tiny_llava import (
     LLAVA_OTHER,
     LLAVA_PADDED,
     LLAVA_SIGLIP,
+    MISTRAL3_OTHER,
+    PIXTRAL_OTHER,
     write_tiny_idefics3,
     write_tiny_internvl,
     write_tiny_llava,
     write_tiny_llava_next,
     write_tiny_llava_onevision,
+    write_tiny_mistral3,
+    write_tiny_pixtral,
     write_tiny_smolvlm,
     write_tiny_text,
 )
@@ -111,6 +116,35 @@ class OnevisionProcessor(WithoutClips, LlavaOnevisionProcessor): ...
 
 
 class TilesProcessor(WithoutClips, InternVLProcessor): ...
+
+
+class PixtralProcessor:
+    """
+    What transformers' own does, which cannot be imported without torchvision: a token for each token's
+    pixels, one behind each row, and another behind the last.
+    """
+
+    def __init__(
+        self, image_processor: Any, tokenizer: Any, patch_size: int, spatial_merge_size: int
+    ) -> None:
+        self._read_pictures, self._tokenizer = image_processor, tokenizer
+        self._token_px = patch_size * spatial_merge_size
+
+    def __call__(
+        self, text: Sequence[str], return_tensors: str, images: Sequence[Image.Image] = ()
+    ) -> dict[str, Any]:
+        (prompt,) = text
+        if not images:
+            return dict(self._tokenizer(prompt, return_tensors=return_tensors))
+        made = self._read_pictures(
+            list(images), patch_size=self._token_px, return_tensors=return_tensors
+        )
+        first, *pieces = prompt.split("[IMG]")
+        written = first
+        for (height, width), piece in zip(made["image_sizes"].tolist(), pieces, strict=True):
+            row = "[IMG]" * (width // self._token_px)
+            written += "[IMG_BREAK]".join([row] * (height // self._token_px)) + "[IMG_END]" + piece
+        return {**self._tokenizer(written, return_tensors=return_tensors), **made}
 
 
 def read_onevision_clips(oracle: "Oracle", asked: "Asked") -> dict[str, Any]:
@@ -247,6 +281,28 @@ CASES: Mapping[str, Case] = {
         LlavaProcessor,
         LLAVA_SIGLIP,
         num_requests=20,
+    ),
+    "pixtral": Case(
+        "llava", write_tiny_pixtral, PixtralImageProcessorPil, PixtralProcessor, picture="[IMG]"
+    ),
+    "pixtral, a window and other heads": Case(
+        "llava",
+        write_tiny_pixtral,
+        PixtralImageProcessorPil,
+        PixtralProcessor,
+        PIXTRAL_OTHER,
+        picture="[IMG]",
+    ),
+    "mistral3": Case(
+        "mistral3", write_tiny_mistral3, PixtralImageProcessorPil, PixtralProcessor, picture="[IMG]"
+    ),
+    "mistral3, a window and other heads": Case(
+        "mistral3",
+        write_tiny_mistral3,
+        PixtralImageProcessorPil,
+        PixtralProcessor,
+        MISTRAL3_OTHER,
+        picture="[IMG]",
     ),
     "llava next": Case(
         "llava_next", write_tiny_llava_next, LlavaNextImageProcessorPil, LlavaNextProcessor

@@ -257,8 +257,8 @@ def test_prompt_that_is_too_long_tells_no_size_that_would_do(llm: LLM) -> None:
             "The model's positions are of the type 'dynamic', which changes with the length",
         ),
         (
-            rewrite("config.json", lambda c: c["vision_config"].update(model_type="pixtral")),
-            "The model's encoder is of the type 'pixtral', which is not supported yet here",
+            rewrite("config.json", lambda c: c["vision_config"].update(model_type="dinov2")),
+            "The model's encoder is of the type 'dinov2', which is not supported yet here",
         ),
         (
             rewrite("config.json", lambda c: c.update(image_token_index=7)),

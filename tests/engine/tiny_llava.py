@@ -338,6 +338,82 @@ def write_tiny_internvl(folder: Path, *, seed: int = 0, changes: Changes | None 
     )
 
 
+PIXTRAL_MARKS = ("[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]")
+PIXTRAL: Changes = {
+    "text": {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+    "vision": {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    "config": {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    "pictures": {
+        "image_processor_type": "PixtralImageProcessor",
+        "size": {"longest_edge": 208},
+        "patch_size": {"height": 16, "width": 16},
+    },
+    "processor": {"patch_size": 16, "spatial_merge_size": 1},
+}
+# Wider heads, SiLU, a window that is shorter than a picture, a square of other sides, other colours.
+PIXTRAL_OTHER: Changes = {
+    "text": {"head_dim": 16, "sliding_window": 32},
+    "vision": {
+        "hidden_size": 48,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "hidden_act": "silu",
+        "patch_size": 14,
+        "rope_theta": 100.0,
+    },
+    "config": {"projector_hidden_act": "gelu_pytorch_tanh"},
+    "pictures": {
+        "size": {"height": 210, "width": 220},
+        "patch_size": {"height": 14, "width": 14},
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.2],
+        "resample": 2,
+    },
+    "processor": {"patch_size": 14},
+}
+# Its processor asks for sides of whole tokens, whatever the patch of its image processor is.
+MISTRAL3: Changes = {
+    **PIXTRAL,
+    "config": {"vision_feature_layer": -1, "spatial_merge_size": 2},
+    "pictures": {**PIXTRAL["pictures"], "patch_size": {"height": 28, "width": 28}},
+    "vision": {**PIXTRAL["vision"], "patch_size": 14},
+    "processor": {"patch_size": 14, "spatial_merge_size": 2},
+}
+MISTRAL3_OTHER: Changes = {
+    "text": {"head_dim": 16, "num_key_value_heads": 4, "sliding_window": 40},
+    "vision": {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+        "hidden_act": "silu",
+    },
+    "config": {"multimodal_projector_bias": True, "projector_hidden_act": "silu"},
+    "pictures": {
+        "size": {"longest_edge": 200},
+        "patch_size": {"height": 16, "width": 16},
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.2],
+    },
+    "processor": {"patch_size": 8},
+}
+
+
+def write_tiny_pixtral(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
+    return write(folder, "llava", PIXTRAL, changes or {}, seed, marks=PIXTRAL_MARKS)
+
+
+def write_tiny_mistral3(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
+    return write(folder, "mistral3", MISTRAL3, changes or {}, seed, marks=PIXTRAL_MARKS)
+
+
 def write_tiny_text(folder: Path, *, seed: int = 0, changes: Changes) -> Path:
     """A text model alone: the `text` of a LLaVA with these changes."""
     write(folder, "", {"text": LLAMA, "config": {}}, changes, seed)

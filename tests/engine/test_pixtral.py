@@ -1,0 +1,117 @@
+"""What of Pixtral and Mistral 3 tests/engine/families.py does not say."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import LLM
+from engine.errors import BadConfig
+from engine.families.pixtral import cut_patches, patch_positions, target_size
+from engine.families.protocol import ImageTooNarrowError
+from tests.engine.pictures import GREEDY, cut_picture, draw, error_of, token_ids
+from tests.engine.tiny_llava import write_tiny_mistral3, write_tiny_pixtral
+
+PROMPT = "USER: [IMG]x\nASSISTANT:"
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    with LLM(str(write_tiny_mistral3(tmp_path_factory.mktemp("mistral3")))) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+def test_patches_stand_where_their_positions_say(merge: int) -> None:
+    rows, columns, patch_px = 3, 2, 4
+    height, width = rows * merge * patch_px, columns * merge * patch_px
+    pixels = torch.arange(height * width * 3).view(1, height, width, 3)
+    patches = cut_patches(pixels, merge, patch_px).view(-1, 3, patch_px, patch_px)
+    positions = patch_positions(rows, columns, merge)
+
+    assert rows * columns * merge**2 == len(patches) == len(positions)
+    assert len(positions) == len({tuple(place) for place in positions.tolist()})
+    for patch, (row, column) in zip(patches, positions.tolist(), strict=True):
+        top, left = row * patch_px, column * patch_px
+        there = pixels[0, top : top + patch_px, left : left + patch_px]
+        assert torch.equal(there.permute(2, 0, 1), patch)
+    tokens = positions.reshape(-1, merge**2, 2)
+    assert ((tokens - tokens[:, :1]) < merge).all()
+
+
+def test_pictures_that_came_as_features_say_what_pictures_say(llm: LLM) -> None:
+    picture, family = draw(3, 150, 90), llm.engine.checkpoint.family
+    visual = cut_picture(family, picture)
+    rows, columns = visual.plan.layout
+    given = {
+        "image_embeds": family.encode([visual])[0],
+        "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]]),
+    }
+    seen, handed = (
+        llm.generate(
+            {"prompt": PROMPT, "multi_modal_data": {"image": media}}, GREEDY, use_tqdm=False
+        )
+        for media in (picture, given)
+    )
+    bare = llm.generate(
+        {"prompt": PROMPT, "multi_modal_data": {"image": given["image_embeds"][None]}},
+        GREEDY,
+        use_tqdm=False,
+    )
+
+    assert token_ids(seen) == token_ids(handed)
+    assert error_of(bare).startswith("This model's pictures stand in rows: give image_grid_thw")
+
+
+def test_strip_that_would_lose_its_shorter_side_is_refused() -> None:
+    assert (1, 4) == target_size(128, 2, (64, 64), 16)
+    with pytest.raises(ImageTooNarrowError) as error:
+        target_size(130, 2, (64, 64), 16)
+    assert 64 == error.value.max_ratio
+
+
+def told(name: str, part: str | None = None, **values: Any) -> Mapping[str, Any]:
+    return {"name": name, "part": part, "values": values}
+
+
+@pytest.mark.parametrize(
+    ("write", "change", "said"),
+    [
+        (write_tiny_pixtral, told("config.json", vision_feature_layer=-2), "in another way than"),
+        (
+            write_tiny_pixtral,
+            told("config.json", vision_feature_select_strategy="default"),
+            "in another way than",
+        ),
+        (write_tiny_mistral3, told("config.json", spatial_merge_size=3), "in another way than"),
+        (
+            write_tiny_mistral3,
+            told("config.json", "text_config", model_type="ministral3"),
+            "text part is of the type 'ministral3'",
+        ),
+        (
+            write_tiny_pixtral,
+            told("processor_config.json", **{"image_break_token": "<row>"}),
+            r"it lacks <row> or \[IMG_END\]",
+        ),
+        (
+            write_tiny_mistral3,
+            told("config.json", image_token_index=5),
+            r"\[IMG\] is not its token 5",
+        ),
+    ],
+)
+def test_checkpoint_that_cannot_work_is_told(
+    tmp_path: Path, write: Write, change: Mapping[str, Any], said: str
+) -> None:
+    file = write(tmp_path) / change["name"]
+    content = json.loads(file.read_text())
+    (content[change["part"]] if change["part"] else content).update(change["values"])
+    file.write_text(json.dumps(content))
+
+    with pytest.raises(BadConfig, match=said):
+        LLM(str(tmp_path))
