@@ -7,6 +7,7 @@ clips, T prompts and parameters, A files, ids and requests. A letter behind an i
 
 import base64
 import json
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,7 +56,16 @@ class Place(Protocol):
     def upload(self, content: bytes, filename: str = "upload.bin") -> str:
         """Hand in a file; returns its id, as `file-…`."""
 
-    def serve(self, answer: Answer | Mapping[str, Answer], address: str = "127.0.0.1") -> Server:
+    @property
+    def folder(self) -> Path:
+        """For files that both sides read."""
+
+    def serve(
+        self,
+        answer: Answer | Mapping[str, Answer],
+        address: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
+    ) -> Server:
         """Answer on a free port of loopback until the case is over."""
 
 
@@ -81,10 +91,6 @@ class Case:
     note: str = ""
     is_slow: bool = False
     max_growth_mb: float = 64.0
-
-    @property
-    def family(self) -> str:
-        return self.id.rstrip("abcdefghijklmnopqrstuvwxyz")
 
 
 def build_line(body: Mapping[str, Any], custom_id: str = "bad") -> bytes:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -152,8 +153,17 @@ class Front:
     def upload(self, content: bytes, filename: str = "upload.bin") -> str:
         return f"file-{self._store(content, filename, 'vision').hex}"
 
-    def serve(self, answer: Answer | Mapping[str, Answer], address: str = "127.0.0.1") -> Server:
-        serving = serve(answer, address)
+    @property
+    def folder(self) -> Path:
+        return self._log.parent
+
+    def serve(
+        self,
+        answer: Answer | Mapping[str, Answer],
+        address: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
+    ) -> Server:
+        serving = serve(answer, address, tls)
         self._servers.append(serving)
         server: Server = self._wait_for(serving.__aenter__())
         return server
@@ -233,11 +243,12 @@ def check_texts(texts: list[str], secrets: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def open_front(folder: Path, template: bytes) -> Iterator[Front]:
+def open_front(folder: Path, template: bytes, num_processes: int = 1) -> Iterator[Front]:
     """
     Start the worker, for the block.
 
     Args:
+        num_processes: that decode; 0 for the worker's own threads.
         template: an empty SQLite database.
     """
     # Where the worker stands, for scripts that would read a file there.
@@ -249,6 +260,7 @@ def open_front(folder: Path, template: bytes) -> Iterator[Front]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
     env |= {
         "DARKROOM_HOME": str(folder),
+        "DARKROOM_MEDIA_PROCESSES": str(num_processes),
         "DARKROOM_MODELS": json.dumps({MODEL: LIMITS}),
         "DARKROOM_MAX_LINE_BYTES": str(16 * memory.MEBIBYTE),
         "DARKROOM_MEDIA_S3_BUCKETS": "s3://photographs/{tenant}",

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 _OURS = re.compile(
     # Forms and examples that our own texts show, and paths that are the wire's.
-    r"https://host/path|/v1/[a-z]+(?:/[a-z]+)?|https?://example\.com"
+    r"https://host/path|Authorization: Bearer|/v1/[a-z]+(?:/[a-z]+)?|https?://example\.com"
 )
 _LEAKS = {
     "a memory address": re.compile(r"\b0x[0-9a-fA-F]{3,}|\bobject at\b"),

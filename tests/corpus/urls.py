@@ -18,7 +18,7 @@ from tests.corpus.cases import (
     sample,
     video_part,
 )
-from tests.media.servers import Answer, answering, endless, raw, redirecting
+from tests.media.servers import Answer, answering, endless, make_tls, raw, redirecting
 
 DENIED = "host_not_allowed"
 BAD = "bad_url"
@@ -131,6 +131,14 @@ def ask_long_data_url(place: Place) -> Asked:
             b"DATA", b"data:image/png;base64," + b"A" * 100_000_000
         )
     )
+
+
+def ask_over_tls(certified: str, days_left: int, is_known: bool, place: Place) -> Asked:
+    """A server whose certificate is for this name, for so long, and from somebody known or not."""
+    server_tls, _ = make_tls(place.folder, certified, days_left)
+    server = place.serve(answering(sample("small.png")), tls=server_tls)
+    known = {"ca": str(place.folder / f"{certified}.pem")} if is_known else {}
+    return ask_for(f"https://{HOST}:{server.port}/", **LOOPBACK, ports=[server.port], **known)
 
 
 DROP = answering(sample("small.png"), headers=[f"X-Inside: {PLANTED}"])
@@ -339,6 +347,10 @@ CASES: tuple[Case, ...] = (
         FAILED,
         network=QUICK,
     ),
+    Case("U30a", "TLS that has expired", partial(ask_over_tls, HOST, -1, True), FAILED),
+    Case("U30b", "TLS for another name", partial(ask_over_tls, "other.test", 1, True), FAILED),
+    Case("U30c", "TLS signed by itself", partial(ask_over_tls, HOST, 1, False), FAILED),
+    Case("U30d", "good TLS", partial(ask_over_tls, HOST, 1, True), OK, STAR),
     *(
         answer_case(
             f"U31{letter}",
