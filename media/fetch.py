@@ -77,6 +77,15 @@ class FetchConfig:
     user_agent: str = "Darkroom"
     limits: FetchLimits = FETCH_LIMITS
 
+    def try_timeout_s(self, limits: ImageLimits | VideoLimits) -> float:
+        """What one try for this may take."""
+        is_video = isinstance(limits, VideoLimits)
+        return self.video_fetch_timeout_s if is_video else self.image_fetch_timeout_s
+
+    def whole_timeout_s(self, limits: ImageLimits | VideoLimits) -> float:
+        """What a fetch of it may take with all its tries."""
+        return max(self.limits.whole_timeout_s, self.try_timeout_s(limits))
+
     def __post_init__(self) -> None:
         for timeout_s in (self.image_fetch_timeout_s, self.video_fetch_timeout_s):
             if not 0 < timeout_s < math.inf:
@@ -238,13 +247,14 @@ class Fetcher:
     async def _fetch_in_time(
         self, errand: Errand, limits: ImageLimits | VideoLimits, progress: "_Progress"
     ) -> Fetched:
+        whole_s = self._config.whole_timeout_s(limits)
         try:
-            async with asyncio.timeout(self._limits.whole_timeout_s):
+            async with asyncio.timeout(whole_s):
                 content, media_type = await self._try_until_it_works(errand, limits, progress)
         except TimeoutError as error:
             raise FetchTimeoutError(
                 "Failed to fetch media from URL: with all its tries it took more than the "
-                f"{self._limits.whole_timeout_s:g} s that it may. Send the item again later, or "
+                f"{whole_s:g} s that it may. Send the item again later, or "
                 "upload the file.",
                 retryable=True,
             ) from error
@@ -263,7 +273,7 @@ class Fetcher:
             if error.retry_after_s is None:
                 return True
             wait_s = error.retry_after_s + random.uniform(0, self._limits.retry_wait_s)  # noqa: S311 - spreads load, no secret
-            left_s = self._limits.whole_timeout_s - progress.seconds
+            left_s = self._config.whole_timeout_s(limits) - progress.seconds
             return wait_s if wait_s <= min(self._limits.max_retry_after_s, left_s) else False
 
         async for attempt in stamina.retry_context(
@@ -289,10 +299,7 @@ class Fetcher:
         self, errand: Errand, limits: ImageLimits | VideoLimits, progress: "_Progress"
     ) -> tuple[bytes, str]:
         """Try once, and turn what the network may raise into errors of this room."""
-        is_video = isinstance(limits, VideoLimits)
-        timeout_s = (
-            self._config.video_fetch_timeout_s if is_video else self._config.image_fetch_timeout_s
-        )
+        timeout_s = self._config.try_timeout_s(limits)
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._follow(errand, limits, progress)
@@ -300,7 +307,7 @@ class Fetcher:
             raise FetchTimeoutError(
                 "Failed to fetch media from URL: no complete answer within the "
                 f"{timeout_s:g} s of one try. Send the item again, or ask the operator to raise "
-                f"DARKROOM_{'VIDEO' if is_video else 'IMAGE'}_FETCH_TIMEOUT.",
+                f"DARKROOM_{'VIDEO' if isinstance(limits, VideoLimits) else 'IMAGE'}_FETCH_TIMEOUT.",
                 retryable=True,
             ) from error
         except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
@@ -619,12 +626,21 @@ class _Failures:
 
     def raise_if_remembered(self, key: _FailureKey) -> None:
         until, error = self._failures.get(key, (0.0, None))
-        if error is not None and time.monotonic() < until:
-            raise _copy_of(error)  # an error that is raised twice would collect tracebacks
+        left_s = until - time.monotonic()
+        if error is not None and left_s > 0:
+            copy = _copy_of(error)  # an error that is raised twice would collect tracebacks
+            if copy.retryable:
+                copy.retry_after_s = left_s
+            raise copy
 
     def remember(self, key: _FailureKey, error: FetchFailedError) -> None:
-        until = time.monotonic() + self._limits.remember_failures_s
-        self._failures[key] = (until, _copy_of(error))
+        """What may pass is remembered for less long, and `error` says for how long."""
+        if error.retry_after_s:  # its host is left alone by everybody
+            return
+        remember_s = self._limits.remember_failures_s
+        if error.retryable:
+            error.retry_after_s = remember_s = self._limits.remember_passing_s
+        self._failures[key] = (time.monotonic() + remember_s, _copy_of(error))
         self._failures.move_to_end(key)
         if len(self._failures) > self._limits.max_remembered_failures:
             self._failures.popitem(last=False)

@@ -107,7 +107,10 @@ class FolderReader:
 @contextmanager
 def _open_below(root: Path, segments: Sequence[str]) -> Iterator[int]:
     """The file that these lead to, open for reading."""
-    here = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        here = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:  # it was moved away, or no more files can be opened just now
+        raise FileNotReadableError(retryable=True) from error
     try:
         for number, segment in enumerate(segments, 1):
             is_last = number == len(segments)

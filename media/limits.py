@@ -93,7 +93,8 @@ class FetchLimits:
 
     Attributes:
         connect_timeout_s: look-up and connection; and once more for the TLS handshake.
-        whole_timeout_s: one fetch with all its tries, redirects and waits.
+        whole_timeout_s: one fetch with all its tries, redirects and waits; or as long as one try may
+            take, where an operator allows that more.
         min_bytes_per_s: of a body, on average over each `min_rate_window_s`.
         max_header_bytes: of one answer, with the 1xx answers before it.
         max_redirects: of one try; 0: a redirect is an error like any other status.
@@ -106,6 +107,9 @@ class FetchLimits:
         max_connections: at once, to all hosts.
         keep_alive_s: how long a connection waits for more work.
         remember_failures_s: so long the same URL fails again without being asked for.
+        remember_passing_s: the same where it may work later, and so long its items are told to wait: or
+            each would spend its tries on what is remembered. A host that asks for patience gets it, and
+            nothing of it is remembered.
         max_remembered_failures: the oldest is forgotten first.
         max_silences: a host that has let so many fetches in a row run out of time, or could not be
             reached by them, is left alone for `host_rest_s`. Then one fetch asks how it is.
@@ -125,6 +129,7 @@ class FetchLimits:
     max_connections: int = 128
     keep_alive_s: float = 15.0
     remember_failures_s: float = 60.0
+    remember_passing_s: float = 10.0
     max_remembered_failures: int = 10_000
     max_silences: int = 3
     host_rest_s: float = 30.0

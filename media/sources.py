@@ -7,8 +7,9 @@ What comes inside a URL (`media.data_url`) or was uploaded is no fetch, and is r
 
 import asyncio
 import ssl
+from concurrent.futures import CancelledError
 from dataclasses import asdict
-from threading import Thread
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Self
 
@@ -93,6 +94,8 @@ class SourcesThread:
         shared: SharedLimits | None = None,
     ) -> None:
         self._sources = Sources(config, resolve, tls, buckets=buckets, folder=folder, shared=shared)
+        self._lock = Lock()
+        self._is_closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="darkroom-fetch", daemon=True)
         self._thread.start()
@@ -109,10 +112,19 @@ class SourcesThread:
         self.close()
 
     def fetch(self, url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
-        """Wait for what `Sources.fetch` returns or raises."""
-        return asyncio.run_coroutine_threadsafe(
-            self._sources.fetch(url, limits, tenant), self._loop
-        ).result()
+        """
+        Wait for what `Sources.fetch` returns or raises.
+
+        Raises:
+            CancelledError: of `concurrent.futures`: it was closed before or meanwhile.
+        """
+        with self._lock:  # what is begun after the last look would never end
+            if self._is_closed:
+                raise CancelledError
+            coming = asyncio.run_coroutine_threadsafe(
+                self._sources.fetch(url, limits, tenant), self._loop
+            )
+        return coming.result()
 
     def close(self) -> None:
         """
@@ -121,6 +133,8 @@ class SourcesThread:
         A fetch that is under way is given up; whoever waits for it gets a `CancelledError` of
         `concurrent.futures`, for a thread that waited for ever would never let its process end.
         """
+        with self._lock:
+            self._is_closed = True
         asyncio.run_coroutine_threadsafe(self._give_up(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

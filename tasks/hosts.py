@@ -9,6 +9,7 @@ fetching never waits for Redis.
 
 import asyncio
 import hashlib
+import math
 import random
 import secrets
 import time
@@ -29,8 +30,7 @@ TIMEOUT_S: Final = 0.2
 AWAY_S: Final = 5.0
 """How long a broker that did not answer is not asked again."""
 
-HELD_S: Final = 60
-"""What a worker that died held is free after that; longer than any fetch lasts."""
+HELD_S: Final = 60.0
 
 MAX_PAUSE_S: Final = 300.0
 LOOK_S: Final = 0.05
@@ -43,9 +43,13 @@ class RedisLimits:
     Args:
         max_connections: fetches from one host at a time, of all workers.
         max_rate: fetches from one host that are begun in a second, of all workers.
+        held_s: what a worker that died held is free after that; longer than any fetch lasts.
     """
 
-    def __init__(self, broker_url: str, *, max_connections: int, max_rate: int) -> None:
+    def __init__(
+        self, broker_url: str, *, max_connections: int, max_rate: int, held_s: float = HELD_S
+    ) -> None:
+        self._held_s = held_s
         self._max_connections = max_connections
         self._max_rate = max_rate
         self._client: Any = redis.asyncio.Redis.from_url(
@@ -79,9 +83,9 @@ class RedisLimits:
             found = await self._ask(
                 ["pttl", f"{key}:pause"],
                 ["zremrangebyscore", f"{key}:open", "-inf", now],
-                ["zadd", f"{key}:open", now + HELD_S, token],
+                ["zadd", f"{key}:open", now + self._held_s, token],
                 ["zcard", f"{key}:open"],
-                ["expire", f"{key}:open", HELD_S],
+                ["expire", f"{key}:open", math.ceil(self._held_s)],
             )
             if found is None:
                 return

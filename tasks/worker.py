@@ -32,6 +32,7 @@ from celery.exceptions import Reject
 
 from media.addresses import AddressRules
 from media.folder import FolderReader
+from media.limits import IMAGE_LIMITS, VIDEO_LIMITS
 from media.s3_url import parse_open_prefix
 from storage.errors import IdempotencyConflictError, NotFoundError, StorageError
 from storage.ids import JobId
@@ -53,7 +54,7 @@ from tasks.errors import BadSettingError, BadSubmissionError
 from tasks.expand import expand
 from tasks.fast import EXPAND_LIST, FastLane, name_permit_list, serving
 from tasks.finish import finish
-from tasks.hosts import RedisLimits
+from tasks.hosts import HELD_S, RedisLimits
 from tasks.ingest import StreamIngest, bury
 from tasks.prefetch import Fetch, Preparer, refuse_to_fetch
 from tasks.run import GIVE_BACK_S, Runner
@@ -64,6 +65,7 @@ from tasks.sweep import Sweeper
 
 if TYPE_CHECKING:
     from media.buckets import BucketConfig
+    from media.fetch import FetchConfig
 
 logger = structlog.get_logger(__name__)
 
@@ -452,7 +454,7 @@ def open_fetch(
             fetching,
             buckets=_read_buckets(config),
             folder=_read_folder(config),
-            shared=None if broker_url is None else _share_limits(config, broker_url),
+            shared=None if broker_url is None else _share_limits(config, broker_url, fetching),
         )
     except BadProfileError as error:
         raise BadSettingError(f"DARKROOM_MEDIA_S3_PROFILE: {error}.") from error
@@ -481,11 +483,13 @@ def _read_buckets(config: Config) -> "BucketConfig | None":
     )
 
 
-def _share_limits(config: Config, broker_url: str) -> RedisLimits:
+def _share_limits(config: Config, broker_url: str, fetching: "FetchConfig") -> RedisLimits:
+    longest_s = max(fetching.whole_timeout_s(IMAGE_LIMITS), fetching.whole_timeout_s(VIDEO_LIMITS))
     return RedisLimits(
         broker_url,
         max_connections=config.media_host_connections,
         max_rate=config.media_host_rate,
+        held_s=max(HELD_S, 2 * longest_s),
     )
 
 

@@ -259,6 +259,25 @@ def test_thread_that_closes_gives_up_what_is_under_way() -> None:
     assert isinstance(run(scenario()), futures.CancelledError)
 
 
+def test_thread_that_closes_begins_nothing_more() -> None:
+    """Whoever comes while it closes, or later, is told so at once, and waits for nobody."""
+
+    async def scenario() -> list[BaseException | None]:
+        async with serve(raw(b"", ends=False)) as server:
+            sources = SourcesThread(config_for(server, timeout_s=60.0), Names())
+            url = f"http://pictures.test:{server.port}/"
+            with futures.ThreadPoolExecutor(8) as pool:
+                waiting = [pool.submit(sources.fetch, url, LIMITS, "anyone") for _ in range(400)]
+                while not server.heads:
+                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(sources.close)
+                return [one.exception(SOON_S) for one in waiting]
+
+    ends = run(scenario())
+
+    assert all(isinstance(end, futures.CancelledError) for end in ends), ends
+
+
 # What it never lets through
 
 
@@ -816,7 +835,8 @@ def test_retry_after_beyond_the_cap_ends_the_fetch_at_once(
 def test_retry_after_that_makes_no_sense_is_ignored(retry_after: str) -> None:
     outcome, server = fetch_from(answering(status="503 X", headers=[f"Retry-After: {retry_after}"]))
 
-    assert assert_failed(outcome, FetchFailedError, retryable=True).retry_after_s is None
+    error = assert_failed(outcome, FetchFailedError, retryable=True)
+    assert QUICK.remember_passing_s == error.retry_after_s  # as if nothing had been said
     assert 3 == len(server.heads)
 
 
@@ -895,6 +915,37 @@ def test_failure_is_remembered_for_a_while() -> None:
     assert 4 == len({id(end) for end in ends})
 
 
+def test_failure_that_may_pass_is_remembered_for_less_long_and_says_for_how_long() -> None:
+    async def scenario() -> list[Outcome]:
+        answer = in_turn(*[answering(status="503 X")] * QUICK.max_tries, answering(JPEG))
+        limits = replace(QUICK, remember_passing_s=0.3)
+        async with (
+            serve(answer) as server,
+            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
+        ):
+            url = f"http://pictures.test:{server.port}/"
+            ends = [await outcome_of(fetcher, url) for _ in range(2)]
+            assert QUICK.max_tries == len(server.heads)
+            # Whoever waits as long as it was told to meets the host itself, and not the memory of it.
+            await asyncio.sleep(assert_failed(ends[1], FetchFailedError, True).retry_after_s or 0)
+            return [*ends, await outcome_of(fetcher, url)]
+
+    first, remembered, at_last = run(scenario())
+
+    assert 0.3 == assert_failed(first, FetchFailedError, True).retry_after_s
+    assert 0 < (assert_failed(remembered, FetchFailedError, True).retry_after_s or 0) <= 0.3
+    assert_fetched(at_last)
+
+
+def test_try_may_take_as_long_as_its_operator_allows() -> None:
+    slow = raw(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + JPEG, b"", pause_s=0.4)
+    limits = replace(QUICK, whole_timeout_s=0.2, min_rate_window_s=5.0)
+
+    outcome, _ = fetch_from(slow, limits=limits, timeout_s=5.0)
+
+    assert_fetched(outcome)
+
+
 def test_a_crowd_with_one_dead_url_asks_for_it_no_more_often_than_there_are_slots() -> None:
     async def scenario() -> tuple[list[Outcome], Server]:
         limits = replace(QUICK, max_connections_per_host=2)
@@ -940,7 +991,7 @@ class Moods:
 def test_host_that_lets_fetches_wait_is_left_alone_and_asked_again_by_one() -> None:
     async def scenario() -> None:
         host = Moods()
-        limits = replace(QUICK, host_rest_s=0.5, remember_failures_s=0.0)
+        limits = replace(QUICK, host_rest_s=0.5, remember_passing_s=0.0)
         async with serve(host) as server:
             config = config_for(server, limits=limits, timeout_s=0.1)
             async with Fetcher(config, Names()) as fetcher:
@@ -993,7 +1044,7 @@ def test_host_that_asked_for_a_pause_is_left_alone_until_it_is_over() -> None:
 def test_host_that_answers_now_and_then_is_never_left_alone() -> None:
     async def scenario() -> int:
         host = Moods()
-        limits = replace(QUICK, remember_failures_s=0.0)
+        limits = replace(QUICK, remember_passing_s=0.0)
         async with serve(host) as server:
             config = config_for(server, limits=limits, timeout_s=0.05)
             async with Fetcher(config, Names()) as fetcher:

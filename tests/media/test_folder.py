@@ -67,6 +67,20 @@ def test_file_comes_with_its_report(root: Path, start: str) -> None:
     assert hashlib.sha256(b"a picture").hexdigest() == outcome.report.sha256
 
 
+def test_folder_that_went_away_is_an_error_of_the_file_alone(root: Path) -> None:
+    reader = FolderReader(root)
+    url = f"file://{root}/holiday/%C3%BC%20b.jpg"
+    root.rename(root.with_name("moved"))
+
+    with pytest.raises(FileNotReadableError) as caught:
+        asyncio.run(reader.fetch(url, LIMITS))
+
+    assert caught.value.retryable
+    assert caught.value.facts is not None
+    assert "moved" not in str(caught.value)
+    assert str(root) not in str(caught.value)
+
+
 def test_folder_that_is_a_link_itself_is_opened_by_its_real_name(
     root: Path, tmp_path: Path
 ) -> None:

@@ -121,14 +121,10 @@ def test_pause_is_no_longer_than_is_sensible_and_no_host_stands_in_redis(broker:
         assert all(0 < client.ttl(key) <= hosts.MAX_PAUSE_S for key in keys)
 
 
-def test_turn_of_a_worker_that_died_is_free_in_the_end(
-    broker: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hosts, "HELD_S", 1)
-
+def test_turn_of_a_worker_that_died_is_free_in_the_end(broker: str) -> None:
     async def scenario() -> float:
-        dead = RedisLimits(broker, max_connections=1, max_rate=100)
-        alive = RedisLimits(broker, max_connections=1, max_rate=100)
+        dead = RedisLimits(broker, max_connections=1, max_rate=100, held_s=1.0)
+        alive = RedisLimits(broker, max_connections=1, max_rate=100, held_s=1.0)
         held = dead.turn("pictures.test")
         await held.__aenter__()
         started = time.monotonic()
