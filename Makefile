@@ -15,7 +15,7 @@ demo test faults acceptance gpu-test: export HF_HUB_OFFLINE := 1
 PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults acceptance lint types fmt bench bench-queue eval train gpu-test clean
+.PHONY: help setup demo test faults acceptance lint types fmt docs bench bench-queue eval train gpu-test clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ types: .venv/ready ## mypy, strict
 fmt: .venv/ready ## format the code and mend what ruff can mend
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
+
+docs: .venv/ready ## write the tables of docs/ that are made of code
+	@$(BIN)/python -m tests.docs.models_page
 
 bench: .venv/ready ## benchmark the engine on this machine; ARGS="--help" lists the options
 	@$(BIN)/python -m bench.engine $(ARGS)

@@ -24,6 +24,7 @@ from cli.demo import run_demo
 from cli.errors import CannotStartError, ExitCode
 from cli.inputs import Found, Input, find_clips, find_pictures
 from cli.local import EngineOptions, run
+from cli.models import show_models
 from cli.questions import (
     CLIP_PROMPT,
     NUM_FRAMES,
@@ -687,6 +688,16 @@ def migrate(
     from cli.migrate import run_migrate
 
     _exit_after(lambda: run_migrate(is_check=check))
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """
+    Show the model families: what each supports, and the limits where nobody says otherwise.
+
+    A checkpoint belongs to one by the model_type of its config.json; any size of it will do.
+    """
+    show_models(as_json=as_json)
 
 
 @app.command()

@@ -6,9 +6,9 @@ picture becomes in a prompt, cuts pixels on the host, and runs the encoder on th
 share stands beside it: `packed.py` for encoders that read the patches of pictures of any size in one
 row, `tiles.py` for those that read pictures of one size, or tiles of them, as dense batches.
 
-To add a family: write the adapter, add its line to FAMILIES, give `engine/fuse.py` its modules where
-they are none of those that it knows, and add one entry to tests/engine/families.py, which compares
-it with transformers.
+To add a family: write the adapter, add its line to FAMILIES and its card to `cards.py`, give
+`engine/fuse.py` its modules where they are none of those that it knows, and add one entry to
+tests/engine/families.py, which compares it with transformers.
 """
 
 from collections.abc import Mapping

@@ -266,8 +266,10 @@ def test_reader_that_goes_away_ends_the_process_without_a_trace() -> None:
     assert (1, "") == (process.returncode, errors)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["serve", "--help"], ["--version"], ["version"]])
-def test_help_and_version_load_neither_torch_nor_transformers(args: list[str]) -> None:
+@pytest.mark.parametrize(
+    "args", [["--help"], ["serve", "--help"], ["--version"], ["version"], ["models"]]
+)
+def test_help_version_and_models_load_neither_torch_nor_transformers(args: list[str]) -> None:
     program = (
         "import sys\n"
         "from cli.main import app\n"
@@ -279,4 +281,4 @@ def test_help_and_version_load_neither_torch_nor_transformers(args: list[str]) -
         output, errors = process.communicate(timeout=120)
 
     assert (0, "") == (process.returncode, errors)
-    assert "darkroom" in output
+    assert ("qwen2_vl" if args == ["models"] else "darkroom") in output
