@@ -20,7 +20,8 @@ def show_models(*, as_json: bool) -> None:
     limits = ",".join(f"{modality}={limit}" for modality, limit in DEFAULT_LIMITS.items())
     typer.echo(
         f"\nA prompt may hold {limits} where --limit-mm-per-prompt does not say otherwise. Sizes hold "
-        "where\nneither a request nor the checkpoint says another one. docs/models.md says more."
+        "where\nneither a request nor the checkpoint says another one. docs/models.md says more, "
+        "and docs/adding-a-family.md\nhow another family is added."
     )
 
 

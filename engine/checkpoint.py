@@ -79,8 +79,9 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     if entry is None and isinstance(written.get("model_type"), str):
         known = sorted({name.partition("/")[0] for name in FAMILIES})
         raise BadConfig(
-            f"The model type {written['model_type'][:40]!r} is not supported yet: "
-            f"use {', '.join(known)}."
+            f"The model type {written['model_type'][:40]!r} has no adapter, so it cannot run. There are "
+            f"adapters for {', '.join(known)}; `darkroom models` shows what each takes. "
+            "docs/adding-a-family.md shows how one is added."
         )
     config = _read("config.json", engine, lambda: _read_config(entry, folder, options))
     assert entry is not None, "a config without a type cannot be read"

@@ -8,7 +8,8 @@ row, `tiles.py` for those that read pictures of one size, or tiles of them, as d
 
 To add a family: write the adapter, add its line to FAMILIES and its card to `cards.py`, give
 `engine/fuse.py` its modules where they are none of those that it knows, and add one entry to
-tests/engine/families.py, which compares it with transformers.
+tests/engine/families.py, which compares it with transformers. docs/adding-a-family.md shows all of
+it with a small one.
 """
 
 from collections.abc import Mapping

@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import BadConfig
-from engine.families.llava import CLIP_MEAN, CLIP_STD
 from engine.families.llava_next import cut_tiles
 from engine.families.protocol import Description, Family, Plan, Rows, Visual
-from engine.families.resizing import check_aspect, read_sides, resize
+from engine.families.resizing import CLIP_MEAN, CLIP_STD, check_aspect, read_sides, resize
 from engine.families.tiles import TileEncoder
 from media.decoded import Fit
 

@@ -1,6 +1,6 @@
 """LLaVA-1.5: every picture at one size, one token for each patch, behind a Llama or another text model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,32 +9,9 @@ from torch import Tensor
 
 from engine.errors import BadConfig
 from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
-from engine.families.resizing import Resizing, check_aspect
+from engine.families.resizing import CLIP_DEFAULT, SIGLIP_DEFAULT, Resizing, check_aspect
 from engine.families.tiles import TileEncoder, Tower, count_patches
 from media.decoded import Fit
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# What its image processor does where the checkpoint does not say: CLIP's and LLaVA's own, or SigLIP's.
-DEFAULT: Mapping[str, Any] = {
-    "do_resize": True,
-    "do_center_crop": True,
-    "do_rescale": True,
-    "do_pad": False,
-    "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224},
-    "resample": Image.Resampling.BICUBIC,
-    "image_mean": CLIP_MEAN,
-    "image_std": CLIP_STD,
-}
-SIGLIP_DEFAULT: Mapping[str, Any] = {
-    **DEFAULT,
-    "do_center_crop": False,
-    "size": {"height": 224, "width": 224},
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
-}
-
 
 # Vicuna's turns, pictures before the words of theirs. For checkpoints that bring no template.
 CHAT_TEMPLATE = """\
@@ -70,7 +47,7 @@ class Llava(Family):
         self.image_token_id = config.image_token_id
         pictures = description.pictures
         processor = str(pictures.get("image_processor_type", "")).removesuffix("Fast")
-        default = SIGLIP_DEFAULT if processor == "SiglipImageProcessor" else DEFAULT
+        default = SIGLIP_DEFAULT if processor == "SiglipImageProcessor" else CLIP_DEFAULT
         told = {key: value for key, value in pictures.items() if value is not None}
         self._pictures = {**default, **told}
         self._resizing = Resizing.read(self._pictures)

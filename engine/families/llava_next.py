@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import BadConfig
-from engine.families.llava import CHAT_TEMPLATE, CLIP_MEAN, CLIP_STD
+from engine.families.llava import CHAT_TEMPLATE
 from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
-from engine.families.resizing import check_aspect, read_sides, resize
+from engine.families.resizing import CLIP_MEAN, CLIP_STD, check_aspect, read_sides, resize
 from engine.families.tiles import TileEncoder, Tower, count_patches
 
 Resolution = tuple[int, int]

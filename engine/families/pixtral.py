@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import BadConfig, BadEmbeddings
-from engine.families.llava import CLIP_MEAN, CLIP_STD
 from engine.families.packed import PackedEncoder, in_packing_order, split_rows
 from engine.families.protocol import (
     Description,
@@ -30,7 +29,7 @@ from engine.families.protocol import (
     Visual,
     check_text,
 )
-from engine.families.resizing import check_aspect, resize
+from engine.families.resizing import CLIP_MEAN, CLIP_STD, check_aspect, resize
 from engine.uploads import upload
 from media.decoded import Fit
 

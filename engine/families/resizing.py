@@ -11,6 +11,28 @@ from media.decoded import Fit
 
 MAX_ASPECT = 200  # a longer strip would be resampled to something far larger than what is seen
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What its image processor does where the checkpoint does not say: CLIP's and LLaVA's own, or SigLIP's.
+CLIP_DEFAULT: Mapping[str, Any] = {
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_pad": False,
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": Image.Resampling.BICUBIC,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+SIGLIP_DEFAULT: Mapping[str, Any] = {
+    **CLIP_DEFAULT,
+    "do_center_crop": False,
+    "size": {"height": 224, "width": 224},
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Resizing:

@@ -168,7 +168,7 @@ CANNOT_START: dict[str, tuple[Change, dict[str, object], str]] = {
     "a model of nobody's": (
         update("config.json", model_type="bert"),
         {},
-        "The model type 'bert' is not supported yet: use ",
+        "The model type 'bert' has no adapter, so it cannot run. There are adapters for ",
     ),
     "a shard that is cut short": (cut_a_shard, {}, "it has no weights in safetensors that fit"),
     "a shard that is missing": (lose_a_shard, {}, "it has no weights in safetensors that fit"),

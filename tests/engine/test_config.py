@@ -102,13 +102,16 @@ def test_model_must_have_a_name() -> None:
     assert refusal("").startswith("model must name a checkpoint folder")
 
 
+MODEL_TYPES = sorted({name.partition("/")[0] for name in FAMILIES})
 BROKEN: dict[str, tuple[Change, str]] = {
     "no config": (remove("config.json"), "it has no config.json that can be read"),
     "half a config": (write("config.json", "{"), "it has no config.json that can be read"),
     "a list for a config": (write("config.json", "[]"), "it has no config.json that can be read"),
     "another model": (
         rewrite("config.json", lambda config: config.update(model_type="bert")),
-        f"The model type 'bert' is not supported yet: use {', '.join(sorted(FAMILIES))}.",
+        "The model type 'bert' has no adapter, so it cannot run. There are adapters for "
+        f"{', '.join(MODEL_TYPES)}; `darkroom models` shows what each takes. "
+        "docs/adding-a-family.md shows how one is added.",
     ),
     "another patch": (
         rewrite("config.json", lambda config: config["vision_config"].update(spatial_merge_size=4)),

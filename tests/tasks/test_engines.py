@@ -90,3 +90,13 @@ def test_worker_of_the_cpu_queue_loads_no_decoder() -> None:
     )
 
     assert "" == done.stdout.strip()
+
+
+def test_worker_of_an_unknown_family_is_told_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "florence2"}')
+
+    with pytest.raises(BadConfig, match="The model type 'florence2' has no adapter") as caught:
+        load_engine(EngineOptions(str(tmp_path), device="cpu"))
+
+    assert "qwen2_vl" in str(caught.value)
+    assert "docs/adding-a-family.md shows how one is added." in str(caught.value)
