@@ -15,8 +15,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from bench import later_qwen, phi3_v
+from bench import later_qwen, phi3_v, tiled
 from bench.later_qwen import LaterQwenShape, qwen2_5, qwen3
+from bench.tiled import TiledShape, internvl3, smolvlm
 from engine.families import llava
 from engine.families.qwen2_vl import CLIP_MEAN, CLIP_STD
 from models.train.settings import SPECIAL_TOKENS
@@ -85,7 +86,24 @@ class LlavaShape:
     max_position_embeddings: int = 4096
 
 
-AnyShape = Shape | LlavaShape | LaterQwenShape | phi3_v.Shape
+AnyShape = Shape | LlavaShape | LaterQwenShape | TiledShape | phi3_v.Shape
+
+TINY_NUM_TEXT_IDS = 260
+TINY_TEXT: Mapping[str, Any] = {
+    "vocab_size": 288,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+TINY_VISION: Mapping[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 SHAPES: Mapping[str, AnyShape] = {
     "qwen2-vl-2b": Shape(1536, 8960, 28, 12, 2, 151936, 151643, True, (16, 24, 24), 32, 1280, 16),
@@ -162,6 +180,20 @@ SHAPES: Mapping[str, AnyShape] = {
     ),
     "llava-1.5-7b": LlavaShape(4096, 11008, 32, 32, 32064, 32000, 1024, 24, 16, 336),
     "tiny-llava": LlavaShape(64, 128, 2, 4, 512, 400, 32, 3, 2, 56),
+    "smolvlm-2.2b": smolvlm(),
+    "internvl3-2b": internvl3(),
+    "tiny-smolvlm": smolvlm(
+        {**TINY_TEXT, "num_key_value_heads": 4},
+        {**TINY_VISION, "image_size": 48, "patch_size": 8},
+        num_text_ids=TINY_NUM_TEXT_IDS,
+        longest_px=96,
+    ),
+    "tiny-internvl": internvl3(
+        TINY_TEXT,
+        {**TINY_VISION, "image_size": [56, 56], "patch_size": [14, 14]},
+        num_text_ids=TINY_NUM_TEXT_IDS,
+        max_tiles=4,
+    ),
 }
 
 
@@ -178,6 +210,9 @@ def write_shape(shape: AnyShape, folder: Path, dtype: str = "bfloat16") -> Path:
     if isinstance(shape, LlavaShape):
         tokenizer = build_llava_tokenizer(shape.num_text_ids)
         template, files = llava.CHAT_TEMPLATE, _llava_configs(shape)
+    elif isinstance(shape, TiledShape):
+        tokenizer = build_tokenizer(shape.num_text_ids, first=shape.first, last=shape.last)
+        template, files = shape.template, tiled.configs(shape, tokenizer, dtype)
     else:
         tokenizer, template = build_tokenizer(shape.num_text_ids), CHAT_TEMPLATE
         if isinstance(shape, LaterQwenShape):

@@ -11,6 +11,7 @@ from typing import Any
 from engine.request import ImageUsed
 
 CLIP_MODELS = ("llava", "phi3_v")
+TILED_MODELS = ("idefics3", "internvl")
 MERGE = 2
 
 
@@ -57,14 +58,18 @@ def find_rates(device_name: str) -> Rates | None:
 def floor(config: Any, asked: Sequence[Asked], batch: int, rates: Rates, bytes_each: int) -> Floor:
     """
     Args:
-        config: a Qwen-VL's, LLaVA-1.5's or Phi-3.5-vision's.
+        config: a Qwen-VL's, LLaVA-1.5's, Phi-3.5-vision's, SmolVLM's or InternVL's.
         asked: the prompts of a run.
         batch: sequences that decode together; the weights are read once for all of them.
         bytes_each: of a weight, and of a number in the KV rows.
     """
     num = len(asked)
     text = config.text_config
-    encoder_flops = _clip_flops if config.model_type in CLIP_MODELS else _qwen_flops
+    encoder_flops = _qwen_flops
+    if config.model_type in CLIP_MODELS:
+        encoder_flops = _clip_flops
+    elif config.model_type in TILED_MODELS:
+        encoder_flops = _tile_flops
     encode = sum(encoder_flops(config, n) for one in asked for n in one.pictures)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     width, kv_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
@@ -96,11 +101,22 @@ def floor(config: Any, asked: Sequence[Asked], batch: int, rates: Rates, bytes_e
 
 def count_patches(config: Any, image: ImageUsed) -> list[int]:
     """Of one picture, in groups that attend to each other: all of it, or each tile and the whole."""
-    if config.model_type != "phi3_v":
+    if config.model_type not in (*TILED_MODELS, "phi3_v"):
         return [image.num_tokens * (1 if config.model_type == "llava" else MERGE**2)]
-    vision = config.vision_config
-    num_tiles = 1 + image.used_width * image.used_height // vision.image_size**2
-    return [(vision.image_size // vision.patch_size) ** 2] * num_tiles
+    tile_px, patch_px = _tile_sides(config.vision_config)
+    num_tiles = image.used_width * image.used_height // tile_px**2
+    # Phi sees every picture whole too, the others see a picture of one tile as that.
+    num_whole = int(num_tiles > 1 or config.model_type == "phi3_v")
+    return [(tile_px // patch_px) ** 2] * (num_tiles + num_whole)
+
+
+def _tile_sides(vision: Any) -> tuple[int, int]:
+    """Pixels of a tile and of a patch."""
+    tile, patch = (
+        side[0] if isinstance(side, list | tuple) else side
+        for side in (vision.image_size, vision.patch_size)
+    )
+    return tile, patch
 
 
 def _clip_flops(config: Any, num_patches: int) -> float:
@@ -116,6 +132,21 @@ def _clip_flops(config: Any, num_patches: int) -> float:
     projector = 2 * num_patches / merge * (merge * width * hidden + hidden**2)
     embedding = 2 * num_patches * 3 * vision.patch_size**2 * width
     return float(depth * (layer + attention) + projector + embedding)
+
+
+def _tile_flops(config: Any, num_patches: int) -> float:
+    """Of one tile, through all layers: SmolVLM's one matrix behind them, or InternVL's two."""
+    vision, hidden = config.vision_config, config.text_config.hidden_size
+    width, is_intern = vision.hidden_size, config.model_type == "internvl"
+    num_tokens = num_patches + int(is_intern)  # with its class token
+    merged = width * (round(1 / config.downsample_ratio) if is_intern else config.scale_factor) ** 2
+    layer = 2 * num_tokens * (4 * width**2 + 2 * width * vision.intermediate_size)
+    attention = 4 * num_tokens**2 * width
+    projector = 2 * num_patches * width * hidden  # rows fewer by as much as each is wider
+    if is_intern:
+        projector += 2 * num_patches * width / merged * hidden**2
+    embedding = 2 * num_patches * 3 * _tile_sides(vision)[1] ** 2 * width
+    return float(vision.num_hidden_layers * (layer + attention) + projector + embedding)
 
 
 def _qwen_flops(config: Any, num_patches: int) -> float:

@@ -12,7 +12,9 @@ from bench.configs import SHAPES, LlavaShape, build_llava_tokenizer, build_token
 from bench.floors import RATES, Asked, count_patches, floor
 from bench.later_qwen import LaterQwenShape
 from bench.profiles import Span, summarise
+from bench.tiled import TiledShape
 from bench.workloads import Line, build_prompts, read_work
+from engine import LLM
 from engine.families.phi3_v_model import Phi3VConfig
 from engine.request import ImageUsed, MediaKind
 from models.train.settings import SPECIAL_TOKENS
@@ -82,6 +84,31 @@ def test_floors_of_later_generations_are_what_the_arithmetic_says(tmp_path: Path
     assert pytest.approx(0.943e12 / 798e12 * 1000, rel=0.01) == of_deeper.prefill
 
 
+def test_floors_of_tiled_models_are_what_the_arithmetic_says(tmp_path: Path) -> None:
+    smol = AutoConfig.from_pretrained(write_model("smolvlm-2.2b", tmp_path / "smol"))
+    intern = AutoConfig.from_pretrained(write_model("internvl3-2b", tmp_path / "intern"))
+    of_smol = ImageUsed(0, 640, 480, 4 * 384, 3 * 384, 1100, MediaKind.IMAGE)
+    of_intern = ImageUsed(0, 640, 480, 4 * 448, 3 * 448, 3330, MediaKind.IMAGE)
+    single = ImageUsed(0, 448, 448, 448, 448, 258, MediaKind.IMAGE)
+
+    assert [729] * 13 == count_patches(smol, of_smol)
+    assert [1024] * 13 == count_patches(intern, of_intern)
+    assert [1024] == count_patches(intern, single)
+    rates = RATES["H100"]
+    tiles = floor(smol, [Asked([729] * 13, 1300, 64)] * 64, 64, rates, 2)
+    wide = floor(intern, [Asked([1024] * 13, 3400, 64)] * 64, 64, rates, 2)
+    # worked out by hand: a tile is 27 layers of 22.2 and 2.45 GFLOP, 3.4 behind them, 1.0 before: 0.670
+    assert pytest.approx(13 * 0.670e12 / 798e12 * 1000, rel=0.01) == tiles.encode
+    # a tile is 24 layers of 25.8 and 4.30 GFLOP, 3.2 and 1.2 behind them, 1.2 before: 0.728
+    assert pytest.approx(13 * 0.728e12 / 798e12 * 1000, rel=0.01) == wide.encode
+    # 24 layers of 67.1 million, 1300 tokens: 4.19 TFLOP, attention 0.166, head 0.0002
+    assert pytest.approx(4.36e12 / 798e12 * 1000, rel=0.01) == tiles.prefill
+    # 28 layers of 46.8 million, 3400 tokens: 8.91 TFLOP, attention 0.994, head 0.0005
+    assert pytest.approx(9.91e12 / 798e12 * 1000, rel=0.01) == wide.prefill
+    # 64 tokens of (24 * 67.1 + 100.7 million) * 2 / 64 bytes, and of 1332 rows of 196,608 bytes
+    assert pytest.approx((3.42e9 + 16.76e9) / 3.0e12 * 1000, rel=0.01) == tiles.decode
+
+
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_special_tokens_stand_at_their_ids_inside_the_vocabulary(name: str) -> None:
     shape = SHAPES[name]
@@ -101,6 +128,13 @@ def test_special_tokens_stand_at_their_ids_inside_the_vocabulary(name: str) -> N
         assert [1] == tokenizer.encode("").ids
         assert shape.num_text_ids == tokenizer.token_to_id("<image>")
         assert tokenizer.get_vocab_size() <= shape.vocab_size
+        return
+    if isinstance(shape, TiledShape):
+        tokenizer = build_tokenizer(shape.num_text_ids, first=shape.first, last=shape.last)
+        is_smol = shape.config["model_type"] == "idefics3"
+        place = shape.num_text_ids + (1 if is_smol else 24)  # published: 49153 and 151667
+        assert place == tokenizer.token_to_id(shape.placeholder)
+        assert tokenizer.get_vocab_size() <= shape.text["vocab_size"]
         return
     tokenizer = build_tokenizer(shape.num_text_ids)
 
@@ -144,6 +178,24 @@ def test_pictures_of_another_run_are_others() -> None:
     assert not {p for one in first for p in one.pictures} & {
         p for one in other for p in one.pictures
     }
+
+
+@pytest.mark.parametrize(
+    ("config", "tiles"), [("tiny-smolvlm", [36, 36, 36]), ("tiny-internvl", [16, 16, 16])]
+)
+def test_models_of_tiles_run_with_weights_that_were_drawn(
+    tmp_path: Path, config: str, tiles: list[int]
+) -> None:
+    folder = write_model(config, tmp_path)
+    prompts = build_prompts([Line(((112, 56),), 3), Line((), 2)], 2, 0)
+    with LLM(str(folder), load_format="dummy", device="cpu", max_num_seqs=2) as llm:
+        figures = engine.run(llm, prompts)
+        (picture,) = [p for prompt in prompts for p in prompt.pictures]
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "a"}]
+        (result,) = llm.chat([{"role": "user", "content": content}], use_tqdm=False)
+
+    assert 5 == round(figures["output_tokens_s"] * figures["wall_s"])
+    assert tiles == count_patches(llm.engine.checkpoint.config, result.images[0])
 
 
 @pytest.mark.parametrize("config", ["tiny-1m", "tiny-llava", "tiny-qwen2.5-vl", "tiny-qwen3-vl"])
