@@ -899,9 +899,11 @@ def _give_back(
 
 def _crash(session: Session, held: Sequence[_Held], *, are_suspects: bool) -> Outcome:
     # A lease under which parts were answered got on, and was cut off: what kills a worker is asked
-    # again and again until nothing else of the item is left to be answered.
+    # again and again until nothing else of the item is left to be answered. Alone, if it was in the
+    # step: it would take its neighbours along each time.
     got_on = _find_parted(session, [item.id for item in held])
-    _give_back(session, sorted(got_on), draw_backoff_s(0))
+    is_suspect = or_(Item.is_suspect, literal(are_suspects))
+    _give_back(session, sorted(got_on), draw_backoff_s(0), is_suspect=is_suspect)
     stuck = [item for item in held if item.id not in got_on]
     guilty = [item for item in stuck if item.is_suspect and item.num_crashes + 1 >= MAX_CRASHES]
     guilty_ids = {item.id for item in guilty}

@@ -29,6 +29,10 @@ class Budget:
         self._changed = threading.Condition()
 
     @property
+    def max_bytes(self) -> int:
+        return self._max_bytes
+
+    @property
     def num_bytes(self) -> int:
         """Taken now."""
         return self._num_bytes
@@ -74,6 +78,11 @@ class Hold:
         self._budget = budget
         self._taken: dict[ItemId, int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def most_bytes(self) -> int:
+        """That all chunks may hold together."""
+        return self._budget.max_bytes
 
     def take(self, item: ItemId, num_bytes: int, *, wait: bool) -> bool:
         """Whether the item may be begun; without `wait`, whether it may be now."""

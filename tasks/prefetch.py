@@ -9,9 +9,11 @@ wait or are fetched at a time, whatever its size, and all chunks together hold n
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Protocol
+
+import structlog
 
 from engine.config import KEEP_ALL
 from engine.request import SamplingParams
@@ -62,6 +64,8 @@ from tasks.pieces import (
     split_images,
 )
 from tasks.stores import Stores
+
+logger = structlog.get_logger(__name__)
 
 MAX_AHEAD: Final = 64
 
@@ -134,6 +138,11 @@ class Refused:
     error: Exception
     media: Sequence[Mapping[str, Any]] = ()
 
+
+_TOO_MANY_BYTES: Final = (
+    "Failed to fetch media from URL: the pictures and clips of this item are larger together than one "
+    "item may bring. Scale them down, or hand them in as several items."
+)
 
 # Lines with too much were refused when the job was expanded, and the engine has the last word.
 _COUNTED_BEFORE: Final = MediaLimits(image=10**9, video=10**9)
@@ -213,6 +222,7 @@ class Preparer:
             # What has come is handed on before we wait: it holds what we are waiting for.
             while not hold.take(item.fence.item, draft.expected_bytes, wait=not fetching):
                 if hold.is_closed:
+                    _give_up(fetching)
                     return
                 yield from _take_next(fetching, on_wait)
             if not take(item):  # also where a drain began while it waited
@@ -271,39 +281,55 @@ class Preparer:
 
     def _finish(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
         """Fetch what lies behind addresses, and cut what is to be cut."""
-        item = draft.item.fence.item
         try:
-            try:
-                fetched = self._fetch_within(draft, EXPECTED_IMAGE_BYTES, EXPECTED_VIDEO_BYTES)
-            except FetchTooLargeError:
-                # It waits for its turn with nothing in hand, or items would wait for each other.
-                hold.release(item)
-                if not hold.take(item, draft.max_bytes, wait=True):
-                    raise
-                fetched = self._fetch_within(draft, IMAGE_LIMITS.max_bytes, VIDEO_LIMITS.max_bytes)
-        except (FetchFailedError, StorageError) as error:
-            return Refused(draft.item, error, draft.media)
-        num_bytes = sum(len(one.content) for one in fetched.values())
-        hold.shrink(item, draft.num_bytes + num_bytes)
-        try:
+            fetched = self._fetch(draft, hold)
             return draft.build(fetched, self.measure)
-        except MediaError as error:
+        except CancelledError:  # fetching was closed
+            raise
+        except (MediaError, StorageError) as error:
+            return Refused(draft.item, error, draft.media)
+        except Exception as error:
+            # The edge of a thread: what goes wrong over one item must not cost its neighbours a try.
+            logger.exception("item_not_prepared", item=draft.item.fence.item)
             return Refused(draft.item, error, draft.media)
 
+    def _fetch(self, draft: "_Draft", hold: Hold) -> dict[str, Fetched]:
+        item = draft.item.fence.item
+        expected = {"image": EXPECTED_IMAGE_BYTES, "video": EXPECTED_VIDEO_BYTES}
+        try:
+            fetched = self._fetch_within(draft, expected, draft.expected_bytes)
+        except FetchTooLargeError:
+            # It waits for its turn with nothing in hand, or items would wait for each other.
+            hold.release(item)
+            most = {"image": IMAGE_LIMITS.max_bytes, "video": VIDEO_LIMITS.max_bytes}
+            # Many that are large: together no more than is ever held, but for one file alone.
+            together = max(hold.most_bytes, *most.values())
+            if not hold.take(item, min(draft.max_bytes, draft.num_bytes + together), wait=True):
+                raise
+            fetched = self._fetch_within(draft, most, together)
+        num_bytes = sum(len(one.content) for one in fetched.values())
+        hold.shrink(item, draft.num_bytes + num_bytes)
+        return fetched
+
     def _fetch_within(
-        self, draft: "_Draft", max_image_bytes: int, max_video_bytes: int
+        self, draft: "_Draft", most: Mapping[str, int], together: int
     ) -> dict[str, Fetched]:
         tenant = self._name(draft.item.tenant)
-        image = replace(IMAGE_LIMITS, max_bytes=min(max_image_bytes, IMAGE_LIMITS.max_bytes))
-        video = replace(VIDEO_LIMITS, max_bytes=min(max_video_bytes, VIDEO_LIMITS.max_bytes))
+        left = together
         fetched: dict[str, Fetched] = {}
         for url, is_video in draft.urls.items():
+            limits = VIDEO_LIMITS if is_video else IMAGE_LIMITS
+            max_bytes = min(most["video" if is_video else "image"], limits.max_bytes)
             try:
-                fetched[url] = self.fetch(url, video if is_video else image, tenant)
+                bounded = replace(limits, max_bytes=min(max_bytes, left))
+                fetched[url] = self.fetch(url, bounded, tenant)
             except FetchFailedError as error:
                 draft.facts[url] = error.facts or {}
+                if isinstance(error, FetchTooLargeError) and left < max_bytes:
+                    raise FetchTooLargeError(_TOO_MANY_BYTES) from error
                 raise
             draft.facts[url] = asdict(fetched[url].report)
+            left -= len(fetched[url].content)
         return fetched
 
     def _name(self, tenant: TenantId) -> str:
@@ -530,9 +556,16 @@ def _take_next(
     done, _ = wait(fetching, TAIL_S, FIRST_COMPLETED)
     if not done:
         if not on_wait():
-            fetching.clear()
+            _give_up(fetching)
         return
     yield from _take_done(fetching, timeout=None)
+
+
+def _give_up(fetching: dict[Future[Ready | Refused], None]) -> None:
+    """Nobody waits for these any more, and those that have not begun never will."""
+    for future in fetching:
+        future.cancel()
+    fetching.clear()
 
 
 def _take_done(

@@ -175,14 +175,16 @@ def test_part_that_kills_every_worker_fails_its_item_when_nothing_else_is_left(
     assert [answer(1)] == read(database, fence.item)
 
 
-def test_reported_crash_of_an_item_that_got_on_counts_neither(database: Database) -> None:
+def test_reported_crash_of_an_item_that_got_on_makes_it_a_suspect_and_counts_for_nothing(
+    database: Database,
+) -> None:
     make_job(database, 2)
     first, second = (item.fence for item in lease(database, 2).items)
     assert keep(database, first, answer(1))
     with database.write() as session:
         items.report_crash(session, [first, second])
 
-    assert (ItemState.PENDING, 0, False) == read_item(database, first.item)
+    assert (ItemState.PENDING, 0, True) == read_item(database, first.item)
     assert (ItemState.PENDING, 1, True) == read_item(database, second.item)
 
 

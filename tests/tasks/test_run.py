@@ -49,6 +49,8 @@ from tasks.submit import parse_submission, submit
 from tests.storage.rows import let_backoff_end, let_leases_end, put_in_fast_lane
 from tests.tasks.fakes import MODEL, RED_DOT, InstantEngine, RecordingDispatcher, build_request
 
+NUM_FETCH_THREADS = 4
+
 Fetch = Callable[[str, ImageLimits | VideoLimits], bytes]
 
 
@@ -86,7 +88,7 @@ class Rig:
     def runner(
         self, engine: InstantEngine, *, fetch: Fetch = fetch_nothing, **words: Any
     ) -> Iterator[Runner]:
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
 
             def fetch_with_report(
                 url: str, limits: ImageLimits | VideoLimits, tenant: str
@@ -355,6 +357,23 @@ def test_bug_while_a_picture_is_fetched_leaves_no_item_in_the_air(rig: Rig) -> N
         assert 2 == runner.run_chunk()
 
     assert {ItemState.PENDING: 2} == rig.count(job)
+
+
+def test_bug_over_one_item_costs_its_neighbours_no_try(rig: Rig) -> None:
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        if "bug" in url:
+            raise ZeroDivisionError
+        time.sleep(0.1)
+        return b"a picture"
+
+    urls = [f"https://host/{name}" for name in ("a", "bug", "b")]
+    job = rig.make(*(build_request(url, messages=show(url)) for url in urls))
+
+    rig.run(fetch=fetch)
+
+    assert {ItemState.COMPLETED: 2, ItemState.PENDING: 1} == rig.count(job)
+    with rig.stores.database.read() as session:
+        assert [0, 1, 0] == list(session.scalars(select(Item.charged).order_by(Item.line)))
 
 
 def test_chunks_share_the_engine_and_a_long_one_holds_up_no_other(rig: Rig) -> None:
@@ -962,6 +981,37 @@ def show(url: str) -> list[Any]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
 
 
+def test_pictures_of_one_item_are_bounded_together(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "IMAGE_LIMITS", ImageLimits(max_bytes=100))
+    monkeypatch.setattr(prefetch, "VIDEO_LIMITS", VideoLimits(max_bytes=100))
+    monkeypatch.setattr(prefetch, "EXPECTED_IMAGE_BYTES", 10)
+    words = {"max_media_bytes": 150, "limit_mm_per_prompt": MediaLimits(image=2)}
+    rig.config = rig.config.model_copy(update=words)
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        num_bytes = int(url.rpartition("-")[2])
+        if num_bytes > limits.max_bytes:
+            raise FetchTooLargeError
+        return bytes(num_bytes)
+
+    def ask(*sizes: int) -> dict[str, Any]:
+        urls = [f"https://host/{place}-{size}" for place, size in enumerate(sizes)]
+        content = [part for url in urls for part in show(url)[0]["content"]]
+        return build_request(f"{sizes}", messages=[{"role": "user", "content": content}])
+
+    job = rig.make(ask(100), ask(90, 60), ask(90, 61), ask(101))
+    with rig.runner(InstantEngine(), fetch=fetch) as runner:
+        runner.run_chunk()
+        assert 0 == runner.num_media_bytes
+
+    ended = rig.ended(job)
+    assert [None, None, "fetch_too_large", "fetch_too_large"] == [one.error_code for one in ended]
+    assert "together" in (ended[2].error_message or "")
+    assert "together" not in (ended[3].error_message or "")
+
+
 def test_chunk_that_only_waits_for_hosts_lets_others_run_beside_it(rig: Rig) -> None:
     num_waiting = rig.config.chunk_items
     door = threading.Event()
@@ -991,13 +1041,17 @@ def test_chunk_that_only_waits_for_hosts_lets_others_run_beside_it(rig: Rig) -> 
 
 def test_chunk_whose_items_are_lost_waits_for_no_host(rig: Rig) -> None:
     begun, door = threading.Event(), threading.Event()
+    num_fetched = 0
 
     def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        nonlocal num_fetched
+        num_fetched += 1
         begun.set()
         assert door.wait(60)
         return b"late"
 
-    job = rig.make(build_request("a", messages=show("https://host/a")))
+    requests = (build_request(f"{n}", messages=show(f"https://host/{n}")) for n in range(20))
+    job = rig.make(*requests)
     with rig.runner(InstantEngine(), fetch=fetch) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
@@ -1009,7 +1063,8 @@ def test_chunk_whose_items_are_lost_waits_for_no_host(rig: Rig) -> None:
         assert 0 == runner.num_media_bytes
         door.set()
 
-    assert {ItemState.CANCELLED: 1} == rig.count(job)
+    assert {ItemState.CANCELLED: 20} == rig.count(job)
+    assert num_fetched <= NUM_FETCH_THREADS  # those that were waiting for a thread are not begun
 
 
 def test_drain_ends_also_what_runs_beside_a_chunk_that_waits(rig: Rig) -> None:
