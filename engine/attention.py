@@ -27,6 +27,7 @@ from engine.swaps import DecodeAttention
 
 TEXT_ATTENTION = "darkroom_flash_text"
 VISION_ATTENTION = "darkroom_flash_vision"
+MAX_RUN = 1024  # tokens of text that have a mask of their own, which is as wide as the prompt
 DENSE_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -53,6 +54,9 @@ class TextContext:
         decode_kernel: for calls of one token a sequence; None where `_attend_flash` takes them too.
         extras: (num_layers, T, hidden), what the first layers' results have added, as `find_extra`
             tells the family's hooks; None where no token has any.
+        both_ways: for each sequence of a prefill, in order: where pictures begin and end whose tokens
+            attend to those behind them too. Empty where all tokens look back only; never together
+            with device_spans.
     """
 
     keys: Sequence[Tensor]
@@ -66,6 +70,7 @@ class TextContext:
     max_rows: int | None = None
     decode_kernel: DecodeAttention | None = None
     extras: Tensor | None = None
+    both_ways: Sequence[Sequence[tuple[int, int]]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +171,12 @@ def _attend_prefill(
     """Whole prompts, one after the other; nothing of them was in the rows before."""
     sizes = list(context.num_queries)
     attended = []
-    for q, k, v in zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True):
+    prompts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
+    spans = context.both_ways or [()] * len(sizes)
+    for (q, k, v), both_ways in zip(prompts, spans, strict=True):
+        if both_ways:
+            attended.append(_attend_both_ways(q, k, v, both_ways, scaling, window))
+            continue
         size, band = q.shape[2], None
         if window is not None and window < size:
             band = torch.ones(size, size, dtype=torch.bool, device=q.device)
@@ -177,6 +187,52 @@ def _attend_prefill(
             )
         )
     return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+def _attend_both_ways(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    both_ways: Sequence[tuple[int, int]],
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """
+    One prompt, a run of text or a picture at a time: text looks back, a picture's tokens at all of it.
+
+    Also where flash takes all other calls: it cannot mix the two in one.
+
+    Args:
+        query: (1, heads, T, dim). key, value: (1, kv_heads, T, dim).
+
+    Returns:
+        (1, heads, T, dim).
+    """
+    # Kernels that take a mask and hold no whole matrix of scores want as many heads on both sides.
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    attended = []
+    for begin, end, is_picture in _cut_runs(query.shape[2], both_ways):
+        first = 0 if window is None else max(0, begin - window + 1)
+        rows = torch.arange(begin, end, device=query.device)[:, None]
+        columns = torch.arange(first, end, device=query.device)
+        is_seen = (columns <= rows) | is_picture
+        if window is not None:
+            is_seen &= columns > rows - window
+        q, k, v = query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end]
+        attended.append(F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen, scale=scaling))
+    return torch.cat(attended, dim=2)
+
+
+def _cut_runs(size: int, both_ways: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, bool]]:
+    """Begin and end of each picture, and of text of at most MAX_RUN tokens around them."""
+    at = 0
+    for begin, end in [*both_ways, (size, size)]:
+        for first in range(at, begin, MAX_RUN):
+            yield first, min(first + MAX_RUN, begin), False
+        if begin < end:
+            yield begin, end, True
+        at = end
 
 
 def _attend_decode(

@@ -5,6 +5,7 @@ Axes: T tokens of one call, num_seqs, vocab. The text model is called on one row
 hidden); engine/attention.py knows whose they are. Nothing here waits for the device.
 """
 
+import logging
 import math
 from collections.abc import Sequence as Many
 from functools import partial
@@ -27,6 +28,8 @@ from engine.sequence import Sequence
 from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots, Table
 from engine.swaps import find_decode_attention
 from engine.uploads import upload
+
+logger = logging.getLogger(__name__)
 
 MAX_ENCODER_PATCHES = 32_768  # of one encoder call; a larger picture gets a call alone
 CPU_KV_BYTES = 1 << 29
@@ -65,6 +68,8 @@ class Runner:
         self._uses_flash = all(
             can_use_flash(self.device, self.dtype, layer.dim) for layer in shape.layers
         )
+        if self._uses_flash and self._family.sees_both_ways:
+            logger.warning("prefill_is_slow of prompts with pictures, whose tokens see each other")
         self._decode_kernel = find_decode_attention(
             self.device, self.dtype, max(layer.dim for layer in shape.layers)
         )
@@ -153,7 +158,8 @@ class Runner:
         first_rows = np.cumsum([0, *lens])
         num_tokens = int(first_rows[-1])
         num_places, num_spans, most = num_tokens, len(sequences), max(lens)
-        if self._prefills is not None:  # rounded up, sizes come back
+        both_ways = self._find_both_ways(sequences)
+        if self._prefills is not None and not both_ways:  # rounded up, sizes come back
             # Empty prompts, and blocks behind the end of one, cost next to nothing.
             num_places, num_spans = round_up(num_tokens), power_up(num_spans, 64)
             most = power_up(most, 1024)
@@ -182,7 +188,7 @@ class Runner:
             rows, joined = upload(places, self.device), torch.cat(features)
             x.index_copy_(0, rows, joined[:, : x.shape[1]])
             extras = _spread(joined[:, x.shape[1] :], rows, x)
-        if self._uses_flash:
+        if self._uses_flash and not both_ways:
             inputs = [x, on_device[1:], self._device_spans(starts, lens, num_spans)]
             if extras is not None:
                 inputs.append(extras)
@@ -202,11 +208,22 @@ class Runner:
                 lens,
                 lens,
                 extras=extras,
+                both_ways=both_ways,
             )
             hidden = self._forward(x, on_device[1:-1], context)
         for sequence in sequences:
             sequence.features = []  # another: outputs that have no rows yet still need the old one
         return self._head(hidden[upload(first_rows[1:] - 1, self.device)])  # type: ignore[no-any-return]
+
+    def _find_both_ways(self, sequences: Many[Sequence]) -> list[list[tuple[int, int]]]:
+        """`TextContext.both_ways` of these prompts."""
+        if not self._family.sees_both_ways:
+            return []
+        found = [
+            [(int(placed.rows[0]), int(placed.rows[-1]) + 1) for placed in sequence.prepared.media]
+            for sequence in sequences
+        ]
+        return found if any(found) else []
 
     def _prefill_layers(
         self, x: Tensor, table: Tensor, spans: Tensor, extras: Tensor | None = None, *, most: int

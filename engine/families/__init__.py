@@ -51,6 +51,7 @@ _TEXT = "engine.families.text:TextOnly"
 
 # By the `model_type` of a config.json; "type/vision type" goes first where one type has several encoders.
 FAMILIES: Mapping[str, Entry] = {
+    "gemma3": Entry("engine.families.gemma3:Gemma3", "transformers:Gemma3ForConditionalGeneration"),
     "gemma3_text": Entry(_TEXT, "transformers:Gemma3ForCausalLM"),
     "idefics3": Entry(
         "engine.families.idefics3:Idefics3", "transformers:Idefics3ForConditionalGeneration"

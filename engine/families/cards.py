@@ -114,6 +114,12 @@ CARDS: tuple[Card, ...] = (
         seen="as it is, where it fits into the checkpoint's square, four patches in a token",
     ),
     Card(
+        ("gemma3",),
+        "Gemma 3 with its SigLIP: 4B and larger",
+        "<start_of_image>",
+        seen="at the one size of its encoder, without pan and scan; what stands around it is written",
+    ),
+    Card(
         ("phi3_v",),
         "Phi-3.5-vision",
         "<|image_1|>",

@@ -321,6 +321,7 @@ class Family:
         image_slot, video_slot: as its chat template writes one, for templates that take only text.
         chat_template: for checkpoints that bring none; None where there is no usual one.
         chat_start: what stands before a conversation, where its template does not write it.
+        sees_both_ways: whether a picture's tokens attend to those behind them, to the picture's end.
         num_axes: of positions.
         hidden_size: of the text model. feature_size: of a row of features.
         image_area, video_area: limits of the checkpoint; None where a picture's size is not to choose.
@@ -338,6 +339,7 @@ class Family:
     chat_start = ""
     image_token_id: int | None = None
     video_token_id: int | None = None
+    sees_both_ways = False
     num_axes = 1
     image_area: Sizing | None = None
     video_area: Sizing | None = None

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from transformers import (
     AutoTokenizer,
+    Gemma3Processor,
     GenerationConfig,
     Idefics3Processor,
     InternVLProcessor,
@@ -28,6 +29,7 @@ from transformers import (
     LlavaProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -46,6 +48,7 @@ from engine.families import FAMILIES
 from tests.engine.pictures import draw
 from tests.engine.tiny_llava import (
     GEMMA,
+    GEMMA3_OTHER,
     GEMMA_OTHER,
     IDEFICS3_OTHER,
     IDEFICS3_WHOLE,
@@ -58,6 +61,7 @@ from tests.engine.tiny_llava import (
     LLAVA_SIGLIP,
     MISTRAL3_OTHER,
     PIXTRAL_OTHER,
+    write_tiny_gemma3,
     write_tiny_idefics3,
     write_tiny_internvl,
     write_tiny_llava,
@@ -255,6 +259,23 @@ CASES: Mapping[str, Case] = {
         clip="<video>\n",
         read_clips=read_internvl_clips,
     ),
+    "gemma3": Case(
+        "gemma3",
+        write_tiny_gemma3,
+        Gemma3ImageProcessorPil,
+        Gemma3Processor,
+        picture="<start_of_image>",
+        are_nested=True,
+    ),
+    "gemma3, windows shorter than a picture": Case(
+        "gemma3",
+        write_tiny_gemma3,
+        Gemma3ImageProcessorPil,
+        Gemma3Processor,
+        GEMMA3_OTHER,
+        picture="<start_of_image>",
+        are_nested=True,
+    ),
     "gemma3, text alone": text_case("gemma3_text", **GEMMA),
     "gemma3, text alone, one KV head": text_case("gemma3_text", **GEMMA_OTHER),
     "llama": text_case("llama", num_key_value_heads=2),
@@ -283,7 +304,12 @@ CASES: Mapping[str, Case] = {
         num_requests=20,
     ),
     "pixtral": Case(
-        "llava", write_tiny_pixtral, PixtralImageProcessorPil, PixtralProcessor, picture="[IMG]"
+        "llava",
+        write_tiny_pixtral,
+        PixtralImageProcessorPil,
+        PixtralProcessor,
+        picture="[IMG]",
+        num_requests=25,
     ),
     "pixtral, a window and other heads": Case(
         "llava",
@@ -292,9 +318,15 @@ CASES: Mapping[str, Case] = {
         PixtralProcessor,
         PIXTRAL_OTHER,
         picture="[IMG]",
+        num_requests=25,
     ),
     "mistral3": Case(
-        "mistral3", write_tiny_mistral3, PixtralImageProcessorPil, PixtralProcessor, picture="[IMG]"
+        "mistral3",
+        write_tiny_mistral3,
+        PixtralImageProcessorPil,
+        PixtralProcessor,
+        picture="[IMG]",
+        num_requests=25,
     ),
     "mistral3, a window and other heads": Case(
         "mistral3",
@@ -303,6 +335,7 @@ CASES: Mapping[str, Case] = {
         PixtralProcessor,
         MISTRAL3_OTHER,
         picture="[IMG]",
+        num_requests=25,
     ),
     "llava next": Case(
         "llava_next", write_tiny_llava_next, LlavaNextImageProcessorPil, LlavaNextProcessor

@@ -414,6 +414,48 @@ def write_tiny_mistral3(folder: Path, *, seed: int = 0, changes: Changes | None 
     return write(folder, "mistral3", MISTRAL3, changes or {}, seed, marks=PIXTRAL_MARKS)
 
 
+GEMMA3_MARKS = ("<image_soft_token>", "<pad>", "<start_of_image>", "<end_of_image>")
+GEMMA3: Changes = {
+    "text": {**LLAMA, **GEMMA, "model_type": "gemma3_text"},
+    "vision": {**SIGLIP, "image_size": 56, "patch_size": 14},
+    "config": {
+        "mm_tokens_per_image": 4,
+        "boi_token_index": IMAGE_ID + 2,
+        "eoi_token_index": IMAGE_ID + 3,
+    },
+    "pictures": {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": 56, "width": 56},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_pan_and_scan": None,
+    },
+    "processor": {"image_seq_length": 4},
+}
+# Windows shorter than a picture, other heads, other patches, other colours.
+GEMMA3_OTHER: Changes = {
+    "text": {**GEMMA_OTHER, "rope_scaling": None, "sliding_window": 10},
+    "vision": {"hidden_size": 48, "num_attention_heads": 2, "image_size": 64, "patch_size": 8},
+    "config": {"mm_tokens_per_image": 16},
+    "pictures": {
+        "size": {"height": 64, "width": 64},
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.2],
+        "resample": 3,
+    },
+    "processor": {"image_seq_length": 16},
+}
+
+
+def write_tiny_gemma3(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
+    named = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
+    return write(folder, "gemma3", GEMMA3, changes or {}, seed, marks=GEMMA3_MARKS, named=named)
+
+
 def write_tiny_text(folder: Path, *, seed: int = 0, changes: Changes) -> Path:
     """A text model alone: the `text` of a LLaVA with these changes."""
     write(folder, "", {"text": LLAMA, "config": {}}, changes, seed)
