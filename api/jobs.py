@@ -59,6 +59,7 @@ def list_results(
             custom_id=custom_id,
             limit=limit + 1,
         )
+        limit = min(limit, parts.count_fitting(session, [ended.item for ended in page]))
         parts_of = parts.list_by_item(session, [ended.item for ended in page[:limit]])
     has_more = len(page) > limit
     page = page[:limit]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from storage import items
@@ -17,6 +17,9 @@ from storage.db import insert_or_skip
 from storage.ids import ItemId
 from storage.items import Fence
 from storage.tables import Part
+
+MAX_PARTS_READ: Final = 2000
+"""At a time, where items are read by the page: one of them may have a thousand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,18 @@ def list_by_item(session: Session, ids: Collection[ItemId]) -> dict[ItemId, list
     for item, *answer in rows:
         found.setdefault(item, []).append(Answer(*answer))
     return found
+
+
+def count_fitting(session: Session, ids: Sequence[ItemId]) -> int:
+    """How many of these items, in their order, to read at a time; at least one, if there is one."""
+    query = select(Part.item_id, func.count()).where(Part.item_id.in_(ids)).group_by(Part.item_id)
+    num_by_item = dict(session.execute(query).all())
+    num_parts = 0
+    for place, item in enumerate(ids):
+        num_parts += num_by_item.get(item, 0)
+        if place and num_parts > MAX_PARTS_READ:
+            return place
+    return len(ids)
 
 
 _ANSWER: Final = (

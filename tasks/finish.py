@@ -110,6 +110,7 @@ def _read_page(
 ) -> tuple[list[items.Ended], dict[ItemId, list[parts.Answer]]]:
     with stores.database.read() as session:
         page = items.list_by_line(session, job, after_line=after_line, limit=PAGE)
+        page = page[: parts.count_fitting(session, [item.item for item in page])]
         return page, parts.list_by_item(session, [item.item for item in page])
 
 

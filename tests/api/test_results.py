@@ -5,8 +5,11 @@ from typing import Any
 
 import httpx2
 import openai
+from sqlalchemy import insert, select
 
+from storage import parts
 from storage.states import ItemState
+from storage.tables import Part
 from tests.api.conftest import Client, Service
 from tests.api.inputs import ENDPOINT, build_line, job_of, read_lines, submit
 from tests.api.server import MODEL
@@ -129,6 +132,27 @@ def test_results_show_the_parts_of_items_that_have_some(service: Service, client
         line["parts"] for line in read_lines(client, done.output_file_id)[1:]
     ]
     assert [failed["parts"]] == [line["parts"] for line in read_lines(client, done.error_file_id)]
+
+
+def test_results_with_many_parts_come_by_smaller_pages(service: Service, client: Client) -> None:
+    batch = submit(client, *(build_line(number, "in parts") for number in range(1, 4)))
+    service.worker.complete(job_of(batch))
+    with service.database.write() as session:
+        row = session.execute(select(Part.__table__).where(Part.number == 1)).mappings().first()
+        items = session.scalars(select(Part.item_id).distinct()).all()
+        numbers = range(
+            3, parts.MAX_PARTS_READ // 2 + 1
+        )  # so that two items have as many as are read
+        rows = [{**(row or {}), "item_id": item, "number": n} for item in items for n in numbers]
+        session.execute(insert(Part), rows)
+
+    path = f"/v1/batches/{batch.id}/results"
+    first = client.http.get(path)
+    second = client.http.get(path, params={"after": first.headers["x-last-line"]})
+
+    assert [[1, 2], [3]] == [[line["line"] for line in read(page)] for page in (first, second)]
+    assert ["true", "false"] == [page.headers["x-incomplete"] for page in (first, second)]
+    assert [parts.MAX_PARTS_READ // 2] * 2 == [len(line["parts"]) for line in read(first)]
 
 
 def test_results_are_found_by_state_and_by_name(service: Service, client: Client) -> None:

@@ -188,6 +188,22 @@ def test_reported_crash_of_an_item_that_got_on_makes_it_a_suspect_and_counts_for
     assert (ItemState.PENDING, 1, True) == read_item(database, second.item)
 
 
+def test_items_are_read_by_as_many_as_have_so_many_parts(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "MAX_PARTS_READ", 3)
+    make_job(database, 4)
+    fences = [item.fence for item in lease(database, 4).items]
+    for fence, num_parts in zip(fences, (0, 2, 2, 5), strict=True):
+        keep(database, fence, *map(answer, range(1, num_parts + 1)))
+    ids = [fence.item for fence in fences]
+
+    with database.read() as session:
+        fitting = [parts.count_fitting(session, ids[start:]) for start in range(5)]
+
+    assert [2, 1, 1, 1, 0] == fitting
+
+
 def complete(database: Database, fence: Fence, num_parts: int) -> None:
     done = Completion(fence, "all", "stop", 9, 9, {"num_parts": num_parts})
     with database.write() as session:
