@@ -38,7 +38,7 @@ from cli.questions import (
 )
 from cli.segments import parse_cut
 from cli.show import Screen, note_left_out
-from engine.config import BUNDLED_MODEL
+from engine.config import BUNDLED_MODEL, LORA_REMEDY
 from engine.errors import BadSamplingParams
 from engine.request import SamplingParams
 from media.errors import BadFrameSamplingError
@@ -457,6 +457,18 @@ Task = Annotated[
         metavar="TASK", hidden=True, help="vLLM's word for what a server does: generate, or auto."
     ),
 ]
+
+
+def refuse_lora(given: object) -> None:
+    """vLLM's words for adapters, which would otherwise be taken for typing errors."""
+    if given:
+        raise typer.BadParameter(f"No adapter is applied per request. {LORA_REMEDY}.")
+
+
+EnableLora = Annotated[bool, typer.Option("--enable-lora", hidden=True, callback=refuse_lora)]
+LoraModules = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=PATH", hidden=True, callback=refuse_lora)
+]
 Workers = Annotated[
     int,
     typer.Option(
@@ -558,6 +570,8 @@ def serve(
     mm_processor_kwargs: ProcessorKwargs = None,
     workers: Workers = 1,
     task: Task = None,
+    enable_lora: EnableLora = False,
+    lora_modules: LoraModules = None,
 ) -> None:
     """
     Serve one model, in the words of vLLM's `serve`: `darkroom up` for whoever comes from there.

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as progress
 
 from engine.attention import TEXT_ATTENTION, VISION_ATTENTION
-from engine.config import EngineConfig
+from engine.config import LORA_REMEDY, EngineConfig
 from engine.errors import BadConfig, BadPrompt, BadSamplingParams
 from engine.families import FAMILIES, Entry, find_entry
 from engine.families.protocol import Description, Family, resize
@@ -33,6 +33,7 @@ from engine.swaps import fuse
 Loaded = TypeVar("Loaded")
 
 _GENERATION = "generation_config.json"
+_ADAPTER = "adapter_config.json"  # peft's
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         BadConfig: not found, not supported, or without a part that is needed.
     """
     folder = _get_folder(engine, engine.folder_or_id)
+    _check_adapter(engine, folder)
     _check_code(engine, folder)
     options = {"trust_remote_code": engine.trust_remote_code, "local_files_only": True}
     written = _read_json(engine, folder / "config.json") or {}
@@ -161,6 +163,15 @@ def _build_family(entry: Entry, description: Description) -> Family:
         if token_id is not None and not (isinstance(token_id, int) and token is not None):
             raise ValueError("no token stands for a picture")
     return family
+
+
+def _check_adapter(engine: EngineConfig, folder: Path) -> None:
+    """An adapter beside weights would be left out, and nobody would know."""
+    if (folder / _ADAPTER).is_file():
+        raise BadConfig(
+            f"The model {engine.model!r} has a LoRA adapter in its folder ({_ADAPTER}), which would "
+            f"not be applied. {LORA_REMEDY}. If that was done, remove the adapter's files."
+        )
 
 
 def _check_code(engine: EngineConfig, folder: Path) -> None:
@@ -284,6 +295,9 @@ def _get_folder(engine: EngineConfig, name: str) -> Path:
             f"The model {name!r} cannot be loaded: there is no such folder. {_REMEDY}"
         ) from error
     if not isinstance(config, str):
+        adapter = try_to_load_from_cache(name, _ADAPTER, revision=engine.revision)
+        if isinstance(adapter, str):
+            return Path(adapter).parent  # where it is refused
         raise BadConfig(
             f"The model {name!r} cannot be loaded: there is no such folder, and it is not in the "
             f"hub's cache. Fetch it with `{_download(name, engine.revision)}`."

@@ -57,12 +57,15 @@ UNUSED_WORDS = (
     "enable_mm_embeds",
     "enable_prefix_caching",
     "enable_sleep_mode",
+    "fully_sharded_loras",
     "generation_config",
     "hf_token",
     "interleave_mm_strings",
     "kv_cache_dtype",
     "logprobs_mode",
     "max_logprobs",
+    "lora_dtype",
+    "max_cpu_loras",
     "max_lora_rank",
     "max_loras",
     "max_seq_len_to_capture",
@@ -82,9 +85,16 @@ UNUSED_WORDS = (
     "worker_cls",
 )
 
+# Adapters per request: docs/decisions/0014 says what they would take.
+LORA_WORDS = ("default_mm_loras", "enable_lora", "lora_modules")
+LORA_REMEDY = (
+    "Merge the adapter into the model that it was trained on (peft: merge_and_unload, then "
+    "save_pretrained) and give that folder as the model"
+)
+
 # Words that would change what is computed, so that ignoring them would be a lie: refused unless empty.
 ABSENT_WORDS = (
-    "enable_lora",
+    *LORA_WORDS,
     "enable_prompt_embeds",
     "hf_overrides",
     "logits_processors",

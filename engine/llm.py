@@ -16,6 +16,8 @@ from tqdm import tqdm
 from engine import checkpoint as checkpoints
 from engine.config import (
     ABSENT_WORDS,
+    LORA_REMEDY,
+    LORA_WORDS,
     UNUSED_WORDS,
     EngineConfig,
     nearest_word,
@@ -195,7 +197,7 @@ class LLM:
             BadPrompt: the lengths of prompts and parameters differ.
             PromptFailedError: with on_error="raise"; a ValueError too where the prompt is at fault.
         """
-        _refuse("lora_request", lora_request)
+        _refuse_lora(lora_request)
         _refuse("tokenization_kwargs", tokenization_kwargs)
         forms = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [
@@ -230,7 +232,7 @@ class LLM:
         Other arguments as in `generate`.
         """
         del chat_template_content_format  # both forms of content are read alike
-        _refuse("lora_request", lora_request)
+        _refuse_lora(lora_request)
         _refuse("tools", tools)
         _refuse("tokenization_kwargs", tokenization_kwargs)
         template = _template_text(chat_template)
@@ -359,12 +361,25 @@ def _refuse(name: str, given: object) -> None:
         raise BadPrompt("is not supported", where=name, remedy="Leave it out")
 
 
+def _refuse_lora(given: object) -> None:
+    if given:
+        raise BadPrompt(
+            "is not supported: no adapter is applied per request",
+            where="lora_request",
+            remedy=LORA_REMEDY,
+        )
+
+
 def _check_words(words: Mapping[str, Any]) -> None:
     known = [*LLM.__init__.__annotations__, *UNUSED_WORDS, *ABSENT_WORDS]
     for word, value in words.items():
         if word not in known:
             raise TypeError(
                 f"LLM() got an unexpected keyword argument {word!r}.{nearest_word(word, known)}"
+            )
+        if word in LORA_WORDS and value:
+            raise BadConfig(
+                f"{word} is not supported: no adapter is applied per request. {LORA_REMEDY}."
             )
         if word in ABSENT_WORDS and value:
             raise BadConfig(

@@ -115,6 +115,8 @@ def test_server_that_others_can_reach_takes_keys_only(tmp_path: Path) -> None:
         (["--workers", "0"], "--workers"),
         (["--max-model-len", "0"], "--max-model-len"),
         (["--task", "embed"], "--task"),
+        (["--enable-lora"], "'--enable-lora': No adapter is applied per request. Merge"),
+        (["--lora-modules", "a=b", "c=d"], "'--lora-modules': No adapter is applied"),
         (["--mm-processor-kwargs", "4"], "error: --mm-processor-kwargs must be a JSON object"),
     ],
 )

@@ -164,11 +164,27 @@ def lose_a_shard(folder: Path) -> None:
     split_weights(folder)[1].unlink()
 
 
+def write_adapter(folder: Path, *removed: str) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for name in removed:
+        (folder / name).unlink()
+
+
 CANNOT_START: dict[str, tuple[Change, dict[str, object], str]] = {
     "a model of nobody's": (
         update("config.json", model_type="bert"),
         {},
         "The model type 'bert' has no adapter, so it cannot run. There are adapters for ",
+    ),
+    "an adapter beside the weights": (
+        lambda folder: write_adapter(folder),
+        {},
+        "has a LoRA adapter in its folder (adapter_config.json), which would not be applied. Merge",
+    ),
+    "an adapter in the place of a model": (
+        lambda folder: write_adapter(folder, "config.json", "model.safetensors"),
+        {},
+        "has a LoRA adapter in its folder (adapter_config.json), which would not be applied. Merge",
     ),
     "a shard that is cut short": (cut_a_shard, {}, "it has no weights in safetensors that fit"),
     "a shard that is missing": (lose_a_shard, {}, "it has no weights in safetensors that fit"),

@@ -916,8 +916,10 @@ def test_what_is_not_supported_is_refused(llm: LLM, tiny_folder: Path) -> None:
     lora: Any = object()
     with pytest.raises(BadConfig, match=r"^tensor_parallel_size must be 1"):
         LLM(str(tiny_folder), tensor_parallel_size=2)
-    with pytest.raises(BadPrompt, match=r"^lora_request is not supported"):
+    with pytest.raises(BadPrompt, match=r"^lora_request is not supported.* merge_and_unload"):
         llm.generate("a", lora_request=lora)
+    with pytest.raises(BadPrompt, match=r"^lora_request is not supported.* merge_and_unload"):
+        llm.chat([{"role": "user", "content": "a"}], lora_request=lora)
     with pytest.raises(BadPrompt, match=r"^tools is not supported"):
         llm.chat([{"role": "user", "content": "a"}], tools=lora)
     with pytest.raises(BadPrompt, match=r"^tokenization_kwargs is not supported"):
@@ -927,9 +929,12 @@ def test_what_is_not_supported_is_refused(llm: LLM, tiny_folder: Path) -> None:
     for word, value in (
         ("hf_overrides", {"rope_theta": 1}),
         ("enable_lora", True),
+        ("default_mm_loras", {"image": "a"}),
+        ("lora_modules", ["a=b"]),
     ):
-        with pytest.raises(BadConfig, match=rf"^{word} is not supported"):
+        with pytest.raises(BadConfig, match=rf"^{word} is not supported") as caught:
             build(tiny_folder, {word: value})
+        assert ("merge_and_unload" in str(caught.value)) == ("lora" in word)
 
 
 def test_words_that_ask_for_nothing_are_taken(llm: LLM) -> None:
