@@ -339,8 +339,9 @@ class Engine:
 
     def _note_prepared(self, future: Future[Prepared]) -> None:
         with self._news:
-            self._prepared.append(future)
-            self._news.notify_all()
+            if future in self._preparing:  # nobody else wants to know, or would ever let it go
+                self._prepared.append(future)
+                self._news.notify_all()
 
     def _tell(self, _: object = None) -> None:
         """Wake whoever waits for something to do, or for room."""
@@ -377,6 +378,8 @@ class Engine:
                     self._drop(self._aborted.popleft())
                 if self._is_closed:
                     self._end_all()
+                if not self._tickets:  # nobody waits for what is in the air, and it holds pictures
+                    self._flights.clear()
             finally:
                 self._lock.release()
         self._tell()
@@ -387,8 +390,9 @@ class Engine:
             if ticket is None:
                 return
             for future in [f for f, t in self._preparing.items() if t is ticket]:
-                future.cancel()
                 del self._preparing[future]
+                if not future.cancel() and future in self._prepared:
+                    self._prepared.remove(future)
         for sequence in ticket.sequences:  # what flies with them is not for anybody
             sequence.finish_reason = sequence.finish_reason or FinishReason.ABORT
         self._scheduler.finish(ticket.sequences)
@@ -397,6 +401,7 @@ class Engine:
     def _end_all(self) -> None:
         with self._news:
             self._preparing.clear()
+            self._prepared.clear()
             for ticket in list(self._tickets.values()):
                 self._fail(ticket, EngineClosed())
 
@@ -440,7 +445,7 @@ class Engine:
             while self._prepared:
                 future = self._prepared.popleft()
                 ticket = self._preparing.pop(future, None)
-                if ticket is not None:  # it may have left meanwhile
+                if ticket is not None:
                     ready.append((ticket, future))
         was_idle = not self._scheduler.has_work
         now = time.perf_counter()
