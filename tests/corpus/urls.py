@@ -36,6 +36,7 @@ QUICK = {
         "whole_timeout_s": 3.0,
         "retry_wait_s": 0.01,
         "max_retry_after_s": 1.0,
+        "max_pause_s": 0.1,
         "min_rate_window_s": 0.3,
     },
 }
