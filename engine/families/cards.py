@@ -89,6 +89,7 @@ CARDS: tuple[Card, ...] = (
         ("idefics3", "smolvlm"),
         "Idefics3, SmolVLM and SmolVLM2",
         "<image>",
+        embeddings="of one tile",
         seen="in square tiles, each with its row and column, and whole",
     ),
     Card(

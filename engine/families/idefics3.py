@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.errors import BadConfig
+from engine.errors import BadConfig, BadEmbeddings
 from engine.families.llava_next import cut_tiles
-from engine.families.protocol import Description, Family, Plan, Rows, Visual
+from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
 from engine.families.resizing import check_aspect, resize
 from engine.families.tiles import TileEncoder, Tower
 
@@ -32,6 +32,7 @@ class Idefics3(Family):
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
+        check_text(self.text_config)
         config = description.config
         self._pictures = pictures = description.pictures
         self._tokenizer = description.copy_tokenizer()
@@ -68,6 +69,16 @@ class Idefics3(Family):
             height_px=height,
             layout=first,
         )
+
+    def plan_embeddings(self, num_rows: int, grid: tuple[int, int, int] | None) -> Plan:
+        """Of one tile: of several, nobody says how they stand."""
+        super().plan_embeddings(num_rows, grid)
+        if num_rows != self._num_rows:
+            raise BadEmbeddings(
+                f"This model reads text between the tiles of a picture. Give embeddings of one tile, "
+                f"{self._num_rows} tokens instead of {num_rows}, or give the picture."
+            )
+        return Plan(self._write(0, 0))
 
     def _write(self, down: int, across: int) -> tuple[Rows | tuple[int, ...], ...]:
         """The text of so many tiles and the whole picture, features in their places."""

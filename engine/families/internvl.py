@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.errors import BadConfig
 from engine.families.llava_next import cut_tiles
-from engine.families.protocol import Description, Family, Plan, Rows, Visual
+from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
 from engine.families.resizing import CLIP_MEAN, CLIP_STD, check_aspect, read_sides, resize
 from engine.families.tiles import TileEncoder
 from media.decoded import Fit
@@ -32,6 +32,7 @@ class InternVL(Family):
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
+        check_text(self.text_config)
         self.config = config = description.config
         self._pictures = pictures = description.pictures
         tokenizer = description.tokenizer
@@ -103,6 +104,11 @@ class InternVL(Family):
             width_px=self._tile_px,
             height_px=self._tile_px,
         )
+
+    def plan_embeddings(self, num_rows: int, grid: tuple[int, int, int] | None) -> Plan:
+        """With the same tokens around them as a picture has."""
+        (rows,) = super().plan_embeddings(num_rows, grid).pieces
+        return Plan((self._before, rows, self._after))
 
     def fit(self, plan: Plan) -> Fit | None:
         """What is seen in one tile is squashed into it."""

@@ -1,7 +1,7 @@
 """Every family of the table says what transformers' `generate` says, and sees what its processor sees."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from engine import LLM, Request
+from engine.errors import BadConfig
+from engine.families.idefics3 import Idefics3
+from engine.families.pixtral import Pixtral
 from engine.families.protocol import Visual
 from engine.processor import Prepared
 from tests.engine.families import CASES, Asked, Case, Oracle, mixed, size
 from tests.engine.pictures import GREEDY, cut_picture, draw, encode, error_of, token_ids
+from tests.engine.test_config import rewrite
+from tests.engine.tiny_llava import write_tiny_idefics3, write_tiny_internvl
 
 NUM_ALONE = 12
 NUM_SIZES = 50
@@ -97,6 +102,39 @@ def test_encoded_files_are_seen_as_what_they_hold(loaded: Loaded) -> None:
 
     assert torch.equal(one, other)
     assert 1 == len({tuple(ids) for ids in token_ids(results)})
+
+
+def test_features_of_a_picture_say_what_it_says_or_are_refused(loaded: Loaded) -> None:
+    family = loaded.llm.engine.checkpoint.family
+    if "image" not in family.modalities:
+        pytest.skip("it sees no pictures")
+    prompt = loaded.case.before + loaded.case.picture + loaded.case.after
+    picture = draw(4, 90, 70)
+    visual = cut_picture(family, picture)
+    (features,) = family.encode([visual])
+    seen, handed = (
+        loaded.llm.generate(
+            {"prompt": prompt, "multi_modal_data": {"image": image}}, GREEDY, use_tqdm=False
+        )
+        for image in (picture, features[None])
+    )
+    if isinstance(family, Pixtral):
+        assert "embeddings" in error_of(handed) or "image_embeds" in error_of(handed)
+    elif isinstance(family, Idefics3) and len(visual.pixels) > 1:
+        assert "text between the tiles" in error_of(handed)
+    else:
+        assert seen[0].prompt_token_ids == handed[0].prompt_token_ids
+        assert token_ids(seen) == token_ids(handed)
+
+
+@pytest.mark.parametrize("write", [write_tiny_internvl, write_tiny_idefics3])
+def test_text_model_that_nobody_compared_is_refused(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    write(tmp_path)
+    rewrite("config.json", lambda c: c["text_config"].update(model_type="gemma2"))(tmp_path)
+    with pytest.raises(BadConfig, match="text part is of the type 'gemma2'"):
+        LLM(str(tmp_path))
 
 
 def visual_of(prepared: Prepared) -> Visual:
