@@ -150,8 +150,8 @@ class _Ready:
     One picture or clip, cut or given as features, and what to report of it.
 
     Attributes:
-        content: None where it alone is longer than the context: its prompt will be refused, so
-            nothing was cut, however large `min_pixels` made it.
+        content: None where the context ends before it does: its prompt will be refused, so nothing
+            was cut, however large `min_pixels` made it or however many it has beside it.
         area: the limits it was planned with; None where it has none: features, and models that see
             all pictures at one size.
     """
@@ -324,14 +324,17 @@ class Processor:
             raise PromptTooLong(max_model_len=self._max_model_len, num_text_tokens=num_text_tokens)
         options = media_options(request)
         sizing = resize(self._image_area, options.image)  # checked also where there is no picture
+        left = self._max_model_len - num_text_tokens  # tokens, once the media so far are counted
         ready = []
         for index, picture in enumerate(pictures):
             with _naming("image", index, len(pictures)):
-                ready.append(self._ready_picture(index, picture, len(pictures), sizing))
+                ready.append(self._ready_picture(index, picture, len(pictures), sizing, left))
+            left -= ready[-1].plan.num_tokens
         ready_clips = []
         for index, clip in enumerate(clips):
             with _naming("video", index, len(clips)):
-                ready_clips.append(self._ready_clip(clip, options))
+                ready_clips.append(self._ready_clip(clip, options, left))
+            left -= ready_clips[-1].plan.num_tokens
         max_tokens = self._room(num_text_tokens, [*ready, *ready_clips], params)
         token_ids, media = self._expand(ids, ready, ready_clips)
         positions, delta = self._family.positions(
@@ -682,7 +685,12 @@ class Processor:
                 )
 
     def _ready_picture(
-        self, index: int, picture: Picture | Embeddings, number: int, limits: Sizing | None
+        self,
+        index: int,
+        picture: Picture | Embeddings,
+        number: int,
+        limits: Sizing | None,
+        left: int,
     ) -> _Ready:
         if isinstance(picture, Embeddings):
             return self._ready_embeddings(picture)
@@ -693,9 +701,7 @@ class Processor:
         def plan(header: Header) -> Plan:
             return self._family.plan_one_of(number, header.width_px, header.height_px, limits)
 
-        planning = _Planning(
-            self._family, plan, self._max_model_len, index, may_draft=self._may_draft
-        )
+        planning = _Planning(self._family, plan, left, index, may_draft=self._may_draft)
         source = fetch(picture.source)
         with self._cores:
             image = read_picture(source, self._decoder, planning.ask)
@@ -704,7 +710,7 @@ class Processor:
         size = header.width_px, header.height_px
         return _Ready(visual, planning.plan, MediaKind.IMAGE, limits, *size, picture.taken)
 
-    def _ready_clip(self, clip: Clip, options: MediaOptions) -> _Ready:
+    def _ready_clip(self, clip: Clip, options: MediaOptions, left: int) -> _Ready:
         limits = resize(resize(self._video_area, options.video), clip.area)
 
         def plan(header: Header) -> Plan:
@@ -718,7 +724,7 @@ class Processor:
                 limits,
             )
 
-        planning = _Planning(self._family, plan, self._max_model_len)
+        planning = _Planning(self._family, plan, left)
         sampling = self._sample(clip, options)
         source = fetch(clip.source)
         with self._cores:

@@ -454,6 +454,9 @@ class Family:
         Returns:
             positions: (num_axes, num_tokens).
             delta: what generated tokens add to their row in the slab to get their position.
+
+        Raises:
+            BadPrompt: the model has no such positions.
         """
         return np.arange(num_tokens, dtype=np.int64)[None], 0
 

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from engine.errors import BadPrompt
 from engine.families.packed import Packing
-from engine.families.protocol import AreaLimits, Description, Plan
+from engine.families.protocol import AreaLimits, Description, Plan, Positions
 from engine.families.qwen2_vl import MAX_KNOWN_GRIDS, MERGE, TEMPORAL, Grid, Qwen2VL
 from engine.uploads import upload
 
@@ -71,8 +72,28 @@ class Qwen25VL(Qwen2VL):
             height_px,
             area or self.video_area,
             times=-(-num_frames // TEMPORAL),
-            time_step=self._positions_a_second * seconds,
+            # Nothing beyond is a position: see below.
+            time_step=min(
+                self.text_config.max_position_embeddings, self._positions_a_second * seconds
+            ),
         )
+
+    def positions(
+        self, num_tokens: int, media: Sequence[tuple[int, Plan]]
+    ) -> tuple[Positions, int]:
+        """
+        Raises:
+            BadPrompt: a clip lasts until behind the last position that the model knows.
+        """
+        positions, delta = super().positions(num_tokens, media)
+        most: int = self.text_config.max_position_embeddings
+        if positions.max() >= most:
+            raise BadPrompt(
+                f"lasts longer than to the last of the model's {most} positions",
+                where="video",
+                remedy="Give a shorter part of the clip, or less in front of it",
+            )
+        return positions, delta
 
     def _run(self, packing: Packing, grids: Sequence[Grid], *inputs: Tensor) -> Tensor:
         found = [find_windows(grid, self._window) for grid in grids]

@@ -155,6 +155,26 @@ def test_text_layers_that_look_back_over_a_window(tmp_path: Path) -> None:
     assert {mixed.name: mixed.ask(reference, ignore_eos=True) for mixed in asked} == found
 
 
+@pytest.mark.parametrize("frame_s", [600.0, 1e300])
+def test_clip_that_outlasts_all_positions_ends_alone(tmp_path: Path, frame_s: float) -> None:
+    frames = as_frames(draw_clip(1, 6))
+    prompt = f"{CLIP}a"
+    clips = [
+        replace(frames, times_s=tuple(step * index for index in range(6)))
+        for step in (1.0, frame_s)
+    ]
+    with LLM(str(write_tiny_qwen(tmp_path, QWEN2_5_VL_OTHER))) as llm:
+        good, bad = llm.generate(
+            [{"prompt": prompt, "multi_modal_data": {"video": clip}} for clip in clips],
+            GREEDY,
+            use_tqdm=False,
+        )
+
+    assert good.error is None
+    assert bad.error is not None
+    assert "lasts longer than to the last of the model's 4096 positions" in bad.error.message
+
+
 def test_positions_that_change_with_the_length_are_refused(tmp_path: Path) -> None:
     rope = {**QWEN3_VL.text["rope_parameters"], "rope_type": "dynamic", "factor": 2.0}
     shape = replace(QWEN3_VL, text={**QWEN3_VL.text, "rope_parameters": rope})

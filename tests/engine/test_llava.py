@@ -224,6 +224,22 @@ def test_strip_is_refused_before_it_is_resampled(llm: LLM) -> None:
     assert "1x201: one side is over 200 times" in error_of(llm.generate(prompt, GREEDY))
 
 
+def test_pictures_behind_the_end_of_the_context_are_not_cut(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(str(folder), limit_mm_per_prompt={"image": 100}, max_model_len=64) as llm:
+        family, kept = llm.engine.checkpoint.family, []
+        cut = family.cut_picture
+        monkeypatch.setattr(
+            family, "cut_picture", lambda *args: kept.append(cut(*args)) or kept[-1]
+        )
+        prompt = {"prompt": "<image>" * 100, "multi_modal_data": {"image": [draw(1)] * 100}}
+        error = error_of(llm.generate(prompt, GREEDY, use_tqdm=False))
+
+    assert "1600 image tokens" in error
+    assert 3 == len(kept)  # 16 tokens each, and one of the 64 is for the answer
+
+
 def test_prompt_that_is_too_long_tells_no_size_that_would_do(llm: LLM) -> None:
     prompt = {"prompt": PROMPT + "x" * 1990, "multi_modal_data": {"image": draw(1)}}
     error = error_of(llm.generate(prompt, SamplingParams(max_tokens=4)))
