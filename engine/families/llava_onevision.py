@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.families.llava_next import LlavaNext, Tiling
 from engine.families.protocol import Description, Plan, Rows, Visual
-from engine.families.resizing import check_aspect, pad_to_square, resize
+from engine.families.resizing import check_aspect, resize, resize_padded
 from media.decoded import Fit
 
 WHOLE, FRAMES = Tiling(), Tiling(height=1)  # layouts of what is not tiled
@@ -90,8 +90,8 @@ class LlavaOnevision(LlavaNext):
     def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
         if plan.layout.rows:
             return super().cut_picture(image, plan)
-        square = pad_to_square(image, self._border)
-        return self._build([resize(square, self._tile_px, self._tile_px, self._resample)], plan)
+        px = self._tile_px
+        return self._build([resize_padded(image, px, px, self._border, self._resample)], plan)
 
     def cut_clip(self, frames: Sequence[Image.Image], plan: Plan) -> Visual:
         px, resample = self._tile_px, self._clip_resample

@@ -9,6 +9,7 @@ from PIL import Image
 from engine.families.protocol import ImageTooNarrowError
 from media.decoded import Fit
 
+MAX_SQUARE_PIXELS = 40_000_000  # of a picture with its border, while it is resampled
 MAX_ASPECT = 200  # a longer strip would be resampled to something far larger than what is seen
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -87,7 +88,8 @@ class Resizing:
             ImageTooNarrowError: one side is over MAX_ASPECT times the other.
         """
         if self.pads_with is not None:
-            image = pad_to_square(image, self.pads_with)
+            sides = (self.shortest_px or self.height_px, self.shortest_px or self.width_px)
+            image = resize_padded(image, *sides, self.pads_with, self.resample)
         if self.shortest_px is None:
             return resize(image, self.height_px, self.width_px, self.resample)
         shorter, longer = min(image.size), max(image.size)
@@ -130,10 +132,28 @@ def crop_centre(image: Image.Image, height_px: int, width_px: int) -> Image.Imag
     return image.crop((left, top, left + width_px, top + height_px))
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+def resize_padded(
+    image: Image.Image,
+    height_px: int,
+    width_px: int,
+    colour: tuple[int, ...],
+    resample: Image.Resampling,
+) -> Image.Image:
+    """
+    Resample a picture that a border makes square first.
+
+    The square of a long strip would be a hundred times the strip. Where it is over MAX_SQUARE_PIXELS, the
+    longer side is resampled before there is a border: the same up to how the other side is rounded.
+    """
     side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    canvas = side, side
+    if side**2 > MAX_SQUARE_PIXELS:
+        if image.width > image.height:
+            image, canvas = resize(image, image.height, width_px, resample), (width_px, side)
+        else:
+            image, canvas = resize(image, height_px, image.width, resample), (side, height_px)
+    if image.size != canvas:
+        padded = Image.new("RGB", canvas, colour)
+        padded.paste(image, ((canvas[0] - image.width) // 2, (canvas[1] - image.height) // 2))
+        image = padded
+    return resize(image, height_px, width_px, resample)

@@ -1,12 +1,14 @@
 """LLaVA-1.5 as its users know it from vLLM, and what is its own."""
 
 import base64
+import resource
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +16,8 @@ from transformers.image_transforms import center_crop
 
 from engine import LLM, Result, SamplingParams
 from engine.errors import BadConfig
-from engine.families.resizing import crop_centre
+from engine.families import resizing
+from engine.families.resizing import crop_centre, resize_padded
 from tests.engine.families import CASES, Asked, Oracle
 from tests.engine.pictures import GREEDY, cut_picture, data_url, draw, error_of, token_ids
 from tests.engine.test_config import Change, rewrite
@@ -287,6 +290,34 @@ def test_checkpoint_that_cannot_work_is_told(tmp_path: Path, change: Change, sai
     change(tmp_path)
     with pytest.raises(BadConfig, match=said.replace(".", r"\.")):
         LLM(str(tmp_path))
+
+
+@pytest.mark.parametrize("sides", [(300, 40), (40, 300), (64, 64), (256, 3), (3, 256)])
+def test_border_of_a_long_strip_is_not_held_to_be_resampled(
+    sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, grey = draw(1, *sides), (120, 130, 140)
+
+    def see() -> npt.NDArray[np.int64]:
+        seen = resize_padded(picture, 56, 56, grey, Image.Resampling.BICUBIC)
+        assert (56, 56) == seen.size
+        return np.asarray(seen, dtype=np.int64)
+
+    whole = see()
+    monkeypatch.setattr(resizing, "MAX_SQUARE_PIXELS", 0)
+
+    # Pillow resamples across first, too: rounded differently only where that is not the longer side.
+    assert np.abs(whole - see()).max() <= (3 if sides[1] > sides[0] else 0)
+
+
+def test_long_strip_takes_no_memory_for_its_square() -> None:
+    strip = Image.new("RGB", (200, 40_000), (255, 0, 0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seen = resize_padded(strip, 56, 56, (0, 0, 255), Image.Resampling.BICUBIC)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+    assert {(0, 0, 255)} == {seen.getpixel((0, y)) for y in range(56)}
+    assert grown_kib < 500_000  # the square has 6 GB
 
 
 @pytest.mark.parametrize("sides", [(7, 9), (20, 3), (3, 20), (31, 40), (10, 10)])
