@@ -17,6 +17,7 @@ from transformers.image_transforms import center_crop
 from engine import LLM, Result, SamplingParams
 from engine.errors import BadConfig
 from engine.families import resizing
+from engine.families.protocol import Plan, Visual
 from engine.families.resizing import crop_centre, resize_padded
 from tests.engine.families import CASES, Asked, Oracle
 from tests.engine.pictures import GREEDY, cut_picture, data_url, draw, error_of, token_ids
@@ -231,11 +232,14 @@ def test_pictures_behind_the_end_of_the_context_are_not_cut(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LLM(str(folder), limit_mm_per_prompt={"image": 100}, max_model_len=64) as llm:
-        family, kept = llm.engine.checkpoint.family, []
-        cut = family.cut_picture
-        monkeypatch.setattr(
-            family, "cut_picture", lambda *args: kept.append(cut(*args)) or kept[-1]
-        )
+        family = llm.engine.checkpoint.family
+        cut, kept = family.cut_picture, list[Visual]()
+
+        def keep(image: Image.Image, plan: Plan) -> Visual:
+            kept.append(cut(image, plan))
+            return kept[-1]
+
+        monkeypatch.setattr(family, "cut_picture", keep)
         prompt = {"prompt": "<image>" * 100, "multi_modal_data": {"image": [draw(1)] * 100}}
         error = error_of(llm.generate(prompt, GREEDY, use_tqdm=False))
 
