@@ -148,7 +148,7 @@ def resize_padded(
     side = max(image.size)
     canvas = side, side
     if side**2 > MAX_SQUARE_PIXELS:
-        if image.width > image.height:
+        if image.width >= image.height:
             image, canvas = resize(image, image.height, width_px, resample), (width_px, side)
         else:
             image, canvas = resize(image, height_px, image.width, resample), (side, height_px)
