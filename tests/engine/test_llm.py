@@ -289,7 +289,7 @@ def test_names_of_requests_are_kept(llm: LLM) -> None:
 
 def test_lower_priority_runs_first(tiny_folder: Path) -> None:
     llm = LLM(str(tiny_folder), max_num_seqs=1)
-    long = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    long = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
     priorities = [0, 3, 1, 4, 2, 5]
     results = llm.generate(
         list("0314 5"), [long] + [GREEDY] * 5, priority=priorities, use_tqdm=False
