@@ -45,6 +45,9 @@ STORE_WAIT_S: Final = 5.0
 """After which items are tried again whose blobs or rows could not be read: a store that is down must
 not be asked a hundred times a second, nor each time count as an attempt."""
 
+REGISTER_S: Final = 60.0
+"""How long a worker that starts asks a busy database to note it."""
+
 MAX_UNCOMMITTED: Final = 1024
 """Results that wait for the database; beyond them the engine's threads wait too."""
 
@@ -236,6 +239,20 @@ class Runner:
         Raises:
             ServedOtherwiseError: the model is served with other limits.
         """
+        deadline = time.monotonic() + REGISTER_S
+        while True:
+            try:
+                self._register()
+                break
+            except StorageError as error:  # a database that is busy must not cost a loaded model
+                if not error.retryable or time.monotonic() > deadline:
+                    raise
+                logger.warning("register_failed", error=error.code)
+                time.sleep(COMMIT_RETRY_S)
+        self._committer.start()
+        self._heart.start()
+
+    def _register(self) -> None:
         limits = self._engine.limits
         with self._stores.database.write() as session:
             served.register(
@@ -244,8 +261,6 @@ class Runner:
                 worker=self.worker,
                 alive_s=self._config.lease_s,
             )
-        self._committer.start()
-        self._heart.start()
 
     def stop(self) -> None:
         """End the threads; what is committed by then is committed."""
