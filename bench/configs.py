@@ -19,7 +19,7 @@ from bench import later_qwen, phi3_v, tiled
 from bench.later_qwen import LaterQwenShape, qwen2_5, qwen3
 from bench.tiled import TiledShape, internvl3, smolvlm
 from engine.families import llava
-from engine.families.qwen2_vl import CLIP_MEAN, CLIP_STD
+from engine.families.resizing import CLIP_MEAN, CLIP_STD
 from models.train.settings import SPECIAL_TOKENS
 
 CHAT_TEMPLATE = """\

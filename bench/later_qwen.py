@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from engine.families.qwen2_vl import CLIP_MEAN, CLIP_STD
+from engine.families.resizing import CLIP_MEAN, CLIP_STD
 from models.train.settings import SPECIAL_TOKENS
 
 CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}

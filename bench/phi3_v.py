@@ -12,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from engine.families.phi3_v import CLIP_MEAN, CLIP_STD
+from engine.families.resizing import CLIP_MEAN, CLIP_STD
 
 FIRST_TOKENS = ("<unk>", "<s>", "</s>")
 LATER_TOKENS = (

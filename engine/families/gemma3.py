@@ -7,33 +7,30 @@ window of rows in most layers and at all rows in some, and turns positions of th
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from engine.errors import BadConfig
-from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
-from engine.families.resizing import SIGLIP_DEFAULT, Resizing, check_aspect
-from engine.families.tiles import TileEncoder, Tower, count_patches
-from media.decoded import Fit
+from engine.families.protocol import Description, check_text
+from engine.families.resizing import SIGLIP_DEFAULT, Resizing
+from engine.families.tiles import OneTile, TileEncoder, Tower, count_patches
 
 # What its image processor does where the checkpoint does not say.
 DEFAULT: Mapping[str, Any] = {**SIGLIP_DEFAULT, "resample": Image.Resampling.BILINEAR}
 
 
-class Gemma3(Family):
+class Gemma3(OneTile):
     """A prompt names the token before a picture; the others are written around it, and line breaks."""
 
     sees_both_ways = True
-    image_token_id: int
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
         check_text(self.text_config)
-        self.config = config = description.config
+        config = description.config
         told = {key: value for key, value in description.pictures.items() if value is not None}
         self._pictures = {**DEFAULT, **told}
         self._resizing = Resizing.read(self._pictures)
@@ -71,42 +68,18 @@ class Gemma3(Family):
     def read_text(self, text: str) -> str:
         return self._written.sub(lambda _: self._expanded, text)
 
-    def plan_picture(self, width_px: int, height_px: int, area: Any) -> Plan:
-        check_aspect(width_px, height_px)
-        return Plan(
-            (Rows(self.image_token_id, self._num_rows),),
-            num_patches=self._num_patches,
-            width_px=self._resizing.width_px,
-            height_px=self._resizing.height_px,
-        )
-
-    def fit(self, plan: Plan) -> Fit | None:
-        return self._resizing.fit()
-
-    def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
-        return self._build([self._resizing.run(image)], plan)
-
-    # --- on the device -------------------------------------------------------------------------------
-
     def attach(self, model: Any) -> None:
         super().attach(model)
         tower, self._projector = model.model.vision_tower, model.model.multi_modal_projector
         self._tower = Tower(tower, -1, drops_first=False)
         self._norm = getattr(tower, "vision_model", tower).post_layernorm
-        weight = next(tower.parameters())
         self._encoder = TileEncoder(
-            weight.device,
-            weight.dtype,
+            tower,
             self._pictures,
             DEFAULT["image_mean"],
             DEFAULT["image_std"],
             tile_patches=self._num_patches,
         )
-
-    @torch.inference_mode()
-    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        """One tile each."""
-        return [rows[0] for rows in self._encoder.encode(visuals, self._see, self.repeats)]
 
     def _see(self, pixels: Tensor) -> Tensor:
         return self._projector(self._norm(self._tower(pixels)))  # type: ignore[no-any-return]

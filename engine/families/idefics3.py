@@ -114,10 +114,7 @@ class Idefics3(Family):
         tower = model.model.vision_model
         self._tower = Tower(tower, -1, drops_first=False, embed=_FullTiles(tower.embeddings))
         self._norm, self._connector = tower.post_layernorm, model.model.connector
-        weight = next(tower.parameters())
-        self._encoder = TileEncoder(
-            weight.device, weight.dtype, self._pictures, MEAN, STD, tile_patches=self._side**2
-        )
+        self._encoder = TileEncoder(tower, self._pictures, MEAN, STD, tile_patches=self._side**2)
 
     @torch.inference_mode()
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:

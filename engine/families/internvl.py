@@ -33,7 +33,7 @@ class InternVL(Family):
     def __init__(self, description: Description) -> None:
         super().__init__(description)
         check_text(self.text_config)
-        self.config = config = description.config
+        config = description.config
         self._pictures = pictures = description.pictures
         tokenizer = description.tokenizer
         self._tokenizer = description.copy_tokenizer()
@@ -134,10 +134,8 @@ class InternVL(Family):
     def attach(self, model: Any) -> None:
         super().attach(model)
         self._tower, self._projector = model.model.vision_tower, model.model.multi_modal_projector
-        weight = next(self._tower.parameters())
         self._encoder = TileEncoder(
-            weight.device,
-            weight.dtype,
+            self._tower,
             self._pictures,
             CLIP_MEAN,
             CLIP_STD,

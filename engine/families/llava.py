@@ -1,17 +1,13 @@
 """LLaVA-1.5: every picture at one size, one token for each patch, behind a Llama or another text model."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from engine.errors import BadConfig
-from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
-from engine.families.resizing import CLIP_DEFAULT, SIGLIP_DEFAULT, Resizing, check_aspect
-from engine.families.tiles import TileEncoder, Tower, count_patches
-from media.decoded import Fit
+from engine.families.protocol import Description, check_text
+from engine.families.resizing import CLIP_DEFAULT, SIGLIP_DEFAULT, Resizing
+from engine.families.tiles import OneTile, TileEncoder, Tower, count_patches
 
 # Vicuna's turns, pictures before the words of theirs. For checkpoints that bring no template.
 CHAT_TEMPLATE = """\
@@ -33,12 +29,11 @@ CHAT_TEMPLATE = """\
 """
 
 
-class Llava(Family):
+class Llava(OneTile):
     """Placeholders are one text token; a plan is rows alone."""
 
     image_placeholder = image_slot = "<image>"
     chat_template = CHAT_TEMPLATE
-    image_token_id: int
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
@@ -62,40 +57,18 @@ class Llava(Family):
         self._drops_first = config.vision_feature_select_strategy == "default"
         self._num_rows = num_rows - int(self._drops_first)
 
-    def plan_picture(self, width_px: int, height_px: int, area: Any) -> Plan:
-        check_aspect(width_px, height_px)
-        return Plan(
-            (Rows(self.image_token_id, self._num_rows),),
-            num_patches=self._num_patches,
-            width_px=self._resizing.width_px,
-            height_px=self._resizing.height_px,
-        )
-
-    def fit(self, plan: Plan) -> Fit | None:
-        return self._resizing.fit()
-
-    def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
-        return self._build([self._resizing.run(image)], plan)
-
     def attach(self, model: Any) -> None:
         super().attach(model)
         tower, config = model.model.vision_tower, self.config
         self._tower = Tower(tower, config.vision_feature_layer, drops_first=self._drops_first)
         self._projector = model.model.multi_modal_projector
-        weight = next(tower.parameters())
         self._encoder = TileEncoder(
-            weight.device,
-            weight.dtype,
+            tower,
             self._pictures,
             self._pictures["image_mean"],
             self._pictures["image_std"],
             tile_patches=self._num_patches,
         )
-
-    @torch.inference_mode()
-    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        """One tile each."""
-        return [rows[0] for rows in self._encoder.encode(visuals, self._see, self.repeats)]
 
     def _see(self, pixels: Tensor) -> Tensor:
         return self._projector(self._tower(pixels))  # type: ignore[no-any-return]

@@ -119,10 +119,8 @@ class LlavaNext(Family):
         self._encoder = self._build_encoder(tower, self._pictures)
 
     def _build_encoder(self, tower: Any, pictures: Mapping[str, Any]) -> TileEncoder:
-        weight = next(tower.parameters())
         return TileEncoder(
-            weight.device,
-            weight.dtype,
+            tower,
             pictures,
             self.mean,
             self.std,

@@ -35,13 +35,12 @@ from engine.families.protocol import (
     TileLimit,
     Visual,
 )
+from engine.families.resizing import CLIP_MEAN, CLIP_STD, resize
 from engine.families.tiles import Tower
 from engine.uploads import Uploads
 
 NUM_CROPS = 16  # at most, of one picture; 4 is the author's advice where there are many
 WHITE = (255, 255, 255)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that the encoder was trained on
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PLACEHOLDER = re.compile(r"<\|image(?:_(\d{1,9}))?\|>")  # numbered as published, or the bare token
 
 
@@ -106,9 +105,7 @@ def lay_on_white(image: Image.Image, tiles: Tiles, tile_px: int) -> Image.Image:
     is_upright = image.width < image.height
     if is_upright:
         image, tiles = image.transpose(Image.Transpose.TRANSPOSE), tiles.turned
-    size = tiles.width_px, tiles.height_px
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
+    image = resize(image, tiles.height_px, tiles.width_px, Image.Resampling.BILINEAR)
     padded = Image.new("RGB", (tiles.columns * tile_px, tiles.rows * tile_px), WHITE)
     padded.paste(image, (0, (padded.height - image.height) // 2))
     return padded.transpose(Image.Transpose.TRANSPOSE) if is_upright else padded

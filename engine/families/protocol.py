@@ -18,8 +18,8 @@ A request's way through an adapter:
 6. The text model is called with what `attach` left in `text`, `embed` and `head`: on one row of tokens,
    attention through `engine.attention`. A window comes from the layer by the name `sliding_window`.
 
-Not built: rows of one picture that see each other in both directions (spans of a prefill, which
-`TextContext` would carry), and scores with a soft cap. `check_text` keeps out what needs them.
+Where `sees_both_ways`, a picture's rows attend to those behind them too. Scores with a soft cap are not
+built: `check_text` keeps out what needs them.
 
 What is the same for all is in `Family`; an adapter writes what differs.
 """

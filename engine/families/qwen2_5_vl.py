@@ -14,10 +14,15 @@ from torch import Tensor
 from engine.errors import BadPrompt
 from engine.families.packed import Packing
 from engine.families.protocol import AreaLimits, Description, Plan, Positions
-from engine.families.qwen2_vl import MAX_KNOWN_GRIDS, MERGE, TEMPORAL, Grid, Qwen2VL
+from engine.families.qwen2_vl import (
+    MAX_KNOWN_GRIDS,
+    MERGE,
+    TEMPORAL,
+    USUAL_FRAME_S,
+    Grid,
+    Qwen2VL,
+)
 from engine.uploads import upload
-
-USUAL_FRAME_S = 0.5  # two frames a second, as its authors sample; for frames that have no times
 
 
 @lru_cache(maxsize=MAX_KNOWN_GRIDS)

@@ -28,13 +28,13 @@ from engine.families.protocol import (
     AreaLimits,
     Description,
     Family,
-    ImageTooNarrowError,
     Pixels,
     Plan,
     Rows,
     Visual,
     check_positions,
 )
+from engine.families.resizing import CLIP_MEAN, CLIP_STD, check_aspect, resize
 from engine.kernels.pixels import centre
 from engine.uploads import upload
 from media.decoded import Fit
@@ -44,11 +44,11 @@ RESAMPLING = Image.Resampling.BICUBIC
 MERGE = 2
 TEMPORAL = 2  # frames that share one patch in a video; a still image is its own neighbour
 TOKEN_PX = PATCH_PX * MERGE
-MAX_ASPECT = 200
 MID_PIXEL = 128  # pixels less this are whole numbers below 2**8: exact in bfloat16 too
 MAX_KNOWN_GRIDS = 256  # sizes whose positions are kept on the device
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that the encoder was trained on
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+USUAL_FRAME_S = (
+    0.5  # two frames a second, as the authors of later ones sample; for frames without times
+)
 
 Patches = npt.NDArray[np.uint8]
 
@@ -93,17 +93,35 @@ def target_size(
     Source: the published rule of the model (`smart_resize` in transformers' image processor);
     tests compare the two over random sizes.
     """
-    longer, shorter = max(height_px, width_px), min(height_px, width_px)
-    if longer > MAX_ASPECT * shorter:
-        raise ImageTooNarrowError(f"{width_px}x{height_px}")
+    check_aspect(width_px, height_px)
+    return fit_area(height_px, width_px, area, token_px)
+
+
+def fit_area(
+    height_px: int,
+    width_px: int,
+    area: AreaLimits,
+    token_px: int,
+    *,
+    num_frames: int = 1,
+    num_covered: int = 1,
+) -> tuple[int, int]:
+    """
+    `target_size` for any aspect.
+
+    Args:
+        num_frames, num_covered: how many frames share the area, as they are and as they are counted
+            once they stand in whole tokens.
+    """
     rows, columns = round(height_px / token_px), round(width_px / token_px)
-    covered = rows * columns * token_px**2
+    covered = num_covered * rows * columns * token_px**2
+    seen = num_frames * height_px * width_px
     if covered > area.max_pixels:
-        shrink = math.sqrt(height_px * width_px / area.max_pixels)
+        shrink = math.sqrt(seen / area.max_pixels)
         rows = max(1, math.floor(height_px / shrink / token_px))
         columns = max(1, math.floor(width_px / shrink / token_px))
     elif covered < area.min_pixels:
-        grow = math.sqrt(area.min_pixels / (height_px * width_px))
+        grow = math.sqrt(area.min_pixels / seen)
         rows = math.ceil(height_px * grow / token_px)
         columns = math.ceil(width_px * grow / token_px)
     return rows * token_px, columns * token_px
@@ -111,9 +129,7 @@ def target_size(
 
 def resample(image: Image.Image, height_px: int, width_px: int) -> Image.Image:
     """Bicubic resampling of an RGB picture; the picture itself where it already has the size."""
-    if image.size == (width_px, height_px):
-        return image
-    return image.resize((width_px, height_px), RESAMPLING)
+    return resize(image, height_px, width_px, RESAMPLING)
 
 
 def cut_patches(pixels: npt.NDArray[np.uint8]) -> Patches:

@@ -18,21 +18,22 @@ import torch
 from torch import Tensor
 
 from engine.attention import find_extra
-from engine.families.protocol import AreaLimits, Description, ImageTooNarrowError, Plan, Rows
+from engine.families.protocol import AreaLimits, Description, Plan, Rows
 from engine.families.qwen2_vl import (
-    MAX_ASPECT,
     MERGE,
     TEMPORAL,
+    USUAL_FRAME_S,
     Grid,
     Qwen2VL,
     area_of,
+    fit_area,
     patch_positions,
 )
+from engine.families.resizing import check_aspect
 from engine.fuse import Carried
 
 HALF = (0.5, 0.5, 0.5)
 USUAL_CLIP_AREA = AreaLimits(128 * 32 * 32, 768 * 32 * 32)  # all frames of a clip together
-USUAL_FRAME_S = 0.5  # two frames a second, as its authors sample; for frames that have no times
 
 
 def clip_size(
@@ -53,20 +54,15 @@ def clip_size(
     if min(height_px, width_px) < token_px:
         grow = max(token_px / height_px, token_px / width_px)
         height_px, width_px = int(height_px * grow), int(width_px * grow)
-    if max(height_px, width_px) / min(height_px, width_px) > MAX_ASPECT:
-        raise ImageTooNarrowError(f"{width_px}x{height_px}")
-    rows, columns = round(height_px / token_px), round(width_px / token_px)
-    covered = round(num_frames / TEMPORAL) * TEMPORAL * rows * columns * token_px**2
-    seen = num_frames * height_px * width_px
-    if covered > area.max_pixels:
-        shrink = math.sqrt(seen / area.max_pixels)
-        rows = max(1, math.floor(height_px / shrink / token_px))
-        columns = max(1, math.floor(width_px / shrink / token_px))
-    elif covered < area.min_pixels:
-        grow = math.sqrt(area.min_pixels / seen)
-        rows = math.ceil(height_px * grow / token_px)
-        columns = math.ceil(width_px * grow / token_px)
-    return rows * token_px, columns * token_px
+    check_aspect(width_px, height_px)
+    return fit_area(
+        height_px,
+        width_px,
+        area,
+        token_px,
+        num_frames=num_frames,
+        num_covered=round(num_frames / TEMPORAL) * TEMPORAL,
+    )
 
 
 def find_taps(grid: Grid, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

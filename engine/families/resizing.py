@@ -12,7 +12,7 @@ from media.decoded import Fit
 MAX_SQUARE_PIXELS = 40_000_000  # of a picture with its border, while it is resampled
 MAX_ASPECT = 200  # a longer strip would be resampled to something far larger than what is seen
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained on
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # What its image processor does where the checkpoint does not say: CLIP's and LLaVA's own, or SigLIP's.
 CLIP_DEFAULT: Mapping[str, Any] = {

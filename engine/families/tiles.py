@@ -9,14 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from engine.attention import VisionContext, dense_kernels, using
 from engine.errors import BadConfig
-from engine.families.protocol import Visual
+from engine.families.protocol import Family, Plan, Rows, Visual
+from engine.families.resizing import Resizing, check_aspect
 from engine.fuse import FusedLayerNorm
 from engine.repeats import Repeats
 from engine.uploads import Uploads
+from media.decoded import Fit
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 MAX_BATCH_PATCHES = 32_768  # of one call of the tower
@@ -27,6 +30,7 @@ See = Callable[[Tensor], Tensor]
 class TileEncoder:
     """
     Args:
+        tower: the encoder, for where it lies and in what type it computes.
         pictures: of preprocessor_config.json: what was taken from colours and what they were divided
             by. Where it does not say, the usual ones of the family's own processor.
         mean, std: these.
@@ -35,15 +39,16 @@ class TileEncoder:
 
     def __init__(
         self,
-        device: torch.device,
-        dtype: torch.dtype,
+        tower: nn.Module,
         pictures: Mapping[str, Any],
         mean: Sequence[float],
         std: Sequence[float],
         *,
         tile_patches: int,
     ) -> None:
-        self._device, self._dtype = device, dtype
+        weight = next(tower.parameters())
+        device = weight.device
+        self._device, self._dtype = device, weight.dtype
         self._uploads = Uploads(device)
         self._most = max(1, MAX_BATCH_PATCHES // tile_patches)
         levels = 1 / pictures.get("rescale_factor", 1 / 255)
@@ -81,6 +86,45 @@ class TileEncoder:
         # Another encoder of the family, of clips, may take other colours off.
         key = id(self), *tiles.shape
         return call(tiles) if repeats is None else repeats.run(key, call, tiles)
+
+
+class OneTile(Family):
+    """
+    Every picture at one size, in one tile. An adapter sets what is named here, and writes `_see`.
+
+    Attributes:
+        _num_rows, _num_patches: of a picture.
+        _encoder: after `attach`.
+    """
+
+    image_token_id: int
+    _resizing: Resizing
+    _num_rows: int
+    _num_patches: int
+    _encoder: TileEncoder
+
+    def plan_picture(self, width_px: int, height_px: int, area: Any) -> Plan:
+        check_aspect(width_px, height_px)
+        return Plan(
+            (Rows(self.image_token_id, self._num_rows),),
+            num_patches=self._num_patches,
+            width_px=self._resizing.width_px,
+            height_px=self._resizing.height_px,
+        )
+
+    def fit(self, plan: Plan) -> Fit | None:
+        return self._resizing.fit()
+
+    def cut_picture(self, image: Image.Image, plan: Plan) -> Visual:
+        return self._build([self._resizing.run(image)], plan)
+
+    @torch.inference_mode()
+    def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
+        return [rows[0] for rows in self._encoder.encode(visuals, self._see, self.repeats)]
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        """(pictures, 3, height_px, width_px), normalised -> (pictures, rows, hidden)."""
+        raise NotImplementedError
 
 
 class Tower:
