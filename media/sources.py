@@ -83,17 +83,8 @@ def _refusal(error: FetchFailedError) -> FetchFailedError:
 class SourcesThread:
     """`Sources` for callers that are threads themselves: its event loop runs in one of its own."""
 
-    def __init__(
-        self,
-        config: FetchConfig | None = None,
-        resolve: Resolve | None = None,
-        tls: ssl.SSLContext | None = None,
-        *,
-        buckets: BucketConfig | None = None,
-        folder: FolderReader | None = None,
-        shared: SharedLimits | None = None,
-    ) -> None:
-        self._sources = Sources(config, resolve, tls, buckets=buckets, folder=folder, shared=shared)
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
         self._lock = Lock()
         self._is_closed = False
         self._loop = asyncio.new_event_loop()

@@ -435,7 +435,7 @@ def open_fetch(
     try:
         from media.buckets import BadProfileError
         from media.fetch import FetchConfig, fetch_timeout_from, video_fetch_timeout_from
-        from media.sources import SourcesThread
+        from media.sources import Sources, SourcesThread
     except ModuleNotFoundError:
         yield refuse_to_fetch
         return
@@ -450,7 +450,7 @@ def open_fetch(
         ports=frozenset({80, 443, *config.media_ports}),
     )
     try:
-        sources = SourcesThread(
+        sources = Sources(
             fetching,
             buckets=_read_buckets(config),
             folder=_read_folder(config),
@@ -462,8 +462,8 @@ def open_fetch(
         raise BadSettingError(
             "DARKROOM_MEDIA_S3_ENDPOINT_URL is no address: give http://HOST:PORT or https://HOST."
         ) from error
-    with sources:
-        yield sources.fetch
+    with SourcesThread(sources) as thread:
+        yield thread.fetch
 
 
 def _read_buckets(config: Config) -> "BucketConfig | None":

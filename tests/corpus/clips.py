@@ -1,7 +1,7 @@
 """Clips that are damaged, lie, or would open files and addresses (V1 to V17), and odd ones that are good."""
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from io import BytesIO
 from typing import Any
@@ -24,7 +24,7 @@ from tests.corpus.cases import (
     sample,
     video_part,
 )
-from tests.media.clips import MILLISECOND, clip, shades, sound, turned
+from tests.media.clips import clip, jpeg_clip, shades, sound, turned
 from tests.media.files import Pixels, encode, jpeg_that_says
 from tests.media.servers import answering
 
@@ -145,29 +145,6 @@ def of_no_samples() -> bytes:
     return bytes(encoded)
 
 
-def of_packets(
-    packets: Sequence[bytes],
-    times_ms: Sequence[int],
-    size_px: tuple[int, int] = (64, 48),
-    options: dict[str, str] | None = None,
-) -> bytes:
-    """JPEG files in Matroska as they are, with a header that says this size."""
-    file = BytesIO()
-    with av.open(file, "w", format="matroska", options=options or {}) as target:
-        stream = target.add_stream("mjpeg", rate=10)
-        assert isinstance(stream, VideoStream)
-        stream.width, stream.height = size_px
-        stream.pix_fmt = "yuvj420p"
-        for content, time_ms in zip(packets, times_ms, strict=True):
-            packet = av.Packet(content)
-            packet.stream = stream
-            packet.pts = packet.dts = time_ms
-            packet.time_base = MILLISECOND
-            packet.is_keyframe = True
-            target.mux(packet)
-    return file.getvalue()
-
-
 def sample_jpegs() -> list[bytes]:
     return [encode(Image.fromarray(frame), "JPEG", quality=95) for frame in sample_frames()]
 
@@ -180,7 +157,7 @@ def sample_size() -> tuple[int, int]:
 def of_jpegs(times_ms: Callable[[int], int], **words: Any) -> bytes:
     """The sample's frames, each at the time that `times_ms` gives its place."""
     jpegs = sample_jpegs()
-    return of_packets(
+    return jpeg_clip(
         jpegs, [times_ms(place) for place in range(len(jpegs))], sample_size(), **words
     )
 
@@ -201,7 +178,7 @@ def of_changing_sizes() -> bytes:
         for n, (image, small) in enumerate(zip(images, smaller, strict=True))
     ]
     jpegs = [encode(image, "JPEG", quality=95) for image in mixed]
-    return of_packets(jpegs, [place * 100 for place in range(len(jpegs))], (width, height))
+    return jpeg_clip(jpegs, [place * 100 for place in range(len(jpegs))], (width, height))
 
 
 def of_a_size_that_lies() -> bytes:
@@ -236,7 +213,7 @@ def of_many_frames() -> bytes:
 
 def ask_about_too_many_frames(place: Place) -> Asked:
     """An hour and a minute at 60 a second: each of one byte, which says that it is a key frame."""
-    file = place.upload(of_packets([b"\xff"] * 219_600, range(219_600)))
+    file = place.upload(jpeg_clip([b"\xff"] * 219_600, range(219_600)))
     return Asked(build_line(build_body(video_part(file), question=QUESTION)))
 
 
@@ -305,20 +282,20 @@ CASES: tuple[Case, ...] = (
     clip_case(
         "V13a",
         "a frame whose header says 16,384 x 16,384",
-        lambda: of_packets([jpeg_that_says(16_384, 16_384)], [0]),
+        lambda: jpeg_clip([jpeg_that_says(16_384, 16_384)], [0]),
         DAMAGED,
     ),
     clip_case(
         "V13b",
         "a whole frame of 16,384 x 16,384",
-        lambda: of_packets([grey_jpeg(16_384)], [0]),
+        lambda: jpeg_clip([grey_jpeg(16_384)], [0]),
         DAMAGED,
     ),
     clip_case("V13c", "a container that says 16,384 x 16,384", of_a_size_that_lies, OK),
     clip_case(
         "V14",
         "10 hours in two frames",
-        lambda: of_packets(sample_jpegs()[:2], [0, 36_000_000], sample_size()),
+        lambda: jpeg_clip(sample_jpegs()[:2], [0, 36_000_000], sample_size()),
         TOO_LARGE,
     ),
     clip_case(

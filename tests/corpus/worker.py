@@ -25,7 +25,7 @@ from media.fetch import FetchConfig
 from media.fetched import Fetched
 from media.limits import FETCH_LIMITS, ImageLimits, VideoLimits
 from media.s3_url import parse_open_prefix
-from media.sources import SourcesThread
+from media.sources import Sources, SourcesThread
 from storage import jobs
 from storage.ids import JobId
 from storage.states import ItemState
@@ -70,7 +70,7 @@ def open_sources(network: dict[str, Any]) -> Iterator[SourcesThread]:
     if buckets is not None:
         prefixes = tuple(map(parse_open_prefix, buckets["open"]))
         buckets = BucketConfig(prefixes, None, buckets["endpoint"], "us-east-1")
-    with SourcesThread(config, names, tls, buckets=buckets) as sources:
+    with SourcesThread(Sources(config, names, tls, buckets=buckets)) as sources:
         yield sources
 
 

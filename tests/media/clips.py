@@ -77,13 +77,19 @@ def clip(
     return file.getvalue()
 
 
-def jpeg_clip(jpegs: Sequence[bytes], times_ms: Sequence[int]) -> bytes:
-    """Put JPEG files into Matroska as they are, whatever their sizes and times."""
+def jpeg_clip(
+    jpegs: Sequence[bytes],
+    times_ms: Sequence[int],
+    size_px: tuple[int, int] = (64, 48),
+    options: dict[str, str] | None = None,
+) -> bytes:
+    """JPEG files in Matroska as they are, whatever their sizes and times, with a header that says this size."""
     file = BytesIO()
-    with av.open(file, "w", format="matroska") as target:
+    with av.open(file, "w", format="matroska", options=options or {}) as target:
         stream = target.add_stream("mjpeg", rate=10)
         assert isinstance(stream, VideoStream)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        stream.width, stream.height = size_px
+        stream.pix_fmt = "yuvj420p"
         for jpeg, time_ms in zip(jpegs, times_ms, strict=True):
             packet = av.Packet(jpeg)
             packet.stream = stream

@@ -10,6 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from media.limits import FetchLimits
+
+QUICK = FetchLimits(
+    connect_timeout_s=0.5,
+    whole_timeout_s=3.0,
+    retry_wait_s=0.01,
+    max_retry_after_s=1.0,
+    min_rate_window_s=0.3,
+)
+"""For what ends by a clock: as usual, but sooner."""
+
 Answer = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 """Gets the head of a request, and writes whatever it likes."""
 

@@ -27,20 +27,22 @@ from media.errors import (
 )
 from media.fetch import FetchConfig
 from media.fetched import Fetched
-from media.limits import FetchLimits, ImageLimits
+from media.limits import ImageLimits
 from media.s3_url import parse_open_prefix
 from media.sources import Sources
-from tests.media.servers import Answer, Server, answering, endless, in_turn, redirecting, serve
+from tests.media.servers import (
+    QUICK,
+    Answer,
+    Server,
+    answering,
+    endless,
+    in_turn,
+    redirecting,
+    serve,
+)
 from tests.services import S3Server
 
 LIMITS = ImageLimits(max_bytes=100_000)
-QUICK = FetchLimits(
-    connect_timeout_s=0.5,
-    whole_timeout_s=3.0,
-    retry_wait_s=0.01,
-    max_retry_after_s=1.0,
-    min_rate_window_s=0.3,
-)
 FETCHING = FetchConfig(image_fetch_timeout_s=1.0, limits=QUICK)
 JPEG = b"\xff\xd8\xff" + bytes(2000) + b"\xff\xd9"
 KEYS = {"media": ("an id", "a secret of media")}

@@ -41,8 +41,9 @@ from media.fetch import (
 )
 from media.fetched import UNKNOWN_MEDIA_TYPE, Fetched
 from media.limits import FetchLimits, ImageLimits, VideoLimits
-from media.sources import SourcesThread
+from media.sources import Sources, SourcesThread
 from tests.media.servers import (
+    QUICK,
     Answer,
     Names,
     Server,
@@ -56,13 +57,6 @@ from tests.media.servers import (
 )
 
 LIMITS = ImageLimits(max_bytes=100_000)
-QUICK = FetchLimits(
-    connect_timeout_s=0.5,
-    whole_timeout_s=3.0,
-    retry_wait_s=0.01,
-    max_retry_after_s=1.0,
-    min_rate_window_s=0.3,
-)
 RULES = AddressRules(allowed_networks=(ip_network("127.0.0.1/32"),))
 PATH = "/private/a.jpg?signature=hush"
 JPEG = b"\xff\xd8\xff" + bytes(2000) + b"\xff\xd9"
@@ -237,7 +231,7 @@ def test_body_until_the_connection_ends_is_read() -> None:
 def test_thread_of_its_own_serves_other_threads() -> None:
     async def scenario() -> Fetched:
         async with serve(answering(JPEG)) as server:
-            with SourcesThread(config_for(server), Names()) as sources:
+            with SourcesThread(Sources(config_for(server), Names())) as sources:
                 url = f"http://pictures.test:{server.port}/"
                 return await asyncio.to_thread(sources.fetch, url, LIMITS, "anyone")
 
@@ -247,7 +241,7 @@ def test_thread_of_its_own_serves_other_threads() -> None:
 def test_thread_that_closes_gives_up_what_is_under_way() -> None:
     async def scenario() -> BaseException | None:
         async with serve(raw(b"", ends=False)) as server:
-            sources = SourcesThread(config_for(server, timeout_s=60.0), Names())
+            sources = SourcesThread(Sources(config_for(server, timeout_s=60.0), Names()))
             url = f"http://pictures.test:{server.port}/"
             with futures.ThreadPoolExecutor(1) as pool:
                 waiting = pool.submit(sources.fetch, url, LIMITS, "anyone")
@@ -264,7 +258,7 @@ def test_thread_that_closes_begins_nothing_more() -> None:
 
     async def scenario() -> list[BaseException | None]:
         async with serve(raw(b"", ends=False)) as server:
-            sources = SourcesThread(config_for(server, timeout_s=60.0), Names())
+            sources = SourcesThread(Sources(config_for(server, timeout_s=60.0), Names()))
             url = f"http://pictures.test:{server.port}/"
             with futures.ThreadPoolExecutor(8) as pool:
                 waiting = [pool.submit(sources.fetch, url, LIMITS, "anyone") for _ in range(400)]

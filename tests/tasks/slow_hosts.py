@@ -26,7 +26,7 @@ from typing import Any
 from engine.request import Result
 from media.addresses import AddressRules
 from media.fetch import FetchConfig
-from media.sources import SourcesThread
+from media.sources import Sources, SourcesThread
 from migrations.upgrade import upgrade
 from storage import jobs
 from storage.ids import JobId
@@ -170,7 +170,7 @@ def measure(campaign: Campaign, folder: Path, *, is_dripping: bool) -> float:
         )
         with (
             ThreadPoolExecutor(FETCH_THREADS) as pool,
-            SourcesThread(fetching, find_here) as sources,
+            SourcesThread(Sources(fetching, find_here)) as sources,
         ):
             preparer = Preparer(
                 stores,
