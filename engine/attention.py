@@ -174,9 +174,8 @@ def _attend_prefill(
     prompts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
     spans = context.both_ways or [()] * len(sizes)
     for (q, k, v), both_ways in zip(prompts, spans, strict=True):
-        if (
-            context.both_ways
-        ):  # all of them: a whole mask of a long text would be as large as its square
+        # All of them: a whole mask of a long text would be as large as its square.
+        if context.both_ways:
             attended.append(_attend_both_ways(q, k, v, both_ways, scaling, window))
             continue
         size, band = q.shape[2], None

@@ -877,13 +877,11 @@ def knows_budget(config: EngineConfig, checkpoint: Checkpoint) -> bool:
 def _num_media_threads(config: EngineConfig, checkpoint: Checkpoint) -> int:
     if config.num_media_threads is not None:
         return config.num_media_threads
-    if (
-        config.num_media_processes
-    ):  # the threads wait for them, and a few have the next file in hand
+    # The threads wait for the processes, and a few have the next file in hand.
+    if config.num_media_processes:
         return config.num_media_processes + NUM_MEDIA_THREADS_BESIDE
-    return min(
-        _num_cores(), MAX_MEDIA_THREADS if checkpoint.device.type == "cuda" else _num_cores()
-    )
+    num_cores = _num_cores()
+    return min(num_cores, MAX_MEDIA_THREADS) if checkpoint.device.type == "cuda" else num_cores
 
 
 def _open_decoder(config: EngineConfig) -> Decoder:

@@ -648,8 +648,9 @@ class _Failures:
 
 class _Silences:
     """
-    Hosts that asked for a pause, and hosts that let us wait, one after the other: each fetch from them would hold a connection, and
-    its item's place, until its time is over.
+    Hosts that asked for a pause, and hosts that let us wait, one after the other.
+
+    Each fetch from them would hold a connection, and its item's place, until its time is over.
     """
 
     def __init__(self, limits: FetchLimits) -> None:

@@ -21,6 +21,7 @@ import redis.asyncio
 import structlog
 
 from media.hosts import say_paused
+from media.limits import FETCH_LIMITS
 from tasks.broker import as_client_url
 
 logger = structlog.get_logger(__name__)
@@ -32,7 +33,7 @@ AWAY_S: Final = 5.0
 
 HELD_S: Final = 60.0
 
-MAX_PAUSE_S: Final = 300.0
+MAX_PAUSE_S: Final = FETCH_LIMITS.max_pause_s
 LOOK_S: Final = 0.05
 
 

@@ -101,9 +101,8 @@ class Assembly:
         self._is_cut_short = False
         self._trouble: Verdict | None = None
         self._rounds = Rounds(stitcher, fence.name)
-        self._next: dict[
-            str, list[dict[str, Any]]
-        ] = {}  # prompts of the summary, by name, that are to be asked
+        # Prompts of the summary, by name, that are to be asked.
+        self._next: dict[str, list[dict[str, Any]]] = {}
         self._num_tokens = [
             sum(answer.num_prompt_tokens for answer in done),
             sum(answer.num_completion_tokens for answer in done),
