@@ -112,12 +112,15 @@ class BucketFetcher:
     async def aclose(self) -> None:
         await self._fetcher.aclose()
 
-    async def fetch(self, url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
+    async def fetch(
+        self, url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
+    ) -> Fetched:
         """
         Return one object, after up to `max_tries` tries.
 
         Args:
             tenant: whose request it is, for prefixes that hold `{tenant}`.
+            is_fast: as `Fetcher.fetch` takes it.
 
         Raises:
             BadUrlError: no reference to one object.
@@ -132,7 +135,7 @@ class BucketFetcher:
         except FetchFailedError as error:
             error.facts = asdict(report_of_refusal(error))
             raise
-        errand = Errand("s3", place.bucket, str(place), lambda: self._signer.sign(place))
+        errand = Errand("s3", place.bucket, str(place), lambda: self._signer.sign(place), is_fast)
         return await self._fetcher.run(errand, limits)
 
 

@@ -21,8 +21,9 @@ import socket
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
@@ -43,7 +44,7 @@ from media.errors import (
     HostNotAllowedError,
 )
 from media.fetched import UNKNOWN_MEDIA_TYPE, Fetched, FetchReport
-from media.hosts import SharedLimits, Unshared, say_paused
+from media.hosts import SharedLimits, Unshared, count_kept, say_paused
 from media.limits import FETCH_LIMITS, FetchLimits, ImageLimits, VideoLimits
 from media.urls import WebUrl, join_url, parse_url
 
@@ -131,12 +132,14 @@ class Errand:
         scheme, host: for the report; the slots of a host are counted by its name.
         key: by which a failure is remembered.
         find_url: asked before each try.
+        is_fast: of the fast lane.
     """
 
     scheme: str
     host: str
     key: str
     find_url: Callable[[], Awaitable[WebUrl]]
+    is_fast: bool = False
 
 
 class Fetcher:
@@ -144,6 +147,7 @@ class Fetcher:
     Fetches many URLs at once; one for each process, used on one event loop.
 
     The slots of a host are counted by the name that was typed; where a redirect leads takes none.
+    Some of all, and of each host, are kept for the fast lane.
     """
 
     def __init__(
@@ -170,8 +174,8 @@ class Fetcher:
             keepalive_expiry=self._limits.keep_alive_s,
             network_backend=_VettingBackend(self._config, resolve or SystemResolver()),
         )
-        self._slots = asyncio.Semaphore(self._limits.max_connections)
-        self._slots_by_host: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._slots = _Slots(self._limits.max_connections)
+        self._slots_by_host: WeakValueDictionary[str, _Slots] = WeakValueDictionary()
         self._failures = _Failures(self._limits)
         self._silences = _Silences(self._limits)
         self._shared: SharedLimits = shared or Unshared()
@@ -192,13 +196,16 @@ class Fetcher:
         await self._pool.aclose()
         await self._shared.aclose()
 
-    async def fetch(self, url: str, limits: ImageLimits | VideoLimits) -> Fetched:
+    async def fetch(
+        self, url: str, limits: ImageLimits | VideoLimits, *, is_fast: bool = False
+    ) -> Fetched:
         """
         Return what stands behind one URL, after up to `max_tries` tries.
 
         Args:
             url: http or https; see `media.sources` for the others.
             limits: `max_bytes` counts, and whether it is an image or a video chooses the timeout.
+            is_fast: of the fast lane: it waits for no slot that others hold.
 
         Raises:
             BadUrlError: the URL, or one that it redirects to, is not one that is fetched.
@@ -217,7 +224,8 @@ class Fetcher:
         async def find_url() -> WebUrl:
             return parsed
 
-        return await self.run(Errand(parsed.scheme, parsed.host, str(parsed), find_url), limits)
+        errand = Errand(parsed.scheme, parsed.host, str(parsed), find_url, is_fast)
+        return await self.run(errand, limits)
 
     async def run(self, errand: Errand, limits: ImageLimits | VideoLimits) -> Fetched:
         """Return what one errand brings. Raises as `fetch` does, and what its `find_url` raises."""
@@ -226,9 +234,13 @@ class Fetcher:
         try:
             self._failures.raise_if_remembered(key)
             host_slots = self._slots_by_host.setdefault(
-                errand.host, asyncio.Semaphore(self._limits.max_connections_per_host)
+                errand.host, _Slots(self._limits.max_connections_per_host)
             )
-            async with host_slots, self._shared.turn(errand.host), self._slots:
+            async with (
+                host_slots.hold(errand.is_fast),
+                self._shared.turn(errand.host, is_fast=errand.is_fast),
+                self._slots.hold(errand.is_fast),
+            ):
                 self._failures.raise_if_remembered(key)  # it may have failed while this one waited
                 self._silences.raise_if_silent(errand.host)
                 progress.started_at = time.monotonic()
@@ -612,6 +624,19 @@ _REFUSED = frozenset({BadUrlError.code, HostNotAllowedError.code, BucketNotAllow
 def report_of_refusal(error: FetchFailedError) -> FetchReport:
     """The report of a fetch that was never begun."""
     return replace(_Progress().report(error.code), fetch_ms=0.0)
+
+
+class _Slots:
+    """So many at once; bulk work leaves free what is kept for the fast lane."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._all = asyncio.Semaphore(num_slots)
+        self._bulk = asyncio.Semaphore(num_slots - count_kept(num_slots))
+
+    @asynccontextmanager
+    async def hold(self, is_fast: bool) -> AsyncIterator[None]:
+        async with nullcontext() if is_fast else self._bulk, self._all:
+            yield
 
 
 _FailureKey = tuple[str, int, bool]

@@ -17,12 +17,20 @@ def say_paused(left_s: float) -> HostPausedError:
     return error
 
 
+def count_kept(num_slots: int) -> int:
+    """How many of a limit are kept for the fast lane: an eighth, and one at least where there are two."""
+    return min(max(num_slots // 8, 1), num_slots - 1)
+
+
 class SharedLimits(Protocol):
     """Methods never fail because the others cannot be reached: then nothing is shared."""
 
-    def turn(self, host: str) -> AbstractAsyncContextManager[object]:
+    def turn(self, host: str, *, is_fast: bool = False) -> AbstractAsyncContextManager[object]:
         """
         Wait for one's turn with a host; hold the block until the fetch is over.
+
+        Args:
+            is_fast: of the fast lane, for which `count_kept` of each limit are kept.
 
         Raises:
             HostPausedError: the host has asked one of the processes for a pause.
@@ -37,7 +45,7 @@ class SharedLimits(Protocol):
 class Unshared:
     """Of a process that is alone."""
 
-    def turn(self, host: str) -> AbstractAsyncContextManager[object]:
+    def turn(self, host: str, *, is_fast: bool = False) -> AbstractAsyncContextManager[object]:
         return nullcontext()
 
     async def pause(self, host: str, seconds: float) -> None:

@@ -103,7 +103,8 @@ class FetchLimits:
         retry_wait_s: before the second try, doubled for each further one; as much again by chance.
         max_retry_after_s: a server that asks for more patience is left alone in this fetch.
         max_pause_s: so long at most a host is left alone by all fetches when it asks one for patience.
-        max_connections_per_host: at once, from this process.
+        max_connections_per_host: at once, from this process; an eighth of these, and of all, is kept for
+            the fast lane.
         max_connections: at once, to all hosts.
         keep_alive_s: how long a connection waits for more work.
         remember_failures_s: so long the same URL fails again without being asked for.
@@ -126,7 +127,7 @@ class FetchLimits:
     max_retry_after_s: float = 10.0
     max_pause_s: float = 300.0
     max_connections_per_host: int = 8
-    max_connections: int = 128
+    max_connections: int = 160
     keep_alive_s: float = 15.0
     remember_failures_s: float = 60.0
     remember_passing_s: float = 10.0

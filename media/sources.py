@@ -48,12 +48,15 @@ class Sources:
         self._buckets = None if buckets is None else BucketFetcher(buckets, config, resolve, tls)
         self._folder = folder
 
-    async def fetch(self, url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
+    async def fetch(
+        self, url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
+    ) -> Fetched:
         """
         Return what stands behind one URL.
 
         Args:
             tenant: whose request it is, by name.
+            is_fast: of the fast lane, for which each fetcher keeps some slots.
 
         Raises:
             FetchFailedError: as `Fetcher.fetch`, `BucketFetcher.fetch` and `FolderReader.fetch`.
@@ -61,12 +64,12 @@ class Sources:
         if is_s3_url(url):
             if self._buckets is None:
                 raise _refusal(BucketNotAllowedError())
-            return await self._buckets.fetch(url, limits, tenant)
+            return await self._buckets.fetch(url, limits, tenant, is_fast=is_fast)
         if is_file_url(url):
             if self._folder is None:
                 raise _refusal(FileNotAllowedError())
             return await self._folder.fetch(url, limits)
-        return await self._web.fetch(url, limits)
+        return await self._web.fetch(url, limits, is_fast=is_fast)
 
     async def aclose(self) -> None:
         """Close the connections that wait for more work."""
@@ -102,7 +105,9 @@ class SourcesThread:
     ) -> None:
         self.close()
 
-    def fetch(self, url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
+    def fetch(
+        self, url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
+    ) -> Fetched:
         """
         Wait for what `Sources.fetch` returns or raises.
 
@@ -113,7 +118,7 @@ class SourcesThread:
             if self._is_closed:
                 raise CancelledError
             coming = asyncio.run_coroutine_threadsafe(
-                self._sources.fetch(url, limits, tenant), self._loop
+                self._sources.fetch(url, limits, tenant, is_fast=is_fast), self._loop
             )
         return coming.result()
 

@@ -2,7 +2,7 @@
 The limits of a host that all workers keep together, over the broker.
 
 How many fetches are under way, how many were begun in this second, and whether the host has asked
-for a pause. Plain commands in transactions, no scripts: an operator may forbid those. Where the
+for a pause. Of the first two an eighth is kept for the fast lane. Plain commands in transactions, no scripts: an operator may forbid those. Where the
 broker does not answer at once nothing is shared for a while, and each worker keeps its own limits:
 fetching never waits for Redis.
 """
@@ -20,7 +20,7 @@ from typing import Any, Final
 import redis.asyncio
 import structlog
 
-from media.hosts import say_paused
+from media.hosts import count_kept, say_paused
 from media.limits import FETCH_LIMITS
 from tasks.broker import as_client_url
 
@@ -62,10 +62,11 @@ class RedisLimits:
         self._away_until = 0.0
 
     @asynccontextmanager
-    async def turn(self, host: str) -> AsyncIterator[None]:
+    async def turn(self, host: str, *, is_fast: bool = False) -> AsyncIterator[None]:
         key, token = _key(host), secrets.token_hex(8)
         try:
-            await self._wait_for_turn(key, token)
+            await self._wait_for_place(key, token, is_fast)
+            await self._wait_for_second(key, is_fast)
             yield
         finally:
             await self._ask(["zrem", f"{key}:open", token])
@@ -78,7 +79,8 @@ class RedisLimits:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def _wait_for_turn(self, key: str, token: str) -> None:
+    async def _wait_for_place(self, key: str, token: str, is_fast: bool) -> None:
+        kept = 0 if is_fast else count_kept(self._max_connections)
         while True:
             now = time.time()
             found = await self._ask(
@@ -93,15 +95,22 @@ class RedisLimits:
             left_ms, _, _, num_open, _ = found
             if left_ms > 0:
                 raise say_paused(left_ms / 1000)
-            if num_open <= self._max_connections:
-                break
+            if num_open <= self._max_connections - kept:
+                return
             await self._ask(["zrem", f"{key}:open", token])
             await asyncio.sleep(LOOK_S * random.uniform(0.5, 1.5))  # noqa: S311 - spreads load
+
+    async def _wait_for_second(self, key: str, is_fast: bool) -> None:
+        """Wait for a second in which not so many were begun that this one would be too much."""
+        kept = count_kept(self._max_rate)
+        is_apart = is_fast and kept > 0
+        most = kept if is_apart else self._max_rate - kept
         while True:
             second = int(time.time())
-            counter = f"{key}:{second}"
+            # Whoever must wait has counted too, so those of the fast lane are counted apart.
+            counter = f"{key}:{second}:fast" if is_apart else f"{key}:{second}"
             found = await self._ask(["incr", counter], ["expire", counter, 5])
-            if found is None or found[0] <= self._max_rate:
+            if found is None or found[0] <= most:
                 return
             await asyncio.sleep(max(0.0, second + 1 - time.time()))
 

@@ -1095,6 +1095,33 @@ def test_dripping_hosts_do_not_hold_up_the_others() -> None:
     assert run(scenario()) < 2
 
 
+@pytest.mark.parametrize("limit", ["max_connections_per_host", "max_connections"])
+def test_fast_lane_waits_for_no_slot_that_bulk_work_holds(limit: str) -> None:
+    async def scenario() -> tuple[Outcome, Server]:
+        answers = {"/slow": raw(b"", ends=False), "/quick": answering(JPEG)}
+        limits = FetchLimits(**{limit: 4})
+        async with (
+            serve(answers) as server,
+            Fetcher(config_for(server, limits=limits, timeout_s=60.0), Names()) as fetcher,
+        ):
+            base = f"http://pictures.test:{server.port}"
+            bulk = [asyncio.create_task(outcome_of(fetcher, f"{base}/slow?{n}")) for n in range(9)]
+            async with asyncio.timeout(30):
+                while server.most_at_once < 3:
+                    await asyncio.sleep(0.01)
+                end = await fetcher.fetch(f"{base}/quick", LIMITS, is_fast=True)
+            for task in bulk:
+                task.cancel()
+            await asyncio.gather(*bulk, return_exceptions=True)
+        return end, server
+
+    end, server = run(scenario())
+
+    assert_fetched(end)
+    assert server.most_at_once <= 4
+    assert 3 == sum("slow" in path for path in server.paths)
+
+
 def test_fetch_that_is_cancelled_leaves_its_slots_and_connection() -> None:
     async def scenario() -> Outcome:
         answers = {"/slow": raw(b"", ends=False), "/quick": answering(JPEG)}

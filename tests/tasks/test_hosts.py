@@ -137,6 +137,28 @@ def test_turn_of_a_worker_that_died_is_free_in_the_end(broker: str) -> None:
     assert 0.5 < asyncio.run(scenario()) < 30
 
 
+def test_fast_lane_waits_for_no_turn_that_bulk_work_holds(broker: str) -> None:
+    async def scenario() -> None:
+        bulk = RedisLimits(broker, max_connections=2, max_rate=4)
+        chat = RedisLimits(broker, max_connections=2, max_rate=4)
+        async with asyncio.timeout(30):
+            async with bulk.turn("pictures.test"):
+                waiting = [asyncio.create_task(take(bulk)) for _ in range(8)]
+                await asyncio.sleep(0.2)
+                assert not any(one.done() for one in waiting)
+                async with chat.turn("pictures.test", is_fast=True):
+                    pass
+            await asyncio.gather(*waiting)
+        await bulk.aclose()
+        await chat.aclose()
+
+    async def take(limits: RedisLimits) -> None:
+        async with limits.turn("pictures.test"):
+            pass
+
+    asyncio.run(scenario())
+
+
 @contextmanager
 def frozen(broker: str) -> Iterator[None]:
     with build_client(broker) as client:
