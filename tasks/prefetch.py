@@ -4,10 +4,12 @@ Leased items become prompts, their media on the way, ahead of the engine and wit
 Data URLs go to the engine as they are and uploaded files as callables: both are read in its media
 threads. What lies behind http or in a bucket is fetched here, several at a time, so that a slow host holds up no
 neighbour; a prompt is handed on when its last byte is there. At most `MAX_AHEAD` prompts of a chunk
-wait or are fetched at a time, whatever its size, and all chunks together hold no more bytes than
-`tasks.budget` lets them.
+wait or are fetched at a time, whatever its size, no host has more of all that is fetched than
+`tasks.places` lets it, and all chunks together hold no more bytes than `tasks.budget` lets them.
 """
 
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +32,7 @@ from media.fetched import Fetched
 from media.frames import DEFAULT_NUM_FRAMES
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from media.segments import Cut
-from storage import files, tenants
+from storage import files, jobs, tenants
 from storage.errors import BlobMissingError, StorageError
 from storage.ids import FileId, JobId, TenantId
 from storage.items import LeasedItem
@@ -63,11 +65,18 @@ from tasks.pieces import (
     split_clip,
     split_images,
 )
+from tasks.places import Places
 from tasks.stores import Stores
 
 logger = structlog.get_logger(__name__)
 
 MAX_AHEAD: Final = 64
+
+MAX_ASIDE_BYTES: Final = 1024 * 1024
+"""Of the lines that a chunk has put aside, which no budget counts: beyond them it reads no more."""
+
+NUM_PLACES: Final = 128
+NUM_FAST_PLACES: Final = 32
 
 EXPECTED_IMAGE_BYTES: Final = 8 * 1024 * 1024
 EXPECTED_VIDEO_BYTES: Final = 64 * 1024 * 1024
@@ -81,10 +90,14 @@ TAIL_S: Final = 0.1
 class Fetch(Protocol):
     """A URL and the name of who asks in, its bytes out, or a `FetchFailedError`."""
 
-    def __call__(self, url: str, limits: ImageLimits | VideoLimits, tenant: str, /) -> Fetched: ...
+    def __call__(
+        self, url: str, limits: ImageLimits | VideoLimits, tenant: str, /, *, is_fast: bool = False
+    ) -> Fetched: ...
 
 
-def refuse_to_fetch(url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
+def refuse_to_fetch(
+    url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
+) -> Fetched:
     """Where fetching is not installed."""
     raise FetchFailedError(
         "Failed to fetch media from URL: fetching is not installed here. Upload the file, or send "
@@ -162,9 +175,10 @@ class Preparer:
     Args:
         model: this worker's, and so the items'.
         limits: the engine's own.
-        pool: threads that wait for hosts, and for clips to be measured.
+        pool: threads that wait for hosts, and for clips to be measured; one for each place.
         measure: seconds and frames of an encoded clip.
         names: of the tenants that were met.
+        places, fast_places: of bulk work, and of the fast lane.
     """
 
     stores: Stores
@@ -175,6 +189,8 @@ class Preparer:
     pool: Executor
     measure: Callable[[bytes], tuple[float, int]]
     names: dict[TenantId, str] = field(default_factory=dict)
+    places: Places = field(default_factory=lambda: Places(NUM_PLACES))
+    fast_places: Places = field(default_factory=lambda: Places(NUM_FAST_PLACES))
 
     def prepare(
         self,
@@ -198,7 +214,7 @@ class Preparer:
         Raises:
             StorageError: a manifest could not be read; the items not yet yielded are not begun.
         """
-        fetching: dict[Future[Ready | Refused], None] = {}
+        ahead = _Ahead(self, hold, take, on_wait)
         unreadable: StorageError | None = None
         bodies = read_bodies(self.stores.blobs, items)
         while True:
@@ -219,24 +235,24 @@ class Preparer:
                 if take(item):
                     yield Refused(item, error)
                 continue
+            if draft.urls or draft.is_split:
+                ahead.add(draft)
+                yield from ahead.take_done(timeout=0)
+                while ahead.is_full:
+                    yield from ahead.take_next()
+                continue
             # What has come is handed on before we wait: it holds what we are waiting for.
-            while not hold.take(item.fence.item, draft.expected_bytes, wait=not fetching):
+            while not hold.take(item.fence.item, draft.expected_bytes, wait=not ahead.fetching):
                 if hold.is_closed:
-                    _give_up(fetching)
+                    ahead.give_up()
                     return
-                yield from _take_next(fetching, on_wait)
+                yield from ahead.take_next()
             if not take(item):  # also where a drain began while it waited
                 hold.release(item.fence.item)
                 continue
-            if not (draft.urls or draft.is_split):
-                yield draft.build({}, self.measure)
-                continue
-            fetching[self.pool.submit(self._finish, draft, hold)] = None
-            yield from _take_done(fetching, timeout=0)
-            while len(fetching) >= MAX_AHEAD:
-                yield from _take_next(fetching, on_wait)
-        while fetching:
-            yield from _take_next(fetching, on_wait)
+            yield draft.build({}, self.measure)
+        while ahead:
+            yield from ahead.take_next()
         if unreadable is not None:
             raise unreadable
 
@@ -279,8 +295,11 @@ class Preparer:
 
         return read, file
 
-    def _finish(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
-        """Fetch what lies behind addresses, and cut what is to be cut."""
+    def places_for(self, draft: "_Draft") -> Places:
+        return self.fast_places if draft.is_fast else self.places
+
+    def finish(self, draft: "_Draft", hold: Hold) -> Ready | Refused:
+        """Fetch what lies behind addresses, and cut what is to be cut; then its places are free."""
         try:
             fetched = self._fetch(draft, hold)
             return draft.build(fetched, self.measure)
@@ -292,6 +311,8 @@ class Preparer:
             # The edge of a thread: what goes wrong over one item must not cost its neighbours a try.
             logger.exception("item_not_prepared", item=draft.item.fence.item)
             return Refused(draft.item, error, draft.media)
+        finally:
+            self.places_for(draft).give_back(draft.places)
 
     def _fetch(self, draft: "_Draft", hold: Hold) -> dict[str, Fetched]:
         item = draft.item.fence.item
@@ -322,7 +343,7 @@ class Preparer:
             max_bytes = min(most["video" if is_video else "image"], limits.max_bytes)
             try:
                 bounded = replace(limits, max_bytes=min(max_bytes, left))
-                fetched[url] = self.fetch(url, bounded, tenant)
+                fetched[url] = self.fetch(url, bounded, tenant, is_fast=draft.is_fast)
             except FetchFailedError as error:
                 draft.facts[url] = error.facts or {}
                 if isinstance(error, FetchTooLargeError) and left < max_bytes:
@@ -338,6 +359,100 @@ class Preparer:
             with self.stores.database.read() as session:
                 self.names[tenant] = tenants.get_name(session, tenant)
         return self.names[tenant]
+
+
+class _Ahead:
+    """
+    Of one chunk: the items that are being fetched, and those that are put aside until there are places
+    with their hosts, and bytes.
+    """
+
+    def __init__(
+        self,
+        preparer: Preparer,
+        hold: Hold,
+        take: Callable[[LeasedItem], bool],
+        on_wait: Callable[[], bool],
+    ) -> None:
+        self.fetching: dict[Future[Ready | Refused], _Draft] = {}
+        self._aside: list[_Draft] = []
+        self._lacks_bytes = False
+        self._preparer = preparer
+        self._hold = hold
+        self._take = take
+        self._on_wait = on_wait
+
+    def __len__(self) -> int:
+        return len(self.fetching) + len(self._aside)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more is to be read for now."""
+        return (
+            self._lacks_bytes
+            or len(self) >= MAX_AHEAD
+            or sum(draft.num_bytes for draft in self._aside) > MAX_ASIDE_BYTES
+        )
+
+    def add(self, draft: "_Draft") -> None:
+        self._aside.append(draft)
+        self._begin()
+
+    def _begin(self, *, waits: bool = False) -> None:
+        """
+        Begin what has its places and its bytes.
+
+        Args:
+            waits: until there are bytes for one; nothing that has come may be in hand meanwhile.
+        """
+        self._lacks_bytes = False
+        for draft in list(self._aside):
+            item, places = draft.item, self._preparer.places_for(draft)
+            if not places.try_take(draft.places):
+                continue
+            if not self._hold.take(item.fence.item, draft.expected_bytes, wait=waits):
+                places.give_back(draft.places)
+                self._lacks_bytes = True  # the others would only take what it waits for
+                return
+            waits = False
+            self._aside.remove(draft)
+            if not self._take(item):  # also where a drain began while it waited
+                self._hold.release(item.fence.item)
+                places.give_back(draft.places)
+                continue
+            future = self._preparer.pool.submit(self._preparer.finish, draft, self._hold)
+            self.fetching[future] = draft
+
+    def take_next(self) -> Iterator[Ready | Refused]:
+        """Wait until some have come, for a while."""
+        if not self.fetching:
+            self._begin(waits=True)
+        if self.fetching:
+            done, _ = wait(self.fetching, TAIL_S, FIRST_COMPLETED)
+            if done:
+                yield from self.take_done(timeout=None)
+                return
+            self._begin()  # other chunks may have left a host
+        elif self._aside:
+            time.sleep(TAIL_S)
+        if self._hold.is_closed or not self._on_wait():
+            self.give_up()
+
+    def take_done(self, *, timeout: float | None) -> Iterator[Ready | Refused]:
+        done, _ = wait(self.fetching, timeout, FIRST_COMPLETED)
+        for future in done:
+            del self.fetching[future]
+            self._begin()  # before the caller does anything that takes long
+            yield future.result()
+
+    def give_up(self) -> None:
+        """Nobody waits for these any more, and those that have not begun never will."""
+        for future, draft in self.fetching.items():
+            if future.cancel():
+                self._preparer.places_for(draft).give_back(draft.places)
+        self.fetching.clear()
+        self._aside.clear()
+        self._lacks_bytes = False
 
 
 class _Draft:
@@ -403,6 +518,15 @@ class _Draft:
             (VIDEO_LIMITS if is_video else IMAGE_LIMITS).max_bytes
             for is_video in self.urls.values()
         )
+
+    @property
+    def is_fast(self) -> bool:
+        return self.item.priority <= jobs.FAST_LANE
+
+    @property
+    def places(self) -> Mapping[str, int]:
+        """What it takes of each host; of none where only a clip is measured."""
+        return dict.fromkeys(map(_host_of, self.urls), 1) or {"": 1}
 
     @property
     def is_split(self) -> bool:
@@ -545,33 +669,13 @@ def _describe_data_url(url: str) -> dict[str, Any]:
         return {}  # the engine says why it is none
 
 
+def _host_of(url: str) -> str:
+    """Under which host a URL counts: none is parsed before it is fetched."""
+    return _HOST_END.split(url.partition("://")[2], 1)[0].lower()
+
+
+_HOST_END: Final = re.compile(r"[/?#]")
+
+
 def _role(message: Mapping[str, Any]) -> str:
     return "system" if message["role"] == "developer" else str(message["role"])
-
-
-def _take_next(
-    fetching: dict[Future[Ready | Refused], None], on_wait: Callable[[], bool]
-) -> Iterator[Ready | Refused]:
-    """Wait until some have come, for a while."""
-    done, _ = wait(fetching, TAIL_S, FIRST_COMPLETED)
-    if not done:
-        if not on_wait():
-            _give_up(fetching)
-        return
-    yield from _take_done(fetching, timeout=None)
-
-
-def _give_up(fetching: dict[Future[Ready | Refused], None]) -> None:
-    """Nobody waits for these any more, and those that have not begun never will."""
-    for future in fetching:
-        future.cancel()
-    fetching.clear()
-
-
-def _take_done(
-    fetching: dict[Future[Ready | Refused], None], *, timeout: float | None
-) -> Iterator[Ready | Refused]:
-    done, _ = wait(fetching, timeout, FIRST_COMPLETED)
-    for future in done:
-        del fetching[future]
-        yield future.result()

@@ -11,6 +11,7 @@ Nothing here knows Celery: `tasks.worker` calls `run_permits` for each permit an
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -52,7 +53,7 @@ MAX_UNCOMMITTED: Final = 1024
 """Results that wait for the database; beyond them the engine's threads wait too."""
 
 MAX_STAND_INS: Final = 16
-"""Chunks that run beside those that only wait for hosts."""
+"""Chunks that run beside those that only wait for hosts; as many again of the fast lane."""
 
 FLUSH_S: Final = 2.0
 
@@ -224,7 +225,7 @@ class Runner:
         self._lock = threading.Lock()
         self._flights: dict[LeaseId, Flight] = {}
         self._leases = threading.Condition()
-        self._num_stand_ins = 0
+        self._num_stand_ins: Counter[bool] = Counter()  # of bulk work, and of the fast lane
         self._num_leasing = 0  # transactions that may lease, and have not ended
         self._last_beat = self._progress_at = time.monotonic()
         self._progress = 0.0  # the engine's, when we last looked
@@ -328,9 +329,9 @@ class Runner:
         if stand_ins or not flight.open:
             return bool(flight.open)
         with self._lock:
-            if self._num_stand_ins >= MAX_STAND_INS:
+            if self._num_stand_ins[is_fast] >= MAX_STAND_INS:
                 return True
-            self._num_stand_ins += 1
+            self._num_stand_ins[is_fast] += 1
 
         def run() -> None:
             try:
@@ -342,7 +343,7 @@ class Runner:
                     pass
             finally:
                 with self._lock:
-                    self._num_stand_ins -= 1
+                    self._num_stand_ins[is_fast] -= 1
 
         stand_ins.append(threading.Thread(target=run, name="stand-in", daemon=True))
         stand_ins[0].start()

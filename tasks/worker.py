@@ -56,7 +56,7 @@ from tasks.fast import EXPAND_LIST, FastLane, name_permit_list, serving
 from tasks.finish import finish
 from tasks.hosts import HELD_S, RedisLimits
 from tasks.ingest import StreamIngest, bury
-from tasks.prefetch import Fetch, Preparer, refuse_to_fetch
+from tasks.prefetch import NUM_FAST_PLACES, NUM_PLACES, Fetch, Preparer, refuse_to_fetch
 from tasks.run import GIVE_BACK_S, Runner
 from tasks.stopping import leave_if_told, leaving_at_signal
 from tasks.stores import Stores, open_stores
@@ -74,8 +74,9 @@ FAST_CPU_THREADS: Final = 2
 FAST_GPU_THREADS: Final = 4
 """Chunks of the fast lane that are in flight beside the others."""
 
-FETCH_THREADS: Final = 128
+FETCH_THREADS: Final = NUM_PLACES + NUM_FAST_PLACES
 """They only wait: for hosts that are slow, and for room."""
+
 EXIT_GRACE_S: Final = 1.0
 """From the deadline to the worker's last act, whatever its threads are doing."""
 

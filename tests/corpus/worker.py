@@ -48,8 +48,10 @@ class SwappedFetch:
 
     sources: SourcesThread
 
-    def __call__(self, url: str, limits: ImageLimits | VideoLimits, tenant: str, /) -> Fetched:
-        return self.sources.fetch(url, limits, tenant)
+    def __call__(
+        self, url: str, limits: ImageLimits | VideoLimits, tenant: str, /, *, is_fast: bool = False
+    ) -> Fetched:
+        return self.sources.fetch(url, limits, tenant, is_fast=is_fast)
 
 
 @contextmanager

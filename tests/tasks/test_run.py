@@ -42,7 +42,8 @@ from tasks.engines import Prompt
 from tasks.expand import expand
 from tasks.finish import finish
 from tasks.lines import build_line
-from tasks.prefetch import EXPECTED_IMAGE_BYTES, Preparer
+from tasks.places import Places
+from tasks.prefetch import EXPECTED_IMAGE_BYTES, NUM_PLACES, Preparer
 from tasks.run import Runner
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
@@ -76,9 +77,9 @@ class Rig:
         expand(self.stores, self.dispatcher, self.config, job)
         return job
 
-    def make_chat(self, text: str) -> JobId:
+    def make_chat(self, text: str, **body: Any) -> JobId:
         """A job of the fast lane, as the API makes one."""
-        given = parse_submission({"requests": [build_request("chat", text)]})
+        given = parse_submission({"requests": [build_request("chat", text, **body)]})
         job = submit(self.stores, self.dispatcher, given).job.id
         put_in_fast_lane(self.stores.database, job)
         expand(self.stores, self.dispatcher, self.config, job)
@@ -86,12 +87,17 @@ class Rig:
 
     @contextmanager
     def runner(
-        self, engine: InstantEngine, *, fetch: Fetch = fetch_nothing, **words: Any
+        self,
+        engine: InstantEngine,
+        *,
+        fetch: Fetch = fetch_nothing,
+        num_places: int = NUM_PLACES,
+        **words: Any,
     ) -> Iterator[Runner]:
         with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
 
             def fetch_with_report(
-                url: str, limits: ImageLimits | VideoLimits, tenant: str
+                url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
             ) -> Fetched:
                 return bring(fetch(url, limits))
 
@@ -103,6 +109,7 @@ class Rig:
                 fetch_with_report,
                 pool,
                 engine.measure_clip,
+                places=Places(num_places),
             )
             runner = Runner(
                 self.stores, self.dispatcher, self.config, engine, preparer, worker="w", **words
@@ -873,7 +880,9 @@ def test_objects_are_fetched_in_the_name_of_their_tenant(rig: Rig) -> None:
     rig.config = rig.config.model_copy(update={"media_s3_buckets": ("s3://photographs",)})
     asked: list[tuple[str, str]] = []
 
-    def fetch(url: str, limits: ImageLimits | VideoLimits, tenant: str) -> Fetched:
+    def fetch(
+        url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
+    ) -> Fetched:
         asked.append((url, tenant))
         return bring(url.encode())
 
@@ -1010,6 +1019,63 @@ def test_pictures_of_one_item_are_bounded_together(
     assert [None, None, "fetch_too_large", "fetch_too_large"] == [one.error_code for one in ended]
     assert "together" in (ended[2].error_message or "")
     assert "together" not in (ended[3].error_message or "")
+
+
+def test_host_that_lets_us_wait_holds_up_no_other_of_its_chunk(rig: Rig) -> None:
+    door = threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert "slow" not in url or door.wait(60)
+        return b"here"
+
+    hosts = [*["slow"] * 12, *["quick"] * 4]
+    job = rig.make(
+        *(build_request(f"{n}", messages=show(f"https://{h}/{n}")) for n, h in enumerate(hosts))
+    )
+    with rig.runner(InstantEngine(), fetch=fetch, num_places=NUM_FETCH_THREADS) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        deadline = time.monotonic() + 60
+        while rig.count(job).get(ItemState.COMPLETED, 0) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert {ItemState.COMPLETED: 4, ItemState.LEASED: 12} == rig.count(job)
+        door.set()
+        thread.join()
+        assert 0 == runner.num_media_bytes
+
+    assert {ItemState.COMPLETED: 16} == rig.count(job)
+
+
+def test_chat_waits_for_no_picture_of_bulk_work(rig: Rig) -> None:
+    door = threading.Event()
+    num_waiting = 0
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        nonlocal num_waiting
+        num_waiting += "bulk" in url
+        assert "bulk" not in url or door.wait(60)
+        return b"here"
+
+    bulk = [rig.make(build_request(f"{n}", messages=show(f"https://bulk-{n}/"))) for n in range(4)]
+    num_places = NUM_FETCH_THREADS - 1
+    with rig.runner(InstantEngine(), fetch=fetch, num_places=num_places) as runner:
+        threads = [threading.Thread(target=runner.run_chunk) for _ in bulk]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 60
+        while num_waiting < num_places:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        chat = rig.make_chat("", messages=show("https://host/a"))
+        assert 1 == runner.run_chunk(is_fast=True)
+        assert {ItemState.COMPLETED: 1} == rig.count(chat)
+        assert [{ItemState.LEASED: 1}] * 4 == [rig.count(job) for job in bulk]
+        door.set()
+        for thread in threads:
+            thread.join()
+
+    assert [{ItemState.COMPLETED: 1}] * 4 == [rig.count(job) for job in bulk]
 
 
 def test_chunk_that_only_waits_for_hosts_lets_others_run_beside_it(rig: Rig) -> None:

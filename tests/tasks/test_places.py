@@ -1,0 +1,47 @@
+"""Each host has its share of what is fetched at a time, and whoever comes late finds a place."""
+
+from collections import Counter
+
+from tasks.places import Places
+
+
+def take_all(places: Places, *hosts: str) -> Counter[str]:
+    """In turn, until none of them gets any more."""
+    taken: Counter[str] = Counter()
+    for _ in range(200):
+        taken.update(host for host in hosts if places.try_take({host: 1}))
+    return taken
+
+
+def test_lone_host_gets_no_more_than_its_share() -> None:
+    assert 20 <= take_all(Places(128), "slow")["slow"] <= 26
+
+
+def test_many_slow_hosts_leave_places_to_others() -> None:
+    places = Places(128)
+    slow = take_all(places, *(f"slow-{number}" for number in range(20)))
+
+    assert 20 == len(slow)
+    assert slow.total() <= 112
+    assert places.try_take({"quick": 1})
+
+
+def test_host_that_has_none_gets_one_while_there_is_one() -> None:
+    places = Places(8)
+    hosts = [f"host-{number}" for number in range(9)]
+
+    assert hosts[:8] == [host for host in hosts if places.try_take({host: 1})]
+    places.give_back({"host-3": 1})
+    assert places.try_take({"host-8": 1})
+
+
+def test_item_of_several_hosts_gets_all_of_its_places_or_none() -> None:
+    places = Places(4)
+    assert places.try_take({"a": 1})
+
+    assert not places.try_take({"a": 1, "b": 1})
+    places.give_back({"a": 1})
+    assert places.try_take({"a": 3, "b": 3})
+    assert not places.try_take({"c": 1})
+    places.give_back({"a": 3, "b": 3})
+    assert places.try_take({"a": 1, "b": 1})
