@@ -51,7 +51,7 @@ from tasks.bodies import (
     read_cut,
     read_source,
 )
-from tasks.budget import Hold
+from tasks.budget import LARGE_BYTES, Hold
 from tasks.config import MediaLimits
 from tasks.engines import Prompt
 from tasks.errors import BadLineError
@@ -242,7 +242,7 @@ class Preparer:
                     yield from ahead.take_next()
                 continue
             # What has come is handed on before we wait: it holds what we are waiting for.
-            while not hold.take(item.fence.item, draft.expected_bytes, wait=not ahead.fetching):
+            while not draft.take_bytes(hold, wait=not ahead.fetching):
                 if hold.is_closed:
                     ahead.give_up()
                     return
@@ -325,7 +325,8 @@ class Preparer:
             most = {"image": IMAGE_LIMITS.max_bytes, "video": VIDEO_LIMITS.max_bytes}
             # Many that are large: together no more than is ever held, but for one file alone.
             together = max(hold.most_bytes, *most.values())
-            if not hold.take(item, min(draft.max_bytes, draft.num_bytes + together), wait=True):
+            most_bytes = min(draft.max_bytes, draft.num_bytes + together)
+            if not hold.take(item, most_bytes, wait=True, is_fast=draft.is_fast):
                 raise
             fetched = self._fetch_within(draft, most, together)
         num_bytes = sum(len(one.content) for one in fetched.values())
@@ -387,7 +388,7 @@ class _Ahead:
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more is to be read for now."""
+        """Whether nothing more is to be read for now: what is large is passed by what is behind it."""
         return (
             self._lacks_bytes
             or len(self) >= MAX_AHEAD
@@ -406,14 +407,16 @@ class _Ahead:
             waits: until there are bytes for one; nothing that has come may be in hand meanwhile.
         """
         self._lacks_bytes = False
-        for draft in list(self._aside):
+        # Where one must be waited for, it is the one that has to wait least.
+        drafts = sorted(self._aside, key=lambda draft: draft.expected_bytes if waits else 0)
+        for draft in drafts:
             item, places = draft.item, self._preparer.places_for(draft)
             if not places.try_take(draft.places):
                 continue
-            if not self._hold.take(item.fence.item, draft.expected_bytes, wait=waits):
+            if not draft.take_bytes(self._hold, wait=waits):
                 places.give_back(draft.places)
-                self._lacks_bytes = True  # the others would only take what it waits for
-                return
+                self._lacks_bytes |= draft.expected_bytes < LARGE_BYTES
+                continue
             waits = False
             self._aside.remove(draft)
             if not self._take(item):  # also where a drain began while it waited
@@ -522,6 +525,10 @@ class _Draft:
     @property
     def is_fast(self) -> bool:
         return self.item.priority <= jobs.FAST_LANE
+
+    def take_bytes(self, hold: Hold, *, wait: bool) -> bool:
+        item = self.item.fence.item
+        return hold.take(item, self.expected_bytes, wait=wait, is_fast=self.is_fast)
 
     @property
     def places(self) -> Mapping[str, int]:

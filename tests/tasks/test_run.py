@@ -43,7 +43,7 @@ from tasks.expand import expand
 from tasks.finish import finish
 from tasks.lines import build_line
 from tasks.places import Places
-from tasks.prefetch import EXPECTED_IMAGE_BYTES, NUM_PLACES, Preparer
+from tasks.prefetch import EXPECTED_IMAGE_BYTES, EXPECTED_VIDEO_BYTES, NUM_PLACES, Preparer
 from tasks.run import Runner
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
@@ -932,7 +932,8 @@ def test_bytes_of_pictures_are_bounded_over_all_chunks_and_free_in_the_end(rig: 
         return [{"role": "user", "content": [{"type": "text", "text": f"{number}"}, part]}]
 
     job = rig.make(*(build_request(f"r-{n}", messages=image(n)) for n in range(32)))
-    room = 2 * (EXPECTED_IMAGE_BYTES + 1000)  # for two pictures that have not come yet
+    # For two pictures that have not come yet, and what is kept for the fast lane.
+    room = 2 * (EXPECTED_IMAGE_BYTES + 1000) * 8 // 7
     rig.config = rig.config.model_copy(update={"max_media_bytes": room})
     now, most, held = 0, 0, []
     lock = threading.Lock()
@@ -984,6 +985,35 @@ def test_large_picture_waits_for_room_with_nothing_in_hand_and_comes(rig: Rig) -
     assert {
         ("https://host/large-1", most) for most in (EXPECTED_IMAGE_BYTES, IMAGE_LIMITS.max_bytes)
     } <= {*asked}
+
+
+def test_few_large_ones_hold_up_no_small_one(rig: Rig) -> None:
+    door = threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert "clip" not in url or door.wait(60)
+        return b"here"
+
+    def show_clip(url: str) -> list[Any]:
+        return [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}]
+
+    clips = [show_clip(f"https://host-{number}/clip") for number in range(2)]
+    messages = [*clips, show("https://host/picture")]
+    job = rig.make(*(build_request(f"{n}", messages=one) for n, one in enumerate(messages)))
+    room = EXPECTED_VIDEO_BYTES * 3 // 2  # for one clip that has not come yet, and some pictures
+    rig.config = rig.config.model_copy(update={"max_media_bytes": room})
+    with rig.runner(InstantEngine(), fetch=fetch) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        deadline = time.monotonic() + 60
+        while rig.count(job).get(ItemState.COMPLETED, 0) < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        door.set()
+        thread.join()
+        assert 0 == runner.num_media_bytes
+
+    assert {ItemState.COMPLETED: 3} == rig.count(job)
 
 
 def show(url: str) -> list[Any]:
