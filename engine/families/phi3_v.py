@@ -36,7 +36,7 @@ from engine.families.protocol import (
     Visual,
 )
 from engine.families.resizing import CLIP_MEAN, CLIP_STD, resize
-from engine.families.tiles import Tower
+from engine.families.tiles import Tower, max_tiles
 from engine.uploads import Uploads
 
 NUM_CROPS = 16  # at most, of one picture; 4 is the author's advice where there are many
@@ -201,8 +201,9 @@ class Phi3V(Family):
         sizes = [visual.pixels.numel() for visual in visuals]
         for visual, piece in zip(visuals, torch.split(pixels, sizes), strict=True):
             tiles.append(self._cut(piece.view(visual.pixels.shape[1:]), visual.plan.layout))
+        batches = torch.split(torch.cat(tiles), max_tiles(1 + self._grid**2))
         with using(VisionContext(())), dense_kernels(self._device):
-            cells = self._pictures.merge(self._tower(torch.cat(tiles)))
+            cells = torch.cat([self._pictures.merge(self._tower(batch)) for batch in batches])
         by_picture = torch.split(cells, [len(group) for group in tiles])
         tokens = [
             self._pictures.lay_out(of_picture, visual.plan.layout.rows, visual.plan.layout.columns)

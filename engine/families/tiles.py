@@ -27,6 +27,11 @@ MAX_BATCH_PATCHES = 32_768  # of one call of the tower
 See = Callable[[Tensor], Tensor]
 
 
+def max_tiles(tile_patches: int) -> int:
+    """Of so many patches each, in one call of a tower."""
+    return max(1, MAX_BATCH_PATCHES // tile_patches)
+
+
 class TileEncoder:
     """
     Args:
@@ -50,7 +55,7 @@ class TileEncoder:
         device = weight.device
         self._device, self._dtype = device, weight.dtype
         self._uploads = Uploads(device)
-        self._most = max(1, MAX_BATCH_PATCHES // tile_patches)
+        self._most = max_tiles(tile_patches)
         levels = 1 / pictures.get("rescale_factor", 1 / 255)
         if not pictures.get("do_normalize", True):
             mean, std = (0.0,) * 3, (1.0,) * 3

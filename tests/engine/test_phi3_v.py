@@ -265,6 +265,33 @@ def test_features_are_those_of_the_description(phi: LLM, reference: Phi3VReferen
             assert torch.allclose(alone, features, rtol=1e-4, atol=1e-4)
 
 
+def test_many_tiles_are_read_in_calls_of_so_many_patches(
+    phi: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request may want 256 tiles of one picture, and the tower's memory is the device's."""
+    family = phi.engine.checkpoint.family
+    assert isinstance(family, Phi3V)
+    plans = [family.plan_picture(300, 200, TileLimit(num)) for num in (16, 4)]
+    visuals = [family.cut_picture(draw(seed, 300, 200), plan) for seed, plan in enumerate(plans)]
+    expected = family.encode(visuals)
+    patches_a_tile = plans[0].num_patches // (1 + plans[0].layout.rows * plans[0].layout.columns)
+    monkeypatch.setattr("engine.families.tiles.MAX_BATCH_PATCHES", 3 * patches_a_tile)
+    tower, sizes = family._tower, []
+
+    def see(pixels: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(pixels))
+        return tower(pixels)
+
+    monkeypatch.setattr(family, "_tower", see)
+    found = family.encode(visuals)
+
+    num_tiles = sum(plan.num_patches for plan in plans) // patches_a_tile
+    assert num_tiles == sum(sizes)
+    assert 3 == max(sizes)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_result_says_what_was_seen_of_a_picture(phi: LLM) -> None:
     (result,) = phi.generate(
         {"prompt": "<|image_1|>", "multi_modal_data": {"image": draw(1, 100, 60)}},
