@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,12 +18,13 @@ from engine.errors import BadConfig
 from engine.families.protocol import Family, Plan, Rows, Visual
 from engine.families.resizing import Resizing, check_aspect
 from engine.fuse import FusedLayerNorm
-from engine.repeats import Repeats
+from engine.repeats import Repeats, round_up
 from engine.uploads import Uploads
 from media.decoded import Fit
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 MAX_BATCH_PATCHES = 32_768  # of one call of the tower
+NUM_STEPS = 8  # of tiles, between powers of two: an eighth too many at most
 
 See = Callable[[Tensor], Tensor]
 
@@ -82,15 +84,22 @@ class TileEncoder:
         return list(torch.split(features, [len(visual.pixels) for visual in visuals]))
 
     def _see(self, tiles: Tensor, see: See, repeats: Repeats | None) -> Tensor:
+        """(tiles, height_px, width_px, 3), uint8, as many as one call takes -> (tiles, rows, width)."""
+
         def call(tiles: Tensor) -> Tensor:
             colours = tiles.permute(0, 3, 1, 2).float()
             normalised = ((colours - self._mean) / self._std).to(self._dtype)
             with using(VisionContext(())), dense_kernels(self._device):
                 return see(normalised)
 
+        if repeats is None:
+            return call(tiles)
+        # Rounded up, numbers come back. Tiles are dense batches: what fills them up is seen for nothing.
+        num_filling = min(round_up(len(tiles), NUM_STEPS, 1), self._most) - len(tiles)
+        filled = F.pad(tiles, (0, 0) * 3 + (0, num_filling))
         # Another encoder of the family, of clips, may take other colours off.
-        key = id(self), *tiles.shape
-        return call(tiles) if repeats is None else repeats.run(key, call, tiles)
+        key = id(self), *filled.shape
+        return repeats.run(key, call, filled)[: len(tiles)]
 
 
 class OneTile(Family):

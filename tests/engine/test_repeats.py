@@ -10,11 +10,13 @@ from torch import Tensor
 
 from engine.checkpoint import load_weights, read_checkpoint
 from engine.config import EngineConfig
+from engine.families.internvl import InternVL
 from engine.families.protocol import Family, Visual
 from engine.families.qwen2_vl import Qwen2VL
 from engine.kernels.pictures import Choice, Cut
 from engine.repeats import power_up, round_up
 from tests.engine.pictures import cut_clip, cut_picture, draw
+from tests.engine.tiny_llava import write_tiny_internvl
 
 
 class Runs:
@@ -78,5 +80,42 @@ def test_powers_are_rounded_up_too() -> None:
     assert [16, 16, 32, 1024, 2048] == [power_up(n, 16) for n in (1, 16, 17, 1024, 1025)]
 
 
+@pytest.mark.parametrize("number", [1, 2, 8, 9, 16, 17, 31, 33, 47, 56, 200])
+def test_tiles_are_rounded_up_by_an_eighth_at_most(number: int) -> None:
+    rounded = round_up(number, num_steps=8, least_step=1)
+
+    assert number <= rounded <= number * 9 / 8
+
+
 def test_few_sizes_are_left_between_powers_of_two() -> None:
     assert 16 == len({round_up(number) for number in range(16_385, 32_769)})
+    assert 8 == len({round_up(number, num_steps=8, least_step=1) for number in range(33, 65)})
+
+
+@pytest.fixture
+def internvl(tmp_path: Path) -> InternVL:
+    config = EngineConfig(model=str(write_tiny_internvl(tmp_path, seed=3)))
+    checkpoint = read_checkpoint(config)
+    load_weights(checkpoint, config)
+    assert isinstance(checkpoint.family, InternVL)
+    return checkpoint.family
+
+
+def test_numbers_of_tiles_come_back_and_what_fills_them_up_is_left_out(
+    internvl: InternVL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [cut_picture(internvl, draw(seed, 56, 56)) for seed in range(40)]
+    expected = internvl.encode(pictures)
+
+    runs = Runs()
+    monkeypatch.setattr(internvl, "repeats", runs)
+    found = internvl.encode(pictures)
+    for number in range(33, 40):
+        assert number == len(internvl.encode(pictures[:number]))
+    monkeypatch.setattr(internvl._encoder, "_most", 34)  # no call is larger, for being rounded up
+    internvl.encode(pictures[:33])
+
+    numbers = [key[1] for key in runs.keys if isinstance(key, tuple)]
+    assert [40, *[36] * 4, *[40] * 3, 34] == numbers
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
