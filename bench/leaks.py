@@ -101,7 +101,7 @@ class Look:
     queued_bytes: int
     decoder_bytes: int
     encoder_cache_bytes: int
-    rendered: int
+    rendered_bytes: int
 
 
 @dataclass(slots=True)
@@ -308,7 +308,7 @@ def look(llm: LLM, count: Count) -> Look:
         threads=sum(not t.name.startswith("media") for t in threading.enumerate()),
         **_held(engine),
         encoder_cache_bytes=engine._runner.cache.num_bytes,
-        rendered=len(engine._processor._rendered),
+        rendered_bytes=engine._processor._rendered.num_bytes,
     )
 
 

@@ -9,6 +9,7 @@ text stays thirteen characters and binds no picture.
 import json
 import re
 import secrets
+import sys
 import threading
 import time
 from bisect import bisect_right
@@ -23,6 +24,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor
 
+from engine.cache import Cache
 from engine.checkpoint import Checkpoint
 from engine.config import FRAMES, EngineConfig, MediaOptions
 from engine.errors import (
@@ -76,7 +78,7 @@ from media.errors import TooManyFramesError
 from media.frames import DEFAULT_NUM_FRAMES
 
 MARK_START, MARK_END = "\ue000", "\ue001"  # private use: around the name of a text somebody typed
-
+MARK = re.compile(f"({MARK_START}[0-9a-f]+:[0-9]+{MARK_END})")
 
 # A template is a program of the model's author or of the caller: whatever it does wrong is its own.
 TEMPLATE_ERRORS = (
@@ -88,8 +90,10 @@ TEMPLATE_ERRORS = (
     AttributeError,
     RecursionError,
 )
-MAX_RENDERED = 256  # conversations whose text and ids are kept, pictures left out
-MAX_RENDERED_CHARACTERS = 4096  # of a conversation that is kept
+MAX_RENDERED_BYTES = 4 << 20  # of conversations whose text and ids are kept, pictures left out
+MAX_RENDERED_CHARACTERS = 4096  # that users typed in one that is kept
+MAX_FORMS_BYTES = 1 << 20  # of templates whose forms are known
+TOKEN_BYTES = 36  # of an id in a list of Python's
 PIECE_CHARACTERS = 64 * 1024  # of a long text, read at once to see whether there are too many
 TOKENS_OF_A_CUT = 16
 MOODY_WORDS = ("strftime_now", "random", "now(")  # of templates that say something else each time
@@ -298,9 +302,9 @@ class Processor:
         self._eats_before = {token.content for token in added if token.lstrip}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._forms: dict[str, _Forms] = {}  # by template
-        self._rendered: dict[Hashable, tuple[str, list[int]]] = {}
-        self._rendered_lock = threading.Lock()
+        self._forms: Cache[str, _Forms] = Cache(MAX_FORMS_BYTES)  # by template
+        self._rendered: Cache[Hashable, tuple[str, list[int]]] = Cache(MAX_RENDERED_BYTES)
+        self._kept_lock = threading.Lock()  # of these two
 
     def prepare(self, request: Request) -> Prepared:
         """
@@ -475,17 +479,17 @@ class Processor:
             raise NoChatTemplate from error
         words = _checked_template_words(request.chat_template_kwargs)
         key = _rendering_key(messages, request, template, words)
-        with self._rendered_lock:
-            found = self._rendered.get(key) if key is not None else None
+        if key is None:
+            return self._render_anew(messages, request, template, words)
+        with self._kept_lock:
+            found = self._rendered.find(key)
         if found is not None:
             return found
-        rendered = self._render_anew(messages, request, template, words)
-        if key is not None:
-            with self._rendered_lock:
-                self._rendered[key] = rendered
-                if len(self._rendered) > MAX_RENDERED:
-                    self._rendered.pop(next(iter(self._rendered)))
-        return rendered
+        text, ids = self._render_anew(messages, request, template, words)
+        num_bytes = _count_bytes((key, text)) + TOKEN_BYTES * len(ids)
+        with self._kept_lock:
+            self._rendered.put(key, (text, ids), num_bytes)
+        return text, ids
 
     def _render_anew(
         self,
@@ -534,7 +538,7 @@ class Processor:
                 where="messages",
                 remedy="Look at the order of roles: most models want user and assistant in turn",
             ) from error
-        pieces = re.split(f"({MARK_START}{nonce}:\\d+{MARK_END})", rendered)
+        pieces = MARK.split(rendered)
         typed = [marks.get(piece) for piece in pieces]
         pieces = [
             piece if user is not None else self._family.read_text(piece)
@@ -559,14 +563,19 @@ class Processor:
 
     def _find_forms(self, template: str) -> _Forms:
         """What a template reads, by what comes out of it: no form is promised anywhere."""
-        if template not in self._forms:
-            probe = f"{MARK_START}{MARK_END}"  # in a list shown as text it would be escaped
-            parts = [{"type": "text", "text": probe}]
-            takes_parts, takes_text = (
-                probe in self._try_rendering(template, content) for content in (parts, probe)
-            )
-            self._forms[template] = _Forms(takes_parts, takes_text)
-        return self._forms[template]
+        with self._kept_lock:
+            found = self._forms.find(template)
+        if found is not None:
+            return found
+        probe = f"{MARK_START}{MARK_END}"  # in a list shown as text it would be escaped
+        parts = [{"type": "text", "text": probe}]
+        takes_parts, takes_text = (
+            probe in self._try_rendering(template, content) for content in (parts, probe)
+        )
+        forms = _Forms(takes_parts, takes_text)
+        with self._kept_lock:
+            self._forms.put(template, forms, _count_bytes(template))
+        return forms
 
     def _try_rendering(self, template: str, content: object) -> str:
         messages = [{"role": "user", "content": content}]
@@ -922,6 +931,12 @@ def _rendering_key(
     types = tuple(type(value) for value in words.values())  # True is not 1 to a template
     asked = (request.add_generation_prompt, request.continue_final_message)
     return template, asked, given, types, turns
+
+
+def _count_bytes(value: object) -> int:
+    """What texts and numbers take, in tuples in tuples."""
+    inner = sum(map(_count_bytes, value)) if isinstance(value, tuple) else 0
+    return sys.getsizeof(value) + inner
 
 
 def _checked_text(text: str) -> str:

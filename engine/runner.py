@@ -129,7 +129,7 @@ class Runner:
                 fresh[id(visual)] = feature
                 if visual.key is not None:
                     known[visual.key] = feature
-                    self.cache.put(visual.key, feature)
+                    self.cache.keep(visual.key, feature)
         found = []
         for visual in visuals:
             of_visual = fresh.get(id(visual), None if visual.key is None else known[visual.key])

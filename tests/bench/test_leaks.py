@@ -20,12 +20,13 @@ from engine.slabs import SlabAllocator
 
 NUM, BLOCK = 96, 12
 CACHE_BYTES = 16 << 10
+RENDERED_BYTES = 32 << 10
 
 
 @pytest.fixture
 def llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     """One whose caches are full before the warm-up ends. What it logs holds traces, and is not kept."""
-    monkeypatch.setattr(processor, "MAX_RENDERED", 16)
+    monkeypatch.setattr(processor, "MAX_RENDERED_BYTES", RENDERED_BYTES)
     logging.disable(logging.CRITICAL)
     try:
         with open_llm(tmp_path, "cpu", 0) as llm:
@@ -49,7 +50,7 @@ def test_nothing_stays_of_requests_that_ended_or_left(llm: LLM) -> None:
     assert NUM / 4 < last.left < NUM * 7 / 8
     assert last.refused > 0
     assert last.encoder_cache_bytes > CACHE_BYTES / 2
-    assert 16 == last.rendered
+    assert RENDERED_BYTES / 2 < last.rendered_bytes <= RENDERED_BYTES
 
 
 def _keep_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +70,13 @@ def _forget_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _keep_all_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    put = FeatureCache.put
+    keep = FeatureCache.keep
 
-    def put_without_a_bound(self: FeatureCache, key: bytes, features: Any) -> None:
+    def keep_without_a_bound(self: FeatureCache, key: bytes, features: Any) -> None:
         self.max_bytes = 1 << 30
-        put(self, key, features)
+        keep(self, key, features)
 
-    monkeypatch.setattr(FeatureCache, "put", put_without_a_bound)
+    monkeypatch.setattr(FeatureCache, "keep", keep_without_a_bound)
 
 
 @pytest.mark.parametrize(

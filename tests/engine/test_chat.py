@@ -15,7 +15,7 @@ from engine import LLM, Request
 from engine.checkpoint import read_checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, BadPrompt, NoChatTemplate
-from engine.processor import Prepared, Processor
+from engine.processor import MAX_FORMS_BYTES, MAX_RENDERED_BYTES, Prepared, Processor
 from models.train.settings import SPECIAL_TOKENS, SYSTEM_PROMPT
 from tests.engine.pictures import (
     CLIP,
@@ -195,6 +195,27 @@ def test_words_for_the_template_that_cannot_be_are_told(
 ) -> None:
     with pytest.raises(BadPrompt, match=r"^chat_template_kwargs "):
         prepare(user("a"), chat_template_kwargs=words)
+
+
+def test_what_is_kept_of_conversations_has_bounds(
+    processor: Processor, prepare: Callable[..., Prepared]
+) -> None:
+    """Whatever callers make long: their texts, their templates, or what they hand to these."""
+    template = "{{ messages[0].content }}{{ more }}"
+    long = "x" * 100_000
+    for number in range(60):
+        words = {"more": f"{number}", "unread": f"{number}{long}"}
+        once, again = (
+            prepare(user("a"), chat_template=template, chat_template_kwargs=words) for _ in range(2)
+        )
+
+        assert f"a{number}" == once.prompt == again.prompt
+        prepare(user("a"), chat_template=f"{{#{number}{long}#}}{template}")
+
+    kept, forms = processor._rendered, processor._forms
+    assert 2_000_000 < kept.num_bytes <= MAX_RENDERED_BYTES
+    assert 500_000 < forms.num_bytes <= MAX_FORMS_BYTES
+    assert len(kept) < 60
 
 
 def test_model_without_a_template_says_how_to_give_one(tiny_folder: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from tests.engine.pictures import CLIP, GREEDY, PICTURE, draw, draw_clip, token_
 def test_oldest_go_first_and_bytes_stay_below_the_limit() -> None:
     cache = FeatureCache(3 * 40)
     for name in (b"a", b"b", b"c"):
-        cache.put(name, torch.full((10,), ord(name), dtype=torch.float32))
+        cache.keep(name, torch.full((10,), ord(name), dtype=torch.float32))
     cache.find(b"a")
-    cache.put(b"d", torch.zeros(10))
-    cache.put(b"too large", torch.zeros(31))
+    cache.keep(b"d", torch.zeros(10))
+    cache.keep(b"too large", torch.zeros(31))
 
     assert [True, False, True, True] == [
         cache.find(n) is not None for n in (b"a", b"b", b"c", b"d")
@@ -30,7 +30,7 @@ def test_oldest_go_first_and_bytes_stay_below_the_limit() -> None:
 def test_what_is_kept_is_a_copy() -> None:
     cache = FeatureCache(1 << 20)
     whole = torch.zeros(100, 4)
-    cache.put(b"a", whole[:2])
+    cache.keep(b"a", whole[:2])
     whole += 1
     kept = cache.find(b"a")
 
