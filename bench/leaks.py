@@ -9,6 +9,7 @@ exit code is 1 where something grows or is held.
 """
 
 import argparse
+import ctypes
 import gc
 import heapq
 import io
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ MAX_GROWN: Final = {
     "rss_bytes": (1 << 20, 24 << 20),
     "child_rss_bytes": (1 << 20, 24 << 20),
     "device_bytes": (64 << 10, 1 << 20),
+    "heap_held_bytes": (512 << 10, 8 << 20),
     "python_blocks": (100, 1500),
 }
 NOTHING: Final = (
@@ -75,6 +77,9 @@ class Look:
         rss_bytes, child_rss_bytes: resident memory of this process and of its decoder processes.
         device_bytes: that torch has allocated on a GPU; 0 on a CPU.
         threads: without the engine's media threads, which are started when they are first needed.
+        heap_held_bytes, heap_free_bytes: of the C library's allocator, which PyTorch's tensors on a CPU
+            come from: what somebody holds, and what it keeps for whoever comes. The second is no
+            leak, but is resident memory as well. 0 where it is not glibc's.
         python_blocks: of Python's own allocator, a small object each.
         decoder_bytes: pixels of decoder processes that somebody holds.
     """
@@ -87,6 +92,8 @@ class Look:
     rss_bytes: int
     child_rss_bytes: int
     device_bytes: int
+    heap_held_bytes: int
+    heap_free_bytes: int
     python_blocks: int
     descriptors: int
     threads: int
@@ -296,6 +303,7 @@ def look(llm: LLM, count: Count) -> Look:
     wait_until(lambda: not any(_held(engine).values()))
     gc.collect()
     device = engine.checkpoint.device
+    heap = read_heap() or Heap(0, 0)
     decoder = engine._decoder
     pids = [c.process.pid for c in decoder._children] if isinstance(decoder, DecoderPool) else []
     return Look(
@@ -303,6 +311,8 @@ def look(llm: LLM, count: Count) -> Look:
         rss_bytes=_rss_bytes("self"),
         child_rss_bytes=sum(_rss_bytes(str(pid)) for pid in pids),
         device_bytes=torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,
+        heap_held_bytes=heap.held_bytes,
+        heap_free_bytes=heap.free_bytes,
         python_blocks=sys.getallocatedblocks(),
         descriptors=len(list(Path("/proc/self/fd").iterdir())),
         threads=sum(not t.name.startswith("media") for t in threading.enumerate()),
@@ -332,6 +342,37 @@ def _held(engine: Engine) -> dict[str, int]:
         "queued_bytes": engine._prepared_bytes,
         "decoder_bytes": decoder_bytes,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Heap:
+    """Of this process, in bytes: what is in use, and what was let go and is kept."""
+
+    held_bytes: int
+    free_bytes: int
+
+
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33 and later: its ten fields, in their order."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def read_heap() -> Heap | None:
+    """What the C library's allocator has; None where it cannot be asked."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return None
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    # Large blocks are mapped one by one, and are no part of the arenas.
+    return Heap(found.uordblks + found.hblkhd, found.fordblks)
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench.leaks import Campaign, Look, judge, open_llm
+from bench.leaks import Campaign, Look, judge, open_llm, read_heap
 from engine import LLM, processor
 from engine.features import FeatureCache
 from engine.scheduler import Scheduler
@@ -116,7 +117,7 @@ def test_objects_that_are_kept_are_found(llm: LLM, monkeypatch: pytest.MonkeyPat
     assert any(each.startswith("python_blocks") for each in wrong)
 
 
-SOUND = Look(*[0] * 23)
+SOUND = Look(*[0] * 25)
 
 
 def line(**grown_by: int) -> list[Look]:
@@ -130,12 +131,33 @@ def line(**grown_by: int) -> list[Look]:
 def test_line_that_is_flat_is_told_from_one_that_grows() -> None:
     flat = line(rss_bytes=900_000, python_blocks=50)
     growing = line(rss_bytes=2_000_000)
+    holding = line(heap_held_bytes=600_000)
+    keeping = line(heap_free_bytes=2_000_000)
     noisy = [replace(each, rss_bytes=(at % 3) << 23) for at, each in enumerate(line())]
     noisy[-1] = replace(noisy[-1], rss_bytes=200 << 20)
 
     assert [] == judge(flat)[1]
     assert ["rss_bytes grew by 2000000 per 1,000 requests"] == judge(growing)[1]
+    assert ["heap_held_bytes grew by 600000 per 1,000 requests"] == judge(holding)[1]
+    assert [] == judge(keeping)[1]
     assert [] == judge(noisy)[1]
+
+
+def test_heap_tells_what_is_held_from_what_is_kept() -> None:
+    before = read_heap()
+    if before is None:
+        pytest.skip("no glibc, which could be asked")
+    blocks = [torch.zeros(1 << 12) for _ in range(1000)]  # 16 kB each, so that none is mapped alone
+    held = read_heap()
+    del blocks[::2]  # those between stay, and nothing can be given back
+    half = read_heap()
+
+    assert held is not None
+    assert half is not None
+    assert 16_000_000 < held.held_bytes - before.held_bytes < 18_000_000
+    assert 7_500_000 < held.held_bytes - half.held_bytes < 9_000_000
+    assert 7_500_000 < half.free_bytes - held.free_bytes < 9_000_000
+    assert 500 == len(blocks)
 
 
 @pytest.mark.parametrize("name", ["descriptors", "threads", "python_blocks", "prepared", "lost"])
