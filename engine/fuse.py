@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivation
+from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.idefics3 import modeling_idefics3 as idefics3
@@ -288,6 +288,13 @@ class GELUTanhMLP(QuickGELUMLP):
 
     def quantise(self, inner: Tensor) -> Tensor | Fp8Rows:
         return self.activate_(inner)
+
+
+class ErfGELU(nn.Module):
+    """Of any number of rows, without a kernel for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activations.gelu(x)
 
 
 def _call_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
@@ -641,6 +648,11 @@ def _fuse_clip_mlp(mlp: Any, fusions: Fusions, _is_last: bool) -> nn.Module | No
     return None
 
 
+def _fuse_gelu(gelu: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
+    by_erf = getattr(gelu, "approximate", "none") == "none"
+    return ErfGELU() if fusions.vision and by_erf else None
+
+
 def _is_silu(activation: nn.Module) -> bool:
     return isinstance(activation, nn.SiLU | SiLUActivation)
 
@@ -682,4 +694,6 @@ _SWAPS: dict[type[nn.Module], _Build] = {
     smolvlm.SmolVLMVisionAttention: _fuse_clip_attention,
     smolvlm.SmolVLMVisionMLP: _fuse_clip_mlp,
     nn.LayerNorm: _fuse_layer_norm,
+    nn.GELU: _fuse_gelu,
+    GELUActivation: _fuse_gelu,
 }

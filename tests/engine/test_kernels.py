@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
+from bench.leaks import read_heap
 from engine import kernels
 from engine.kernels import (
     activations,
@@ -75,6 +76,30 @@ def test_quick_gelu_writes_over_its_input() -> None:
 
     assert returned is x
     assert torch.equal(expected, x)
+
+
+def test_gelu_is_torchs_own() -> None:
+    for shape in ((7, 40), (2, 7, 40), (1, 40)):
+        x = drawn(*shape)
+
+        torch.testing.assert_close(F.gelu(x), activations.gelu(x), rtol=1e-6, atol=1e-6)
+        assert activations.gelu(x).is_contiguous()
+
+
+def test_gelu_keeps_nothing_of_the_shapes_that_it_saw() -> None:
+    """oneDNN keeps a kernel for each: 28 kB."""
+    if read_heap() is None:
+        pytest.skip("no glibc, which could be asked")
+    x = drawn(300, 64)
+    activations.gelu(x)
+    before = read_heap()
+    for num_rows in range(100, 300):
+        activations.gelu(x[:num_rows])
+    after = read_heap()
+
+    assert before is not None
+    assert after is not None
+    assert after.held_bytes - before.held_bytes < 200_000
 
 
 def test_rotation_is_that_of_transformers_for_text() -> None:
