@@ -3,18 +3,16 @@ Calls whose shapes come back, as CUDA graphs: launching them again costs the hos
 
 An encoder call launches hundreds of kernels from Python, one at a time, while media threads want the
 same interpreter. When a call comes for the second time it is recorded; from then on its kernels are
-replayed over the same tensors, with new contents.
+replayed over the same tensors, with new contents. Inputs and outputs are as large as pictures and
+prompts, so that all recordings share them.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from engine.recorder import Held, Recorder, Recording
 
 MAX_GRAPHS = 16  # kept; the one that was not used for longest goes first
 # Runs for which it must not have been used: recording takes as long as several calls, so where
@@ -26,42 +24,37 @@ NUM_STEPS, LEAST_STEP = 16, 256  # of `round_up`, where it is asked for tokens o
 Call = Callable[..., Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class _Repeat:
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    output: Tensor
-
-
 class Repeats:
     """
     Args:
-        device: a CUDA device.
+        recorder: for a CUDA device, and for these alone.
         max_graphs: how many are kept.
         min_unused_runs: after how many runs without it a graph may go.
     """
 
     def __init__(
         self,
-        device: torch.device,
+        recorder: Recorder,
         *,
         max_graphs: int = MAX_GRAPHS,
         min_unused_runs: int = MIN_UNUSED_RUNS,
     ) -> None:
-        self._device = device
+        self._recorder = recorder
         self._max_graphs = max_graphs
         self._min_unused_runs = min_unused_runs
         self._num_runs = 0
         self._last_run: dict[Hashable, int] = {}
-        self._graphs: OrderedDict[Hashable, _Repeat] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Recording[Tensor]] = OrderedDict()
+        self._outputs = Held(recorder.device)
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.are_given_up = False
 
     @property
     def num_graphs(self) -> int:
         return len(self._graphs)
+
+    @property
+    def are_given_up(self) -> bool:
+        return self._recorder.is_given_up
 
     def run(self, key: Hashable, call: Call, *inputs: Tensor) -> Tensor:
         """
@@ -75,59 +68,40 @@ class Repeats:
         Returns:
             Its output, the caller's to keep.
         """
-        if self.are_given_up:
-            return call(*inputs)
         self._num_runs += 1
         repeat = self._graphs.get(key)
         if repeat is None:
-            if key not in self._seen:
-                self._seen[key] = None
-                if len(self._seen) > MAX_SEEN:
-                    self._seen.popitem(last=False)
-                return call(*inputs)
             repeat = self._try_record(key, call, inputs)
-            if repeat is None:
-                return call(*inputs)
+        if repeat is None:
+            return call(*inputs)
         self._graphs.move_to_end(key)
         self._last_run[key] = self._num_runs
-        for kept, given in zip(repeat.inputs, inputs, strict=True):
-            kept.copy_(given)
-        repeat.graph.replay()
-        return repeat.output.clone()  # the next replay writes over it
+        return repeat.replay(*inputs).clone()  # the next replay writes over it
 
-    def _try_record(self, key: Hashable, call: Call, inputs: tuple[Tensor, ...]) -> _Repeat | None:
-        if len(self._graphs) >= self._max_graphs:
-            oldest = next(iter(self._graphs))
-            if self._num_runs - self._last_run[oldest] < self._min_unused_runs:
-                return None
-            del self._graphs[oldest], self._last_run[oldest]
-        try:
-            self._graphs[key] = self._record(call, inputs)
-        except Exception:
-            # The edge of the driver: whatever a kernel does that no graph can hold, or memory.
-            logger.warning("repeats were given up, calls will be slower", exc_info=True)
-            self.are_given_up = True
+    def _try_record(
+        self, key: Hashable, call: Call, inputs: tuple[Tensor, ...]
+    ) -> Recording[Tensor] | None:
+        if key not in self._seen:
+            self._seen[key] = None
+            if len(self._seen) > MAX_SEEN:
+                self._seen.popitem(last=False)
+            return None
+        oldest = next(iter(self._graphs)) if len(self._graphs) >= self._max_graphs else None
+        if oldest is not None and self._num_runs - self._last_run[oldest] < self._min_unused_runs:
+            return None
+
+        def call_and_hold(*kept: Tensor) -> Tensor:
+            return self._outputs.hold(0, call(*kept))
+
+        repeat = self._recorder.try_record(call_and_hold, *inputs)
+        if repeat is not None:
+            self._graphs[key] = repeat
+            if oldest is not None:
+                del self._graphs[oldest], self._last_run[oldest]
+        elif self.are_given_up:
             self._graphs.clear()
             self._last_run.clear()
-            return None
-        return self._graphs[key]
-
-    def _record(self, call: Call, inputs: tuple[Tensor, ...]) -> _Repeat:
-        kept = tuple(given.clone() for given in inputs)
-        main = torch.cuda.current_stream(self._device)
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            call(*kept)  # workspaces of this stream are taken before
-            self._stream.synchronize()
-            # Media threads go on: only calls of this thread must fit into a graph.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                output = call(*kept)
-            finally:
-                graph.capture_end()
-        main.wait_stream(self._stream)
-        return _Repeat(graph, kept, output)
+        return repeat
 
 
 def power_up(number: int, least: int) -> int:

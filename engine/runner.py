@@ -23,6 +23,7 @@ from engine.graphs import Graphs, Replayed
 from engine.kernels.greedy import argmax
 from engine.kv import KVRows
 from engine.meter import Meter, Work
+from engine.recorder import Recorder
 from engine.repeats import Repeats, power_up, round_up
 from engine.sequence import Sequence
 from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots, Table
@@ -77,12 +78,12 @@ class Runner:
         self._graphs: Graphs | None = None
         self._prefills: Repeats | None = None
         if uses_graphs and self._uses_flash:
-            self._family.repeats = Repeats(self.device)
-            self._prefills = Repeats(self.device)
+            self._family.repeats = Repeats(Recorder(self.device, "encoder calls"))
+            self._prefills = Repeats(Recorder(self.device, "prefills"))
             self._graphs = Graphs(
                 self._step,
                 self._choose,
-                device=self.device,
+                Recorder(self.device, "graphs"),
                 max_num_seqs=max_num_seqs,
                 max_rows=checkpoint.max_model_len,
                 scratch=self._slots.scratch,

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 
+def pin(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A host array as a tensor of the host, where the device may copy it from."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """A host array as a tensor on the device. On a CPU it shares the array's memory."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return pin(array, device).to(device, non_blocking=True)
 
 
 class Download:

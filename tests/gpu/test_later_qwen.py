@@ -11,6 +11,7 @@ from bench.later_qwen import LaterQwenShape, qwen2_5, qwen3
 from engine import LLM
 from engine.checkpoint import load_weights, read_checkpoint
 from engine.config import EngineConfig
+from engine.recorder import Recorder
 from engine.reference import Reference
 from engine.repeats import Repeats
 from tests.engine.mixed import mixed_requests
@@ -141,7 +142,7 @@ def test_pictures_look_the_same_in_a_replay(folder: Path, num_equal: int) -> Non
     expected = family.encode(visuals)
     alone = [family.encode([visual])[0] for visual in visuals]
 
-    family.repeats = Repeats(torch.device("cuda"))
+    family.repeats = Repeats(Recorder(torch.device("cuda"), "calls"))
     for _ in range(4):
         found = family.encode(visuals)
 

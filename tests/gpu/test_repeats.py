@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.checkpoint import load_weights, read_checkpoint
 from engine.config import EngineConfig
+from engine.recorder import Recorder
 from engine.repeats import Repeats
 from tests.engine.test_repeats import visuals_of
 from tests.engine.tiny import write_tiny_qwen2_vl
@@ -18,8 +19,12 @@ pytestmark = [
 ]
 
 
+def build(**words: int) -> Repeats:
+    return Repeats(Recorder(torch.device("cuda"), "calls"), **words)
+
+
 def test_replays_read_new_contents_and_leave_old_outputs() -> None:
-    repeats = Repeats(torch.device("cuda"))
+    repeats = build()
     inputs = [torch.full((4,), float(number), device="cuda") for number in range(5)]
 
     outputs = [repeats.run("double", lambda x: 2 * x, x) for x in inputs]
@@ -29,7 +34,7 @@ def test_replays_read_new_contents_and_leave_old_outputs() -> None:
 
 
 def test_the_least_used_graph_goes_first() -> None:
-    repeats = Repeats(torch.device("cuda"), max_graphs=2, min_unused_runs=0)
+    repeats = build(max_graphs=2, min_unused_runs=0)
     x = torch.ones(4, device="cuda")
     for key in (1, 1, 2, 2, 1, 3, 3, 2):
         assert [key] * 4 == repeats.run(key, lambda x, key=key: key * x, x).tolist()
@@ -38,7 +43,7 @@ def test_the_least_used_graph_goes_first() -> None:
 
 
 def test_sizes_that_take_turns_do_not_push_each_other_out() -> None:
-    repeats = Repeats(torch.device("cuda"), max_graphs=2, min_unused_runs=6)
+    repeats = build(max_graphs=2, min_unused_runs=6)
     x = torch.ones(4, device="cuda")
     recorded = []
     for key in (1, 1, 2, 2, 3, 3, 1, 2, 3, 3, 3, 3, 3):
@@ -50,7 +55,7 @@ def test_sizes_that_take_turns_do_not_push_each_other_out() -> None:
 
 
 def test_a_call_that_waits_for_the_device_is_run_instead() -> None:
-    repeats = Repeats(torch.device("cuda"))
+    repeats = build()
     x = torch.ones(4, device="cuda")
 
     def waits(x: Tensor) -> Tensor:
@@ -58,6 +63,49 @@ def test_a_call_that_waits_for_the_device_is_run_instead() -> None:
 
     assert [[4.0] * 4] * 3 == [repeats.run("waits", waits, x).tolist() for _ in range(3)]
     assert repeats.are_given_up
+
+
+def test_calls_of_all_sizes_share_memory_and_say_what_they_say_when_run() -> None:
+    torch.manual_seed(0)
+    repeats = build()
+    weight = torch.randn(64, 64, device="cuda")
+
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(x @ weight) + y
+
+    with torch.inference_mode():
+        for turn in range(60):
+            size = 16 * (1 + turn * 7 % 5)
+            x, y = (torch.randn(size, 64, device="cuda") for _ in range(2))
+            torch.testing.assert_close(call(x, y), repeats.run(size, call, x, y))
+
+    assert 5 == repeats.num_graphs
+
+
+def test_call_that_finds_no_memory_is_run_and_recorded_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the middle of its recording, where torch has to end it."""
+    monkeypatch.setattr("engine.recorder.NUM_RESTING", 2)
+    repeats = build()
+    x = torch.ones(4, device="cuda")
+    is_short = True
+
+    def call(x: Tensor) -> Tensor:
+        doubled = 2 * x
+        if is_short and torch.cuda.is_current_stream_capturing():
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+        return doubled
+
+    for _ in range(3):
+        assert [2.0] * 4 == repeats.run("short", call, x).tolist()
+    assert 0 == repeats.num_graphs
+    is_short = False
+    for _ in range(4):
+        assert [2.0] * 4 == repeats.run("short", call, x).tolist()
+
+    assert not repeats.are_given_up
+    assert 1 == repeats.num_graphs
 
 
 @pytest.mark.parametrize("num_equal", [0, 12])
@@ -72,7 +120,7 @@ def test_pictures_look_the_same_in_a_replay(tmp_path: Path, num_equal: int) -> N
     visuals = visuals_of(family, sizes)
     expected = family.encode(visuals)
 
-    family.repeats = Repeats(torch.device("cuda"))
+    family.repeats = build()
     for _ in range(4):
         found = family.encode(visuals)
 

@@ -1,0 +1,178 @@
+"""What is recorded, what of it is shared, and what happens where recording fails: without a GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import recorder
+from engine.graphs import Graphs
+from engine.recorder import Held, Output, Recorder
+from engine.repeats import Repeats
+from engine.slots import LEN, NUM_COLUMNS
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Rerun:
+    """In the place of a graph: runs the call again, over the memory that it had when it was recorded."""
+
+    call: Callable[[], Any]
+    output: Any
+
+    def replay(self) -> None:
+        kept, fresh = (
+            (output,) if isinstance(output, Tensor) else output
+            for output in (self.output, self.call())
+        )
+        for old, new in zip(kept, fresh, strict=True):
+            if old is not None:
+                old.copy_(new)
+
+
+class Hands(Recorder):
+    """Records without a GPU, unless it is told to fail."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, "hands")
+        self.num_tried = 0
+        self.error: Exception | None = None
+
+    def _record(self, call: Callable[[], Output], num_warm_ups: int) -> tuple[Any, Output]:
+        self.num_tried += 1
+        if self.error is not None:
+            raise self.error
+        output = call()
+        return Rerun(call, output), output
+
+
+@pytest.fixture
+def hands() -> Hands:
+    return Hands()
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def run_all(repeats: Repeats, sizes: list[int]) -> None:
+    for turn, size in enumerate(sizes):
+        x = torch.full((size,), float(turn))
+        assert [2.0 * turn] * size == repeats.run(size, double, x).tolist()
+
+
+def test_recordings_share_the_memory_of_the_largest(hands: Hands) -> None:
+    repeats = Repeats(hands)
+
+    run_all(repeats, [100, 100, 40, 40, 70, 70, 40, 100, 70])
+
+    assert 3 == repeats.num_graphs
+    memory = {
+        tensor.untyped_storage().data_ptr()
+        for recording in repeats._graphs.values()
+        for tensor in (*recording.inputs, recording.output)
+    }
+    assert 2 == len(memory)  # of inputs and of outputs
+
+
+def test_recording_keeps_its_memory_when_a_larger_one_comes(hands: Hands) -> None:
+    repeats = Repeats(hands)
+
+    run_all(repeats, [40, 40, 100, 100, 40, 100, 40])
+
+    assert 2 == repeats.num_graphs
+
+
+def test_buffers_are_told_apart_by_place_and_type() -> None:
+    held = Held(CPU)
+    one = held.hold(0, torch.ones(3))
+    other = held.hold(1, torch.zeros(3))
+    number = held.hold(0, torch.full((3,), 7))
+    again = held.hold(0, torch.full((1, 2), 5.0))
+
+    assert [0.0] * 3 == other.tolist()
+    assert [7] * 3 == number.tolist()
+    assert [[5.0, 5.0]] == again.tolist()
+    assert [5.0, 5.0, 1.0] == one.tolist()
+
+
+def test_outputs_stay_the_callers(hands: Hands) -> None:
+    repeats = Repeats(hands)
+    outputs = [repeats.run("x", double, torch.full((2,), float(n))) for n in range(5)]
+
+    assert [[2.0 * n] * 2 for n in range(5)] == [output.tolist() for output in outputs]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+)
+def test_memory_that_is_short_stops_recording_for_a_while(
+    hands: Hands, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "NUM_RESTING", 3)
+    repeats = Repeats(hands, max_graphs=2, min_unused_runs=0)
+    run_all(repeats, [10, 10, 20, 20])
+    hands.error, hands.num_tried = error, 0
+    run_all(repeats, [30, 30, 30, 40, 40, 10, 20])
+
+    assert 1 == hands.num_tried
+    assert 2 == repeats.num_graphs  # what there was is still used
+    assert not repeats.are_given_up
+    hands.error = None
+    run_all(repeats, [30, 30, 30])
+    assert 2 == hands.num_tried
+    assert 30 in repeats._graphs
+
+
+def test_memory_that_was_short_is_seen_behind_the_error_that_ended_the_recording(
+    hands: Hands,
+) -> None:
+    repeats = Repeats(hands)
+    hands.error = RuntimeError("the capture was invalidated")
+    hands.error.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    run_all(repeats, [10, 10, 10])
+
+    assert not repeats.are_given_up
+
+
+def test_what_no_graph_can_hold_is_not_tried_again(hands: Hands) -> None:
+    repeats = Repeats(hands)
+    run_all(repeats, [10, 10])
+    hands.error = RuntimeError("operation not permitted when stream is capturing")
+    run_all(repeats, [20, 20, 20, 30, 30, 10, 10])
+
+    assert 2 == hands.num_tried
+    assert repeats.are_given_up
+    assert 0 == repeats.num_graphs
+
+
+def test_steps_go_on_with_the_graphs_that_there_are(hands: Hands) -> None:
+    def step(table: Tensor, max_rows: int) -> Tensor:
+        return table[LEN, :, None] * torch.ones(1, 5)
+
+    graphs = Graphs(
+        step,
+        lambda logits, _: logits.argmax(1),
+        hands,
+        max_num_seqs=4,
+        max_rows=1024,
+        scratch=4,
+    )
+    table = torch.ones(NUM_COLUMNS, 2, dtype=torch.int64).numpy()
+    assert graphs.replay(table, 2, keeps_logits=True) is not None
+    hands.error = torch.OutOfMemoryError("CUDA out of memory")
+
+    assert graphs.replay(table[:, :1], 1, keeps_logits=True) is None
+    table[LEN] = 3
+    replayed = graphs.replay(table, 2, keeps_logits=True)
+    assert replayed is not None
+    assert [[3.0] * 5] * 2 == cast(Tensor, replayed.logits).tolist()
+    assert not graphs.are_given_up
