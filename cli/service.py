@@ -49,7 +49,10 @@ def reported() -> Iterator[None]:
         # Who starts us again may be lucky where a database or a broker was not there yet.
         code = ExitCode.UNREACHABLE if error.retryable else ExitCode.USAGE
         raise CannotStartError(str(error), code) from error
-    except (EngineError, OSError, ValueError) as error:
+    except EngineError as error:
+        code = ExitCode.UNREACHABLE if error.retryable else ExitCode.USAGE
+        raise CannotStartError(str(error), code) from error
+    except (OSError, ValueError) as error:
         raise CannotStartError(str(error)) from error
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.errors import BadConfig, EngineClosed, EngineError, EngineFailure
+from engine.errors import BadConfig, DecodersAway, EngineClosed, EngineError, EngineFailure
 from engine.inputs import Request, may_fetch, text_of
 from engine.kernels.greedy import NO_TOKEN
 from engine.meter import Work
@@ -44,6 +44,7 @@ from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
 from engine.text import Detokenizer, decode_token
 from engine.uploads import Download
 from media.decoder import Decoder, Threads
+from media.errors import DecodersAwayError
 from media.limits import STILL_FORMATS, ImageLimits
 
 logger = logging.getLogger(__name__)
@@ -888,12 +889,12 @@ def _open_decoder(config: EngineConfig) -> Decoder:
     limits = ImageLimits(formats=(*STILL_FORMATS, *config.image_formats))
     if not config.num_media_processes:
         return Threads(limits)
-    from media.pool import DecoderPool, PoolBrokenError
+    from media.pool import DecoderPool
 
     try:
         return DecoderPool(config.num_media_processes, image_limits=limits)
-    except PoolBrokenError as error:
-        raise BadConfig(f"num_media_processes={config.num_media_processes}: {error}") from error
+    except DecodersAwayError as error:
+        raise DecodersAway(f"num_media_processes={config.num_media_processes}: {error}") from error
 
 
 def _num_cores() -> int:

@@ -100,6 +100,13 @@ class BadConfig(EngineError, ValueError):
     fault = Fault.OPERATOR
 
 
+class DecodersAway(BadConfig):
+    """Decoder processes do not start. Look into the log, or decode in threads, which need none."""
+
+    code = "decoders_away"
+    retryable = True  # the machine may lack something just now
+
+
 class PromptFailedError(EngineError):
     """
     A prompt failed, and the caller asked to hear of it as an exception.

@@ -31,7 +31,11 @@ class Arena:
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = _round_up(num_bytes)
         self.fd = _open_nameless(self.num_bytes)
-        self._map = mmap.mmap(self.fd, self.num_bytes)
+        try:
+            self._map = mmap.mmap(self.fd, self.num_bytes)
+        except OSError:  # no address space is left
+            os.close(self.fd)
+            raise
         self._blocks: list[tuple[int, int]] = []  # (start, end) of what is in use, ascending
 
     def find_room(self, num_bytes: int) -> int | None:

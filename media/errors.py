@@ -184,6 +184,14 @@ class DecodeMemoryError(MediaError):
     code: ClassVar[str] = "media_needs_too_much_memory"
 
 
+class DecodersAwayError(MediaError):
+    """Decoder processes do not start here: see what stands in the log. Decoding in threads needs none."""
+
+    code: ClassVar[str] = "decoders_away"
+    fault: ClassVar[Fault] = Fault.OPERATOR
+    retryable: bool = True  # the machine lacks something just now, and nobody saw the file
+
+
 class FetchFailedError(MediaError):
     """Failed to fetch media from URL. Check that it opens without a login and send the item again."""
 

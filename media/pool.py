@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from media.decoded import Ask, Fit, Frames, Header, RGBImage
 from media.errors import (
     DecodeMemoryError,
     DecoderFailedError,
+    DecodersAwayError,
     DecodeTimeoutError,
     MediaError,
     VideoTooLargeError,
@@ -77,7 +78,15 @@ MAX_KILLED: Final = 2
 """Processes that may be killed over one file before it is taken for the reason."""
 
 MAX_STARTS_FAILED: Final = 3
+"""In a row, for a pool in which no process ever started: something is set up wrongly."""
+
 RETRY_START_S: Final = 0.5
+MAX_RETRY_START_S: Final = 8.0
+"""The pause after a process that did not start; it doubles as long as none does."""
+
+GIVE_UP_S: Final = 60.0
+"""How long files wait in a pool that had processes and has none, from the first that did not start."""
+
 MAX_TEXT: Final = 1000
 ENTRY: Final = "media.child:main"
 
@@ -110,10 +119,6 @@ Decoded = tuple[Pixels, Message]
 """(num_frames, height_px, width_px, 3), and what the process said of it."""
 
 
-class PoolBrokenError(RuntimeError):
-    """Decoder processes do not start here: nothing can be decoded in them."""
-
-
 class PoolClosedError(RuntimeError):
     """It was closed before or meanwhile."""
 
@@ -125,12 +130,14 @@ class _Child:
 
     Attributes:
         left_s: of the time that one file may take.
+        is_ready: it has said so; from then on it decodes.
     """
 
     process: subprocess.Popen[bytes]
     wire: ParentWire
     arena: Arena
     left_s: float = 0.0
+    is_ready: bool = False
 
     def say(self, message: Message, behind: bytes = b"") -> None:
         """
@@ -205,6 +212,8 @@ class _Claim:
 
 class DecoderPool:
     """
+    Processes that end are replaced. While none can be started files wait, and it is tried again.
+
     Args:
         num_processes: None for one a core.
         max_bytes: that decodings may hold at a time, with the pixels that callers still have; one
@@ -214,7 +223,7 @@ class DecoderPool:
         entry: `module:function` that a process runs; another one makes tests' processes misbehave.
 
     Raises:
-        PoolBrokenError: no process starts.
+        DecodersAwayError: no process starts.
     """
 
     def __init__(
@@ -245,8 +254,9 @@ class DecoderPool:
         self._num_working = 0
         self._working_bytes = 0
         self._held_bytes = 0
-        self._num_starts_failed = 0  # in a row
-        self._next_start = 0.0  # monotonic
+        self._has_started = False  # any process, ever
+        self._num_starts_failed = 0  # in a row; of several at once the first one counts
+        self._failing_since = self._next_start = 0.0  # monotonic
         self._is_closed = False
         self._errands: SimpleQueue[Any] = SimpleQueue()
         # A child ends with the thread that started it, so that is one which stays.
@@ -269,7 +279,8 @@ class DecoderPool:
         Raises:
             MediaError: as that function.
             DecoderFailedError, DecodeTimeoutError, DecodeMemoryError: what became of the process.
-            PoolBrokenError, PoolClosedError: nobody decodes here.
+            DecodersAwayError: there are no processes, and have been none for `GIVE_UP_S`.
+            PoolClosedError: it was closed.
         """
         limits = limits or self._image_limits
         if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
@@ -289,7 +300,7 @@ class DecoderPool:
         As `media.video.decode_video`, each frame of the size that `ask` wants.
 
         Raises:
-            MediaError, PoolBrokenError, PoolClosedError: as `decode_image`.
+            MediaError, PoolClosedError: as `decode_image`.
         """
         if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
             return decode_video(encoded, sampling, limits)
@@ -307,7 +318,7 @@ class DecoderPool:
         As `media.video.measure_clip`.
 
         Raises:
-            MediaError, PoolBrokenError, PoolClosedError: as `decode_image`.
+            MediaError, PoolClosedError: as `decode_image`.
         """
         if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
             return measure_clip(encoded, limits)
@@ -515,19 +526,29 @@ class DecoderPool:
     # --- processes ---------------------------------------------------------------------------------
 
     def _take(self) -> _Child:
-        with self._lock:
-            while not self._idle:
+        """A process that has nothing to do, once there is one."""
+        while True:
+            with self._lock:
+                while not self._idle:
+                    if self._is_closed:
+                        raise PoolClosedError("The decoder pool was closed.")
+                    if self._is_given_up():
+                        raise DecodersAwayError
+                    self._idle_changed.wait(LOOK_S)
                 if self._is_closed:
                     raise PoolClosedError("The decoder pool was closed.")
-                if self._num_starts_failed >= MAX_STARTS_FAILED:
-                    raise PoolBrokenError(
-                        "Decoder processes do not start here: see what stands in the log. Decoding "
-                        "in threads needs none."
-                    )
-                self._idle_changed.wait()
-            if self._is_closed:
-                raise PoolClosedError("The decoder pool was closed.")
-            return self._idle.pop()
+                child = self._idle.pop()
+            if child.process.poll() is None:
+                return child
+            self._bury_ended(child)
+
+    def _is_given_up(self) -> bool:
+        """Whether nobody need wait for a process any more. With the lock."""
+        if not self._num_starts_failed or any(child.is_ready for child in self._children):
+            return False
+        if not self._has_started:
+            return self._num_starts_failed >= MAX_STARTS_FAILED
+        return time.monotonic() - self._failing_since > GIVE_UP_S
 
     def _give(self, child: _Child) -> None:
         with self._lock:
@@ -542,6 +563,12 @@ class DecoderPool:
         with self._lock:
             self._children.discard(child)
             self._buried.notify_all()
+
+    def _bury_ended(self, child: _Child) -> None:
+        """Of one that ended while it had nothing to do: no file is to blame."""
+        logger.warning("decoder_died pid=%d while idle", child.process.pid)
+        self._bury(child)
+        self._errands.put(self._fill)
 
     def _keep(self) -> None:
         """The keeper's work: have as many processes as there should be."""
@@ -564,60 +591,58 @@ class DecoderPool:
             for child in ended:
                 self._idle.remove(child)
         for child in ended:
-            logger.warning("decoder_died pid=%d while idle", child.process.pid)
-            self._bury(child)
+            self._bury_ended(child)
         self._fill()
 
     def _fill(self) -> None:
         while True:
             with self._lock:
-                is_full = len(self._children) >= self.num_processes
+                num_wanted = self.num_processes
+                if self._num_starts_failed:  # one at a time, until one comes
+                    num_ready = sum(child.is_ready for child in self._children)
+                    num_wanted = min(num_ready + 1, num_wanted)
+                is_full = len(self._children) >= num_wanted
                 if is_full or self._is_closed or time.monotonic() < self._next_start:
                     return
             try:
-                child = self._start()
-            except OSError:
-                logger.exception("decoder_not_started")
+                self._start()
+            except (OSError, MemoryError, RuntimeError) as error:  # the last of threads
+                logger.error("decoder_not_started reason=%s", repr(error))  # noqa: TRY400 - enough
                 self._note_failed_start()
                 return
-            with self._lock:
-                self._children.add(child)
-            threading.Thread(target=self._welcome, args=(child,), daemon=True).start()
 
-    def _start(self) -> _Child:
-        arena = Arena(ARENA_BYTES)
-        reading, childs_writing = os.pipe()
-        childs_reading, writing = os.pipe()
-        handed = (childs_reading, childs_writing, arena.fd)
-        birth = {
-            "parent": os.getpid(),
-            "reading": childs_reading,
-            "writing": childs_writing,
-            "memory": arena.fd,
-            "arena_bytes": arena.num_bytes,
-            "work_bytes": WORK_BYTES,
-        }
-        paths = [str(Path(path).absolute()) for path in sys.path]
-        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-        try:
+    def _start(self) -> None:
+        with ExitStack() as handed, ExitStack() as undone:
+            arena = Arena(ARENA_BYTES)
+            undone.callback(arena.close)
+            reading, childs_writing = _open_pipe(undone, handed)
+            childs_reading, writing = _open_pipe(handed, undone)
+            birth = {
+                "parent": os.getpid(),
+                "reading": childs_reading,
+                "writing": childs_writing,
+                "memory": arena.fd,
+                "arena_bytes": arena.num_bytes,
+                "work_bytes": WORK_BYTES,
+            }
+            paths = [str(Path(path).absolute()) for path in sys.path]
+            kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and program
                 [sys.executable, "-I", "-S", "-c", _START, json.dumps([birth, self._entry, paths])],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env={**_ENVIRONMENT, **kept},
                 cwd="/",
-                pass_fds=handed,
+                pass_fds=(childs_reading, childs_writing, arena.fd),
                 start_new_session=True,
             )
-        except OSError:
-            os.close(reading)
-            os.close(writing)
-            arena.close()
-            raise
-        finally:
-            os.close(childs_reading)
-            os.close(childs_writing)
-        return _Child(process, ParentWire(reading, writing), arena)
+            child = _Child(process, ParentWire(reading, writing), arena)
+            undone.pop_all()
+            undone.callback(self._bury, child)
+            with self._lock:
+                self._children.add(child)
+            threading.Thread(target=self._welcome, args=(child,), daemon=True).start()
+            undone.pop_all()
 
     def _welcome(self, child: _Child) -> None:
         """Wait until a process that was started is ready, in a thread of its own."""
@@ -635,13 +660,21 @@ class DecoderPool:
         if not message.get("is_filtered"):
             logger.warning("decoder_not_filtered: this system has no filter of system calls")
         with self._lock:
+            child.is_ready = self._has_started = True
             self._num_starts_failed = 0
         self._give(child)
+        self._errands.put(self._fill)
 
     def _note_failed_start(self) -> None:
         with self._lock:
-            self._num_starts_failed += 1
-            self._next_start = time.monotonic() + RETRY_START_S
+            now = time.monotonic()
+            if not self._num_starts_failed:
+                self._failing_since = now
+            if now >= self._next_start:
+                doubled = 2.0 ** min(self._num_starts_failed, 10)
+                pause_s = min(RETRY_START_S * doubled, MAX_RETRY_START_S)
+                self._next_start = now + pause_s
+                self._num_starts_failed += 1
             self._idle_changed.notify_all()
 
 
@@ -655,6 +688,14 @@ class _SoundError(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__()
         self.error = error
+
+
+def _open_pipe(reads: ExitStack, writes: ExitStack) -> tuple[int, int]:
+    """Its ends, reading and writing, each closed with a stack."""
+    reading, writing = os.pipe()
+    reads.callback(os.close, reading)
+    writes.callback(os.close, writing)
+    return reading, writing
 
 
 def count_cores() -> int:
@@ -754,5 +795,7 @@ def _read_end(message: Message) -> Exception:
         return DecodeMemoryError()
     kind, text = getattr(errors, str(message.get("error")), None), message.get("text")
     if not (isinstance(kind, type) and issubclass(kind, MediaError) and isinstance(text, str)):
+        return DecoderFailedError()
+    if kind.retryable:  # whether it may pass is not for a process to say
         return DecoderFailedError()
     return _SoundError(kind(text[:MAX_TEXT]))

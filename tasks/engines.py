@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from engine.errors import EngineFailure
+from engine.errors import EngineFailure, ResultError
 from engine.request import Result, SamplingParams
-from media.errors import DecoderFailedError
+from media.errors import DecoderFailedError, DecodersAwayError
 from tasks.config import MediaLimits
-from tasks.errors import DeviceLostError
+from tasks.errors import DecodersLostError, DeviceLostError, EngineLostError
 
 if TYPE_CHECKING:
     from engine import LLM
@@ -60,6 +60,7 @@ class EnginePort(Protocol):
 
         Raises:
             MediaError: it is none.
+            EngineLostError: as `stream`.
         """
 
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
@@ -70,7 +71,7 @@ class EnginePort(Protocol):
         taken, so it is not pulled in the thread that takes them, or only between two.
 
         Raises:
-            DeviceLostError: nothing more will come from this process.
+            EngineLostError: nothing more will come from this process.
         """
 
     def abort(self, names: Collection[str]) -> None:
@@ -134,11 +135,13 @@ class LLMEngine:
         return self._llm.engine.checkpoint.max_model_len
 
     def measure_clip(self, encoded: bytes) -> tuple[float, int]:
-        from media.pool import PoolBrokenError, PoolClosedError
+        from media.pool import PoolClosedError
 
         try:
             return self._llm.engine.measure_clip(encoded)
-        except (PoolBrokenError, PoolClosedError) as error:
+        except DecodersAwayError as error:
+            raise DecodersLostError from error
+        except PoolClosedError as error:
             raise DecoderFailedError from error
 
     def count_tokens(self, text: str) -> int:
@@ -158,10 +161,10 @@ class LLMEngine:
         )
         try:
             for result in self._llm.stream(requests):
-                if result.error is not None and result.error.code == _FAILURE:
-                    self._check_device()
+                if result.error is not None:
+                    self._check(result.error)
                 yield result
-        except (EngineError, DeviceLostError):
+        except (EngineError, EngineLostError):
             raise
         except RuntimeError as error:  # torch's own, from outside any one request's work
             raise DeviceLostError from error
@@ -175,8 +178,14 @@ class LLMEngine:
     def close(self) -> None:
         self._llm.close()
 
+    def _check(self, error: ResultError) -> None:
+        """A request failed: is it the request, or is the engine lost?"""
+        if error.code == DecodersAwayError.code:
+            raise DecodersLostError
+        if error.code == _FAILURE:
+            self._check_device()
+
     def _check_device(self) -> None:
-        """A request failed inside the engine: is it the request, or is the device gone?"""
         import torch
 
         if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

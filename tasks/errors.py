@@ -77,8 +77,20 @@ class BadLineError(TaskError, ValueError):
 # What ends a worker
 
 
-class DeviceLostError(TaskError):
+class EngineLostError(TaskError):
+    """Nothing more comes from this process's engine. The process must end; another one goes on."""
+
+    code: ClassVar[str] = "engine_lost"
+    retryable: ClassVar[bool] = True
+
+
+class DeviceLostError(EngineLostError):
     """The device that the engine runs on is gone. The process must end; another one goes on."""
 
     code: ClassVar[str] = "device_lost"
-    retryable: ClassVar[bool] = True
+
+
+class DecodersLostError(EngineLostError):
+    """No decoder process starts on this machine any more. The process must end; another one goes on."""
+
+    code: ClassVar[str] = "decoders_lost"

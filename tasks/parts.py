@@ -20,7 +20,6 @@ from engine.request import Result
 from storage.items import Fence
 from storage.parts import Answer
 from tasks.engines import Prompt
-from tasks.errors import DeviceLostError
 from tasks.pieces import Piece, Split
 from tasks.retry import Act, Verdict, judge
 from tasks.summary import Note, Rounds, Stitcher
@@ -138,10 +137,6 @@ class Assembly:
     # --- by the thread that takes its results --------------------------------------------------------
 
     def take(self, result: Result) -> Move:
-        """
-        Raises:
-            DeviceLostError: the error says so.
-        """
         with self._lock:
             piece = self._waiting.pop(result.request_id)
             if piece is not None:
@@ -169,8 +164,6 @@ class Assembly:
             )
         else:
             verdict = judge(result.error)
-            if verdict.act is Act.EXIT:
-                raise DeviceLostError
             is_final = verdict.act is Act.FAIL or (verdict.act is Act.RETRY and self._is_last_try)
             if not is_final:
                 self._trouble = self._trouble or verdict

@@ -54,7 +54,7 @@ from tasks.bodies import (
 from tasks.budget import LARGE_BYTES, Hold
 from tasks.config import MediaLimits
 from tasks.engines import Prompt
-from tasks.errors import BadLineError
+from tasks.errors import BadLineError, EngineLostError
 from tasks.manifest import read_bodies
 from tasks.pieces import (
     ClipRule,
@@ -305,7 +305,7 @@ class Preparer:
             return draft.build(fetched, self.measure)
         except CancelledError:  # fetching was closed
             raise
-        except (MediaError, StorageError) as error:
+        except (MediaError, StorageError, EngineLostError) as error:
             return Refused(draft.item, error, draft.media)
         except Exception as error:
             # The edge of a thread: what goes wrong over one item must not cost its neighbours a try.

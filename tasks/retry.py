@@ -3,7 +3,7 @@ What an error means for its item: the one table. Try again, fail it, give it bac
 
 A client's fault fails the item at once, with a stable code: the same bytes fail again tomorrow. What
 may pass is tried again with a delay, a few times. What was no fault of the item's is given back
-without a charge. What took the device away ends the process.
+without a charge. What took the engine away ends the process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from engine.errors import EngineError, ResultError
 from media.errors import FetchFailedError, HostPausedError, MediaError
 from storage.errors import BlobMissingError, NotFoundError, StorageError
 from storage.items import Failure, Fence
-from tasks.errors import BadLineError, DeviceLostError
+from tasks.errors import BadLineError, EngineLostError
 from tasks.prefetch import StoreAwayError
 
 INTERNAL: Final = "internal_error"
@@ -70,7 +70,7 @@ def judge(error: Exception | ResultError) -> Verdict:
             return Verdict(Act.FAIL, "file_not_found", "There is no uploaded file with this id.")
         case BlobMissingError():
             return Verdict(Act.FAIL, "input_file_missing", "The content of a file is gone.")
-        case DeviceLostError():
+        case EngineLostError():
             return Verdict(Act.EXIT, error.code, INTERNAL_TEXT)
         case StorageError(retryable=True):
             return Verdict(Act.RELEASE, error.code, INTERNAL_TEXT)

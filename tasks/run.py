@@ -31,7 +31,7 @@ from tasks.budget import Budget, Hold
 from tasks.config import Config
 from tasks.dispatch import Dispatcher
 from tasks.engines import EnginePort, Prompt
-from tasks.errors import DeviceLostError
+from tasks.errors import DeviceLostError, EngineLostError
 from tasks.expand import JobOptions
 from tasks.parts import CUT_SHORT, Assembly, Move, Whole
 from tasks.prefetch import Preparer, Ready, Refused, Terms
@@ -193,7 +193,7 @@ class Runner:
 
     Args:
         worker: this process's name in the rows it leases.
-        on_device_lost: called once the leases are given back; does not return in a real worker.
+        on_engine_lost: called once the leases are given back; does not return in a real worker.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class Runner:
         preparer: Preparer,
         *,
         worker: str,
-        on_device_lost: Callable[[], None] = lambda: None,
+        on_engine_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.is_draining = threading.Event()
         self.num_completed = 0
@@ -218,8 +218,8 @@ class Runner:
         self._preparer = preparer
         self._model = preparer.model
         self.worker = worker
-        self._on_device_lost = on_device_lost
-        self._device_lost = threading.Lock()
+        self._on_engine_lost = on_engine_lost
+        self._engine_lost = threading.Lock()
         self._gate = Gate()
         self._budget = Budget(config.max_media_bytes)
         self._lock = threading.Lock()
@@ -386,8 +386,8 @@ class Runner:
             self._committer.hurry()
             while not flight.wait_until_settled(1.0):
                 self._committer.hurry()
-        except DeviceLostError:
-            self._give_up_device()
+        except EngineLostError as error:
+            self._give_up_engine(error)
         finally:
             with self._lock:
                 del self._flights[chunk.lease]
@@ -435,7 +435,7 @@ class Runner:
                     self._take_result(flight, ready, result, hold)
                 if not flight.open:  # all lost, released or done: abort what the engine still has
                     break
-        except DeviceLostError:
+        except EngineLostError:
             raise
         except StorageError as error:  # the manifest could not be read
             logger.warning("chunk_unreadable", error=error.code)
@@ -500,7 +500,10 @@ class Runner:
         fence = refused.item.fence
         hold.release(fence.item)
         flight.note_answer(fence.item)
-        self._settle(flight, fence, replace(judge(refused.error), media=refused.media))
+        verdict = judge(refused.error)
+        if verdict.act is Act.EXIT:
+            raise refused.error
+        self._settle(flight, fence, replace(verdict, media=refused.media))
 
     # --- items that are asked in parts ---------------------------------------------------------------
 
@@ -602,8 +605,6 @@ class Runner:
     def _settle(
         self, flight: Flight, fence: Fence, verdict: Verdict, *, wait_s: float = STORE_WAIT_S
     ) -> None:
-        if verdict.act is Act.EXIT:
-            raise DeviceLostError
         if verdict.act is Act.RELEASE:
             flight.settle([fence.item])
             self.release([fence], wait_s=max(wait_s, verdict.retry_after_s))
@@ -693,9 +694,9 @@ class Runner:
         with self._lock:
             return list(self._flights.values())
 
-    def _give_up_device(self) -> None:
-        """What was in the device is suspect, each to be run alone; the rest is innocent."""
-        if not self._device_lost.acquire(blocking=False):
+    def _give_up_engine(self, error: EngineLostError) -> None:
+        """What was in a lost device is suspect, each to be run alone; all else is innocent."""
+        if not self._engine_lost.acquire(blocking=False):
             return  # another chunk's thread is at it
         self.is_draining.set()
         self._committer.flush()
@@ -703,18 +704,18 @@ class Runner:
         innocent: list[Fence] = []
         for flight in self._all_flights():
             for fence in flight.take_rest():
-                was_inside = fence.item in flight.running
-                (suspects if was_inside else innocent).append(fence)
+                is_suspect = isinstance(error, DeviceLostError) and fence.item in flight.running
+                (suspects if is_suspect else innocent).append(fence)
         self.release(innocent)
         try:
             with self._stores.database.write() as session:
                 items.report_crash(session, sorted(suspects, key=lambda fence: fence.item))
-        except StorageError as error:
-            logger.warning("crash_not_reported", error=error.code)  # their leases end by themselves
+        except StorageError as away:
+            logger.warning("crash_not_reported", error=away.code)  # their leases end by themselves
         else:
             self.give_back(GIVE_BACK_S)
-        logger.error("device_lost", num_suspects=len(suspects))
-        self._on_device_lost()
+        logger.error(error.code, reason=str(error), num_suspects=len(suspects))
+        self._on_engine_lost()
 
     # --- the heart -------------------------------------------------------------------------------------
 
@@ -741,7 +742,7 @@ class Runner:
             self._progress, self._progress_at = progress, now
         elif now - self._progress_at > self._config.stall_s:
             logger.error("engine_stalled", stall_s=self._config.stall_s)
-            self._give_up_device()
+            self._give_up_engine(DeviceLostError())
 
     def beat(self) -> None:
         """Renew the leases of all chunks in flight, and let go of items that were lost."""

@@ -92,7 +92,7 @@ class ExitCode(IntEnum):
     """Why a worker ended; a supervisor restarts it after any but the first."""
 
     DRAINED = 0
-    DEVICE_LOST = 70
+    ENGINE_LOST = 70
     DEADLINE = 75
 
 
@@ -142,7 +142,7 @@ def run_gpu_worker(
                 engine.measure_clip,
             ),
             worker=name_worker(),
-            on_device_lost=lambda: os._exit(ExitCode.DEVICE_LOST),
+            on_engine_lost=lambda: os._exit(ExitCode.ENGINE_LOST),
         )
         app.conf.task_queues = [build_queue(name_gpu_queue(model))]
         _add_permit_task(app, runner)

@@ -20,7 +20,7 @@ import numpy as np
 from media import confine
 from media.child import Birth, Server, decode, serve
 from media.decoded import Header, RGBImage
-from media.errors import ImageUnreadableError
+from media.errors import DecodersAwayError, ImageUnreadableError
 from media.wire import Message
 from tests.media.files import Pixels
 
@@ -45,6 +45,8 @@ def main(birth: Birth) -> None:
                 server.ask(Header(-8, 8))
             case b"LARGE":
                 server.ask(Header(1 << 20, 1 << 20))
+            case b"AWAY.":
+                raise DecodersAwayError
             case b"RAISE":
                 raise RuntimeError("a bug")
             case b"TRIES":

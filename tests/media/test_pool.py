@@ -12,16 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from media import pool as pool_module
 from media.decoded import Fit, Header
 from media.errors import (
     DecodeMemoryError,
     DecoderFailedError,
+    DecodersAwayError,
     DecodeTimeoutError,
     ImageTooLargeError,
     ImageUnreadableError,
@@ -29,11 +32,12 @@ from media.errors import (
 )
 from media.images import decode_image
 from media.limits import IMAGE_LIMITS, ImageLimits
-from media.pool import DecoderPool, PoolBrokenError, PoolClosedError
+from media.pool import DecoderPool, PoolClosedError
 from tests.media.bad_child import OPENING
 from tests.media.files import animation, encode, exif, picture, png, png_chunk
 
 BAD_CHILD = "tests.media.bad_child:main"
+NEVER_READY = "tests.media.bad_child:never_ready"
 NUM_ITEMS = int(os.environ.get("DARKROOM_TEST_POOL_ITEMS", "200"))  # one in ten is bad
 
 WITH_TIFF = ImageLimits(formats=(*IMAGE_LIMITS.formats, "TIFF"))
@@ -341,9 +345,113 @@ def test_process_has_nothing_open_but_its_pipes_and_its_arena(pool: DecoderPool)
         )
 
 
-def test_processes_that_never_start_are_told_at_once() -> None:
-    with pytest.raises(PoolBrokenError, match="threads"):
-        DecoderPool(1, entry="tests.media.bad_child:never_ready")
+def test_processes_that_never_started_are_told_at_once() -> None:
+    with pytest.raises(DecodersAwayError, match="threads"):
+        DecoderPool(1, entry=NEVER_READY)
+
+
+@pytest.fixture
+def empty_pool() -> Iterator[DecoderPool]:
+    """It had a process, and none starts any more."""
+    with DecoderPool(1, entry=BAD_CHILD) as pool:
+        pool._entry = NEVER_READY
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: pool._num_starts_failed, 10)
+        yield pool
+
+
+def test_file_waits_while_no_process_starts(empty_pool: DecoderPool) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(empty_pool.decode_image, FILES["JPEG"])
+        wait_until(lambda: empty_pool._num_starts_failed > pool_module.MAX_STARTS_FAILED, 30)
+        assert not waiting.done()
+
+        empty_pool._entry = BAD_CHILD
+
+        assert waiting.result(30).pixels().any()
+    assert 0 == empty_pool._num_starts_failed
+
+
+def test_file_waits_for_a_bounded_time(
+    empty_pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "GIVE_UP_S", 1.0)
+
+    with pytest.raises(DecodersAwayError):
+        empty_pool.decode_image(FILES["JPEG"])
+
+    empty_pool._entry = BAD_CHILD
+    wait_until(lambda: empty_pool._idle, 30)
+    assert empty_pool.decode_image(FILES["JPEG"]).pixels().any()
+
+
+def test_each_start_that_fails_makes_the_next_pause_longer(empty_pool: DecoderPool) -> None:
+    pauses_s = []
+    for _ in range(20):
+        empty_pool._next_start = 0.0
+        empty_pool._note_failed_start()
+        pauses_s.append(round(empty_pool._next_start - time.monotonic()))
+
+    assert sorted(pauses_s) == pauses_s
+    assert pool_module.MAX_RETRY_START_S == pauses_s[-1]
+
+
+def test_process_that_works_is_waited_for_though_no_other_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "GIVE_UP_S", 0.0)
+    with (
+        DecoderPool(2, image_limit_s=20.0, entry=BAD_CHILD) as pool,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        wait_until(lambda: len(pool._idle) == 2, 30)
+        pool._entry = NEVER_READY
+        hanging = threads.submit(pool.decode_image, b"HANG.")
+        wait_until(lambda: len(pool._idle) == 1)
+        os.kill(pool._idle[0].process.pid, signal.SIGKILL)
+        wait_until(lambda: pool._num_starts_failed, 10)
+
+        waiting = threads.submit(pool.decode_image, FILES["JPEG"])
+        time.sleep(2 * pool_module.LOOK_S)
+
+        assert not waiting.done()
+        pool.close()
+        assert isinstance(hanging.exception(5), PoolClosedError | DecoderFailedError)
+        assert isinstance(waiting.exception(5), PoolClosedError)
+
+
+def list_open_files() -> set[str]:
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+@linux
+@pytest.mark.parametrize("broken", ["os.pipe", "threading.Thread.start", "subprocess.Popen"])
+def test_start_that_the_system_refuses_is_tried_again_and_leaves_nothing_open(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError if "Thread" in broken else OSError(errno.EMFILE, "none left")
+
+    with DecoderPool(1) as pool:
+        wait_until(lambda: len(pool._idle) == 1, 30)
+        before = list_open_files()
+        with monkeypatch.context() as patched:
+            patched.setattr(broken, refuse)
+            with suppress(OSError, RuntimeError):
+                pool._start()
+            assert before == list_open_files()
+            for pid in pool.pids:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: pool._num_starts_failed, 30)
+
+        assert pool.decode_image(FILES["JPEG"]).pixels().any()
+
+
+def test_process_cannot_say_that_trying_again_helps(bad_pool: DecoderPool) -> None:
+    with pytest.raises(DecoderFailedError):
+        bad_pool.decode_image(b"AWAY.")
 
 
 def test_process_killed_over_a_file_leaves_it_to_another(bad_pool: DecoderPool) -> None:
@@ -360,13 +468,22 @@ def test_process_killed_over_a_file_leaves_it_to_another(bad_pool: DecoderPool) 
     wait_until(lambda: len(bad_pool.pids - before) == 2)
 
 
+def test_processes_that_were_killed_while_idle_cost_no_file() -> None:
+    with DecoderPool(4) as pool:
+        wait_until(lambda: len(pool._idle) == 4, 30)
+        for child in list(pool._idle):
+            child.process.send_signal(signal.SIGKILL)
+            os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)
+
+        assert pool.decode_image(FILES["JPEG"]).pixels().any()
+
+
 # --- the end -----------------------------------------------------------------------------------------
 
 
 @linux
 def test_closing_leaves_no_process_and_no_descriptor() -> None:
-    gc.collect()
-    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    before = list_open_files()
     for _ in range(2):
         pool = DecoderPool(2)
         pool.decode_image(FILES["JPEG"])
@@ -376,8 +493,7 @@ def test_closing_leaves_no_process_and_no_descriptor() -> None:
         pool.close()
 
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    gc.collect()
-    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert before == list_open_files()
     with pytest.raises(PoolClosedError):
         pool.decode_image(FILES["JPEG"])
 

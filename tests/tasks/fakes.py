@@ -22,7 +22,7 @@ from tasks.app import TaskName
 from tasks.config import Config, MediaLimits
 from tasks.dispatch import Dispatcher
 from tasks.engines import Prompt
-from tasks.errors import DeviceLostError
+from tasks.errors import DecodersLostError, DeviceLostError
 from tasks.pieces import count_listed_frames
 
 MODEL = "darkroom-tiny"
@@ -98,6 +98,8 @@ class InstantEngine(instant.InstantEngine):
                 os.kill(os.getpid(), signal.SIGKILL)
             if "lose the device" in text:
                 raise DeviceLostError
+            if "lose the decoders" in text:
+                raise DecodersLostError
             if "bad picture" in text:
                 refused = MediaRefused("The image is damaged.", code="image_unreadable")
                 yield Result.failed(prompt.name, refused)

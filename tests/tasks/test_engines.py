@@ -1,6 +1,8 @@
 """A worker's engine starts with what it needs, decodes where it is told to, and its ends are judged."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from contextlib import closing
@@ -9,14 +11,20 @@ from pathlib import Path
 import pytest
 
 from bench.phi3_v import write_phi3_v
+from cli.errors import CannotStartError, ExitCode
+from cli.service import reported
 from engine.config import BUNDLED_FOLDER
 from engine.errors import BadConfig, ResultError
 from engine.inputs import refused
+from engine.request import SamplingParams
+from media import pool
 from media.decoder import Threads
 from media.errors import DecodeMemoryError, DecoderFailedError, DecodeTimeoutError, MediaError
 from media.pool import DecoderPool, count_cores
-from tasks.engines import EngineOptions, load_engine
+from tasks.engines import EngineOptions, Prompt, load_engine
+from tasks.errors import DecodersLostError
 from tasks.retry import Act, judge
+from tests.tasks.fakes import RED_DOT
 
 needs_model = pytest.mark.skipif(
     not (BUNDLED_FOLDER / "model.safetensors").is_file(), reason="`make train` makes the model"
@@ -59,6 +67,44 @@ def test_ends_of_decoders_are_judged_by_whose_fault_they_may_be(
 
     assert act is judge(told).act
     assert error.code == judge(told).code
+
+
+@needs_model
+def test_worker_whose_decoders_do_not_start_any_more_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "GIVE_UP_S", 0.0)
+    options = EngineOptions("darkroom-tiny", device="cpu", num_media_processes=1)
+    picture = {"type": "image_url", "image_url": {"url": RED_DOT}}
+    messages = [{"role": "user", "content": [picture]}]
+    prompt = Prompt("a", messages, SamplingParams(max_tokens=1))
+    with closing(load_engine(options)) as engine:
+        decoder = engine._llm.engine._decoder
+        assert isinstance(decoder, DecoderPool)
+        assert [None] == [result.error for result in engine.stream([prompt])]
+
+        decoder._entry = "tests.media.bad_child:never_ready"
+        for pid in decoder.pids:
+            os.kill(pid, signal.SIGKILL)
+
+        with pytest.raises(DecodersLostError):
+            list(engine.stream([prompt]))
+        with pytest.raises(DecodersLostError):
+            engine.measure_clip(b"clip")
+
+
+@needs_model
+def test_worker_whose_decoders_do_not_start_yet_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    defaults = pool.DecoderPool.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "entry", "tests.media.bad_child:never_ready")
+
+    with pytest.raises(CannotStartError, match="num_media_processes=1") as caught, reported():
+        load_engine(EngineOptions("darkroom-tiny", device="cpu", num_media_processes=1))
+
+    assert ExitCode.UNREACHABLE is caught.value.code
 
 
 def test_model_that_cannot_hold_a_conversation_is_refused_before_it_is_loaded(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from engine.errors import MediaRefused
 from engine.request import ImageUsed, Result, Stamp
@@ -39,6 +40,7 @@ from tasks import prefetch, run, worker
 from tasks.app import TaskName
 from tasks.config import Config, MediaLimits
 from tasks.engines import Prompt
+from tasks.errors import DecodersLostError
 from tasks.expand import expand
 from tasks.finish import finish
 from tasks.lines import build_line
@@ -485,7 +487,7 @@ def test_engine_that_finishes_nothing_is_given_up_and_what_it_had_runs_alone(rig
     def hang(text: str) -> None:
         assert text == "text 0" or door.wait(60)
 
-    with rig.runner(InstantEngine(on_prompt=hang), on_device_lost=given_up.set) as runner:
+    with rig.runner(InstantEngine(on_prompt=hang), on_engine_lost=given_up.set) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
         assert given_up.wait(60)
@@ -775,7 +777,7 @@ def test_lost_device_makes_suspects_that_run_alone(rig: Rig) -> None:
     exits: list[int] = []
 
     for _ in range(12):
-        with rig.runner(InstantEngine(), on_device_lost=lambda: exits.append(1)) as runner:
+        with rig.runner(InstantEngine(), on_engine_lost=lambda: exits.append(1)) as runner:
             while runner.run_chunk():
                 pass
         let_backoff_end(rig.stores.database)
@@ -783,6 +785,38 @@ def test_lost_device_makes_suspects_that_run_alone(rig: Rig) -> None:
     assert {ItemState.COMPLETED: 3, ItemState.FAILED: 1} == rig.count(job)
     assert "worker_crash" == rig.ended(job)[1].error_code
     assert 3 == len(exits)
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_lost_decoders_end_the_worker_and_cost_no_item_anything(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, is_measured: bool
+) -> None:
+    clip = {"type": "video_url", "video_url": {"url": "http://host/clip"}, "segments": {"count": 2}}
+    content = [clip] if is_measured else "lose the decoders"
+    unlucky = build_request("x", messages=[{"role": "user", "content": content}])
+    job = rig.make(build_request("a"), unlucky, build_request("b"))
+    engine, ends = InstantEngine(), []
+
+    def measure(encoded: bytes) -> tuple[float, int]:
+        raise DecodersLostError
+
+    monkeypatch.setattr(engine, "measure_clip", measure)
+    words: dict[str, Any] = {
+        "fetch": lambda *_: b"clip",
+        "on_engine_lost": lambda: ends.append(rig.count(job)),
+    }
+
+    with capture_logs() as logs, rig.runner(engine, **words) as runner:
+        while runner.run_chunk():
+            pass
+
+    assert [ItemState.LEASED not in counts for counts in ends] == [True]
+    assert ["decoders_lost"] == [log["event"] for log in logs if log["log_level"] == "error"]
+    with rig.stores.database.write() as session:
+        free = items.lease(session, model=MODEL, worker="another", max_items=9)
+    assert free is not None
+    assert not free.is_alone
+    assert {0} == {item.charged for item in free.items}
 
 
 def test_nothing_is_leased_while_a_suspect_runs_alone(rig: Rig) -> None:
