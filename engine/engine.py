@@ -169,7 +169,7 @@ class Engine:
         # Batches in the air, the oldest first. On a CPU nothing flies: a call is its own result.
         self._flights: deque[_Flight] = deque()
         self._max_flights = GPU_FLIGHTS if is_cuda else 0
-        self._last_landed = 0.0  # perf_counter
+        self._last_landed = self._last_collected = 0.0  # perf_counter
         self._num_ahead = 2 * self.max_num_seqs if is_cuda else NUM_PREPARED_AHEAD
         self._max_tokens_ahead = NUM_PREFILLS_AHEAD * max_prefill_tokens
         self._prepared_bytes = 0
@@ -365,9 +365,9 @@ class Engine:
         self.abort(t.number for t in tickets if t.request.request_id in request_ids)
 
     @property
-    def landed_at_s(self) -> float:
-        """When a batch last came back from the device, by `time.perf_counter`."""
-        return self._last_landed
+    def progress_at_s(self) -> float:
+        """When a batch last came back from the device or a request from the media threads, by `perf_counter`."""
+        return max(self._last_landed, self._last_collected)
 
     def _sweep(self) -> None:
         """Drop what was aborted and, after `close`, all the rest; nothing where another holds the engine."""
@@ -450,6 +450,8 @@ class Engine:
                     ready.append((ticket, future))
         was_idle = not self._scheduler.has_work
         now = time.perf_counter()
+        if ready:
+            self._last_collected = now
         if ready and was_idle:
             self._ready_since = now
             first = min(ticket.arrived for ticket, _ in ready)

@@ -131,7 +131,7 @@ class Config(BaseSettings):
         image_formats: TIFF, HEIC or both, which are not read otherwise.
         draft_jpegs: whether large JPEGs may be decoded at a fraction of their size: see `LLM`.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
-        stall_s: after which an engine that has prompts and finishes no step is taken for dead.
+        stall_s: after which an engine that has prompts and gets on with none is taken for dead.
         lease_s, heartbeat_s: how long a claim lasts, and how often it is renewed.
         start_wait_s: how long a process that starts waits for a given broker to answer.
         drain_s: how long a worker that is told to stop goes on with what it has begun.

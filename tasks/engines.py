@@ -78,7 +78,7 @@ class EnginePort(Protocol):
         """Drop prompts of any stream, if they are still there; nobody waits for their results."""
 
     def read_progress(self) -> float:
-        """A number that is another one whenever the device has finished something."""
+        """A number that is another one whenever a prompt got on, in the device or on the way to it."""
 
     def close(self) -> None: ...
 
@@ -173,7 +173,7 @@ class LLMEngine:
         self._llm.engine.abort_named(names)
 
     def read_progress(self) -> float:
-        return self._llm.engine.landed_at_s
+        return self._llm.engine.progress_at_s
 
     def close(self) -> None:
         self._llm.close()

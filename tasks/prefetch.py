@@ -35,7 +35,7 @@ from media.segments import Cut
 from storage import files, jobs, tenants
 from storage.errors import BlobMissingError, StorageError
 from storage.ids import FileId, JobId, TenantId
-from storage.items import LeasedItem
+from storage.items import Fence, LeasedItem
 from storage.tables import File
 from storage.tenants import Caps
 from tasks.bodies import (
@@ -136,6 +136,10 @@ class Ready:
     num_images_used: int
     media: Sequence[Mapping[str, Any]]
     split: Split | None = None
+
+    @property
+    def fence(self) -> Fence:
+        return self.item.fence
 
 
 @dataclass(frozen=True, slots=True)

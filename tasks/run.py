@@ -79,8 +79,8 @@ class Flight:
     terms: Mapping[JobId, Terms]
     handed: set[ItemId] = field(default_factory=set)
     """Given to the engine, or on the way to it."""
-    running: set[ItemId] = field(default_factory=set)
-    """Given to the engine, which has not answered."""
+    asked: dict[str, Ready | Assembly] = field(default_factory=dict)
+    """What the engine has and has not answered, by the names of its prompts."""
     told: set[ItemId] = field(default_factory=set)
     """Of those handed, the ones whose end is known: it is committed, or will be."""
     assemblies: dict[ItemId, Assembly] = field(default_factory=dict)
@@ -97,15 +97,15 @@ class Flight:
             if self.is_closed or item.fence.item not in self.open:
                 return False
             self.handed.add(item.fence.item)
-            self.running.add(item.fence.item)
             return True
-
-    def note_answer(self, item: ItemId) -> None:
-        with self.changed:
-            self.running.discard(item)
 
     def has(self, fence: Fence) -> bool:
         return fence.item in self.open
+
+    def list_asked(self) -> set[ItemId]:
+        """Items of ours that the engine has at work: not those that wait for a host, or for room."""
+        asked = list(self.asked.values())  # other threads add to it and take from it
+        return {one.fence.item for one in asked if one.fence.item in self.open}
 
     def list_names(self, fence: Fence) -> tuple[str, ...]:
         """The prompts of an item that the engine may hold."""
@@ -116,7 +116,6 @@ class Flight:
         """Let go of those of `held` that are not `ours` any more; returns what was still open."""
         with self.changed:
             lost = [self.open[item] for item in held if item not in ours and item in self.open]
-            self.running.difference_update(fence.item for fence in lost)
             self.settle_locked(lost)
             return lost
 
@@ -420,15 +419,14 @@ class Runner:
 
     def _run(self, chunk: Chunk, flight: Flight, on_wait: Callable[[], bool]) -> None:
         started = time.perf_counter()
-        asked: dict[str, Ready | Assembly] = {}
         fences = dict(flight.open)
         hold = Hold(self._budget)
         wait_s = 0.0
         silence: Verdict | None = None  # the end of what was handed out and never came back
-        stream = self._engine.stream(self._feed(chunk, flight, asked, hold, on_wait))
+        stream = self._engine.stream(self._feed(chunk, flight, hold, on_wait))
         try:
             for result in stream:
-                ready = asked.pop(result.request_id)
+                ready = flight.asked.pop(result.request_id)
                 if isinstance(ready, Assembly):
                     self._follow(flight, ready, ready.take(result), hold)
                 else:
@@ -451,7 +449,7 @@ class Runner:
             close = getattr(stream, "close", None)
             if close is not None:
                 close()
-        flight.running.clear()  # the engine has nothing of it any more
+        flight.asked.clear()  # the engine has nothing of it any more
         # Not begun, because the worker drains or the manifest could not be read.
         self.release(flight.close(), wait_s=wait_s)
         if silence is not None:
@@ -467,7 +465,6 @@ class Runner:
     def _take_result(self, flight: Flight, ready: Ready, result: Result, hold: Hold) -> None:
         fence = ready.item.fence
         hold.release(fence.item)
-        flight.note_answer(fence.item)
         if result.error is not None:
             self._settle(flight, fence, replace(judge(result.error), media=ready.media))
         else:
@@ -477,7 +474,6 @@ class Runner:
         self,
         chunk: Chunk,
         flight: Flight,
-        asked: dict[str, Ready | Assembly],
         hold: Hold,
         on_wait: Callable[[], bool],
     ) -> Iterator[Prompt]:
@@ -488,18 +484,17 @@ class Runner:
             if isinstance(found, Refused):
                 self._refuse(flight, found, hold)
             elif found.split is None:
-                asked[found.prompt.name] = found
+                flight.asked[found.prompt.name] = found
                 yield found.prompt
             else:
-                yield from self._ask_parts(flight, found, asked, hold)
+                yield from self._ask_parts(flight, found, hold)
             del found  # its media may be let go before the next one comes
-            yield from self._ask_summaries(flight, asked, hold, waits=False)
-        yield from self._ask_summaries(flight, asked, hold, waits=True)
+            yield from self._ask_summaries(flight, hold, waits=False)
+        yield from self._ask_summaries(flight, hold, waits=True)
 
     def _refuse(self, flight: Flight, refused: Refused, hold: Hold) -> None:
         fence = refused.item.fence
         hold.release(fence.item)
-        flight.note_answer(fence.item)
         verdict = judge(refused.error)
         if verdict.act is Act.EXIT:
             raise refused.error
@@ -507,9 +502,7 @@ class Runner:
 
     # --- items that are asked in parts ---------------------------------------------------------------
 
-    def _ask_parts(
-        self, flight: Flight, ready: Ready, asked: dict[str, Ready | Assembly], hold: Hold
-    ) -> Iterator[Prompt]:
+    def _ask_parts(self, flight: Flight, ready: Ready, hold: Hold) -> Iterator[Prompt]:
         """The prompts of the parts that no earlier lease has answered."""
         assert ready.split is not None, "the caller looked"
         fence = ready.item.fence
@@ -521,7 +514,6 @@ class Runner:
             return
         if done is None:  # the lease is lost, and the heart will notice
             hold.release(fence.item)
-            flight.note_answer(fence.item)
             flight.settle([fence.item])
             return
         stitcher = build_stitcher(
@@ -548,13 +540,11 @@ class Runner:
             if prompt is None:
                 self._follow(flight, assembly, assembly.go_on(), hold)
                 return
-            asked[prompt.name] = assembly
+            flight.asked[prompt.name] = assembly
             yield prompt
         self._follow(flight, assembly, assembly.cut_short(), hold)
 
-    def _ask_summaries(
-        self, flight: Flight, asked: dict[str, Ready | Assembly], hold: Hold, *, waits: bool
-    ) -> Iterator[Prompt]:
+    def _ask_summaries(self, flight: Flight, hold: Hold, *, waits: bool) -> Iterator[Prompt]:
         """
         Those that can be asked by now.
 
@@ -572,7 +562,7 @@ class Runner:
                 continue
             if found is not None and flight.has(found[0].fence):
                 assembly, prompt = found
-                asked[prompt.name] = assembly
+                flight.asked[prompt.name] = assembly
                 yield prompt
 
     def _follow(self, flight: Flight, assembly: Assembly, move: Move, hold: Hold) -> None:
@@ -590,7 +580,6 @@ class Runner:
         if move.end is None:
             return
         hold.release(fence.item)
-        flight.note_answer(fence.item)
         flight.assemblies.pop(fence.item, None)
         flight.summaries.put(None)
         if isinstance(move.end, Whole):
@@ -703,9 +692,9 @@ class Runner:
         suspects: list[Fence] = []
         innocent: list[Fence] = []
         for flight in self._all_flights():
+            inside = flight.list_asked() if isinstance(error, DeviceLostError) else ()
             for fence in flight.take_rest():
-                is_suspect = isinstance(error, DeviceLostError) and fence.item in flight.running
-                (suspects if is_suspect else innocent).append(fence)
+                (suspects if fence.item in inside else innocent).append(fence)
         self.release(innocent)
         try:
             with self._stores.database.write() as session:
@@ -734,10 +723,10 @@ class Runner:
         """
         Take an engine that has prompts and finishes nothing for one whose device is gone.
 
-        A thread that hangs inside a driver cannot be ended: the process must, and is started again.
+        What waits for its turn, for room or for a host is none of the engine's prompts yet. A thread that hangs inside a driver cannot be ended: the process must, and is started again.
         """
         progress, now = self._engine.read_progress(), time.monotonic()
-        is_busy = any(flight.running for flight in self._all_flights())
+        is_busy = any(flight.list_asked() for flight in self._all_flights())
         if not is_busy or progress != self._progress:
             self._progress, self._progress_at = progress, now
         elif now - self._progress_at > self._config.stall_s:

@@ -187,7 +187,7 @@ def test_one_request_of_a_stream_is_dropped_by_its_id_from_another_thread(llm: L
     requests.append(Request(prompt="a", request_id="2.1", params=GREEDY))
     stream = llm.stream(requests)
     first = next(stream).request_id
-    before = llm.engine.landed_at_s
+    before = llm.engine.progress_at_s
 
     dropping = threading.Thread(target=llm.engine.abort_named, args=({"1.1", "9.9"},))
     dropping.start()
@@ -195,7 +195,17 @@ def test_one_request_of_a_stream_is_dropped_by_its_id_from_another_thread(llm: L
 
     assert "2.1" == first
     assert ["1.2"] == [result.request_id for result in stream]
-    assert before < llm.engine.landed_at_s
+    assert before < llm.engine.progress_at_s
+
+
+def test_what_the_media_threads_finish_is_progress_too(llm: LLM) -> None:
+    bad = Request(prompt=PICTURE, multi_modal_data={"image": b"no picture"}, params=GREEDY)
+    before = llm.engine.progress_at_s
+
+    (result,) = llm.stream([bad])
+
+    assert result.error is not None
+    assert before < llm.engine.progress_at_s
 
 
 def test_stream_inside_the_loop_of_a_stream(llm: LLM) -> None:

@@ -504,6 +504,45 @@ def test_engine_that_finishes_nothing_is_given_up_and_what_it_had_runs_alone(rig
     assert ([2], True) == ([item.line for item in alone.items], alone.is_alone)
 
 
+def test_items_that_wait_for_a_host_or_for_room_make_no_engine_look_dead(rig: Rig) -> None:
+    rig.config = rig.config.model_copy(
+        update={"stall_s": 0.1, "heartbeat_s": 0.02, "max_media_bytes": 1}
+    )
+    job = rig.make(*(build_request(f"r-{n}", messages=show(f"https://host/{n}")) for n in range(2)))
+    given_up, door = threading.Event(), threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert door.wait(60)
+        return b"late"
+
+    with rig.runner(InstantEngine(), fetch=fetch, on_engine_lost=given_up.set) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        assert not given_up.wait(1.0)
+        door.set()
+        thread.join()
+
+    assert {ItemState.COMPLETED: 2} == rig.count(job)
+
+
+def test_item_that_waited_for_a_host_is_no_suspect_when_the_device_is_lost(rig: Rig) -> None:
+    waiting = build_request("waiting", messages=show("https://host/a"))
+    rig.make(waiting, build_request("unlucky", "lose the device"))
+    door = threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert door.wait(60)
+        return b"late"
+
+    with rig.runner(InstantEngine(), fetch=fetch, on_engine_lost=door.set) as runner:
+        runner.run_chunk()
+
+    with rig.stores.database.read() as session:
+        found = {item.custom_id: item for item in session.scalars(select(Item))}
+    assert {"waiting": False, "unlucky": True} == {n: i.is_suspect for n, i in found.items()}
+    assert {"waiting": 0, "unlucky": 1} == {n: i.num_crashes for n, i in found.items()}
+
+
 def test_commit_that_fails_half_way_repeats_the_other_half_only(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
