@@ -157,6 +157,12 @@ class TooManySegmentsError(MediaError):
     code: ClassVar[str] = "too_many_segments"
 
 
+class MediaChangedError(MediaError):
+    """Failed to fetch media from URL: it gives another clip or picture each time, so that its parts never fit together. Give an address whose content stays, or upload the file."""
+
+    code: ClassVar[str] = "media_changed"
+
+
 class BadDataUrlError(MediaError):
     """The data URL cannot be read. Its form is data:image/jpeg;base64,<data> with standard base64."""
 

@@ -54,6 +54,13 @@ class StateConflictError(StorageError):
     fault: ClassVar[Fault] = Fault.CLIENT
 
 
+class PlanChangedError(StorageError):
+    """The item was cut otherwise before, and its parts may not be dropped again."""
+
+    code: ClassVar[str] = "plan_changed"
+    fault: ClassVar[Fault] = Fault.CLIENT
+
+
 # What went wrong between us and the database
 
 

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from storage import items
 from storage.db import insert_or_skip
+from storage.errors import PlanChangedError
 from storage.ids import ItemId
 from storage.items import Fence
 from storage.tables import Part
@@ -54,23 +55,30 @@ class NewPart:
     answer: Answer
 
 
-def begin(session: Session, fence: Fence, plan: bytes) -> list[Answer] | None:
+def begin(
+    session: Session, fence: Fence, plan: bytes, *, may_drop: bool = True
+) -> list[Answer] | None:
     """
     Take up an item where its earlier leases left it.
 
     Parts of any other plan are dropped: the clip behind its address is another one, or the model's
     limits are.
 
+    Args:
+        may_drop: whether the item may begin anew.
+
     Returns:
         What is done of this plan, by number; None where the lease is lost.
+
+    Raises:
+        PlanChangedError: there are parts of another plan, which may not be dropped.
     """
     if not items.lock(session, [fence]):
         return None
-    session.execute(
-        delete(Part)
-        .where(Part.item_id == fence.item, Part.plan != plan)
-        .execution_options(synchronize_session=False)
-    )
+    others = Part.item_id == fence.item, Part.plan != plan
+    if not may_drop and session.scalar(select(Part.number).where(*others).limit(1)) is not None:
+        raise PlanChangedError
+    session.execute(delete(Part).where(*others).execution_options(synchronize_session=False))
     return list_by_item(session, [fence.item]).get(fence.item, [])
 
 

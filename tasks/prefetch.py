@@ -141,6 +141,11 @@ class Ready:
     def fence(self) -> Fence:
         return self.item.fence
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether it holds what came from an address, which may give something else the next time."""
+        return any("fetch_ms" in one for one in self.media)
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:

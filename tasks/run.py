@@ -21,8 +21,9 @@ from typing import Any, Final
 import structlog
 
 from engine.request import CompletionOutput, ImageUsed, Result, SamplingParams
+from media.errors import MediaChangedError
 from storage import items, jobs, parts, served
-from storage.errors import CommitUnknownError, StorageError
+from storage.errors import CommitUnknownError, PlanChangedError, StorageError
 from storage.ids import ItemId, JobId, LeaseId
 from storage.items import Chunk, Completion, Failure, Fence, LeasedItem, Outcome
 from storage.parts import NewPart
@@ -62,6 +63,11 @@ GIVE_BACK_S: Final = 10.0
 15 s after the deadline of the drain."""
 
 GIVE_BACK_RETRY_S: Final = 0.2
+
+MAX_LEASES_ANEW: Final = 5
+"""Leases under which an item may begin anew, because an address gives another clip than before. One
+under which parts were answered counts as no crash, however it ended: they would go on for ever. One that
+is run alone is leased twice for it."""
 
 LOOK_S: Final = 0.5
 """How often a source that waits for parts looks whether anybody still wants them."""
@@ -506,9 +512,13 @@ class Runner:
         """The prompts of the parts that no earlier lease has answered."""
         assert ready.split is not None, "the caller looked"
         fence = ready.item.fence
+        may_begin_anew = fence.attempt <= MAX_LEASES_ANEW or not ready.is_fetched
         try:
             with self._stores.database.write() as session:
-                done = parts.begin(session, fence, ready.split.plan)
+                done = parts.begin(session, fence, ready.split.plan, may_drop=may_begin_anew)
+        except PlanChangedError:
+            self._refuse(flight, Refused(ready.item, MediaChangedError(), ready.media), hold)
+            return
         except StorageError as error:
             self._refuse(flight, Refused(ready.item, error), hold)
             return

@@ -22,6 +22,7 @@ from storage.states import ItemState, JobState
 from storage.tables import Item
 from tasks.config import MediaLimits
 from tasks.engines import Prompt
+from tasks.errors import DeviceLostError
 from tasks.finish import finish
 from tests.media.files import encode, picture
 from tests.storage.rows import let_backoff_end, let_leases_end
@@ -373,6 +374,46 @@ def test_clip_that_is_another_one_by_now_is_looked_at_anew(rig: Rig) -> None:
     assert "whole 29" == ended.text
 
 
+@pytest.mark.parametrize(("loses_device", "times"), [(False, 5), (True, 3)])
+def test_address_that_never_gives_the_same_clip_ends_its_item(
+    rig: Rig, loses_device: bool, times: int
+) -> None:
+    """Else each lease answers some parts, which excuse the crash, and none of them lasts."""
+    job = rig.make(build_item({"count": 3}, url="https://example.org/clip.mp4"))
+    num_fetched = num_lost = 0
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        nonlocal num_fetched
+        num_fetched += 1
+        return build_clip(30, shade=num_fetched)
+
+    def lose(text: str) -> None:
+        nonlocal num_lost
+        if engine.names[-1] != "2":
+            return
+        num_lost += 1
+        runner._committer.flush()
+        if loses_device:
+            raise DeviceLostError
+        let_leases_end(rig.stores.database)
+        with rig.stores.database.write() as session:
+            items.expire_leases(session)
+        runner.beat()
+
+    for _ in range(8):
+        engine = SeeingEngine(on_prompt=lose)
+        with rig.runner(engine, fetch=fetch) as runner:
+            while runner.run_chunk():
+                pass
+        let_backoff_end(rig.stores.database)
+
+    (ended,) = rig.ended(job)
+    assert "media_changed" == ended.error_code
+    assert "another clip or picture each time" in str(ended.error_message)
+    assert times == num_lost
+    assert [1] == [part.number for part in read_parts(rig, ended)]
+
+
 @on_sqlite
 def test_clip_is_fetched_once_a_lease(rig: Rig) -> None:
     job = rig.make(build_item({"seconds": 10}, url="https://example.org/clip.mp4"))
@@ -444,9 +485,9 @@ def test_item_whose_lease_is_gone_before_its_parts_begin_asks_nothing(
     job = rig.make(build_item({"count": 5}, num_frames=9))
     begin = parts.begin
 
-    def lose(session: Any, *args: Any) -> Any:
+    def lose(session: Any, *args: Any, **words: Any) -> Any:
         session.execute(text("UPDATE items SET lease_until = 1.0 WHERE state = 'leased'"))
-        return begin(session, *args)
+        return begin(session, *args, **words)
 
     engine = SeeingEngine()
     with rig.runner(engine) as runner, monkeypatch.context() as patch:
