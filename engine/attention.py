@@ -46,7 +46,8 @@ class TextContext:
         write_rows: (T,), int64: the row that each token's key and value go to.
         starts: first row of each sequence's slab.
         lens: rows in use by each sequence once this call has written.
-        num_queries: tokens of each sequence in this call; they are its last ones.
+        num_queries: tokens of each sequence in this call; they are its last ones. Rows of those before
+            them, of a piece of a prompt, were written by earlier calls.
         device_spans: the same as int32 tensors (query_starts, slab_starts, lens), for the kernels
             that read them on the device; None where the loops below are used. With them, starts,
             lens and num_queries may be empty if the greatest ones are named:
@@ -54,9 +55,9 @@ class TextContext:
         decode_kernel: for calls of one token a sequence; None where `_attend_flash` takes them too.
         extras: (num_layers, T, hidden), what the first layers' results have added, as `find_extra`
             tells the family's hooks; None where no token has any.
-        both_ways: for each sequence of a prefill, in order: where pictures begin and end whose tokens
-            attend to those behind them too. Empty where all tokens look back only; never together
-            with device_spans.
+        both_ways: for each sequence of a prefill, in order: where pictures begin and end, among its
+            tokens of this call, that attend to those behind them too. Empty where all tokens look
+            back only; never together with device_spans.
     """
 
     keys: Sequence[Tensor]
@@ -157,28 +158,31 @@ def attend_text(
         return attend(query, keys, values, context, scaling, sliding_window), None
     if len(context.lens) == query.shape[2]:
         return _attend_decode(query, keys, values, context, scaling, sliding_window), None
-    return _attend_prefill(query, key, value, context, scaling, sliding_window), None
+    return _attend_prefill(query, keys, values, context, scaling, sliding_window), None
 
 
 def _attend_prefill(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
     context: TextContext,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Whole prompts, one after the other; nothing of them was in the rows before."""
+    """Prompts, or pieces of prompts, one after the other."""
     sizes = list(context.num_queries)
     attended = []
-    prompts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
+    queries = torch.split(query, sizes, dim=2)
     spans = context.both_ways or [()] * len(sizes)
-    for (q, k, v), both_ways in zip(prompts, spans, strict=True):
-        # All of them: a whole mask of a long text would be as large as its square.
-        if context.both_ways:
-            attended.append(_attend_both_ways(q, k, v, both_ways, scaling, window))
-            continue
+    for q, start, length, both_ways in zip(
+        queries, context.starts, context.lens, spans, strict=True
+    ):
+        k, v = (rows[start : start + length].transpose(0, 1)[None] for rows in (keys, values))
         size, band = q.shape[2], None
+        # All of them: a whole mask of a long text would be as large as its square.
+        if context.both_ways or size < length:
+            attended.append(_attend_runs(q, k, v, both_ways, scaling, window))
+            continue
         if window is not None and window < size:
             band = torch.ones(size, size, dtype=torch.bool, device=q.device)
             band = band.tril().triu(1 - window)
@@ -190,7 +194,7 @@ def _attend_prefill(
     return torch.cat(attended, dim=2).transpose(1, 2)
 
 
-def _attend_both_ways(
+def _attend_runs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -204,7 +208,8 @@ def _attend_both_ways(
     Also where flash takes all other calls: it cannot mix the two in one.
 
     Args:
-        query: (1, heads, T, dim). key, value: (1, kv_heads, T, dim).
+        query: (1, heads, T, dim), of the last T tokens. key, value: (1, kv_heads, tokens, dim).
+        both_ways: where pictures begin and end among the T.
 
     Returns:
         (1, heads, T, dim).
@@ -213,14 +218,15 @@ def _attend_both_ways(
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     attended = []
+    past = key.shape[2] - query.shape[2]
     for begin, end, is_picture in _cut_runs(query.shape[2], both_ways):
-        first = 0 if window is None else max(0, begin - window + 1)
-        rows = torch.arange(begin, end, device=query.device)[:, None]
-        columns = torch.arange(first, end, device=query.device)
+        first, last = max(0, past + begin - window + 1) if window else 0, past + end
+        rows = torch.arange(past + begin, last, device=query.device)[:, None]
+        columns = torch.arange(first, last, device=query.device)
         is_seen = (columns <= rows) | is_picture
         if window is not None:
             is_seen &= columns > rows - window
-        q, k, v = query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end]
+        q, k, v = query[:, :, begin:end], key[:, :, first:last], value[:, :, first:last]
         attended.append(F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen, scale=scaling))
     return torch.cat(attended, dim=2)
 

@@ -117,16 +117,31 @@ class _Feed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Half:
+    """
+    What of a batch ran in one call: all of it, unless that failed.
+
+    Attributes:
+        chosen_for: those of its sequences for which a token was chosen; of a prompt that is read in
+            pieces, only the last brings one.
+    """
+
+    sequences: list[Sequence]
+    chosen_for: list[Sequence]
+    download: Download
+    sampled: Sampled
+
+
+@dataclass(frozen=True, slots=True)
 class _Flight:
     """
     A batch that was launched and whose tokens have not been read.
 
     Attributes:
-        parts: the batch, in the pieces in which it ran: whose, and what was chosen for them.
         launched: perf_counter.
     """
 
-    parts: list[tuple[list[Sequence], Download, Sampled]]
+    halves: list[_Half]
     is_prefill: bool
     launched: float
 
@@ -486,7 +501,7 @@ class Engine:
             ticket.seed = params.seed
             if ticket.seed is None:  # another draw for each request, the same for the same order
                 ticket.seed = mix_seed(self._config.seed, ticket.number)
-        features: list[Tensor] = []
+        features: dict[int, Tensor] = {}
         for index in range(params.n):
             sequence = Sequence(
                 ticket.number,
@@ -523,7 +538,7 @@ class Engine:
                 self._note_scheduled(sequence, started)
         run = self._prefill if batch.is_prefill else self._decode
         flight = _Flight(self._guarded(run, sequences), batch.is_prefill, started)
-        if flight.parts:
+        if flight.halves:
             self._flights.append(flight)
         # Whose last token was launched needs its rows no more: what is launched into them later runs
         # later. Those behind need not wait until that token has been read.
@@ -560,10 +575,17 @@ class Engine:
                 ticket.feed.num_waiting -= 1
                 self._news.notify_all()
 
-    def _prefill(self, sequences: list[Sequence]) -> Sampled:
-        return self._choose(sequences, self._runner.prefill(sequences))
+    def _prefill(self, sequences: list[Sequence]) -> tuple[list[Sequence], Sampled]:
+        logits = self._runner.prefill(sequences)
+        read = [sequence for sequence in sequences if sequence.is_read]
+        if not read:
+            return read, Sampled(logits.new_empty(0, dtype=torch.int64))
+        return read, self._choose(read, logits)
 
-    def _decode(self, sequences: list[Sequence]) -> Sampled:
+    def _decode(self, sequences: list[Sequence]) -> tuple[list[Sequence], Sampled]:
+        return sequences, self._choose_next(sequences)
+
+    def _choose_next(self, sequences: list[Sequence]) -> Sampled:
         are_plain = all(sequence.is_plain for sequence in sequences)
         replayed = self._runner.replay(sequences, keeps_logits=not are_plain)
         if replayed is None:
@@ -579,16 +601,17 @@ class Engine:
 
     def _guarded(
         self,
-        run: Callable[[list[Sequence]], Sampled],
+        run: Callable[[list[Sequence]], tuple[list[Sequence], Sampled]],
         sequences: list[Sequence],
         *,
         is_again: bool = False,
-    ) -> list[tuple[list[Sequence], Download, Sampled]]:
+    ) -> list[_Half]:
         """
         Launch a batch; where that fails, its halves, down to the one that cannot.
 
         Every call may be repeated: it begins with the same tokens, writes the same rows with the
-        same values, and no sequence counts its token before.
+        same values, and no sequence counts its token before. That of a piece reads the rows of the
+        pieces before it, which it does not write.
         """
         sequences = [s for s in sequences if not s.is_finished]  # one may end with its request
         if not sequences:
@@ -596,7 +619,7 @@ class Engine:
         try:
             if is_again:
                 self._rewind(sequences)
-            sampled = run(sequences)
+            chosen_for, sampled = run(sequences)
             download = Download(sampled.token_ids)
         except Exception:
             # The edge of the device: out of memory, or a request that breaks a kernel. Torch and
@@ -609,9 +632,9 @@ class Engine:
                 return []
             logger.warning("batch_halved num_sequences=%d", len(sequences), exc_info=True)
         else:
-            for sequence in sequences:
+            for sequence in chosen_for:
                 sequence.num_launched += 1
-            return [(sequences, download, sampled)]
+            return [_Half(sequences, chosen_for, download, sampled)]
         while self._flights:  # what they chose is what a step begins with
             self._land(self._flights.popleft())
         if self.checkpoint.device.type == "cuda":
@@ -633,19 +656,22 @@ class Engine:
     def _land(self, flight: _Flight) -> None:
         """Read the tokens of a batch, and hand out what they finish."""
         landed: list[Sequence] = []
-        for sequences, download, sampled in flight.parts:
+        chosen_for: list[Sequence] = []
+        for half in flight.halves:
             try:
-                token_ids = download.wait().tolist()
-                logprobs = sampled.logprobs()
+                token_ids = half.download.wait().tolist()
+                logprobs = half.sampled.logprobs()
             except Exception:
                 # The edge of the device again: what went wrong in a queue is told when it is read.
-                logger.exception("flight_failed num_sequences=%d", len(sequences))
-                for sequence in sequences:
+                logger.exception("flight_failed num_sequences=%d", len(half.sequences))
+                for sequence in half.sequences:
                     ticket = self._tickets.get(sequence.ticket)
                     if ticket is not None:
                         self._fail(ticket, EngineFailure())
                 continue
-            for sequence, token_id, of_token in zip(sequences, token_ids, logprobs, strict=True):
+            for sequence, token_id, of_token in zip(
+                half.chosen_for, token_ids, logprobs, strict=True
+            ):
                 ticket = self._tickets.get(sequence.ticket)
                 if ticket is None or sequence.is_finished:
                     continue  # it ended while this was in the air
@@ -653,7 +679,8 @@ class Engine:
                     self._take(sequence, token_id, of_token)
                 except Exception as error:  # noqa: BLE001 - the edge of one request
                     self._contain(ticket, error)
-            landed += sequences
+            landed += half.sequences
+            chosen_for += half.chosen_for
         now = time.perf_counter()
         took_ms = (now - max(flight.launched, self._last_landed)) * 1000 / max(1, len(landed))
         self._last_landed = now
@@ -666,7 +693,7 @@ class Engine:
                 _let_pixels_go(ticket)
             else:
                 ticket.decode_ms += took_ms
-        self._hand_out(landed, now)
+        self._hand_out(chosen_for, now)
 
     @contextmanager
     def _contained(self, ticket: _Ticket) -> Iterator[None]:

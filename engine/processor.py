@@ -113,6 +113,11 @@ class Placed:
     rows: npt.NDArray[np.int64]
     content: Visual | Tensor
 
+    def rows_in(self, begin: int, end: int) -> slice:
+        """Which of its features stand in this stretch of the prompt."""
+        first, last = np.searchsorted(self.rows, (begin, end))
+        return slice(int(first), int(last))
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -124,6 +129,8 @@ class Prepared:
         token_ids: with all ids of each picture in the place of its placeholder.
         positions: (num_axes, num_tokens), int64. rope_delta: see `Family.positions`.
         media: the pictures and clips in order.
+        both_ways: where pictures begin and end whose tokens see those behind them too, in order: no
+            cut may go through one. Empty for families whose tokens look back only.
         max_tokens: at most so many output tokens, the context's end considered.
         preprocess_ms: time spent here, on the host.
     """
@@ -133,6 +140,7 @@ class Prepared:
     positions: npt.NDArray[np.int64]
     rope_delta: int
     media: tuple[Placed, ...]
+    both_ways: tuple[tuple[int, int], ...]
     images: tuple[ImageUsed, ...]
     params: SamplingParams
     max_tokens: int
@@ -344,16 +352,21 @@ class Processor:
         positions, delta = self._family.positions(
             len(token_ids), [(start, item.plan) for start, item in media]
         )
+        placed = tuple(
+            Placed(item.plan.rows_from(start), item.content)
+            for start, item in media
+            if item.content is not None
+        )
+        both_ways: list[tuple[int, int]] = []
+        if self._family.sees_both_ways:
+            both_ways = [(int(one.rows[0]), int(one.rows[-1]) + 1) for one in placed]
         return Prepared(
             prompt,
             token_ids,
             positions,
             delta,
-            tuple(
-                Placed(item.plan.rows_from(start), item.content)
-                for start, item in media
-                if item.content is not None
-            ),
+            placed,
+            tuple(both_ways),
             _report([item for _, item in media]),
             params,
             max_tokens,

@@ -93,18 +93,24 @@ class Runner:
     # --- pictures ----------------------------------------------------------------------------------
 
     def encode(self, sequences: Many[Sequence]) -> None:
-        """Give every sequence the features of its pictures; those that came as features stay."""
-        # One of each request: its outputs share a list of features.
-        waiting = list({id(s.features): s for s in sequences if not s.features}.values())
-        contents = [placed.content for sequence in waiting for placed in sequence.prepared.media]
-        visuals = [content for content in contents if isinstance(content, Visual)]
+        """Give every sequence the features that its prompt's next piece reads, once."""
+        # By whose they are and which: outputs of one request share a dict of features.
+        missing = {
+            (id(sequence.features), index): (sequence.features, placed.content)
+            for sequence in sequences
+            for index, placed in enumerate(sequence.prepared.media)
+            if index not in sequence.features
+            and placed.rows[0] < sequence.num_read
+            and placed.rows[-1] >= sequence.num_computed
+        }
+        visuals = [content for _, content in missing.values() if isinstance(content, Visual)]
         encoded = iter(self._encode(visuals))
-        for sequence in waiting:  # NOTE: only now, so that a call that fails can be repeated
-            sequence.features.extend(
-                placed.content.to(self.device, self.dtype)
-                if isinstance(placed.content, Tensor)
+        # NOTE: only now, so that a call that fails can be repeated.
+        for (_, index), (features, content) in missing.items():
+            features[index] = (
+                content.to(self.device, self.dtype)
+                if isinstance(content, Tensor)
                 else next(encoded)
-                for placed in sequence.prepared.media
             )
 
     def _encode(self, visuals: Many[Visual]) -> list[Tensor]:
@@ -143,62 +149,62 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence]) -> Tensor:
         """
-        Run whole prompts, packed, and write their rows.
+        Run prompts, or the pieces of them that are scheduled, packed, and write their rows.
 
         Returns:
-            Logits after each prompt's last token: (num_seqs, vocab).
+            Logits after the last token of each prompt that is read to its end: (num_read, vocab).
         """
         self.encode(sequences)
-        num_tokens = sum(sequence.num_prompt_tokens for sequence in sequences)
+        num_tokens = sum(sequence.num_scheduled for sequence in sequences)
         with self.meter.span(Work.PREFILL, num_tokens):
             return self._prefill(sequences)
 
     def _prefill(self, sequences: Many[Sequence]) -> Tensor:
-        lens = [sequence.num_prompt_tokens for sequence in sequences]
+        num_queries = [sequence.num_scheduled for sequence in sequences]
+        lens = [sequence.num_read for sequence in sequences]
         starts = [_start(sequence) for sequence in sequences]
-        first_rows = np.cumsum([0, *lens])
+        first_rows = np.cumsum([0, *num_queries])
         num_tokens = int(first_rows[-1])
-        num_places, num_spans, most = num_tokens, len(sequences), max(lens)
+        num_places, num_spans = num_tokens, len(sequences)
+        most, most_rows = max(num_queries), max(lens)
         both_ways = self._find_both_ways(sequences)
         if self._prefills is not None and not both_ways:  # rounded up, sizes come back
             # Empty prompts, and blocks behind the end of one, cost next to nothing.
             num_places, num_spans = round_up(num_tokens), power_up(num_spans, 64)
-            most = power_up(most, 1024)
+            most, most_rows = power_up(most, 1024), power_up(most_rows, 1024)
         # One table goes up: ids, the axes of positions, and rows to write. What fills it up
         # writes to scratch, and no sequence looks at it.
         table = np.zeros((2 + self._num_axes, num_places), dtype=np.int64)
-        for sequence, first, length, start in zip(
-            sequences, first_rows, lens, starts, strict=False
-        ):
-            columns = slice(int(first), int(first) + length)
-            table[0, columns] = sequence.prepared.token_ids
-            table[1:-1, columns] = sequence.prepared.positions
-            table[-1, columns] = np.arange(start, start + length)
+        places, features = [], []
+        for sequence, first, start in zip(sequences, first_rows[:-1].tolist(), starts, strict=True):
+            begin, end = sequence.num_computed, sequence.num_read
+            columns = slice(first, first + end - begin)
+            table[0, columns] = sequence.prepared.token_ids[begin:end]
+            table[1:-1, columns] = sequence.prepared.positions[:, begin:end]
+            table[-1, columns] = np.arange(start + begin, start + end)
+            for index, placed in enumerate(sequence.prepared.media):
+                inside = placed.rows_in(begin, end)
+                if inside.start < inside.stop:
+                    places.append(first - begin + placed.rows[inside])
+                    features.append(sequence.features[index][inside])
         on_device = upload(table, self.device)
         x = self._embed(on_device[0])
-        features = [feature for sequence in sequences for feature in sequence.features]
         extras = None
         if features:
-            places = np.concatenate(
-                [
-                    first + placed.rows
-                    for first, sequence in zip(first_rows, sequences, strict=False)
-                    for placed in sequence.prepared.media
-                ]
-            )
-            rows, joined = upload(places, self.device), torch.cat(features)
+            rows, joined = upload(np.concatenate(places), self.device), torch.cat(features)
             x.index_copy_(0, rows, joined[:, : x.shape[1]])
             extras = _spread(joined[:, x.shape[1] :], rows, x)
         if self._uses_flash and not both_ways:
-            inputs = [x, on_device[1:], self._device_spans(starts, lens, num_spans)]
+            spans = self._device_spans(starts, num_queries, lens, num_spans)
+            inputs = [x, on_device[1:], spans]
             if extras is not None:
                 inputs.append(extras)
-            layers = partial(self._prefill_layers, most=most)
+            layers = partial(self._prefill_layers, most=most, most_rows=most_rows)
             if self._prefills is None:
                 hidden = layers(*inputs)
             else:
                 hidden = self._prefills.run(
-                    (num_places, num_spans, most, len(inputs)), layers, *inputs
+                    (num_places, num_spans, most, most_rows, len(inputs)), layers, *inputs
                 )
         else:
             context = TextContext(
@@ -207,27 +213,39 @@ class Runner:
                 on_device[-1],
                 starts,
                 lens,
-                lens,
+                num_queries,
                 extras=extras,
                 both_ways=both_ways,
             )
             hidden = self._forward(x, on_device[1:-1], context)
-        for sequence in sequences:
-            sequence.features = []  # another: outputs that have no rows yet still need the old one
-        return self._head(hidden[upload(first_rows[1:] - 1, self.device)])  # type: ignore[no-any-return]
+        ends = []
+        for sequence, last in zip(sequences, first_rows[1:] - 1, strict=True):
+            if sequence.is_read:
+                ends.append(last)
+                sequence.features = {}  # another: outputs without rows yet still need the old one
+        return self._head(hidden[upload(np.array(ends, np.int64), self.device)])  # type: ignore[no-any-return]
 
     def _find_both_ways(self, sequences: Many[Sequence]) -> list[list[tuple[int, int]]]:
-        """`TextContext.both_ways` of these prompts."""
-        if not self._family.sees_both_ways:
-            return []
+        """`TextContext.both_ways` of these prompts, or of their pieces."""
         found = [
-            [(int(placed.rows[0]), int(placed.rows[-1]) + 1) for placed in sequence.prepared.media]
+            [
+                (first - sequence.num_computed, last - sequence.num_computed)
+                for first, last in sequence.both_ways
+                if sequence.num_computed <= first < sequence.num_read
+            ]
             for sequence in sequences
         ]
         return found if any(found) else []
 
     def _prefill_layers(
-        self, x: Tensor, table: Tensor, spans: Tensor, extras: Tensor | None = None, *, most: int
+        self,
+        x: Tensor,
+        table: Tensor,
+        spans: Tensor,
+        extras: Tensor | None = None,
+        *,
+        most: int,
+        most_rows: int,
     ) -> Tensor:
         """
         All of a prefill between embedding and head, reading nothing of the host's.
@@ -236,7 +254,7 @@ class Runner:
             x: (T, hidden). table: (num_axes + 1, T), int64: positions, and rows to write.
             spans: (3, num_seqs + 1), int32, of `_device_spans`.
             extras: (num_layers, T, hidden), of `_spread`.
-            most: no prompt is longer.
+            most: no prompt, or piece of one, is longer. most_rows: nor with what came before it.
         """
         context = TextContext(
             self._rows.keys,
@@ -247,7 +265,7 @@ class Runner:
             (),
             (spans[0], spans[1], spans[2, :-1]),
             max_queries=most,
-            max_rows=most,
+            max_rows=most_rows,
             extras=extras,
         )
         return self._forward(x, table[:-1], context)
@@ -341,10 +359,12 @@ class Runner:
             output = self._text(inputs_embeds=x[None], position_ids=by_sequence, use_cache=False)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
-    def _device_spans(self, starts: Many[int], lens: Many[int], num: int) -> Tensor:
+    def _device_spans(
+        self, starts: Many[int], num_queries: Many[int], lens: Many[int], num: int
+    ) -> Tensor:
         """Where `num` prompts begin in the call and in the rows, and their lengths; see attention."""
         table: npt.NDArray[np.int32] = np.zeros((3, num + 1), dtype=np.int32)
-        table[0, 1 : len(lens) + 1] = np.cumsum(lens)
+        table[0, 1 : len(lens) + 1] = np.cumsum(num_queries)
         table[0, len(lens) + 1 :] = table[0, len(lens)]  # empty ones
         table[1, : len(lens)] = starts
         table[2, : len(lens)] = lens

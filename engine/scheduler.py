@@ -1,7 +1,8 @@
 """
 Who runs next: waiting sequences are admitted when a slab and a place are free; all others decode.
 
-Loads no torch. Prefill goes first, since a full decode batch is worth more than an early token.
+Loads no torch. Prefill goes first, since a full decode batch is worth more than an early token. A
+prompt too long for one call is read in pieces, with a decode step of the others between them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step runs: whole prompts, or one token of every running sequence."""
+    """What one step runs: prompts or a piece of one, or one token of every running sequence."""
 
     sequences: list[Sequence]
     is_prefill: bool
@@ -31,7 +32,7 @@ class Scheduler:
     Args:
         slabs: the rows to hand out.
         max_num_seqs: sequences that decode together.
-        max_prefill_tokens: prompt tokens of one prefill; a longer prompt runs alone.
+        max_prefill_tokens: prompt tokens of one prefill; a longer prompt is read in pieces of so many.
         patience: decode steps for which a prefill may wait to be a full one. On a GPU a small call
             takes almost as long as a large one; 0 admits whoever can be at once.
     """
@@ -53,6 +54,8 @@ class Scheduler:
         self._waiting: list[tuple[int, int, Sequence]] = []  # by priority, then by arrival
         self._arrivals = itertools.count()
         self._running: list[Sequence] = []
+        self._reading: Sequence | None = None  # has a slab, and a prompt of which more is to come
+        self._owes_step = False  # a decode step, before the next piece
 
     @property
     def num_waiting(self) -> int:
@@ -65,11 +68,11 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running) + (self._reading is not None)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._reading)
 
     def add(self, sequence: Sequence) -> None:
         self._num_waiting_tokens += sequence.num_prompt_tokens
@@ -82,10 +85,16 @@ class Scheduler:
         Args:
             may_come: whether more sequences are on their way, so that it may pay to wait for them.
         """
-        admitted = self._admit() if self._is_worth_it(may_come) else []
+        if self._reading is None:
+            is_next = self._is_worth_it(may_come)
+        else:
+            is_next = not (self._owes_step and self._running)
+        self._owes_step = False
+        admitted = self._admit() if is_next else []
         if admitted:
             self._num_steps_waited = 0
-            self._running += admitted
+            self._owes_step = self._reading is not None
+            self._running += [sequence for sequence in admitted if sequence.is_read]
             return Batch(admitted, is_prefill=True)
         self._num_steps_waited += bool(self._waiting)
         return Batch(list(self._running), is_prefill=False)
@@ -101,12 +110,19 @@ class Scheduler:
         return num_free * average >= self._max_prefill_tokens
 
     def _admit(self) -> list[Sequence]:
+        """The sequences of the next prefill: what is left of a prompt first, then those that wait."""
         admitted: list[Sequence] = []
-        num_tokens = 0
-        while self._waiting and len(self._running) + len(admitted) < self._max_num_seqs:
+        num_left = self._max_prefill_tokens
+        if self._reading is not None:
+            admitted.append(self._reading)
+            num_left -= self._read_on(self._reading)
+        while (
+            self._reading is None
+            and self._waiting
+            and len(self._running) + len(admitted) < self._max_num_seqs
+        ):
             sequence = self._waiting[0][2]
-            num_tokens += sequence.num_prompt_tokens
-            if admitted and num_tokens > self._max_prefill_tokens:
+            if admitted and sequence.num_prompt_tokens > num_left:
                 break
             sequence.start = self._slabs.find(sequence.num_rows_at_most)
             if sequence.start is None:
@@ -115,7 +131,24 @@ class Scheduler:
             self._num_waiting_tokens -= sequence.num_prompt_tokens
             sequence.slot = heapq.heappop(self._free_slots)
             admitted.append(sequence)
+            num_left -= self._read_on(sequence)
         return admitted
+
+    def _read_on(self, sequence: Sequence) -> int:
+        """
+        Let the next prefill read a prompt's next piece; its tokens.
+
+        As many as a call holds, or fewer, so that it ends in front of a picture that must not be cut.
+        Where it begins with a larger one, all of that.
+        """
+        begin = sequence.num_read
+        end = min(begin + self._max_prefill_tokens, sequence.num_prompt_tokens)
+        for first, last in sequence.both_ways:
+            if first < end < last:
+                end = first if first > begin else last
+        sequence.num_computed, sequence.num_scheduled = begin, end - begin
+        self._reading = None if sequence.is_read else sequence
+        return sequence.num_scheduled
 
     def finish(self, sequences: Collection[Sequence]) -> None:
         """
@@ -124,6 +157,8 @@ class Scheduler:
         Steps that were launched with them may still run: what is launched later comes after those.
         """
         leaving = set(sequences)
+        if self._reading in leaving:
+            self._reading = None
         self._running = [sequence for sequence in self._running if sequence not in leaving]
         if any(sequence.start is None for sequence in leaving):  # those that run have a slab
             self._waiting = [entry for entry in self._waiting if entry[2] not in leaving]

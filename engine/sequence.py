@@ -21,11 +21,13 @@ class Sequence:
         prepared: what all outputs of the request share.
         index: which output, from 0.
         seed: of its draws.
-        features: (num_tokens, hidden) for each picture or clip, once encoded; one list for all of a
-            request's outputs, so that it is encoded once.
+        features: (num_tokens, hidden) of each picture or clip, by its place among the prompt's, once
+            encoded; one dict for all of a request's outputs, so that it is encoded once.
         is_plain, reads_history: what the sampler asks of its parameters, asked once.
         start: first row of its slab; None while it has none.
         slot: its place among those that decode together; None while it has none.
+        num_computed: prompt tokens whose rows were there before the newest prefill.
+        num_scheduled: of the piece behind them, which that prefill reads; usually the whole prompt.
         num_launched: tokens that the device was told to choose; some may not have been read yet.
         output_ids: chosen so far, and read.
     """
@@ -37,11 +39,13 @@ class Sequence:
     eos_token_ids: tuple[int, ...]
     detokenizer: Detokenizer
     priority: int = 0
-    features: list[Tensor] = field(default_factory=list)
+    features: dict[int, Tensor] = field(default_factory=dict)
     is_plain: bool = field(init=False)
     reads_history: bool = field(init=False)
     start: int | None = None
     slot: int | None = None
+    num_computed: int = 0
+    num_scheduled: int = 0
     num_launched: int = 0
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[Mapping[int, Logprob]] = field(default_factory=list)
@@ -56,6 +60,21 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prepared.token_ids)
+
+    @property
+    def both_ways(self) -> tuple[tuple[int, int], ...]:
+        """See `Prepared.both_ways`."""
+        return self.prepared.both_ways
+
+    @property
+    def num_read(self) -> int:
+        """Prompt tokens whose rows are there once the newest prefill has run."""
+        return self.num_computed + self.num_scheduled
+
+    @property
+    def is_read(self) -> bool:
+        """Whether that prefill reads the prompt to its end, so that a token follows."""
+        return self.num_read == self.num_prompt_tokens
 
     @property
     def num_rows(self) -> int:

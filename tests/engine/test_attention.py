@@ -172,6 +172,31 @@ def test_packed_prefill_is_prefill_one_by_one(
 
 
 @given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5),
+    shape=shapes,
+    window=windows,
+)
+def test_prompts_in_pieces_are_seen_as_whole(
+    sizes: list[tuple[int, int]], shape: tuple[tuple[int, int], int], window: int | None
+) -> None:
+    (heads, kv_heads), seed = shape
+    lens = [first + second for first, second in sizes]
+    layer = draw_layer(lens, heads, kv_heads, seed)
+    starts = place(lens, seed)
+    rows = Rows.build(1000, kv_heads)
+    firsts, seconds = ([pieces[n] for pieces in sizes] for n in range(2))
+    pieces = (
+        rows.attend(layer, starts, firsts, firsts, window),
+        rows.attend(layer, starts, lens, seconds, window),
+    )
+
+    for index, (first, second) in enumerate(zip(*pieces, strict=True)):
+        query, key, value = (t[index] for t in (layer.queries, layer.keys, layer.values))
+        expected = attend_densely(query, key, value, window)
+        torch.testing.assert_close(expected, torch.cat([first, second]))
+
+
+@given(
     lens=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     shape=shapes,
     num_steps=st.integers(1, 4),

@@ -15,6 +15,7 @@ from engine.config import BUNDLED_FOLDER
 from engine.reference import Reference
 from tests.engine.mixed import Mixed, mixed_requests
 from tests.engine.tiny import write_tiny_qwen2_vl
+from tests.engine.ways import in_pieces
 
 NUM_BUNDLED = 300
 NUM_RANDOM = 30
@@ -39,6 +40,8 @@ def check_all_ways(llm: LLM, reference: Reference, asked: list[Mixed], *, ignore
 
     in_one_call = answers(llm, asked, ignore_eos=ignore_eos)
     in_another_order = answers(llm, shuffled, ignore_eos=ignore_eos)
+    with in_pieces(llm, 64):
+        read_in_pieces = answers(llm, shuffled, ignore_eos=ignore_eos)
     one_by_one: Answers = {}
     for mixed in asked:
         one_by_one |= answers(llm, [mixed], ignore_eos=ignore_eos)
@@ -47,6 +50,7 @@ def check_all_ways(llm: LLM, reference: Reference, asked: list[Mixed], *, ignore
     assert len(set(expected.values())) > len(asked) // 4  # equal answers would prove nothing
     assert expected == in_one_call
     assert expected == in_another_order
+    assert expected == read_in_pieces
     assert expected == one_by_one
 
 

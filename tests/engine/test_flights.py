@@ -186,7 +186,7 @@ def test_last_token_is_launched_and_its_rows_go_to_who_waits(tiny_folder: Path) 
     prefill = llm.engine._runner.prefill
 
     def count(sequences: Any) -> Any:
-        unread.append(sum(len(part[0]) for f in llm.engine._flights for part in f.parts))
+        unread.append(sum(len(half.sequences) for f in llm.engine._flights for half in f.halves))
         return prefill(sequences)
 
     llm.engine._runner.prefill = count  # type: ignore[method-assign]

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from engine import LLM
 from engine.attention import MAX_RUN, TextContext, _cut_runs, attend_text, using
@@ -80,6 +82,29 @@ def test_long_prompts_are_seen_run_by_run_as_by_one_mask(window: int | None) -> 
 
     torch.testing.assert_close(expected.transpose(1, 2), seen, atol=1e-5, rtol=1e-5)
     assert max(end - begin for begin, end, _ in _cut_runs(size, pictures)) <= MAX_RUN
+
+
+@pytest.mark.parametrize("window", [None, 7, 1500])
+def test_long_prompts_in_pieces_are_seen_as_whole(window: int | None) -> None:
+    size, pictures = 2500, [(3, 40), (1200, 1300), (1300, 1310), (2490, 2500)]
+    generator = torch.Generator().manual_seed(1)
+    qkv = [torch.randn(1, heads, size, 8, generator=generator) for heads in (4, 2, 2)]
+    keys, values = ([torch.zeros(size, 2, 8)] for _ in range(2))
+
+    def attend(begin: int, end: int) -> Tensor:
+        spans = [(first - begin, last - begin) for first, last in pictures if begin <= first < end]
+        context = TextContext(
+            keys, values, torch.arange(begin, end), [0], [end], [end - begin], both_ways=[spans]
+        )
+        with using(context):
+            q, k, v = (x[:, :, begin:end] for x in qkv)
+            piece, _ = attend_text(Layer(), q, k, v, None, scaling=0.3, sliding_window=window)
+        return piece
+
+    whole = attend(0, size)
+    pieces = [attend(*ends) for ends in pairwise((0, 40, 1200, 1300, 1900, size))]
+
+    torch.testing.assert_close(whole, torch.cat(pieces, dim=1), atol=1e-5, rtol=1e-5)
 
 
 class Layer(torch.nn.Module):

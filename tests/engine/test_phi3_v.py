@@ -32,6 +32,7 @@ from tests.engine import phi3_v_reference as published
 from tests.engine.phi3_v_reference import Phi3VReference
 from tests.engine.pictures import GREEDY, as_array, data_url, draw, encode, error_of, token_ids
 from tests.engine.tiny_phi3_v import ALL_KV_HEADS, DEFAULT, write_tiny_phi3_v
+from tests.engine.ways import in_pieces
 
 NUM_MIXED = 100
 NUM_MIXED_OTHER = 30
@@ -735,6 +736,8 @@ def test_answers_are_the_references_in_any_order(
     with LLM(str(tmp_path), limit_mm_per_prompt=LIMITS, max_num_seqs=24) as llm:
         in_one_call = answers(llm, asked)
         in_another_order = answers(llm, shuffled)
+        with in_pieces(llm):
+            read_in_pieces = answers(llm, shuffled)
         one_by_one: dict[str, tuple[int, ...]] = {}
         for request in asked:
             one_by_one |= answers(llm, [request])
@@ -742,4 +745,5 @@ def test_answers_are_the_references_in_any_order(
     assert len(set(expected.values())) > num // 2  # equal answers would prove nothing
     assert expected == in_one_call
     assert expected == in_another_order
+    assert expected == read_in_pieces
     assert expected == one_by_one

@@ -18,8 +18,19 @@ class Numbers:
     num_prompt_tokens: int
     max_tokens: int = 10
     priority: int = 0
+    both_ways: tuple[tuple[int, int], ...] = ()
     start: int | None = None
     slot: int | None = None
+    num_computed: int = 0
+    num_scheduled: int = 0
+
+    @property
+    def num_read(self) -> int:
+        return self.num_computed + self.num_scheduled
+
+    @property
+    def is_read(self) -> bool:
+        return self.num_read == self.num_prompt_tokens
 
     @property
     def num_rows_at_most(self) -> int:
@@ -83,12 +94,57 @@ def test_prefill_stays_within_its_tokens() -> None:
     assert [True, True, True, False] == [batch.is_prefill for batch in batches]
 
 
-def test_prompt_longer_than_a_prefill_has_one_to_itself() -> None:
+def test_prompt_longer_than_a_prefill_is_read_in_pieces_between_steps() -> None:
     scheduler = build(max_prefill_tokens=100)
-    add(scheduler, Numbers(10), Numbers(500), Numbers(20))
-    sizes = [[s.num_prompt_tokens for s in scheduler.schedule().sequences] for _ in range(3)]
+    first, long, last = Numbers(10), Numbers(250), Numbers(20)
+    add(scheduler, first, long, last)
+    seen = []
+    for _ in range(7):
+        batch = scheduler.schedule()
+        seen.append([(s, s.num_computed, s.num_read) for s in batch.sequences if batch.is_prefill])
 
-    assert [[10], [500], [20]] == sizes
+    assert [
+        [(first, 0, 10)],
+        [(long, 0, 100)],
+        [],  # the first one's step
+        [(long, 100, 200)],
+        [],
+        [(long, 200, 250), (last, 0, 20)],
+        [],
+    ] == seen
+    assert [first, long, last] == batch.sequences
+
+
+def test_where_nobody_decodes_pieces_follow_each_other() -> None:
+    scheduler = build(max_prefill_tokens=100)
+    add(scheduler, Numbers(250))
+
+    assert [100, 100, 50] == [scheduler.schedule().sequences[0].num_scheduled for _ in range(3)]
+    assert not scheduler.schedule().is_prefill
+
+
+def test_cuts_go_around_what_must_be_read_in_one() -> None:
+    scheduler = build(max_prefill_tokens=100)
+    add(scheduler, Numbers(1000, both_ways=((50, 90), (90, 130), (130, 400), (500, 600))))
+    ends = []
+    while not (batch := scheduler.schedule()).sequences[0].is_read:
+        ends.append(batch.sequences[0].num_read)
+
+    assert [90, 130, 400, 500, 600, 700, 800, 900] == ends
+
+
+def test_one_whose_prompt_is_half_read_can_be_taken_out() -> None:
+    slabs = SlabAllocator(10_000)
+    scheduler: Any = Scheduler(slabs, 1, 100)
+    long, other = Numbers(250), Numbers(5)
+    add(scheduler, long, other)
+    scheduler.schedule()
+
+    assert (1, 1) == (scheduler.num_waiting, scheduler.num_running)
+    scheduler.finish([long])
+    assert [other] == scheduler.schedule().sequences
+    scheduler.finish([other])
+    assert slabs.largest_slab == slabs.num_free_rows
 
 
 def test_places_are_limited_and_one_that_ends_makes_room() -> None:
@@ -152,9 +208,8 @@ def test_everyone_runs_once_and_all_rows_come_back(
             break
         assert len(batch.sequences) <= max_num_seqs
         if batch.is_prefill:
-            was_read += batch.sequences
-            tokens = sum(s.num_prompt_tokens for s in batch.sequences)
-            assert tokens <= 100 or 1 == len(batch.sequences)
+            was_read += [s for s in batch.sequences if s.is_read]
+            assert sum(s.num_scheduled for s in batch.sequences) <= 100
             assert all(s.start is not None for s in batch.sequences)
         else:
             scheduler.finish([batch.sequences[choice % len(batch.sequences)]])

@@ -1,0 +1,18 @@
+"""Other ways in which an engine may read its prompts, for as long as a block lasts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine import LLM
+
+
+@contextmanager
+def in_pieces(llm: LLM, num_tokens: int = 24) -> Iterator[None]:
+    """Prefills hold so few tokens that most prompts are read in several."""
+    scheduler = llm.engine._scheduler
+    usual = scheduler._max_prefill_tokens
+    scheduler._max_prefill_tokens = num_tokens
+    try:
+        yield
+    finally:
+        scheduler._max_prefill_tokens = usual
