@@ -24,6 +24,7 @@ where that would not show the picture (Pillow 11.0 to 13.0 do the same, measured
 ICC profiles are ignored, as both of them do. Of an animation only the first frame is decoded.
 """
 
+import math
 import re
 import struct
 import zlib
@@ -131,14 +132,23 @@ def decode_image(
             f"The image has more than the {limits.max_bytes} bytes that one may have. Scale it "
             "down, or send it as JPEG."
         )
+    canvas_px = find_canvas(encoded) if "WEBP" in limits.formats else None
+    header: Header | None = None
+    fit: Fit | None = None
+    if canvas_px is not None:
+        check_size(canvas_px, limits)
+        header = Header(*canvas_px, math.prod(canvas_px) * WORK_BYTES_PER_PX)
+        fit = ask(header) if ask else None
     with _saying_why(encoded, limits):
         image = open_lazily(encoded, limits.formats)
     with image:
         with _saying_why(encoded, limits):
             check_size(image.size, limits)
             _check_scans(encoded, image, limits)
-            header = _outline(image)
-        fit = ask(header) if ask else None
+        if header is None:
+            with _saying_why(encoded, limits):
+                header = _outline(image)
+            fit = ask(header) if ask else None
         with _saying_why(encoded, limits):
             is_draft = fit is not None and _draft(image, header, fit)
             image.load()
@@ -426,6 +436,32 @@ def find_format(encoded: bytes) -> str | None:
     """Return what the first bytes are, in Pillow's or in plain words, for error texts; or None."""
     head = encoded[:1024].removeprefix(b"\xef\xbb\xbf")
     return next((name for magic, name in _MAGIC if magic.match(head)), None)
+
+
+_WEBP_CANVAS = re.compile(
+    rb"RIFF....WEBP(?:VP8X.{8}(?P<extended>.{6})|VP8L.{4}\x2f(?P<lossless>.{4})"
+    rb"|VP8 .{7}\x9d\x01\x2a(?P<lossy>.{4}))",
+    re.DOTALL,
+)
+
+
+def find_canvas(encoded: bytes) -> tuple[int, int] | None:
+    """
+    Read a WebP's width and height, in pixels; None where the bytes are none.
+
+    All else that Pillow opens takes memory when it is loaded. A WebP's decoder takes it for the whole
+    canvas when it is opened, so this is asked first.
+    """
+    found = _WEBP_CANVAS.match(encoded)
+    if found is None:
+        return None
+    if (sides := found["extended"]) is not None:
+        return int.from_bytes(sides[:3], "little") + 1, int.from_bytes(sides[3:], "little") + 1
+    if (sides := found["lossless"]) is not None:
+        bits = int.from_bytes(sides, "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack("<2H", found["lossy"])
+    return width & 0x3FFF, height & 0x3FFF  # the other two bits are for players, that may scale it
 
 
 def is_cut_short(encoded: bytes, name: str) -> bool:

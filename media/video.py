@@ -12,6 +12,7 @@ way is resampled to it. Pixels are as stored: non-square ones are not stretched.
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,7 @@ from media.images import (
     BOMB_ERRORS,
     DECODER_ERRORS,
     decode_image,
+    find_canvas,
     find_format,
     from_pil,
     is_cut_short,
@@ -113,7 +115,7 @@ def decode_video(
     """
     container = _judge(encoded, limits)
     if container is None:
-        with _open_animation(encoded) as clip:
+        with _open_animation(encoded, limits, admit, sampling.num_frames) as clip:
             frames = _read_animation(clip, sampling, limits, admit)
     else:
         frames = _decode_stream(encoded, container, sampling, limits, admit)
@@ -135,7 +137,7 @@ def plan_frames(
     """
     container = _judge(encoded, limits)
     if container is None:
-        with _open_animation(encoded) as clip:
+        with _open_animation(encoded, limits) as clip:
             return _choose_of_animation(clip, sampling, limits)
     with _open_stream(encoded, container, limits) as (source, stream):
         indices = _choose_indices(_read_track(source, stream, limits), sampling)
@@ -152,7 +154,7 @@ def count_source_frames(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> i
     """
     container = _judge(encoded, limits)
     if container is None:
-        with _open_animation(encoded) as clip:
+        with _open_animation(encoded, limits) as clip:
             return getattr(clip, "n_frames", 1)
     with _open_stream(encoded, container, limits) as (source, stream):
         return len(_read_track(source, stream, limits).ticks)
@@ -175,7 +177,7 @@ def measure_clip(
     """
     container = _judge(encoded, limits)
     if container is None:
-        with _open_animation(encoded) as clip:
+        with _open_animation(encoded, limits, admit, 1) as clip:
             _check_animation(clip, limits)
             if admit:
                 admit(_outline(clip.width, clip.height, 1))
@@ -746,7 +748,21 @@ def _get_turn(frame: VideoFrame) -> tuple[int, int, int, int]:
 
 
 @contextmanager
-def _open_animation(encoded: bytes) -> Iterator[Image.Image]:
+def _open_animation(
+    encoded: bytes, limits: VideoLimits, admit: Admit | None = None, most: int | None = None
+) -> Iterator[Image.Image]:
+    """
+    Args:
+        admit: asked before a WebP is opened, which takes memory for its canvas; of others later.
+        most: frames that are kept.
+    """
+    canvas_px = find_canvas(encoded)
+    if canvas_px is not None:
+        _Keep(limits, 1).check(*canvas_px)
+        if admit:
+            num_source = max(encoded.count(b"ANMF"), 1)
+            most_px = limits.max_kept_pixels // max(math.prod(canvas_px), 1)
+            admit(_outline(*canvas_px, min(num_source, most or num_source, most_px)))
     try:
         with open_lazily(encoded, ANIMATION_FORMATS) as clip:
             yield clip

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ from media.errors import (
     ImageTooLargeError,
     ImageUnreadableError,
     MediaError,
+    VideoTooLargeError,
 )
-from media.images import decode_image
+from media.images import can_read, decode_image
 from media.limits import IMAGE_LIMITS, ImageLimits
 from media.pool import DecoderPool, PoolClosedError
 from tests.media.bad_child import OPENING
@@ -476,6 +478,44 @@ def test_processes_that_were_killed_while_idle_cost_no_file() -> None:
             os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)
 
         assert pool.decode_image(FILES["JPEG"]).pixels().any()
+
+
+LARGE_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lossy WebP": ("WEBP", {"quality": 0, "method": 0}),
+    "lossless WebP": ("WEBP", {"lossless": True, "quality": 0, "method": 0}),
+    "WebP with a canvas": ("WEBP", {"quality": 0, "method": 0, "exif": exif(1)}),
+    "AVIF": ("AVIF", {"quality": 0, "speed": 10}),
+    "HEIC": ("HEIF", {"quality": 0}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_FORMS)
+def test_large_picture_is_decoded_within_what_its_header_asked_for(
+    pool: DecoderPool, name: str
+) -> None:
+    kind, options = LARGE_FORMS[name]
+    if not can_read(kind):
+        pytest.skip(f"{kind} is not installed")
+    encoded = encode(Image.new("RGB", (6000, 5000), (9, 99, 200)), kind, **options)
+    limits = ImageLimits(formats=(*IMAGE_LIMITS.formats, "HEIC"))
+
+    image = pool.decode_image(encoded, limits, ask=lambda _: Fit(60, 50))
+
+    assert (60, 50) == (image.width_px, image.height_px)
+    if kind == "WEBP":
+        frames = pool.decode_video(encoded, ask=lambda _: Fit(60, 50))
+        assert (1, 60) == (frames.num_frames, frames.width_px)
+        assert (0.0, 1) == pool.measure_clip(encoded)
+
+
+@pytest.mark.parametrize("name", ["lossy WebP", "lossless WebP", "WebP with a canvas"])
+def test_webp_over_the_limit_is_refused_before_it_is_opened(pool: DecoderPool, name: str) -> None:
+    encoded = encode(Image.new("RGB", (7000, 6000)), *LARGE_FORMS[name][:1], **LARGE_FORMS[name][1])
+
+    with pytest.raises(ImageTooLargeError, match="7000x6000"):
+        pool.decode_image(encoded)
+    with pytest.raises(VideoTooLargeError, match="7000x6000"):
+        pool.decode_video(encoded)
 
 
 # --- the end -----------------------------------------------------------------------------------------
