@@ -15,7 +15,7 @@ demo test faults acceptance gpu-test: export HF_HUB_OFFLINE := 1
 PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults acceptance lint types fmt docs bench bench-queue eval train gpu-test clean
+.PHONY: help setup demo test faults acceptance exactness lint types fmt docs bench bench-queue eval train gpu-test clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ faults: .venv/ready ## kill workers and the broker under 5,000 items, then under
 acceptance: .venv/ready ## 500 texts of the bundled model and 100,000 lines, both through a whole service; some minutes
 	@DARKROOM_ACCEPTANCE_ITEMS=500 $(BIN)/pytest -s tests/acceptance/test_texts.py $(ARGS)
 	@$(BIN)/python -m bench.queue --items 100000 --workers 4
+
+exactness: .venv/ready ## 100 requests of each shape of each model family against transformers, in one call, shuffled and alone; some minutes
+	@DARKROOM_TEST_FAMILY_REQUESTS=100 $(BIN)/pytest --timeout 3600 tests/engine/test_families.py tests/engine/test_later_qwen.py tests/engine/test_phi3_v.py tests/engine/test_exactness.py $(ARGS)
 
 lint: .venv/ready ## format, lint rules and who may import whom
 	@$(BIN)/ruff format --check .

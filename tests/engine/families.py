@@ -7,6 +7,7 @@ tests/engine/test_families.py runs the same checks for each entry. A new family 
 
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,8 @@ from tests.engine.tiny_llava import (
     write_tiny_text,
 )
 
+# As many of each shape, in place of the suite's few, asked in every way: `make exactness` asks 100.
+NUM_ASKED = int(os.environ.get("DARKROOM_TEST_FAMILY_REQUESTS", "0"))
 WORDS = ("Describe.", "What is this?", "Which one is red?", "a b", "And now", "Read it aloud.")
 Pixels = npt.NDArray[np.float64]
 

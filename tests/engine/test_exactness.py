@@ -13,12 +13,13 @@ import pytest
 from engine import LLM
 from engine.config import BUNDLED_FOLDER
 from engine.reference import Reference
+from tests.engine.families import NUM_ASKED
 from tests.engine.mixed import Mixed, mixed_requests
 from tests.engine.tiny import write_tiny_qwen2_vl
 from tests.engine.ways import in_pieces
 
 NUM_BUNDLED = 300
-NUM_RANDOM = 30
+NUM_RANDOM = NUM_ASKED or 30
 
 Answers = dict[str, tuple[int, ...]]
 

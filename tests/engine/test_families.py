@@ -15,14 +15,14 @@ from engine.families.idefics3 import Idefics3
 from engine.families.pixtral import Pixtral
 from engine.families.protocol import Visual
 from engine.processor import Prepared
-from tests.engine.families import CASES, Asked, Case, Oracle, mixed, size
+from tests.engine.families import CASES, NUM_ASKED, Asked, Case, Oracle, mixed, size
 from tests.engine.pictures import GREEDY, cut_picture, draw, encode, error_of, token_ids
 from tests.engine.test_config import rewrite
 from tests.engine.tiny_llava import write_tiny_idefics3, write_tiny_internvl
 from tests.engine.ways import in_pieces
 
-NUM_ALONE = 12
-NUM_SIZES = 50
+NUM_ALONE = NUM_ASKED or 12
+NUM_SIZES = NUM_ASKED or 50
 
 Answers = dict[str, list[int]]
 
@@ -54,7 +54,7 @@ def answers(llm: LLM, asked: Sequence[Asked]) -> Answers:
 
 
 def test_mixed_requests_are_answered_as_by_transformers_in_any_order(loaded: Loaded) -> None:
-    asked = mixed(loaded.case, loaded.case.num_requests, "families")
+    asked = mixed(loaded.case, NUM_ASKED or loaded.case.num_requests, "families")
     expected = {one.name: loaded.oracle.generate(one) for one in asked}
     alone: Answers = {}
     for one in asked[:NUM_ALONE]:

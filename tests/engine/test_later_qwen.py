@@ -5,7 +5,6 @@ Each with two shapes of tiny random weights, float32 on a CPU.
 """
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -49,6 +48,7 @@ from engine.families.qwen3_vl import clip_size, find_taps
 from engine.kernels.pictures import Choice, Cut
 from engine.reference import Reference
 from media.decoded import Frames
+from tests.engine.families import NUM_ASKED
 from tests.engine.mixed import ANSWER, CLIP, PICTURE, SYSTEM, mixed_requests
 from tests.engine.pictures import GREEDY, as_frames, draw, draw_clip, features_of, token_ids
 from tests.engine.test_exactness import check_all_ways
@@ -61,7 +61,7 @@ from tests.engine.tiny_qwen import (
     write_tiny_qwen,
 )
 
-NUM_REQUESTS = int(os.environ.get("EXACTNESS_REQUESTS", "14"))
+NUM_REQUESTS = NUM_ASKED or 14
 # 5.17 cuts the seconds of a pair of frames to whole ones.
 HAS_SECONDS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 18)
 TOLERANCE = 1e-6  # of a channel that runs from 0 to 1

@@ -29,13 +29,14 @@ from engine.families.phi3_v_model import Phi3VConfig, Phi3VForCausalLM, Switched
 from engine.families.protocol import ImageTooNarrowError, TileLimit
 from media.images import from_pil
 from tests.engine import phi3_v_reference as published
+from tests.engine.families import NUM_ASKED
 from tests.engine.phi3_v_reference import Phi3VReference
 from tests.engine.pictures import GREEDY, as_array, data_url, draw, encode, error_of, token_ids
 from tests.engine.tiny_phi3_v import ALL_KV_HEADS, DEFAULT, write_tiny_phi3_v
 from tests.engine.ways import in_pieces
 
 NUM_MIXED = 100
-NUM_MIXED_OTHER = 30
+NUM_MIXED_OTHER = NUM_ASKED or 30
 LIMITS = {"image": 3}
 TILE_PX = 336
 QUESTION = "What is the content of each image?"
