@@ -372,9 +372,11 @@ def test_threads_share_an_engine_and_each_has_its_own_results(llm: LLM) -> None:
 def test_thread_that_comes_later_is_not_starved(llm: LLM) -> None:
     long = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
     has_first, is_done = threading.Event(), threading.Event()
+    found: list[Result] = []
 
     def work() -> None:
-        for _ in llm.stream(["quick", Request(prompt="long", params=long)], GREEDY):
+        for result in llm.stream(["quick", Request(prompt="long", params=long)], GREEDY):
+            found.append(result)
             has_first.set()
         is_done.set()
 
@@ -386,6 +388,8 @@ def test_thread_that_comes_later_is_not_starved(llm: LLM) -> None:
     thread.join(WAIT_S)
 
     assert texts(results)
+    assert 2 == len(texts(found))
+    assert 1500 == len(found[-1].outputs[0].token_ids)
     assert was_first
 
 

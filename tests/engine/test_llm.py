@@ -295,6 +295,7 @@ def test_lower_priority_runs_first(tiny_folder: Path) -> None:
         list("0314 5"), [long] + [GREEDY] * 5, priority=priorities, use_tqdm=False
     )
 
+    assert [] == [result.error for result in results if result.error]
     # One may slip in before the long one. While that runs, the others get ready and in line.
     ranked = zip(results, priorities, strict=True)
     by_start = [p for _, p in sorted((r.metrics.scheduled_ts or 0, p) for r, p in ranked)]
