@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +38,6 @@ from tests.corpus.cases import (
     ROOT,
     STAR,
     WORD,
-    Asked,
     Case,
     build_body,
     build_line,
@@ -107,9 +106,7 @@ class Front:
         """Load the model, and what a first picture and clip load, so that no case pays for it."""
         clip = video_part(data_url(sample("clip.mp4"), "video/mp4"))
         line = build_line(build_body(clip, question="Describe the video."), "first")
-        job = self._submit(Asked(line))
-        self._run(job, {})
-        assert MOVES == self._list_ended(job)[BAD_LINE].text
+        assert MOVES == self.run([GOOD[1][0], line, GOOD[3][0]], {})[BAD_LINE].text
 
     def read_rss(self) -> int:
         """Bytes that the worker and its decoder processes hold now."""
@@ -124,7 +121,9 @@ class Front:
                 ended is `check_row`'s to judge.
         """
         asked = case.ask(self)
-        job = self._submit(asked)
+        lines = asked.line_end.join((GOOD[1][0], asked.line, GOOD[3][0]))
+        end = asked.line_end if asked.tail is None else asked.tail
+        job = self._submit(asked.head + lines + end)
         before = memory.read_rss(self._process.pid)
         memory.forget_peaks(self._process.pid)
         started = time.perf_counter()
@@ -149,6 +148,18 @@ class Front:
             assert said == ended[line].text, f"the good item of line {line}"
         assert [0] * len(asked.canaries) == [each.num_connections for each in asked.canaries]
         return row
+
+    def run(self, lines: Sequence[bytes], network: Mapping[str, Any]) -> dict[int, Ended]:
+        """Run a job of these lines to its end; what each ended in, by its number from 1. Servers end."""
+        job = self._submit(b"\n".join(lines))
+        self._run(job, network)
+        self._close_servers()
+        return self._list_ended(job)
+
+    @property
+    def pid(self) -> int:
+        """Of the worker."""
+        return self._process.pid
 
     def upload(self, content: bytes, filename: str = "upload.bin") -> str:
         return f"file-{self._store(content, filename, 'vision').hex}"
@@ -199,9 +210,7 @@ class Front:
             )
         return file
 
-    def _submit(self, asked: Asked) -> JobId:
-        lines = asked.line_end.join((GOOD[1][0], asked.line, GOOD[3][0]))
-        manifest = asked.head + lines + (asked.line_end if asked.tail is None else asked.tail)
+    def _submit(self, manifest: bytes) -> JobId:
         file = self._store(manifest, "requests.jsonl", PURPOSE)
         submission = Submission(input_file_id=f"file-{file.hex}", model=MODEL, on_invalid="skip")
         return submit(self._stores, self._dispatcher, submission).job.id
@@ -243,13 +252,16 @@ def check_texts(texts: list[str], secrets: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def open_front(folder: Path, template: bytes, num_processes: int = 1) -> Iterator[Front]:
+def open_front(
+    folder: Path, template: bytes, num_processes: int = 1, **settings: str
+) -> Iterator[Front]:
     """
     Start the worker, for the block.
 
     Args:
         num_processes: that decode; 0 for the worker's own threads.
         template: an empty SQLite database.
+        settings: of the worker, by the names of their variables.
     """
     # Where the worker stands, for scripts that would read a file there.
     (folder / "clip.mp4").write_bytes(sample("clip.mp4"))
@@ -266,6 +278,7 @@ def open_front(folder: Path, template: bytes, num_processes: int = 1) -> Iterato
         "DARKROOM_MEDIA_S3_BUCKETS": "s3://photographs/{tenant}",
         "DARKROOM_REDIS_URL": f"redis://:{PLANTED}@127.0.0.1:1/0",
         "PYTHONPATH": str(ROOT),
+        **settings,
     }
     log = folder / "worker.log"
     with (

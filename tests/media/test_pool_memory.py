@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -42,12 +42,12 @@ def read_all(pool: DecoderPool) -> int:
 
 
 @contextmanager
-def watching(pool: DecoderPool, seen: list[int]) -> Iterator[None]:
+def watching(read: Callable[[], int], seen: list[int], every_s: float = 0.01) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.01):
-            seen.append(read_all(pool))
+        while not over.wait(every_s):
+            seen.append(read())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -85,7 +85,7 @@ def test_large_pictures_stay_within_the_bytes_of_the_pool() -> None:
     ):
         wait_until(lambda: len(pool._idle) == NUM_PROCESSES, limit_s=30)
         before = read_all(pool)
-        with watching(pool, seen):
+        with watching(lambda: read_all(pool), seen):
             widths = threads.map(
                 lambda encoded: pool.decode_image(encoded, limits, small).width_px,
                 islice(cycle(files), NUM_IMAGES),
