@@ -9,6 +9,7 @@ and learns which are lost, a third commits.
 Nothing here knows Celery: `tasks.worker` calls `run_permits` for each permit and `drain` at the end.
 """
 
+import math
 import threading
 import time
 from collections import Counter
@@ -72,8 +73,22 @@ is run alone is leased twice for it."""
 LOOK_S: Final = 0.5
 """How often a source that waits for parts looks whether anybody still wants them."""
 
-End = Completion | Failure
-Entry = Completion | Failure | NewPart
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """
+    An item that goes back uncharged.
+
+    Args:
+        wait_s: nobody else may have it before.
+    """
+
+    fence: Fence
+    wait_s: int
+
+
+End = Completion | Failure | Release
+Entry = End | NewPart
 
 
 @dataclass(slots=True, eq=False)
@@ -596,8 +611,6 @@ class Runner:
             if is_ours:
                 self._put(flight, build_whole_completion(assembly, move.end))
         elif is_ours:
-            if move.end.act is Act.RELEASE:
-                self._committer.flush()  # what is not written under this lease would be lost
             wait_s = 0.0 if move.end is CUT_SHORT else STORE_WAIT_S
             self._settle(flight, fence, replace(move.end, media=assembly.media), wait_s=wait_s)
 
@@ -605,8 +618,8 @@ class Runner:
         self, flight: Flight, fence: Fence, verdict: Verdict, *, wait_s: float = STORE_WAIT_S
     ) -> None:
         if verdict.act is Act.RELEASE:
-            flight.settle([fence.item])
-            self.release([fence], wait_s=max(wait_s, verdict.retry_after_s))
+            # Whole seconds: items of one host are told nearly the same, and go back together.
+            self._put(flight, Release(fence, math.ceil(max(wait_s, verdict.retry_after_s))))
         else:
             self._put(flight, verdict.as_failure(fence))
 
@@ -629,15 +642,9 @@ class Runner:
         if not fences:
             return
         try:
-            with self._stores.database.write() as session:
-                ordered = sorted(fences, key=lambda fence: fence.item)
-                outcome = items.release(session, ordered, wait_s=wait_s)
+            self.commit_releases(fences, wait_s=wait_s, sends_permits=sends_permits)
         except StorageError as error:
             logger.warning("release_failed", num_items=len(fences), error=error.code)
-            return
-        logger.info("items_released", num_items=len(outcome.items))
-        if sends_permits and not wait_s:
-            self._dispatcher.send_permits_for(self._model, len(outcome.items))
 
     def drain(self) -> None:
         """Lease no more, and give back at once what the engine has not begun."""
@@ -782,6 +789,17 @@ class Runner:
         self.num_failed += len(outcome.items)
         self._tell_of(outcome, len(failures))
 
+    def commit_releases(
+        self, fences: Sequence[Fence], *, wait_s: float, sends_permits: bool = True
+    ) -> None:
+        """As `release`, but raises as `commit_completions` does."""
+        with self._stores.database.write() as session:
+            ordered = sorted(fences, key=lambda fence: fence.item)
+            outcome = items.release(session, ordered, wait_s=wait_s)
+        logger.info("items_released", num_items=len(outcome.items))
+        if sends_permits and not wait_s:
+            self._dispatcher.send_permits_for(self._model, len(outcome.items))
+
     def drop_committed(self, completions: Sequence[Completion]) -> list[Completion]:
         """After a commit whose answer was lost: those that it did not write."""
         with self._stores.database.read() as session:
@@ -808,6 +826,7 @@ class Committer:
         self._runner = runner
         self._queue: Queue[tuple[Flight, Entry] | None] = Queue(MAX_UNCOMMITTED)
         self._is_stopped = threading.Event()
+        self._has_ended = threading.Event()
         self._changed = threading.Condition()
         self._num_left = 0  # in the queue, or in the group that is gathered or written
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
@@ -819,6 +838,8 @@ class Committer:
         with self._changed:
             self._num_left += 1
         self._queue.put((flight, end))
+        if self._has_ended.is_set():  # or its chunk would wait for ever
+            self._give_up_rest()
 
     def hurry(self) -> None:
         """A chunk has no more to give: commit what is there without waiting for a full group."""
@@ -847,9 +868,23 @@ class Committer:
                 # The edge of a thread that must not end: nobody else commits.
                 logger.exception("commit_failed")
                 self._give_up(group)
-            with self._changed:
-                self._num_left -= num_items
-                self._changed.notify_all()
+            self._note_done(num_items)
+        self._has_ended.set()
+        self._give_up_rest()
+
+    def _give_up_rest(self) -> None:
+        """What comes when nobody commits any more."""
+        with suppress(Empty):
+            while True:
+                entry = self._queue.get_nowait()
+                if entry is not None:
+                    self._give_up([entry])
+                    self._note_done(1)
+
+    def _note_done(self, num_items: int) -> None:
+        with self._changed:
+            self._num_left -= num_items
+            self._changed.notify_all()
 
     def _gather(self) -> list[tuple[Flight, Entry]]:
         config = self._runner._config
@@ -882,6 +917,7 @@ class Committer:
                 # What lost its lease meanwhile is fenced when the database is back.
                 time.sleep(COMMIT_RETRY_S)
                 if self._is_stopped.is_set():
+                    self._give_up(group)
                     return
             else:
                 return
@@ -891,7 +927,7 @@ class Committer:
         for flight, end in group:
             if len(group) > 1:
                 self._commit_at_last([(flight, end)])
-            elif not isinstance(end, Failure):
+            elif not isinstance(end, Failure | Release):
                 failure = judge(RuntimeError()).as_failure(end.fence)
                 self._commit_at_last([(flight, failure)])
             else:
@@ -906,7 +942,8 @@ class Committer:
         """
         A transaction for each kind; what one has committed leaves the group, whatever the next does.
 
-        Parts come first: a result over them must not stand there without them.
+        Parts come first: a result over them must not stand there without them, and under a lease that
+        was given back they would not be written.
         """
         new_parts = [end for _, end in group if isinstance(end, NewPart)]
         if new_parts:
@@ -920,12 +957,13 @@ class Committer:
         if failures:
             self._runner.commit_failures(failures)
             self._settle(group, Failure)
+        releases = [end for _, end in group if isinstance(end, Release)]
+        for wait_s in sorted({end.wait_s for end in releases}):
+            fences = [end.fence for end in releases if end.wait_s == wait_s]
+            self._runner.commit_releases(fences, wait_s=wait_s)
+        self._settle(group, Release)
 
-    def _settle(
-        self,
-        group: list[tuple[Flight, Entry]],
-        kind: type[Completion] | type[Failure],
-    ) -> None:
+    def _settle(self, group: list[tuple[Flight, Entry]], kind: type[End]) -> None:
         for flight, end in group:
             if isinstance(end, kind):
                 flight.settle([end.fence.item])
