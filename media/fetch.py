@@ -166,13 +166,14 @@ class Fetcher:
         """
         self._config = config or FetchConfig()
         self._limits = self._config.limits
+        self._system = SystemResolver(self._limits.max_connections)  # no threads before its use
         tls = tls or httpcore2.default_ssl_context()
         tls.minimum_version = ssl.TLSVersion.TLSv1_2
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
             max_connections=self._limits.max_connections,
             keepalive_expiry=self._limits.keep_alive_s,
-            network_backend=_VettingBackend(self._config, resolve or SystemResolver()),
+            network_backend=_VettingBackend(self._config, resolve or self._system),
         )
         self._slots = _Slots(self._limits.max_connections)
         self._slots_by_host: WeakValueDictionary[str, _Slots] = WeakValueDictionary()
@@ -192,9 +193,10 @@ class Fetcher:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections that wait for more work."""
+        """Close the connections that wait for more work, and end the threads that look names up."""
         await self._pool.aclose()
         await self._shared.aclose()
+        self._system.close()
 
     async def fetch(
         self, url: str, limits: ImageLimits | VideoLimits, *, is_fast: bool = False
@@ -419,9 +421,14 @@ class Fetcher:
 
 
 class SystemResolver:
-    """The operating system's look-up, in threads of its own: a slow name server starves no one else."""
+    """
+    The operating system's look-up, in threads of its own: a slow name server starves no one else.
 
-    def __init__(self, num_threads: int = 32) -> None:
+    Args:
+        num_threads: as many as there are fetches, or names whose servers are silent hold up the others.
+    """
+
+    def __init__(self, num_threads: int = FETCH_LIMITS.max_connections) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="darkroom-resolve")
 
     async def __call__(self, host: str) -> list[str]:
@@ -433,6 +440,10 @@ class SystemResolver:
 
 class _VettingBackend(httpcore2.AsyncNetworkBackend):
     """How the pool connects: look up, judge every answer, connect to one of them, look who is there."""
+
+    def close(self) -> None:
+        """End the threads; one that asks a name server ends when that has answered, and not before."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __init__(self, config: FetchConfig, resolve: Resolve) -> None:
         self._rules = config.rules

@@ -11,6 +11,7 @@ import hashlib
 import pickle
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Coroutine, Mapping
 from concurrent import futures
@@ -1273,10 +1274,27 @@ def test_fetch_errors_survive_the_way_between_processes() -> None:
 
 
 def test_system_resolver_reads_numbers_as_addresses() -> None:
-    resolve: Resolve = SystemResolver(1)
+    resolve = SystemResolver(1)
 
     assert ["127.0.0.1"] == list(run(_resolved(resolve, "127.0.0.1")))
 
 
 async def _resolved(resolve: Resolve, host: str) -> list[str]:
     return list(await resolve(host))
+    resolve.close()
+
+
+def test_threads_that_look_names_up_end_with_their_fetcher() -> None:
+    async def scenario() -> None:
+        async with Fetcher() as fetcher:
+            assert_failed(await outcome_of(fetcher, "http://localhost./"), HostNotAllowedError)
+            assert list_resolvers()
+
+    def list_resolvers() -> list[threading.Thread]:
+        return [one for one in threading.enumerate() if one.name.startswith("darkroom-resolve")]
+
+    run(scenario())
+
+    for thread in list_resolvers():
+        thread.join(30)
+    assert [] == list_resolvers()
