@@ -235,6 +235,7 @@ class Fetcher:
         key = (errand.key, limits.max_bytes, isinstance(limits, VideoLimits))
         try:
             self._failures.raise_if_remembered(key)
+            self._silences.raise_if_paused(errand.host)
             host_slots = self._slots_by_host.setdefault(
                 errand.host, _Slots(self._limits.max_connections_per_host)
             )
@@ -243,17 +244,20 @@ class Fetcher:
                 self._shared.turn(errand.host, is_fast=errand.is_fast),
                 self._slots.hold(errand.is_fast),
             ):
-                self._failures.raise_if_remembered(key)  # it may have failed while this one waited
+                # What is found may have changed while this one waited.
+                self._failures.raise_if_remembered(key)
+                self._silences.raise_if_paused(errand.host)
                 self._silences.raise_if_silent(errand.host)
                 progress.started_at = time.monotonic()
                 try:
-                    return await self._fetch_in_time(errand, limits, progress)
+                    fetched = await self._fetch_in_time(errand, limits, progress)
                 except FetchFailedError as error:
-                    progress.is_silent |= isinstance(error, FetchTimeoutError)
+                    is_silent = progress.is_silent or isinstance(error, FetchTimeoutError)
+                    self._silences.note(errand.host, is_silent=is_silent)
                     self._failures.remember(key, error)
                     raise
-                finally:
-                    self._silences.note(errand.host, is_silent=progress.is_silent)
+                self._silences.note(errand.host, is_silent=False)
+                return fetched
         except FetchFailedError as error:
             error.facts = asdict(progress.report(error.code))
             raise
@@ -437,13 +441,13 @@ class SystemResolver:
         )
         return [str(answer[4][0]) for answer in answers]
 
-
-class _VettingBackend(httpcore2.AsyncNetworkBackend):
-    """How the pool connects: look up, judge every answer, connect to one of them, look who is there."""
-
     def close(self) -> None:
         """End the threads; one that asks a name server ends when that has answered, and not before."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _VettingBackend(httpcore2.AsyncNetworkBackend):
+    """How the pool connects: look up, judge every answer, connect to one of them, look who is there."""
 
     def __init__(self, config: FetchConfig, resolve: Resolve) -> None:
         self._rules = config.rules
@@ -701,10 +705,12 @@ class _Silences:
         if len(self._pauses) > self._limits.max_remembered_failures:
             self._pauses.popitem(last=False)
 
-    def raise_if_silent(self, host: str) -> None:
+    def raise_if_paused(self, host: str) -> None:
         left_s = self._pauses.get(host, 0.0) - time.monotonic()
         if left_s > 0:
             raise say_paused(left_s)
+
+    def raise_if_silent(self, host: str) -> None:
         num_silences, until = self._hosts.get(host, (0, 0.0))
         if num_silences < self._limits.max_silences:
             return

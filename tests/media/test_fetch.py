@@ -1036,6 +1036,59 @@ def test_host_that_asked_for_a_pause_is_left_alone_until_it_is_over() -> None:
     run(scenario())
 
 
+def test_fetch_that_is_given_up_says_nothing_about_its_host() -> None:
+    async def scenario() -> None:
+        host = Moods()
+        limits = replace(QUICK, max_silences=2)
+        async with serve(host) as server:
+            config = config_for(server, limits=limits, timeout_s=0.2)
+            async with Fetcher(config, Names()) as fetcher:
+                url = f"http://pictures.test:{server.port}/"
+                await outcome_of(fetcher, f"{url}1")
+                given_up = asyncio.create_task(outcome_of(fetcher, f"{url}2"))
+                while len(server.heads) < 2:
+                    await asyncio.sleep(0.01)
+                given_up.cancel()
+                await asyncio.gather(given_up, return_exceptions=True)
+                await outcome_of(fetcher, f"{url}3")
+                host.is_silent = False
+                left_alone = await outcome_of(fetcher, f"{url}4")
+        assert_failed(left_alone, FetchTimeoutError, retryable=True)
+        assert 3 == len(server.heads)
+
+    run(scenario())
+
+
+def test_pause_is_met_before_a_slot_is_waited_for() -> None:
+    async def scenario() -> None:
+        answers = {
+            "/busy": answering(status="503 X", headers=["Retry-After: 60"]),
+            "/slow": raw(b"", ends=False),
+        }
+        limits = replace(QUICK, max_connections_per_host=2)
+        async with (
+            serve(answers) as server,
+            Fetcher(config_for(server, limits=limits, timeout_s=60.0), Names()) as fetcher,
+        ):
+            url = f"http://pictures.test:{server.port}"
+            slow = asyncio.create_task(outcome_of(fetcher, f"{url}/slow"))
+            await fetcher_is_at(server, "/slow")
+            with pytest.raises(FetchFailedError):
+                await fetcher.fetch(f"{url}/busy", LIMITS, is_fast=True)
+            async with asyncio.timeout(1):
+                assert_failed(await outcome_of(fetcher, f"{url}/other"), HostPausedError, True)
+            slow.cancel()
+            await asyncio.gather(slow, return_exceptions=True)
+
+    run(scenario())
+
+
+async def fetcher_is_at(server: Server, path: str) -> None:
+    async with asyncio.timeout(30):
+        while path not in server.paths:
+            await asyncio.sleep(0.01)
+
+
 def test_host_that_answers_now_and_then_is_never_left_alone() -> None:
     async def scenario() -> int:
         host = Moods()
@@ -1277,10 +1330,6 @@ def test_system_resolver_reads_numbers_as_addresses() -> None:
     resolve = SystemResolver(1)
 
     assert ["127.0.0.1"] == list(run(_resolved(resolve, "127.0.0.1")))
-
-
-async def _resolved(resolve: Resolve, host: str) -> list[str]:
-    return list(await resolve(host))
     resolve.close()
 
 
@@ -1298,3 +1347,7 @@ def test_threads_that_look_names_up_end_with_their_fetcher() -> None:
     for thread in list_resolvers():
         thread.join(30)
     assert [] == list_resolvers()
+
+
+async def _resolved(resolve: Resolve, host: str) -> list[str]:
+    return list(await resolve(host))
