@@ -59,15 +59,30 @@ def decode_frames_url(url: str, limits: VideoLimits) -> tuple[bytes, ...]:
             "The data URL holds one file where a list of frames is expected. The form of a list "
             "is data:video/jpeg;base64,<frame>,<frame>."
         )
-    num_frames = url.count(",", start) + 1
+    check_num_frames(url.count(",", start) + 1, limits)
+    if _decoded_num_bytes(url, start) > limits.max_bytes:
+        raise _too_many_bytes(limits)
+    return tuple(_decode_base64(frame) for frame in url[start:].split(","))
+
+
+def count_listed_frames(url: str) -> int | None:
+    """Return how many frames a data URL lists; None where it is no list, or no good URL."""
+    if not is_data_url(url):
+        return None
+    try:
+        media_type, start = _split_header(url)
+    except BadDataUrlError:  # whoever decodes it says so
+        return None
+    return url.count(",", start) + 1 if media_type == FRAMES_MEDIA_TYPE else None
+
+
+def check_num_frames(num_frames: int, limits: VideoLimits) -> None:
+    """Raise VideoTooLargeError where a list has more than `limits.max_frames`."""
     if num_frames > limits.max_frames:
         raise VideoTooLargeError(
             f"The data URL holds {num_frames} frames; at most {limits.max_frames} are taken. Send "
             "fewer."
         )
-    if _decoded_num_bytes(url, start) > limits.max_bytes:
-        raise _too_many_bytes(limits)
-    return tuple(_decode_base64(frame) for frame in url[start:].split(","))
 
 
 def media_type_of(url: str) -> str:

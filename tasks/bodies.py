@@ -16,10 +16,12 @@ from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
-from engine.config import AREA_KEYS, IMAGE_KEYS, SAMPLING_KEYS, parse_part_options
+from engine.config import AREA_KEYS, IMAGE_KEYS, KEEP_ALL, SAMPLING_KEYS, parse_part_options
 from engine.errors import BadConfig, BadSamplingParams, TooManyImages, TooManyVideos
 from engine.request import SamplingParams
-from media.errors import BadSegmentsError, BadUrlError, TooManyFramesError
+from media.data_url import check_num_frames, count_listed_frames
+from media.errors import BadSegmentsError, BadUrlError, MediaError, TooManyFramesError
+from media.limits import VIDEO_LIMITS
 from media.s3_url import is_s3_url, parse_s3_url
 from media.segments import Cut
 from storage.ids import FileId
@@ -313,8 +315,8 @@ def check_body(
             num_images += part["type"] in IMAGE_PARTS
             num_videos += part["type"] == "video_url"
             num_cut += part.get("segments") is not None
-            if policy is ImagePolicy.REJECT:
-                _check_frames(part, limits.frames, f"messages[{index}]")
+            if part["type"] == "video_url":
+                _check_frames(part, limits.frames, policy, f"messages[{index}]")
             scheme = read_source(part)[:8].partition("://")[0].lower()
             if scheme in _OPENED_WITH and scheme not in opened:
                 raise _bad_address(
@@ -345,18 +347,34 @@ def check_body(
     return Body(model, messages, sampling, policy, num_used, num_videos)
 
 
-def _check_frames(part: Mapping[str, Any], limit: int | None, where: str) -> None:
+def _check_frames(
+    part: Mapping[str, Any], limit: int | None, policy: ImagePolicy, where: str
+) -> None:
     """
-    Refuse a clip of which more frames are asked for than one prompt may hold.
+    Refuse a clip of which more frames are asked for than one prompt may hold, and a list of more than
+    are ever taken.
 
     Where that depends on how long the clip is, the worker finds out.
     """
-    if part["type"] != "video_url" or limit is None:
-        return
-    given = part.get("num_frames")
-    if given is not None and given > limit and part.get("fps") is None:
-        error = TooManyFramesError(limit=limit, given=given)
-        raise BadLineError(error.code, f"{where}: {error}", param="messages")
+    num_listed = count_listed_frames(read_source(part))
+    try:
+        if num_listed is not None:
+            check_num_frames(num_listed, VIDEO_LIMITS)
+            num_asked = count_asked_of_list(part, num_listed)
+        else:
+            num_asked = 0 if part.get("fps") is not None else part.get("num_frames") or 0
+        if limit is not None and num_asked > limit and policy is ImagePolicy.REJECT:
+            raise TooManyFramesError(limit=limit, given=num_asked)
+    except MediaError as error:
+        raise BadLineError(error.code, f"{where}: {error}", param="messages") from error
+
+
+def count_asked_of_list(options: Mapping[str, Any], num_listed: int) -> int:
+    """How many frames of a list its part's options ask for; without any, the default gives way to limits."""
+    given = options.get("num_frames")
+    if given is None:
+        return num_listed if options.get("fps") is not None else 0
+    return num_listed if given == KEEP_ALL else min(given, num_listed)
 
 
 def _check_split(sampling: Mapping[str, Any], has_segments: bool, num_images: int) -> None:

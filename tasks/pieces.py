@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import SAMPLING_KEYS, parse_part_options
-from media.data_url import FRAMES_MEDIA_TYPE, decode_data_url, media_type_of
-from media.errors import BadDataUrlError, TooManyFramesError
+from media.data_url import decode_data_url
+from media.errors import TooManyFramesError
 from media.frames import build_sampling, count_frames
 from media.limits import VIDEO_LIMITS
 from media.segments import MAX_SEGMENTS, Cut, Segment, plan_window
@@ -177,18 +177,6 @@ def _read(clip: Mapping[str, Any]) -> bytes:
         return decode_data_url(clip["video_url"]["url"], VIDEO_LIMITS)[0]
     source: bytes | Callable[[], bytes] = clip["video"]
     return source() if callable(source) else source
-
-
-def count_listed_frames(clip: Mapping[str, Any]) -> int | None:
-    """Of a clip that is a list of frames in a data URL; None for any other, and for no good URL."""
-    if clip["type"] != "video_url":
-        return None
-    url: str = clip["video_url"]["url"]
-    try:
-        is_list = media_type_of(url) == FRAMES_MEDIA_TYPE
-    except BadDataUrlError:  # whoever decodes it says so
-        return None
-    return url.count(",") if is_list else None
 
 
 def _replace(

@@ -17,9 +17,14 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from engine.config import KEEP_ALL
 from engine.request import SamplingParams
-from media.data_url import FRAMES_MEDIA_TYPE, is_data_url, media_type_of, num_bytes_of
+from media.data_url import (
+    FRAMES_MEDIA_TYPE,
+    count_listed_frames,
+    is_data_url,
+    media_type_of,
+    num_bytes_of,
+)
 from media.errors import (
     FetchFailedError,
     FetchTooLargeError,
@@ -46,6 +51,7 @@ from tasks.bodies import (
     build_params,
     check_body,
     choose_images,
+    count_asked_of_list,
     parse_file_id,
     parse_json,
     read_cut,
@@ -59,7 +65,6 @@ from tasks.manifest import read_bodies
 from tasks.pieces import (
     ClipRule,
     Split,
-    count_listed_frames,
     limit_frames,
     may_be_more,
     split_clip,
@@ -583,10 +588,10 @@ class _Draft:
         if part["type"] in IMAGE_PARTS:
             self._images.append(read)
         else:
-            self._note_clip(read, read_cut(part))
+            self._note_clip(read, read_cut(part), count_listed_frames(read_source(part)))
         return read
 
-    def _note_clip(self, clip: dict[str, Any], cut: Cut | None) -> None:
+    def _note_clip(self, clip: dict[str, Any], cut: Cut | None, num_listed: int | None) -> None:
         """Bring the frames that it asks for under the limit, or have it measured."""
         most = self._limits.frames
         if most is None:
@@ -595,11 +600,9 @@ class _Draft:
             return
         if "num_frames" not in clip and "fps" not in clip:
             clip["num_frames"] = min(DEFAULT_NUM_FRAMES, most)
-        num_listed = count_listed_frames(clip)
         may_leave_out = self._body.image_policy in (ImagePolicy.TRUNCATE, ImagePolicy.SAMPLE)
         if num_listed is not None and self._body.image_policy is ImagePolicy.REJECT:
-            given = clip.get("num_frames")
-            num_asked = num_listed if given in (None, KEEP_ALL) else min(given, num_listed)
+            num_asked = count_asked_of_list(clip, num_listed)
             if num_asked > most:
                 raise TooManyFramesError(limit=most, given=num_asked)
         if may_leave_out or num_listed is not None:

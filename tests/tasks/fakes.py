@@ -12,7 +12,7 @@ from bench.instant import text_of
 from engine.config import SAMPLING_KEYS, parse_part_options
 from engine.errors import EngineError, EngineFailure, MediaRefused
 from engine.request import CompletionOutput, FinishReason, ImageUsed, MediaKind, Result
-from media.data_url import decode_data_url, decode_frames_url
+from media.data_url import count_listed_frames, decode_data_url, decode_frames_url
 from media.errors import MediaError
 from media.frames import build_sampling
 from media.images import decode_image
@@ -23,7 +23,6 @@ from tasks.config import Config, MediaLimits
 from tasks.dispatch import Dispatcher
 from tasks.engines import Prompt
 from tasks.errors import DecodersLostError, DeviceLostError
-from tasks.pieces import count_listed_frames
 
 MODEL = "darkroom-tiny"
 RED_DOT = (
@@ -185,12 +184,12 @@ class SeeingEngine(InstantEngine):
             image = decode_image(source() if callable(source) else source)
             return ImageUsed(0, image.width_px, image.height_px, 28, 28, 1)
         sampling = build_sampling(parse_part_options(part, SAMPLING_KEYS, "part").sampling)
-        if count_listed_frames(part) is not None:
-            listed = decode_frames_url(part["video_url"]["url"], VIDEO_LIMITS)
-            frames = decode_jpeg_frames(listed, sampling)
-        elif part["type"] == "video_url":
-            clip = decode_data_url(part["video_url"]["url"], VIDEO_LIMITS)[0]
-            frames = decode_video(clip, sampling)
+        if part["type"] == "video_url":
+            url = part["video_url"]["url"]
+            if count_listed_frames(url) is not None:
+                frames = decode_jpeg_frames(decode_frames_url(url, VIDEO_LIMITS), sampling)
+            else:
+                frames = decode_video(decode_data_url(url, VIDEO_LIMITS)[0], sampling)
         else:
             source = part["video"]
             frames = decode_video(source() if callable(source) else source, sampling)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from media.errors import VideoTooLargeError
 from media.segments import Cut
 from tasks.bodies import MAX_SPLIT_IMAGES, ImagePolicy, check_body, read_cut
 from tasks.config import MediaLimits
@@ -107,3 +108,29 @@ def test_more_frames_than_the_limit_are_refused_where_that_is_known() -> None:
         check({**VIDEO, **options}, limits=MediaLimits())
     for options in ({"num_frames": 8}, {}, {"num_frames": 9, "fps": 1}, {"num_frames": -1}):
         check({**VIDEO, **options}, limits=limits)
+
+
+def show_list(num_listed: int, **options: Any) -> dict[str, Any]:
+    url = "data:video/jpeg;base64," + ",".join(["AAAA"] * num_listed)
+    return {"type": "video_url", "video_url": {"url": url}, **options}
+
+
+def test_frames_of_a_list_are_counted_before_anything_runs() -> None:
+    limits = MediaLimits(frames=8)
+
+    for options in ({"num_frames": -1}, {"num_frames": 20}, {"fps": 1}):
+        with pytest.raises(BadLineError, match=r"At most 8 frame.* asks for 9") as caught:
+            check(show_list(9, **options), limits=limits)
+        assert ("too_many_frames", "messages") == (caught.value.line_code, caught.value.param)
+        check(show_list(9, **options), limits=limits, image_policy="sample")
+        check(show_list(8, **options), limits=limits)
+    check(show_list(9), limits=limits)  # what nobody asked for gives way
+    check(show_list(9, num_frames=8), limits=limits)
+
+
+def test_list_of_more_frames_than_are_ever_taken_is_refused_before_anything_runs() -> None:
+    for policy in ImagePolicy:
+        with pytest.raises(BadLineError, match="holds 769 frames; at most 768") as caught:
+            check(show_list(769, num_frames=4), image_policy=policy)
+        assert VideoTooLargeError.code == caught.value.line_code
+    check(show_list(768, num_frames=4))
