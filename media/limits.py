@@ -105,6 +105,7 @@ class FetchLimits:
         max_pause_s: so long at most a host is left alone by all fetches when it asks one for patience.
         max_connections_per_host: at once, from this process; an eighth of these, and of all, is kept for
             the fast lane.
+        max_connections_per_item: at once, for the media of one item.
         max_connections: at once, to all hosts.
         keep_alive_s: how long a connection waits for more work.
         remember_failures_s: so long the same URL fails again without being asked for.
@@ -127,6 +128,7 @@ class FetchLimits:
     max_retry_after_s: float = 10.0
     max_pause_s: float = 300.0
     max_connections_per_host: int = 8
+    max_connections_per_item: int = 8
     max_connections: int = 160
     keep_alive_s: float = 15.0
     remember_failures_s: float = 60.0

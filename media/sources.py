@@ -7,6 +7,7 @@ What comes inside a URL (`media.data_url`) or was uploaded is no fetch, and is r
 
 import asyncio
 import ssl
+from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from dataclasses import asdict
 from threading import Lock, Thread
@@ -44,6 +45,7 @@ class Sources:
         Raises:
             ValueError: `buckets` has a profile or an address that cannot be.
         """
+        self._max_at_once = (config or FetchConfig()).limits.max_connections_per_item
         self._web = Fetcher(config, resolve, tls, shared)
         self._buckets = None if buckets is None else BucketFetcher(buckets, config, resolve, tls)
         self._folder = folder
@@ -70,6 +72,35 @@ class Sources:
                 raise _refusal(FileNotAllowedError())
             return await self._folder.fetch(url, limits)
         return await self._web.fetch(url, limits, is_fast=is_fast)
+
+    async def fetch_all(
+        self, wanted: Mapping[str, ImageLimits | VideoLimits], tenant: str, *, is_fast: bool = False
+    ) -> dict[str, Fetched | FetchFailedError]:
+        """
+        Fetch the media of one item, several at a time, each as `fetch` does.
+
+        Returns:
+            How each has ended, by its URL. After a failure the others are given up, for the item
+            needs all of them: those are missing.
+        """
+        places = asyncio.Semaphore(self._max_at_once)
+        ended: dict[str, Fetched | FetchFailedError] = {}
+
+        async def fetch(url: str, limits: ImageLimits | VideoLimits) -> None:
+            async with places:
+                try:
+                    ended[url] = await self.fetch(url, limits, tenant, is_fast=is_fast)
+                except FetchFailedError as error:
+                    ended[url] = error
+                    raise
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for url, limits in wanted.items():
+                    group.create_task(fetch(url, limits))
+        except* FetchFailedError:
+            pass  # the caller finds it among what has ended
+        return ended
 
     async def aclose(self) -> None:
         """Close the connections that wait for more work."""
@@ -105,11 +136,11 @@ class SourcesThread:
     ) -> None:
         self.close()
 
-    def fetch(
-        self, url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
-    ) -> Fetched:
+    def fetch_all(
+        self, wanted: Mapping[str, ImageLimits | VideoLimits], tenant: str, *, is_fast: bool = False
+    ) -> dict[str, Fetched | FetchFailedError]:
         """
-        Wait for what `Sources.fetch` returns or raises.
+        Wait for what `Sources.fetch_all` returns.
 
         Raises:
             CancelledError: of `concurrent.futures`: it was closed before or meanwhile.
@@ -118,7 +149,7 @@ class SourcesThread:
             if self._is_closed:
                 raise CancelledError
             coming = asyncio.run_coroutine_threadsafe(
-                self._sources.fetch(url, limits, tenant, is_fast=is_fast), self._loop
+                self._sources.fetch_all(wanted, tenant, is_fast=is_fast), self._loop
             )
         return coming.result()
 

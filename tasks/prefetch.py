@@ -10,9 +10,11 @@ wait or are fetched at a time, whatever its size, no host has more of all that i
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any, Final, Protocol
 
 import structlog
@@ -35,7 +37,7 @@ from media.errors import (
 )
 from media.fetched import Fetched
 from media.frames import DEFAULT_NUM_FRAMES
-from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
+from media.limits import FETCH_LIMITS, IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from media.segments import Cut
 from storage import files, jobs, tenants
 from storage.errors import BlobMissingError, StorageError
@@ -93,21 +95,31 @@ TAIL_S: Final = 0.1
 
 
 class Fetch(Protocol):
-    """A URL and the name of who asks in, its bytes out, or a `FetchFailedError`."""
+    """
+    The URLs of one item, with their limits, and the name of who asks in; how each has ended out.
+
+    Those that were given up because another has failed are missing.
+    """
 
     def __call__(
-        self, url: str, limits: ImageLimits | VideoLimits, tenant: str, /, *, is_fast: bool = False
-    ) -> Fetched: ...
+        self,
+        wanted: Mapping[str, ImageLimits | VideoLimits],
+        tenant: str,
+        /,
+        *,
+        is_fast: bool = False,
+    ) -> Mapping[str, Fetched | FetchFailedError]: ...
 
 
 def refuse_to_fetch(
-    url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
-) -> Fetched:
+    wanted: Mapping[str, ImageLimits | VideoLimits], tenant: str, *, is_fast: bool = False
+) -> Mapping[str, Fetched | FetchFailedError]:
     """Where fetching is not installed."""
-    raise FetchFailedError(
+    error = FetchFailedError(
         "Failed to fetch media from URL: fetching is not installed here. Upload the file, or send "
         "a data URL."
     )
+    return dict.fromkeys(wanted, error)
 
 
 class FileGoneError(MediaError):
@@ -350,22 +362,40 @@ class Preparer:
     def _fetch_within(
         self, draft: "_Draft", most: Mapping[str, int], together: int
     ) -> dict[str, Fetched]:
-        tenant = self._name(draft.item.tenant)
-        left = together
+        images, videos = _bound(IMAGE_LIMITS, most["image"]), _bound(VIDEO_LIMITS, most["video"])
+        wanted = {url: videos if is_video else images for url, is_video in draft.urls.items()}
+        if sum(limits.max_bytes for limits in wanted.values()) <= together:
+            return self._fetch_at_once(draft, wanted)
         fetched: dict[str, Fetched] = {}
-        for url, is_video in draft.urls.items():
-            limits = VIDEO_LIMITS if is_video else IMAGE_LIMITS
-            max_bytes = min(most["video" if is_video else "image"], limits.max_bytes)
+        left = together
+        for url, limits in wanted.items():  # each may have what those before it have left
             try:
-                bounded = replace(limits, max_bytes=min(max_bytes, left))
-                fetched[url] = self.fetch(url, bounded, tenant, is_fast=draft.is_fast)
-            except FetchFailedError as error:
-                draft.facts[url] = error.facts or {}
-                if isinstance(error, FetchTooLargeError) and left < max_bytes:
+                fetched |= self._fetch_at_once(draft, {url: _bound(limits, left)})
+            except FetchTooLargeError as error:
+                if left < limits.max_bytes:
                     raise FetchTooLargeError(_TOO_MANY_BYTES) from error
                 raise
-            draft.facts[url] = asdict(fetched[url].report)
             left -= len(fetched[url].content)
+        return fetched
+
+    def _fetch_at_once(
+        self, draft: "_Draft", wanted: Mapping[str, ImageLimits | VideoLimits]
+    ) -> dict[str, Fetched]:
+        """Raises the first failure, and before it one that trying again would not mend."""
+        tenant = self._name(draft.item.tenant)
+        ended = self.fetch(wanted, tenant, is_fast=draft.is_fast)
+        fetched: dict[str, Fetched] = {}
+        failures: list[FetchFailedError] = []
+        for url in filter(ended.__contains__, wanted):
+            one = ended[url]
+            if isinstance(one, Fetched):
+                fetched[url] = one
+                draft.facts[url] = asdict(one.report)
+            else:
+                failures.append(one)
+                draft.facts[url] = one.facts or {}
+        if failures:
+            raise min(failures, key=lambda error: error.retryable)
         return fetched
 
     def _name(self, tenant: TenantId) -> str:
@@ -374,6 +404,10 @@ class Preparer:
             with self.stores.database.read() as session:
                 self.names[tenant] = tenants.get_name(session, tenant)
         return self.names[tenant]
+
+
+def _bound(limits: ImageLimits | VideoLimits, max_bytes: int) -> ImageLimits | VideoLimits:
+    return replace(limits, max_bytes=min(limits.max_bytes, max_bytes))
 
 
 class _Ahead:
@@ -546,8 +580,9 @@ class _Draft:
 
     @property
     def places(self) -> Mapping[str, int]:
-        """What it takes of each host; of none where only a clip is measured."""
-        return dict.fromkeys(map(_host_of, self.urls), 1) or {"": 1}
+        """What it takes of each host, for what is fetched first; of none where only a clip is measured."""
+        first = islice(self.urls, FETCH_LIMITS.max_connections_per_item)
+        return Counter(map(_host_of, first)) or {"": 1}
 
     @property
     def is_split(self) -> bool:

@@ -464,7 +464,7 @@ def open_fetch(
             "DARKROOM_MEDIA_S3_ENDPOINT_URL is no address: give http://HOST:PORT or https://HOST."
         ) from error
     with SourcesThread(sources) as thread:
-        yield thread.fetch
+        yield thread.fetch_all
 
 
 def _read_buckets(config: Config) -> "BucketConfig | None":

@@ -11,7 +11,7 @@ each job.
 import json
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +21,7 @@ from uuid import UUID
 
 from media.addresses import AddressRules
 from media.buckets import BucketConfig
+from media.errors import FetchFailedError
 from media.fetch import FetchConfig
 from media.fetched import Fetched
 from media.limits import FETCH_LIMITS, ImageLimits, VideoLimits
@@ -49,9 +50,14 @@ class SwappedFetch:
     sources: SourcesThread
 
     def __call__(
-        self, url: str, limits: ImageLimits | VideoLimits, tenant: str, /, *, is_fast: bool = False
-    ) -> Fetched:
-        return self.sources.fetch(url, limits, tenant, is_fast=is_fast)
+        self,
+        wanted: Mapping[str, ImageLimits | VideoLimits],
+        tenant: str,
+        /,
+        *,
+        is_fast: bool = False,
+    ) -> Mapping[str, Fetched | FetchFailedError]:
+        return self.sources.fetch_all(wanted, tenant, is_fast=is_fast)
 
 
 @contextmanager

@@ -230,22 +230,66 @@ def test_body_until_the_connection_ends_is_read() -> None:
 
 
 def test_thread_of_its_own_serves_other_threads() -> None:
-    async def scenario() -> Fetched:
+    async def scenario() -> list[Outcome]:
         async with serve(answering(JPEG)) as server:
             with SourcesThread(Sources(config_for(server), Names())) as sources:
-                url = f"http://pictures.test:{server.port}/"
-                return await asyncio.to_thread(sources.fetch, url, LIMITS, "anyone")
+                wanted = {f"http://pictures.test:{server.port}/": LIMITS}
+                ended = await asyncio.to_thread(sources.fetch_all, wanted, "anyone")
+                return list(ended.values())
 
-    assert JPEG == run(scenario()).content
+    (outcome,) = run(scenario())
+
+    assert_fetched(outcome)
+
+
+def test_media_of_one_item_are_fetched_several_at_a_time() -> None:
+    together = asyncio.Barrier(3)
+
+    async def answer(head: str, writer: asyncio.StreamWriter) -> None:
+        await together.wait()  # none is answered before so many were asked for
+        await answering(head.split(" ")[1].encode())(head, writer)
+
+    async def scenario() -> tuple[dict[str, Outcome], Server]:
+        limits = replace(QUICK, max_connections_per_item=3)
+        async with serve(answer) as server:
+            sources = Sources(config_for(server, limits=limits, timeout_s=30.0), Names())
+            urls = [f"http://pictures.test:{server.port}/{number}" for number in range(6)]
+            ended = await sources.fetch_all(dict.fromkeys(urls, LIMITS), "anyone")
+            await sources.aclose()
+        return ended, server
+
+    ended, server = run(scenario())
+
+    for url, outcome in ended.items():
+        assert_fetched(outcome, b"/" + url[-1].encode())
+    assert 6 == len(ended)
+    assert 3 == server.most_at_once
+
+
+def test_failure_of_one_gives_up_the_other_media_of_its_item() -> None:
+    async def scenario() -> list[Outcome]:
+        answers = {"/slow": raw(b"", ends=False), "/gone": answering(status="404 X")}
+        async with serve(answers) as server:
+            sources = Sources(config_for(server, timeout_s=60.0), Names())
+            urls = [f"http://pictures.test:{server.port}{path}" for path in answers]
+            async with asyncio.timeout(SOON_S):
+                ended = await sources.fetch_all(dict.fromkeys(urls, LIMITS), "anyone")
+            await sources.aclose()
+        assert [urls[1]] == list(ended)
+        return list(ended.values())
+
+    (outcome,) = run(scenario())
+
+    assert_failed(outcome, FetchFailedError)
 
 
 def test_thread_that_closes_gives_up_what_is_under_way() -> None:
     async def scenario() -> BaseException | None:
         async with serve(raw(b"", ends=False)) as server:
             sources = SourcesThread(Sources(config_for(server, timeout_s=60.0), Names()))
-            url = f"http://pictures.test:{server.port}/"
+            wanted = {f"http://pictures.test:{server.port}/": LIMITS}
             with futures.ThreadPoolExecutor(1) as pool:
-                waiting = pool.submit(sources.fetch, url, LIMITS, "anyone")
+                waiting = pool.submit(sources.fetch_all, wanted, "anyone")
                 while not server.heads:
                     await asyncio.sleep(0.01)
                 await asyncio.to_thread(sources.close)
@@ -260,9 +304,9 @@ def test_thread_that_closes_begins_nothing_more() -> None:
     async def scenario() -> list[BaseException | None]:
         async with serve(raw(b"", ends=False)) as server:
             sources = SourcesThread(Sources(config_for(server, timeout_s=60.0), Names()))
-            url = f"http://pictures.test:{server.port}/"
+            wanted = {f"http://pictures.test:{server.port}/": LIMITS}
             with futures.ThreadPoolExecutor(8) as pool:
-                waiting = [pool.submit(sources.fetch, url, LIMITS, "anyone") for _ in range(400)]
+                waiting = [pool.submit(sources.fetch_all, wanted, "anyone") for _ in range(400)]
                 while not server.heads:
                     await asyncio.sleep(0.01)
                 await asyncio.to_thread(sources.close)

@@ -177,7 +177,7 @@ def measure(campaign: Campaign, folder: Path, *, is_dripping: bool) -> float:
                 MODEL,
                 engine.limits,
                 engine.defaults,
-                sources.fetch,
+                sources.fetch_all,
                 pool,
                 engine.measure_clip,
             )

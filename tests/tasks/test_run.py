@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -99,17 +99,27 @@ class Rig:
     ) -> Iterator[Runner]:
         with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
 
-            def fetch_with_report(
-                url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
-            ) -> Fetched:
-                return bring(fetch(url, limits))
+            def fetch_with_reports(
+                wanted: Mapping[str, ImageLimits | VideoLimits],
+                tenant: str,
+                *,
+                is_fast: bool = False,
+            ) -> dict[str, Fetched | FetchFailedError]:
+                ended: dict[str, Fetched | FetchFailedError] = {}
+                for url, limits in wanted.items():
+                    try:
+                        ended[url] = bring(fetch(url, limits))
+                    except FetchFailedError as error:
+                        ended[url] = error
+                        break
+                return ended
 
             preparer = Preparer(
                 self.stores,
                 MODEL,
                 engine.limits,
                 engine.defaults,
-                fetch_with_report,
+                fetch_with_reports,
                 pool,
                 engine.measure_clip,
                 places=Places(num_places),
@@ -978,10 +988,10 @@ def test_objects_are_fetched_in_the_name_of_their_tenant(rig: Rig) -> None:
     asked: list[tuple[str, str]] = []
 
     def fetch(
-        url: str, limits: ImageLimits | VideoLimits, tenant: str, *, is_fast: bool = False
-    ) -> Fetched:
-        asked.append((url, tenant))
-        return bring(url.encode())
+        wanted: Mapping[str, ImageLimits | VideoLimits], tenant: str, *, is_fast: bool = False
+    ) -> dict[str, Fetched]:
+        asked.extend((url, tenant) for url in wanted)
+        return {url: bring(url.encode()) for url in wanted}
 
     part = {"type": "video_url", "video_url": {"url": "s3://photographs/a.mp4"}}
     request = build_request("a", messages=[{"role": "user", "content": [part]}])
