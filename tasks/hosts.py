@@ -60,16 +60,19 @@ class RedisLimits:
             decode_responses=True,
         )
         self._away_until = 0.0
+        self._ended: list[tuple[float, str, str]] = []  # turns that still count, and until when
 
     @asynccontextmanager
     async def turn(self, host: str, *, is_fast: bool = False) -> AsyncIterator[None]:
         key, token = _key(host), secrets.token_hex(8)
+        await self._take_back()
         try:
             await self._wait_for_place(key, token, is_fast)
             await self._wait_for_second(key, is_fast)
             yield
         finally:
-            await self._ask(["zrem", f"{key}:open", token])
+            self._ended.append((time.time() + self._held_s, key, token))
+            await self._take_back()
 
     async def pause(self, host: str, seconds: float) -> None:
         pause_ms = int(1000 * min(seconds, MAX_PAUSE_S))
@@ -78,6 +81,24 @@ class RedisLimits:
 
     async def aclose(self) -> None:
         await self._client.aclose()
+
+    async def _take_back(self) -> None:
+        """
+        End turns that are over, also those that ended while the broker was away.
+
+        Else each would count for as long as one that is held: a broker that was slow once would have
+        every worker wait for hosts from which nobody fetches.
+        """
+        ended = [turn for turn in self._ended if turn[0] > time.time()]
+        self._ended = []
+        tokens: dict[str, list[str]] = {}
+        for _, key, token in ended:
+            tokens.setdefault(key, []).append(token)
+        if (
+            ended
+            and await self._ask(*(["zrem", f"{k}:open", *t] for k, t in tokens.items())) is None
+        ):
+            self._ended += ended
 
     async def _wait_for_place(self, key: str, token: str, is_fast: bool) -> None:
         kept = 0 if is_fast else count_kept(self._max_connections)

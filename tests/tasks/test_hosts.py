@@ -207,6 +207,28 @@ def test_fetching_never_waits_for_a_broker_that_is_away(broker: str, how: str) -
     assert time.monotonic() - started < 10  # at one a second it would be 20
 
 
+def test_turn_that_ended_while_the_broker_was_away_is_free_when_it_is_back(
+    broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "AWAY_S", 2.0)
+
+    async def scenario() -> float:
+        ours = RedisLimits(broker, max_connections=1, max_rate=100)
+        others = RedisLimits(broker, max_connections=1, max_rate=100)
+        async with ours.turn("pictures.test"):
+            with frozen(broker):
+                await ours.pause("others.test", 60)  # so it knows that nobody answers
+        started = time.monotonic()
+        await asyncio.sleep(2 * hosts.AWAY_S)
+        async with ours.turn("elsewhere.test"), others.turn("pictures.test"):
+            waited_s = time.monotonic() - started
+        await ours.aclose()
+        await others.aclose()
+        return waited_s
+
+    assert asyncio.run(scenario()) < 30  # whoever held it and died would keep it for 60
+
+
 def test_broker_that_forbids_scripts_is_enough(broker: str) -> None:
     with build_client(broker) as client:
         client.execute_command(
