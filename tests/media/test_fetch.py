@@ -870,7 +870,10 @@ def test_retry_after_beyond_the_cap_ends_the_fetch_at_once(
     assert seconds == pytest.approx(error.retry_after_s, rel=0.05)
 
 
-@pytest.mark.parametrize("retry_after", ["", "-1", "soon", "1e9", "99999999999999", "\xff"])
+@pytest.mark.parametrize(
+    "retry_after",
+    ["", "-1", "soon", "1e9", "99999999999999", "\xff", f"Mon, 1 Jan {10**20} 00:00:00 GMT"],
+)
 def test_retry_after_that_makes_no_sense_is_ignored(retry_after: str) -> None:
     outcome, server = fetch_from(answering(status="503 X", headers=[f"Retry-After: {retry_after}"]))
 
