@@ -30,6 +30,7 @@ from PIL import Image
 from media.alike import drop_alike
 from media.decoded import Frames, Header, RGBImage
 from media.errors import (
+    DecodeMemoryError,
     FramesDifferError,
     MediaError,
     VideoFormatNotSupportedError,
@@ -73,6 +74,9 @@ DEFAULT_SAMPLING = FrameSampling()
 # frames to which others refer, at 1.5 bytes and up to 3, and the one that is converted.
 CODEC_BYTES_PER_PX = 56
 
+LEAST_PROBE_BYTES = 16 * 1024 * 1024
+"""Where there is no room for so many, a decoder that fails lacked memory; its size may not be known."""
+
 Admit = Callable[[Header], None]
 Source = TypeVar("Source")
 
@@ -110,7 +114,8 @@ def decode_video(
         VideoUnreadableError, VideoTruncatedError: the bytes are no whole video.
         VideoFormatNotSupportedError: a container or codec that is not read here.
         VideoHasNoFramesError: no picture track, or nothing in the window asked for.
-        VideoTooLargeError: over a limit. All of these are the client's fault.
+        VideoTooLargeError: over a limit.
+        DecodeMemoryError: FFmpeg got no memory. All of these are the client's fault.
         VideoSupportMissingError: the extra `video` is not installed. The operator's.
     """
     container = _judge(encoded, limits)
@@ -372,6 +377,7 @@ def _open_stream(
     av = _load_av()
     # `protocol_whitelist` names no protocol, so that nothing in the bytes can open anything.
     options = {"format_whitelist": container, "protocol_whitelist": "none"}
+    is_open = False
     try:
         with av.open(
             BytesIO(encoded), format=container, options=options, metadata_errors="ignore"
@@ -382,8 +388,12 @@ def _open_stream(
             stream.codec_context.thread_count = 1
             # A guard inside the decoder for what the header hides; twice, since codecs round up.
             stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels)}
+            is_open = True
             yield source, stream
     except av.FFmpegError as error:
+        # In opening it, that is what a damaged header leads to: sizes that nobody has memory for.
+        if is_open and isinstance(error, MemoryError):
+            raise DecodeMemoryError from error
         raise VideoUnreadableError from error
 
 
@@ -659,11 +669,15 @@ def _pass_over(
 def _decode_run(
     stream: VideoStream, packets: Iterator[Packet[VideoStream]]
 ) -> Iterator[VideoFrame]:
+    context = stream.codec_context
+    probe_bytes = max(context.width * context.height * 4, LEAST_PROBE_BYTES)
     for packet in chain(packets, (None,)):  # None: hand out what the decoder still holds
         try:
             yield from stream.decode(packet)
         except _load_av().FFmpegError:
-            continue  # one damaged packet; its neighbours may do
+            # One damaged packet; its neighbours may do. But H.264 also calls one damaged for whose
+            # frame it got no memory (FFmpeg 8, 2026-11), and then there is none for this either.
+            bytearray(probe_bytes)
 
 
 class _SeekLostError(Exception):

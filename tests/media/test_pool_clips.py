@@ -1,8 +1,11 @@
 """Clips decoded in processes: the same frames as in threads."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +44,40 @@ CLIPS: dict[str, bytes] = {
     "AV1": clip(shades(5), "matroska", "libsvtav1"),
     "HEVC": clip(shades(5), "mpegts", "libx265"),
 }
+
+
+_WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from media.errors import DecodeMemoryError
+from media.video import decode_video
+small, large, num_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+decode_video(small.read_bytes())
+num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = num_pages * resource.getpagesize() + num_bytes
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    decode_video(large.read_bytes())
+except (DecodeMemoryError, MemoryError):
+    print("no memory")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+@pytest.mark.parametrize("mebibytes", [4, 20, 60])
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4"])
+def test_clip_for_which_memory_runs_out_is_not_called_damaged(
+    tmp_path: Path, codec: str, mebibytes: int
+) -> None:
+    """Of Python's own error a decoder process makes the other: `media_needs_too_much_memory`."""
+    names = [str(tmp_path / name) for name in ("small", "large")]
+    Path(names[0]).write_bytes(clip(shades(3), codec=codec))
+    Path(names[1]).write_bytes(clip([np.zeros((2160, 3840, 3), np.uint8)] * 2, codec=codec))
+    command = [sys.executable, "-c", _WITH_LITTLE_MEMORY, *names, str(mebibytes << 20)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    assert ("no memory\n", "") == (done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("ask", [None, half])
