@@ -81,6 +81,10 @@ class BadProfileError(ValueError):
     """The profile is in none of AWS's shared files, or leads to the keys of the host itself."""
 
 
+class BadRegionError(ValueError):
+    """It is no name of a region, such as eu-central-1."""
+
+
 class BucketFetcher:
     """Fetches objects; one for each process, used on one event loop."""
 
@@ -97,7 +101,7 @@ class BucketFetcher:
                 do not count here.
 
         Raises:
-            BadProfileError: as it says.
+            BadProfileError, BadRegionError: as they say.
             ValueError: `endpoint_url` is no address.
         """
         self._prefixes = config.prefixes
@@ -145,7 +149,7 @@ class _Signer:
     def __init__(self, config: BucketConfig) -> None:
         # Imported here: boto takes a third of a second, and most workers read no bucket.
         import boto3
-        from botocore.exceptions import ProfileNotFound
+        from botocore.exceptions import InvalidRegionError, ProfileNotFound
 
         try:
             # Of all that lies in the environment, a session with a profile takes no keys.
@@ -159,7 +163,10 @@ class _Signer:
         self._regions: dict[str, str] = {}
         self._clients: dict[str | None, S3Client] = {}
         self._lock = Lock()  # two clients of one session must not be made at once
-        self._client_for(config.region)
+        try:
+            self._client_for(config.region)
+        except InvalidRegionError as error:
+            raise BadRegionError("give a name such as eu-central-1") from error
         port = urlsplit(config.endpoint_url or "").port
         self.ports = frozenset({80, 443} | ({port} if port else set()))
 

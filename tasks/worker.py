@@ -434,7 +434,7 @@ def open_fetch(
         BadSettingError: likewise, of a bucket or a folder.
     """
     try:
-        from media.buckets import BadProfileError
+        from media.buckets import BadProfileError, BadRegionError
         from media.fetch import FetchConfig, fetch_timeout_from, video_fetch_timeout_from
         from media.sources import Sources, SourcesThread
     except ModuleNotFoundError:
@@ -459,6 +459,8 @@ def open_fetch(
         )
     except BadProfileError as error:
         raise BadSettingError(f"DARKROOM_MEDIA_S3_PROFILE: {error}.") from error
+    except BadRegionError as error:
+        raise BadSettingError(f"DARKROOM_MEDIA_S3_REGION: {error}.") from error
     except ValueError as error:
         raise BadSettingError(
             "DARKROOM_MEDIA_S3_ENDPOINT_URL is no address: give http://HOST:PORT or https://HOST."

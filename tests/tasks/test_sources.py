@@ -28,6 +28,10 @@ from tests.media.servers import Server, answering, serve
             {"media_s3_buckets": "s3://photographs", "media_s3_endpoint_url": "nowhere"},
             "DARKROOM_MEDIA_S3_ENDPOINT_URL",
         ),
+        (
+            {"media_s3_buckets": "s3://photographs", "media_s3_region": "eu central"},
+            "DARKROOM_MEDIA_S3_REGION",
+        ),
         ({"media_root": "/nowhere/at/all"}, "DARKROOM_MEDIA_ROOT"),
         ({"media_root": "/"}, "DARKROOM_MEDIA_ROOT"),
         ({"media_root": "/srv", "database_url": "postgresql://h/d"}, "DARKROOM_MEDIA_ROOT"),
@@ -38,7 +42,7 @@ from tests.media.servers import Server, answering, serve
         ({"media_ports": "http"}, "DARKROOM_MEDIA_PORTS"),
     ],
     ids=[
-        *("bucket", "segment", "profile", "address", "folder", "root", "shared"),
+        *("bucket", "segment", "profile", "address", "region", "folder", "root", "shared"),
         *("wildcard", "network", "bits", "port", "name of a port"),
     ],
 )
