@@ -10,7 +10,7 @@ Axes: T tokens of one call, heads, kv_heads, dim. K and V of a layer: (rows, kv_
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
+from engine.errors import BadConfig
 from engine.kernels import pictures
 from engine.kernels.rope import rotate_and_store_
 from engine.swaps import DecodeAttention
 
 TEXT_ATTENTION = "darkroom_flash_text"
 VISION_ATTENTION = "darkroom_flash_vision"
+# What layers hand on that the context says, or that says nothing about scores.
+SAID_OTHERWISE = ("position_ids", "use_cache", "cu_seq_lens_k", "max_length_q", "max_length_k")
 MAX_RUN = 1024  # tokens of text that have a mask of their own, which is as wide as the prompt
 DENSE_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -127,7 +130,8 @@ def attend_text(
     scaling: float | None = None,
     merged: tuple[Tensor, Tensor, Tensor] | None = None,
     sliding_window: int | None = None,
-    **_ignored: Any,
+    is_causal: bool = True,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """
     Store this call's keys and values in their rows, then attend over each sequence's own rows.
@@ -141,7 +145,11 @@ def attend_text(
 
     Returns:
         (1, T, heads, dim), and no weights.
+
+    Raises:
+        BadConfig: the layer asks for something that is not built.
     """
+    _refuse({**others, "is_causal=False": not is_causal})
     context = _current.text
     assert context is not None
     assert attention_mask is None
@@ -159,6 +167,22 @@ def attend_text(
     if len(context.lens) == query.shape[2]:
         return _attend_decode(query, keys, values, context, scaling, sliding_window), None
     return _attend_prefill(query, keys, values, context, scaling, sliding_window), None
+
+
+def _refuse(others: Mapping[str, Any]) -> None:
+    """
+    Nothing that a layer asks for is left out in silence: its scores may be bounded, or have sinks.
+
+    Raises:
+        BadConfig: what it asks for is not built.
+    """
+    for name, value in others.items():
+        is_off = value is None or (isinstance(value, int | float) and not value)
+        if not is_off and name not in SAID_OTHERWISE:
+            raise BadConfig(
+                f"The model's attention asks for {name}, which is not supported: its answers would "
+                "be others."
+            )
 
 
 def _attend_prefill(
@@ -348,7 +372,7 @@ def attend_vision(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    **_ignored: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """
     Every patch attends to its own picture: neighbours of equal size as one dense batch.
@@ -359,7 +383,11 @@ def attend_vision(
 
     Returns:
         (1, patches, heads, dim), and no weights.
+
+    Raises:
+        BadConfig: the layer asks for something that is not built.
     """
+    _refuse(others)
     context = _current.vision
     assert context is not None
     assert attention_mask is None

@@ -75,6 +75,7 @@ class Runner:
             self.device, self.dtype, max(layer.dim for layer in shape.layers)
         )
         self._argmax = argmax
+        self._try_step()
         self._graphs: Graphs | None = None
         self._prefills: Repeats | None = None
         if uses_graphs and self._uses_flash:
@@ -89,6 +90,17 @@ class Runner:
                 scratch=self._slots.scratch,
             )
             self._graphs.capture_all()
+
+    @torch.inference_mode()
+    def _try_step(self) -> None:
+        """
+        One step that is nobody's: what does not work at all shows here, and not in every request.
+
+        Raises:
+            BadConfig: the text model asks attention for something that is not built.
+        """
+        table = upload(self._slots.table([], 1), self.device)
+        self._step(table, 1, [0], [1])
 
     # --- pictures ----------------------------------------------------------------------------------
 

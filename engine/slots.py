@@ -45,6 +45,8 @@ class Slots:
         """
         table = np.zeros((NUM_COLUMNS, num), dtype=np.int64)
         table[SLOT], table[LEN] = self.scratch, 1
+        if not sequences:
+            return table
         columns = [(s.slot, s.start, s.num_rows, s.prepared.rope_delta) for s in sequences]
         slots, starts, lens, deltas = np.array(columns, dtype=np.int64).T
         filled = slice(0, len(sequences))

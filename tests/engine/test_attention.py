@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.vision_utils import get_vision_window_index
 
 from bench.later_qwen import LaterQwenShape
@@ -24,10 +25,12 @@ from engine.attention import (
     attend_vision,
     using,
 )
+from engine.errors import BadConfig
 from engine.kernels.decode import attend
 from engine.runner import MAX_ENCODER_PATCHES, _calls
 from engine.sequence import Sequence as Running
 from engine.swaps import DecodeAttention
+from tests.engine.families import CASES
 from tests.engine.pictures import (
     CLIP,
     GREEDY,
@@ -289,6 +292,40 @@ def test_context_is_gone_when_its_block_ends() -> None:
     for function in (attend_vision, attend_text):
         with pytest.raises(AssertionError):
             function(module(), nothing, nothing, nothing, None, SCALE)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"is_causal": False}, {"chunk_size": 8}],
+    ids=str,
+)
+def test_what_is_not_built_is_refused(asked: dict[str, Any]) -> None:
+    x = torch.zeros(1, 1, 4, DIM)
+    with pytest.raises(BadConfig, match=next(iter(asked))):
+        attend_text(module(), x, x, x, None, SCALE, **asked)
+
+
+@pytest.mark.parametrize("asked", [{"is_causal": True}, {"sliding_window": 3}, {"dropout": 0.1}])
+def test_what_encoders_ask_for_and_is_not_built_is_refused(asked: dict[str, Any]) -> None:
+    x = torch.zeros(1, 1, 4, DIM)
+    with pytest.raises(BadConfig, match=next(iter(asked))):
+        attend_vision(module(), x, x, x, None, SCALE, **asked)
+
+
+def test_model_that_asks_for_more_is_refused_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another version of transformers may, and its answers would be others without a word."""
+    case = CASES["qwen3"]
+    folder = case.write(tmp_path, seed=1, changes=case.changes)
+    forward = Qwen3Attention.forward
+
+    def bounded(self: Qwen3Attention, *given: Any, **words: Any) -> Any:
+        return forward(self, *given, **{**words, "softcap": 50.0})
+
+    monkeypatch.setattr(Qwen3Attention, "forward", bounded)
+    with pytest.raises(BadConfig, match="softcap"):
+        LLM(str(folder))
 
 
 # --- the same through the whole engine ---------------------------------------------------------------
