@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,13 @@ class WithoutClips:
 class OnevisionProcessor(WithoutClips, LlavaOnevisionProcessor): ...
 
 
-class TilesProcessor(WithoutClips, InternVLProcessor): ...
+class TilesProcessor(WithoutClips, InternVLProcessor):
+    def __call__(self, *given: Any, **words: Any) -> Any:
+        with warnings.catch_warnings():
+            # transformers 5.17, the oldest that is allowed, hands a tensor to NumPy's cumsum, which
+            # finds torch's way of wrapping what comes back out of date. Later ones hand it a list.
+            warnings.filterwarnings("ignore", "__array_wrap__ must accept", DeprecationWarning)
+            return super().__call__(*given, **words)
 
 
 class PixtralProcessor:
