@@ -15,7 +15,6 @@ from engine.errors import BadPrompt
 from engine.families.packed import Packing
 from engine.families.protocol import AreaLimits, Description, Plan, Positions
 from engine.families.qwen2_vl import (
-    MAX_KNOWN_GRIDS,
     MERGE,
     TEMPORAL,
     USUAL_FRAME_S,
@@ -23,6 +22,8 @@ from engine.families.qwen2_vl import (
     Qwen2VL,
 )
 from engine.uploads import upload
+
+MAX_KNOWN_GRIDS = 256  # whose windows are kept on the host
 
 
 @lru_cache(maxsize=MAX_KNOWN_GRIDS)

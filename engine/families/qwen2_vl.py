@@ -8,7 +8,6 @@ generations are under it, in files of their own.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from engine.cache import Cache
 from engine.errors import BadConfig
 from engine.families.packed import PackedEncoder, Packing, in_packing_order, split_rows
 from engine.families.protocol import (
@@ -45,7 +45,7 @@ MERGE = 2
 TEMPORAL = 2  # frames that share one patch in a video; a still image is its own neighbour
 TOKEN_PX = PATCH_PX * MERGE
 MID_PIXEL = 128  # pixels less this are whole numbers below 2**8: exact in bfloat16 too
-MAX_KNOWN_GRIDS = 256  # sizes whose positions are kept on the device
+MAX_KNOWN_BYTES = 64 << 20  # of positions of sizes that came before, on the device
 USUAL_FRAME_S = (
     0.5  # two frames a second, as the authors of later ones sample; for frames without times
 )
@@ -367,7 +367,7 @@ class Qwen2VL(Family):
         self._device, self._dtype = weight.device, weight.dtype
         head_dim = len(weight) // self._num_heads
         self.encoder = PackedEncoder(weight.device, weight.dtype, self._num_heads, head_dim)
-        self._known: OrderedDict[Grid, list[Tensor]] = OrderedDict()
+        self._known: Cache[Grid, list[Tensor]] = Cache(MAX_KNOWN_BYTES)
 
     @torch.inference_mode()
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
@@ -410,12 +410,10 @@ class Qwen2VL(Family):
 
     def _find_known(self, grid: Grid) -> list[Tensor]:
         """`_grid_inputs` on the device, kept for the next picture of this size."""
-        found = self._known.get(grid)
+        found = self._known.find(grid)
         if found is None:
             found = [upload(array, self._device) for array in self._grid_inputs(grid)]
-            self._known[grid] = found
-            if len(self._known) > MAX_KNOWN_GRIDS:
-                self._known.popitem(last=False)
+            self._known.put(grid, found, sum(tensor.nbytes for tensor in found))
         return found
 
     def _embed(self, packed: Sequence[Visual]) -> Tensor:

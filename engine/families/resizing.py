@@ -83,10 +83,7 @@ class Resizing:
         return Fit(self.width_px, self.height_px, self.resample)
 
     def run(self, image: Image.Image) -> Image.Image:
-        """
-        Raises:
-            ImageTooNarrowError: one side is over MAX_ASPECT times the other.
-        """
+        """A picture in that size; `check_aspect` comes before."""
         if self.pads_with is not None:
             sides = (self.shortest_px or self.height_px, self.shortest_px or self.width_px)
             image = resize_padded(image, *sides, self.pads_with, self.resample)

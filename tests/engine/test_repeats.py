@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.cache import Cache
 from engine.checkpoint import load_weights, read_checkpoint
 from engine.config import EngineConfig
 from engine.families.internvl import InternVL
@@ -65,6 +66,22 @@ def test_filled_up_calls_give_the_same_features(
     assert 4 == len(others)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_positions_that_are_kept_have_a_bound(
+    family: Qwen2VL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one long clip are megabytes."""
+    sizes = [(28 * across, 28 * down) for across in range(1, 7) for down in range(1, 7)]
+    visuals = visuals_of(family, sizes)
+    expected = family.encode(visuals)
+
+    monkeypatch.setattr(family, "_known", Cache(4096))
+    found = [features for visual in visuals for features in family.encode([visual])]
+
+    assert 0 < family._known.num_bytes <= 4096
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [1, 256, 257, 4095, 4096, 4097, 31_280, 32_768, 100_000])
