@@ -34,6 +34,7 @@ KEEP_ALL = -1  # vLLM's num_frames for every frame of a clip
 SAMPLING_KEYS = ("num_frames", "fps", "start_s", "end_s", "keyframes", "dedupe_frames")
 CROP_KEYS = ("num_crops",)  # of pictures, where a model cuts them into tiles
 IMAGE_KEYS = (*AREA_KEYS, *CROP_KEYS)
+DETAILS = ("auto", "low", "high")  # of a picture, as OpenAI's wire has them
 EDGES: Mapping[Any, str] = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 
 # Words of vLLM's constructor that have no use here: accepted, and said once in the log.

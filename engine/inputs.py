@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.config import (
     AREA_KEYS,
+    DETAILS,
     IMAGE_KEYS,
     SAMPLING_KEYS,
     MediaOptions,
@@ -66,7 +67,6 @@ PART_TYPES = (
     "video",
 )
 PICTURE_TYPES = ("image_url", "input_image", "image", "image_pil")
-DETAILS = ("auto", "low", "high")
 MAX_NESTING = 8  # messages, message, content, part, video, frames, frame
 IMAGES, CLIPS = "multi_modal_data['image']", "multi_modal_data['video']"
 EMBEDS_FIELDS = ("image_embeds", "image_grid_thw")

@@ -16,7 +16,14 @@ from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
-from engine.config import AREA_KEYS, IMAGE_KEYS, KEEP_ALL, SAMPLING_KEYS, parse_part_options
+from engine.config import (
+    AREA_KEYS,
+    DETAILS,
+    IMAGE_KEYS,
+    KEEP_ALL,
+    SAMPLING_KEYS,
+    parse_part_options,
+)
 from engine.errors import BadConfig, BadSamplingParams, TooManyImages, TooManyVideos
 from engine.request import SamplingParams
 from media.data_url import check_num_frames, count_listed_frames
@@ -551,9 +558,12 @@ def read_source(part: Mapping[str, Any], where: str = "messages") -> str:
     if not isinstance(source, str) or not source:
         raise _bad_messages(where, f"must have {kind}.{name}")
     assert isinstance(given, dict)
-    unknown = sorted(given.keys() - {name, "detail"})
+    known = {name, "detail"} if kind in IMAGE_PARTS else {name}
+    unknown = sorted(given.keys() - known)
     if unknown:
         raise _bad_messages(where, f"has {kind}.{_quote(unknown[0])}, which is not supported")
+    if given.get("detail") not in (None, *DETAILS):
+        raise _bad_messages(where, f"must have a {kind}.detail of {', '.join(DETAILS)}")
     if _FILE_ID.fullmatch(source):
         return source
     if name == "file_id" or not source[:8].lower().startswith(_SCHEMES):
@@ -568,6 +578,12 @@ def read_source(part: Mapping[str, Any], where: str = "messages") -> str:
         except BadUrlError as error:
             raise _bad_address(where, str(error)) from error
     return source
+
+
+def find_detail(part: Mapping[str, Any]) -> str | None:
+    """How closely a picture is to be looked at, as its part says; None where it says nothing."""
+    given = part[part["type"]]
+    return given.get("detail") if isinstance(given, dict) else None
 
 
 _SCHEMES: Final = ("data:", "http://", "https://", "s3://", "file://")

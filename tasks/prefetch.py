@@ -54,6 +54,7 @@ from tasks.bodies import (
     check_body,
     choose_images,
     count_asked_of_list,
+    find_detail,
     parse_file_id,
     parse_json,
     read_cut,
@@ -647,6 +648,9 @@ class _Draft:
 
     def _read_media(self, part: Mapping[str, Any], preparer: Preparer) -> dict[str, Any]:
         options = {key: part[key] for key in PART_OPTIONS if part.get(key) is not None}
+        detail = find_detail(part)
+        if detail is not None:
+            options["detail"] = detail
         is_video = part["type"] == "video_url"
         kind = "video" if is_video else "image"
         source = read_source(part)

@@ -1,4 +1,4 @@
-"""What a line may say about segments and splits: refused by name, before anything runs."""
+"""What a line may say about pictures, segments and splits: refused by name, before anything runs."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ import pytest
 
 from media.errors import VideoTooLargeError
 from media.segments import Cut
-from tasks.bodies import MAX_SPLIT_IMAGES, ImagePolicy, check_body, read_cut
+from tasks.bodies import MAX_SPLIT_IMAGES, ImagePolicy, check_body, find_detail, read_cut
 from tasks.config import MediaLimits
 from tasks.errors import BadLineError
 
 VIDEO = {"type": "video_url", "video_url": {"url": "https://example.org/a.mp4"}}
+VIDEO_WITH_DETAIL = {"type": "video_url", "video_url": {"url": "https://h/a.mp4", "detail": "low"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.jpg"}}
 
 
@@ -37,6 +38,24 @@ def test_segments_are_read(segments: Any, cut: Cut | None) -> None:
 
     assert 1 == check(part).num_videos
     assert cut == read_cut(part)
+
+
+def show(**given: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": "https://example.org/a.jpg", **given}}
+
+
+@pytest.mark.parametrize(("given", "detail"), [({"detail": "low"}, "low"), ({}, None)])
+def test_detail_of_a_picture_is_read(given: dict[str, Any], detail: str | None) -> None:
+    assert 1 == check(show(**given)).num_images
+    assert detail == find_detail(show(**given))
+
+
+@pytest.mark.parametrize("part", [show(detail="tiny"), show(detail={}), VIDEO_WITH_DETAIL])
+def test_detail_that_would_be_ignored_is_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(BadLineError, match="detail") as caught:
+        check(part)
+
+    assert "invalid_messages" == caught.value.line_code
 
 
 @pytest.mark.parametrize(

@@ -945,7 +945,9 @@ def test_images_come_from_urls_and_files_and_bad_ones_end_their_item_only(rig: R
         prompt.messages[0]["content"][0]["text"]: prompt.messages[0]["content"][1]
         for prompt in engine.prompts
     }
-    assert {"type": "image", "image": b"https://host/a"} == parts["https://host/a"]
+    low = {"type": "image", "detail": "low"}
+    assert {**low, "image": b"https://host/a"} == parts["https://host/a"]
+    assert {**low, "image": parts[file_url]["image"]} == parts[file_url]
     assert rig.stores.blobs.read(upload.manifest_key) == parts[file_url]["image"]()
 
 
