@@ -33,6 +33,7 @@ from cli.uploads import upload_all
 from cli.watch import describe, follow
 from engine.config import BUNDLED_MODEL
 from media.errors import MediaError
+from media.limits import VIDEO_LIMITS
 from media.segments import Cut
 
 Server = Annotated[
@@ -83,6 +84,16 @@ def submit(
             show_default=PICTURE_PROMPT,
         ),
     ] = None,
+    frames: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=VIDEO_LIMITS.max_frames,
+            metavar="N",
+            envvar="DARKROOM_FRAMES",
+            help="Frames to look at of a clip, spread evenly over it; with --segments, of each.",
+        ),
+    ] = NUM_FRAMES,
     segments: Annotated[
         str | None,
         typer.Option(
@@ -144,7 +155,7 @@ def submit(
     Examples:
       darkroom submit captions.jsonl
       darkroom submit holiday/ --prompt "What is in the foreground?" --wait
-      darkroom submit lecture.mp4 --segments 30s
+      darkroom submit lecture.mp4 --segments 30s --frames 16
     """
     try:
         cut = None if segments is None else parse_cut(segments)
@@ -159,7 +170,7 @@ def submit(
         else:
             model = choose_model(model, models)
             found = find_pictures(paths)
-        asking = Asking(model or BUNDLED_MODEL, prompt, cut)
+        asking = Asking(model or BUNDLED_MODEL, prompt, frames, cut)
         with open_manifest(client, paths, found, asking) as manifest:
             batch = hand_in(
                 client,
@@ -299,6 +310,7 @@ class Asking:
 
     model: str
     prompt: str | None
+    num_frames: int
     cut: Cut | None
 
     @property
@@ -364,7 +376,7 @@ def write_lines(
         num_lines += 1
         path = Path(each.path)
         is_clip = path.suffix.lower() in CLIP_SUFFIXES
-        clip = build_clip(source, NUM_FRAMES, asking.segments)
+        clip = build_clip(source, asking.num_frames, asking.segments)
         media = clip if is_clip else build_picture(source)
         text = asking.prompt or (CLIP_PROMPT if is_clip else PICTURE_PROMPT)
         file.write(build_line(f"{num_lines}:{path.name}", asking.model, media, text))

@@ -277,6 +277,18 @@ def test_named_clip_goes_as_a_clip(darkroom: Invoke, client: Client) -> None:
     assert (8, "What happens?") == (clip["num_frames"], text["text"])
 
 
+def test_clip_is_looked_at_in_as_many_frames_as_were_asked_for(
+    darkroom: Invoke, client: Client
+) -> None:
+    made = darkroom("submit", str(SAMPLES / "clip.mp4"), "--frames", "20")
+    wrong = darkroom("submit", str(SAMPLES / "clip.mp4"), "--frames", "0")
+
+    batch = client.api.batches.retrieve(made.stdout.strip())
+    (line,) = client.api.files.content(batch.input_file_id).text.splitlines()
+    assert 20 == json.loads(line)["body"]["messages"][0]["content"][0]["num_frames"]
+    assert (2, "") == (wrong.exit_code, wrong.stdout)
+
+
 def test_many_pictures_are_uploaded_once_and_named_in_their_lines(
     darkroom: Invoke, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
