@@ -56,7 +56,6 @@ UNUSED_WORDS = (
     "download_dir",
     "enable_chunked_prefill",
     "enable_mm_embeds",
-    "enable_prefix_caching",
     "enable_sleep_mode",
     "fully_sharded_loras",
     "generation_config",
@@ -164,6 +163,8 @@ class EngineConfig:
             answers may be others. For families that only resample.
         encoder_cache_bytes: memory for encoded pictures that are kept, so that many prompts about
             one picture encode it once; 0 keeps none.
+        enable_prefix_caching: whether KV rows of prompts that have been read are kept, so that a prompt
+            that begins as another, pictures included, reads only the rest.
         uses_graphs: whether a GPU gets each decode step as one CUDA graph; False launches it one
             kernel at a time, which is slower.
         quantization: "fp8" multiplies in fp8, with scales by row, in the layers of text and
@@ -191,6 +192,7 @@ class EngineConfig:
     image_formats: tuple[str, ...] = ()
     draft_jpegs: bool = False
     encoder_cache_bytes: int = 256 << 20
+    enable_prefix_caching: bool = False
     uses_graphs: bool = True
     quantization: str | None = None
 
@@ -222,6 +224,9 @@ class EngineConfig:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 0:
                 raise BadConfig(f"{name} must be a whole number of 0 or more, got {number!r}.")
+        if not isinstance(self.enable_prefix_caching, bool):
+            given = self.enable_prefix_caching
+            raise BadConfig(f"enable_prefix_caching must be True or False, got {_show(given)}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise BadConfig(f"seed must be a whole number, got {self.seed!r}.")
         share = self.gpu_memory_utilization

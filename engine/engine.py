@@ -173,7 +173,7 @@ class Engine:
             max_prefill_tokens,
             GPU_PATIENCE if is_cuda else 0,
         )
-        checkpoint.family.uses_keys = config.encoder_cache_bytes > 0
+        checkpoint.family.uses_keys = config.encoder_cache_bytes > 0 or config.enable_prefix_caching
         self._runner = Runner(
             checkpoint,
             rows,
@@ -214,6 +214,7 @@ class Engine:
         self._idle_since = self._ready_since = self._told_at = time.perf_counter()
         self._told = self.meter.read()
         self._waited_for_media_s = 0.0  # since then, with nothing else to do
+        self._num_cached_tokens = 0  # since then, of prompts: not read, but copied
         row_bytes = checkpoint.family.kv_shape(checkpoint.dtype).row_bytes
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         logger.info(
@@ -443,16 +444,19 @@ class Engine:
         shares = {work: used.ms[work] / took_s / 1000 for work in Work}
         logger.info(
             "engine_usage busy=%.3f encode=%.3f prefill=%.3f decode=%.3f waited_for_media=%.3f "
-            "patches_s=%d prompt_tokens_s=%d tokens_s=%d running=%d waiting=%d preparing=%d",
+            "patches_s=%d prompt_tokens_s=%d tokens_s=%d cached_tokens_s=%d running=%d waiting=%d "
+            "preparing=%d",
             sum(shares.values()),
             *shares.values(),
             self._waited_for_media_s / took_s,
             *(used.units[work] / took_s for work in Work),
+            self._num_cached_tokens / took_s,
             self._scheduler.num_running,
             self._scheduler.num_waiting,
             len(self._preparing),
         )
         self._told_at, self._told, self._waited_for_media_s = now, usage, 0.0
+        self._num_cached_tokens = 0
 
     def _collect(self) -> None:
         """Queue what the media threads have prepared."""
@@ -536,8 +540,12 @@ class Engine:
         if batch.is_prefill:
             for sequence in sequences:
                 self._note_scheduled(sequence, started)
+            self._copy_prefixes([s for s in sequences if s.copied_from is not None])
         run = self._prefill if batch.is_prefill else self._decode
         flight = _Flight(self._guarded(run, sequences), batch.is_prefill, started)
+        if batch.is_prefill:
+            for half in flight.halves:
+                self._scheduler.keep_prefixes(half.chosen_for)
         if flight.halves:
             self._flights.append(flight)
         # Whose last token was launched needs its rows no more: what is launched into them later runs
@@ -574,6 +582,22 @@ class Engine:
                 ticket.is_counted = False
                 ticket.feed.num_waiting -= 1
                 self._news.notify_all()
+
+    def _copy_prefixes(self, sequences: list[Sequence]) -> None:
+        """Give these the rows that they begin with; where that fails, they read all of their prompts."""
+        if not sequences:
+            return
+        try:
+            self._runner.copy_prefixes(sequences)
+        except Exception:
+            # The edge of the device, as in `_guarded`.
+            logger.warning("prefixes_not_copied num=%d", len(sequences), exc_info=True)
+            for sequence in sequences:
+                sequence.num_scheduled = sequence.num_read
+                sequence.num_computed = sequence.num_cached = 0
+        for sequence in sequences:
+            sequence.copied_from = None
+            self._num_cached_tokens += sequence.num_cached
 
     def _prefill(self, sequences: list[Sequence]) -> tuple[list[Sequence], Sampled]:
         logits = self._runner.prefill(sequences)
@@ -664,6 +688,7 @@ class Engine:
             except Exception:
                 # The edge of the device again: what went wrong in a queue is told when it is read.
                 logger.exception("flight_failed num_sequences=%d", len(half.sequences))
+                self._scheduler.forget_prefixes()  # nobody knows what their rows hold
                 for sequence in half.sequences:
                     ticket = self._tickets.get(sequence.ticket)
                     if ticket is not None:
@@ -714,6 +739,7 @@ class Engine:
 
     def _take(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         if token_id == NO_TOKEN:
+            self._scheduler.forget_prefixes()  # its rows may hold no numbers
             raise EngineFailure
         if logprobs is not None:
             sequence.logprobs.append(logprobs.by_id(token_id, self._decode_token))
@@ -756,7 +782,7 @@ class Engine:
             images=prepared.images,
             stamp=self._stamp(prepared.params, ticket.seed),
             flags=flags,
-            num_cached_tokens=0,
+            num_cached_tokens=ticket.sequences[0].num_cached,
         )
         self._hand_back(ticket, result)
 
@@ -828,6 +854,11 @@ class Engine:
         """Forget the encoded pictures that were kept."""
         with self._turn():
             self._runner.cache.clear()
+
+    def reset_prefixes(self) -> None:
+        """Forget the KV rows that were kept."""
+        with self._turn():
+            self._scheduler.forget_prefixes()
 
     def close(self) -> None:
         """

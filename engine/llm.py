@@ -66,6 +66,10 @@ class LLM:
             sees them no larger: faster, with slightly other pixels.
         encoder_cache_bytes: memory for encoded pictures, so that many prompts about one picture
             encode it once; 0 keeps none. `reset_mm_cache` empties it.
+        enable_prefix_caching: keep KV rows of prompts, in memory that no other prompt needs, so that
+            one that begins as another reads only the rest: many questions about one picture, a long
+            system message, many outputs of one prompt. A result says how many tokens that saved
+            (`num_cached_tokens`). `reset_prefix_cache` forgets them.
         enforce_eager: no CUDA graphs: a GPU gets each decode step one kernel at a time.
         quantization: "fp8" for products in fp8: faster on a Hopper GPU or a later one, and a little
             less exact. On a CPU it shows what they would answer, and is slow.
@@ -106,6 +110,7 @@ class LLM:
         image_formats: Sequence[str] = (),
         draft_jpegs: bool = False,
         encoder_cache_bytes: int = 256 << 20,
+        enable_prefix_caching: bool | None = None,
         enforce_eager: bool = False,
         quantization: str | None = None,
         **words: Any,
@@ -134,6 +139,7 @@ class LLM:
             image_formats=tuple(image_formats),
             draft_jpegs=draft_jpegs,
             encoder_cache_bytes=encoder_cache_bytes,
+            enable_prefix_caching=enable_prefix_caching or False,
             uses_graphs=not enforce_eager,
             quantization=quantization,
             media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
@@ -264,6 +270,11 @@ class LLM:
     def reset_mm_cache(self) -> None:
         """Forget the encoded pictures that were kept for prompts to come."""
         self.engine.reset_cache()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the KV rows that were kept for prompts to come; True."""
+        self.engine.reset_prefixes()
+        return True
 
     def close(self) -> None:
         """

@@ -71,6 +71,7 @@ from engine.inputs import (
     refused,
     unfold,
 )
+from engine.prefixes import Key, build_keys
 from engine.request import ImageUsed, MediaKind, SamplingParams
 from media.decoded import Fit, Header, RGBImage
 from media.decoder import Decoder
@@ -131,6 +132,7 @@ class Prepared:
         media: the pictures and clips in order.
         both_ways: where pictures begin and end whose tokens see those behind them too, in order: no
             cut may go through one. Empty for families whose tokens look back only.
+        prefix_keys: of `engine.prefixes`; empty where prefixes are not kept.
         max_tokens: at most so many output tokens, the context's end considered.
         preprocess_ms: time spent here, on the host.
     """
@@ -141,6 +143,7 @@ class Prepared:
     rope_delta: int
     media: tuple[Placed, ...]
     both_ways: tuple[tuple[int, int], ...]
+    prefix_keys: tuple[Key, ...]
     images: tuple[ImageUsed, ...]
     params: SamplingParams
     max_tokens: int
@@ -274,6 +277,7 @@ class Processor:
     ) -> None:
         self._decoder = decoder
         self._may_draft = engine.draft_jpegs
+        self._keeps_prefixes = engine.enable_prefix_caching
         self._cores = threading.BoundedSemaphore(num_cores)
         self._max_model_len = checkpoint.max_model_len
         self._defaults = checkpoint.defaults
@@ -367,11 +371,27 @@ class Processor:
             delta,
             placed,
             tuple(both_ways),
+            self._prefix_keys(token_ids, positions, placed, both_ways),
             _report([item for _, item in media]),
             params,
             max_tokens,
             (time.perf_counter() - started) * 1000,
         )
+
+    def _prefix_keys(
+        self,
+        token_ids: list[int],
+        positions: npt.NDArray[np.int64],
+        media: Sequence[Placed],
+        both_ways: Sequence[tuple[int, int]],
+    ) -> tuple[Key, ...]:
+        if not self._keeps_prefixes:
+            return ()
+        contents = [
+            (one.rows, one.content.key if isinstance(one.content, Visual) else None)
+            for one in media
+        ]
+        return build_keys(token_ids, positions, contents, both_ways)
 
     def _params(self, request: Request) -> SamplingParams:
         params = self._defaults if request.params is None else request.params

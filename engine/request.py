@@ -617,7 +617,7 @@ class Result:
         finished: True, unless somebody watches a result grow.
         metrics: always filled, unlike vLLM's.
         lora_request, encoder_prompt, encoder_prompt_token_ids: always None; for programs that look.
-        num_cached_tokens: prompt tokens whose KV rows were there before.
+        num_cached_tokens: prompt tokens whose KV rows were there before, for the first output.
         error: why there is no text; None where all went well.
         images: the media as the model saw them, in the prompt's order.
         stamp: what made this result; None where a request failed before anything was made.

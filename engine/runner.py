@@ -159,6 +159,20 @@ class Runner:
     # --- prompts -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    def copy_prefixes(self, sequences: Many[Sequence]) -> None:
+        """
+        Copy the rows that these begin with from the slabs where they are.
+
+        In each layer all are read before any is written: one's old place may be another's new one.
+        """
+        pairs = [
+            np.array([[_copied_from(s)], [_start(s)]]) + np.arange(s.num_cached) for s in sequences
+        ]
+        sources, targets = upload(np.concatenate(pairs, axis=1), self.device)
+        for rows in (*self._rows.keys, *self._rows.values):
+            rows.index_copy_(0, targets, rows[sources])
+
+    @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence]) -> Tensor:
         """
         Run prompts, or the pieces of them that are scheduled, packed, and write their rows.
@@ -433,6 +447,11 @@ def _size_of(visual: Visual) -> tuple[int, int]:
 def _start(sequence: Sequence) -> int:
     assert sequence.start is not None, "a sequence runs only with a slab"
     return sequence.start
+
+
+def _copied_from(sequence: Sequence) -> int:
+    assert sequence.copied_from is not None
+    return sequence.copied_from
 
 
 def _calls(num_patches: Many[int]) -> list[list[int]]:

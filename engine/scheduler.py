@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
+from engine.prefixes import Key, Prefixes
 from engine.slabs import SlabAllocator
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class Scheduler:
         patience: int = 0,
     ) -> None:
         self._slabs = slabs
+        self._prefixes = Prefixes()
         self._patience = patience
         self._num_steps_waited = 0
         self._num_waiting_tokens = 0
@@ -69,6 +73,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running) + (self._reading is not None)
+
+    @property
+    def num_kept_rows(self) -> int:
+        """Rows of prompts that were read, kept until somebody needs the place."""
+        return self._prefixes.num_kept_rows
 
     @property
     def has_work(self) -> bool:
@@ -112,9 +121,11 @@ class Scheduler:
     def _admit(self) -> list[Sequence]:
         """The sequences of the next prefill: what is left of a prompt first, then those that wait."""
         admitted: list[Sequence] = []
+        coming: set[Key] = set()  # prefixes that this prefill writes
         num_left = self._max_prefill_tokens
         if self._reading is not None:
             admitted.append(self._reading)
+            coming.update(self._reading.prefix_keys)
             num_left -= self._read_on(self._reading)
         while (
             self._reading is None
@@ -122,17 +133,35 @@ class Scheduler:
             and len(self._running) + len(admitted) < self._max_num_seqs
         ):
             sequence = self._waiting[0][2]
-            if admitted and sequence.num_prompt_tokens > num_left:
+            source, num_cached = self._prefixes.find(_usable(sequence))
+            if admitted and sequence.num_prompt_tokens - num_cached > num_left:
                 break
-            sequence.start = self._slabs.find(sequence.num_rows_at_most)
+            if _goes_on(sequence, num_cached, coming):
+                break  # a step later there is more of it to copy
+            sequence.start = self._find_slab(sequence.num_rows_at_most)
             if sequence.start is None:
                 break  # NOTE: first come, first served: a long one is not passed over for ever
+            # NOTE: its source may be evicted from here on, and even given to one of this batch: the
+            # rows are copied before any of the batch are written.
+            sequence.num_computed = sequence.num_cached = num_cached
+            sequence.copied_from = source if num_cached else None
+            coming.update(sequence.prefix_keys)
             heapq.heappop(self._waiting)
             self._num_waiting_tokens -= sequence.num_prompt_tokens
             sequence.slot = heapq.heappop(self._free_slots)
             admitted.append(sequence)
             num_left -= self._read_on(sequence)
         return admitted
+
+    def _find_slab(self, num_rows: int) -> int | None:
+        """A slab, if need be where rows are kept for nobody."""
+        start = self._slabs.find(num_rows)
+        if start is None and self._slabs.num_free_rows + self.num_kept_rows < num_rows:
+            return None  # they would be forgotten in vain
+        while start is None and (evicted := self._prefixes.evict()) is not None:
+            self._slabs.free(evicted)
+            start = self._slabs.find(num_rows)
+        return start
 
     def _read_on(self, sequence: Sequence) -> int:
         """
@@ -150,9 +179,21 @@ class Scheduler:
         self._reading = None if sequence.is_read else sequence
         return sequence.num_scheduled
 
+    def keep_prefixes(self, sequences: Collection[Sequence]) -> None:
+        """All of their prompts' rows were written: others may begin with copies of them."""
+        for sequence in sequences:
+            if sequence.start is not None and sequence.prefix_keys:
+                self._prefixes.add(sequence.start, sequence.prefix_keys)
+
+    def forget_prefixes(self) -> None:
+        for start in self._prefixes.clear():
+            self._slabs.free(start)
+
     def finish(self, sequences: Collection[Sequence]) -> None:
         """
         Take sequences out, wherever they are, in one pass, and give their rows and slots back.
+
+        Of the rows, those stay for now that a prompt to come might begin with.
 
         Steps that were launched with them may still run: what is launched later comes after those.
         """
@@ -166,8 +207,25 @@ class Scheduler:
             self._num_waiting_tokens = sum(entry[2].num_prompt_tokens for entry in self._waiting)
         for sequence in sequences:
             if sequence.start is not None:
-                self._slabs.free(sequence.start)
+                num_kept = self._prefixes.keep(sequence.start)
+                if num_kept:
+                    self._slabs.shrink(sequence.start, num_kept)
+                else:
+                    self._slabs.free(sequence.start)
                 sequence.start = None
             if sequence.slot is not None:
                 heapq.heappush(self._free_slots, sequence.slot)
                 sequence.slot = None
+
+
+def _usable(sequence: Sequence) -> tuple[Key, ...]:
+    """The prefixes that a prompt may copy: one token at least must be read, to go on from."""
+    keys = sequence.prefix_keys
+    return keys[:-1] if keys and keys[-1][0] == sequence.num_prompt_tokens else keys
+
+
+def _goes_on(sequence: Sequence, num_cached: int, coming: Collection[Key]) -> bool:
+    """Whether more of a prompt than can be copied now is among what is coming."""
+    keys = _usable(sequence)
+    longer = bisect_right(keys, num_cached, key=itemgetter(0))
+    return longer < len(keys) and keys[longer] in coming

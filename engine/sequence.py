@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from engine.prefixes import Key
 from engine.processor import Prepared
 from engine.request import CompletionOutput, FinishReason, Logprob
 from engine.sampler import SamplingRow, is_plain, reads_history
@@ -28,6 +29,8 @@ class Sequence:
         slot: its place among those that decode together; None while it has none.
         num_computed: prompt tokens whose rows were there before the newest prefill.
         num_scheduled: of the piece behind them, which that prefill reads; usually the whole prompt.
+        num_cached: prompt tokens whose rows are copied from another slab, not computed.
+        copied_from: first row of that slab, until they have been.
         num_launched: tokens that the device was told to choose; some may not have been read yet.
         output_ids: chosen so far, and read.
     """
@@ -46,6 +49,8 @@ class Sequence:
     slot: int | None = None
     num_computed: int = 0
     num_scheduled: int = 0
+    num_cached: int = 0
+    copied_from: int | None = None
     num_launched: int = 0
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[Mapping[int, Logprob]] = field(default_factory=list)
@@ -65,6 +70,11 @@ class Sequence:
     def both_ways(self) -> tuple[tuple[int, int], ...]:
         """See `Prepared.both_ways`."""
         return self.prepared.both_ways
+
+    @property
+    def prefix_keys(self) -> tuple[Key, ...]:
+        """See `Prepared.prefix_keys`."""
+        return self.prepared.prefix_keys
 
     @property
     def num_read(self) -> int:

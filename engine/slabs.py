@@ -55,7 +55,21 @@ class SlabAllocator:
         Raises:
             KeyError: no slab starts there, which is a bug of the caller.
         """
-        end = self._end_of.pop(start)
+        self._give_back(start, self._end_of.pop(start))
+
+    def shrink(self, start: int, num_rows: int) -> None:
+        """
+        Give back what a slab has behind its first `num_rows` rows.
+
+        Raises:
+            KeyError: no slab starts there, which is a bug of the caller.
+        """
+        end, kept = self._end_of[start], start + -(-num_rows // ROW_STEP) * ROW_STEP
+        if kept < end:
+            self._end_of[start] = kept
+            self._give_back(kept, end)
+
+    def _give_back(self, start: int, end: int) -> None:
         for hole in list(self._free):
             if hole[1] == start:
                 start = hole[0]

@@ -16,7 +16,7 @@ from engine.reference import Reference
 from tests.engine.families import NUM_ASKED
 from tests.engine.mixed import Mixed, mixed_requests
 from tests.engine.tiny import write_tiny_qwen2_vl
-from tests.engine.ways import in_pieces
+from tests.engine.ways import in_pieces, keeping_prefixes
 
 NUM_BUNDLED = 300
 NUM_RANDOM = NUM_ASKED or 30
@@ -41,8 +41,10 @@ def check_all_ways(llm: LLM, reference: Reference, asked: list[Mixed], *, ignore
 
     in_one_call = answers(llm, asked, ignore_eos=ignore_eos)
     in_another_order = answers(llm, shuffled, ignore_eos=ignore_eos)
-    with in_pieces(llm, 64):
-        read_in_pieces = answers(llm, shuffled, ignore_eos=ignore_eos)
+    with keeping_prefixes(llm):
+        with in_pieces(llm, 64):
+            read_in_pieces = answers(llm, shuffled, ignore_eos=ignore_eos)
+        from_kept_rows = answers(llm, asked, ignore_eos=ignore_eos)
     one_by_one: Answers = {}
     for mixed in asked:
         one_by_one |= answers(llm, [mixed], ignore_eos=ignore_eos)
@@ -52,6 +54,7 @@ def check_all_ways(llm: LLM, reference: Reference, asked: list[Mixed], *, ignore
     assert expected == in_one_call
     assert expected == in_another_order
     assert expected == read_in_pieces
+    assert expected == from_kept_rows
     assert expected == one_by_one
 
 

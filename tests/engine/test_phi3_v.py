@@ -33,7 +33,7 @@ from tests.engine.families import NUM_ASKED
 from tests.engine.phi3_v_reference import Phi3VReference
 from tests.engine.pictures import GREEDY, as_array, data_url, draw, encode, error_of, token_ids
 from tests.engine.tiny_phi3_v import ALL_KV_HEADS, DEFAULT, write_tiny_phi3_v
-from tests.engine.ways import in_pieces
+from tests.engine.ways import in_pieces, keeping_prefixes
 
 NUM_MIXED = 100
 NUM_MIXED_OTHER = NUM_ASKED or 30
@@ -737,8 +737,10 @@ def test_answers_are_the_references_in_any_order(
     with LLM(str(tmp_path), limit_mm_per_prompt=LIMITS, max_num_seqs=24) as llm:
         in_one_call = answers(llm, asked)
         in_another_order = answers(llm, shuffled)
-        with in_pieces(llm):
-            read_in_pieces = answers(llm, shuffled)
+        with keeping_prefixes(llm):
+            with in_pieces(llm):
+                read_in_pieces = answers(llm, shuffled)
+            from_kept_rows = answers(llm, asked)
         one_by_one: dict[str, tuple[int, ...]] = {}
         for request in asked:
             one_by_one |= answers(llm, [request])
@@ -747,4 +749,5 @@ def test_answers_are_the_references_in_any_order(
     assert expected == in_one_call
     assert expected == in_another_order
     assert expected == read_in_pieces
+    assert expected == from_kept_rows
     assert expected == one_by_one

@@ -19,10 +19,13 @@ class Numbers:
     max_tokens: int = 10
     priority: int = 0
     both_ways: tuple[tuple[int, int], ...] = ()
+    prefix_keys: tuple[tuple[int, bytes], ...] = ()
     start: int | None = None
     slot: int | None = None
     num_computed: int = 0
     num_scheduled: int = 0
+    num_cached: int = 0
+    copied_from: int | None = None
 
     @property
     def num_read(self) -> int:

@@ -68,6 +68,7 @@ class Schedule:
     max_prefill_tokens: int
     max_flights: int
     patience: int
+    keeps_prefixes: bool
 
 
 numbers = st.integers(0, len(POOL) - 1)
@@ -81,6 +82,7 @@ schedules = st.builds(
     max_prefill_tokens=st.integers(16, 200),
     max_flights=st.integers(0, 3),
     patience=st.integers(0, 5),
+    keeps_prefixes=st.booleans(),
 )
 
 
@@ -116,6 +118,7 @@ def test_tokens_do_not_depend_on_the_schedule(
         schedule.patience,
     )
     engine._max_flights = schedule.max_flights
+    engine._processor._keeps_prefixes = schedule.keeps_prefixes
     streams = []
     for number, members in enumerate(schedule.streams):
         asked = [

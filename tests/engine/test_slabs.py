@@ -9,18 +9,20 @@ from hypothesis import strategies as st
 
 from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
 
+STEPS = ("take", "take", "free", "shrink")
+
 
 @given(
     num_rows=st.integers(32, 2000),
-    steps=st.lists(st.tuples(st.booleans(), st.integers(1, 400)), max_size=80),
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(1, 400)), max_size=80),
 )
 def test_slabs_never_overlap_and_all_rows_come_back(
-    num_rows: int, steps: list[tuple[bool, int]]
+    num_rows: int, steps: list[tuple[str, int]]
 ) -> None:
     slabs = SlabAllocator(num_rows)
     held: dict[int, int] = {}
-    for takes, number in steps:
-        if takes:
+    for step, number in steps:
+        if step == "take":
             start = slabs.find(number)
             fits = any(gap >= number for gap in gaps(held, slabs.num_rows))
             assert fits == (start is not None)
@@ -28,8 +30,12 @@ def test_slabs_never_overlap_and_all_rows_come_back(
                 held[start] = number
         elif held:
             start = sorted(held)[number % len(held)]
-            slabs.free(start)
-            del held[start]
+            if step == "free":
+                slabs.free(start)
+                del held[start]
+            else:
+                held[start] = min(number, held[start])
+                slabs.shrink(start, held[start])
         rows = [row for start, size in held.items() for row in range(start, start + size)]
 
         assert len(rows) == len(set(rows))
@@ -81,11 +87,15 @@ def test_unknown_slab_is_a_bug_of_the_caller() -> None:
 
     with pytest.raises(KeyError):
         slabs.free(start)
+    with pytest.raises(KeyError):
+        slabs.shrink(start, 1)
     with pytest.raises(ValueError, match="31 rows hold no slab"):
         SlabAllocator(31)
 
 
-@pytest.mark.parametrize("module", ["engine.slabs", "engine.scheduler", "engine"])
+@pytest.mark.parametrize(
+    "module", ["engine.slabs", "engine.prefixes", "engine.scheduler", "engine"]
+)
 def test_logic_of_rows_and_turns_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
 

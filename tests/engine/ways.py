@@ -16,3 +16,15 @@ def in_pieces(llm: LLM, num_tokens: int = 24) -> Iterator[None]:
         yield
     finally:
         scheduler._max_prefill_tokens = usual
+
+
+@contextmanager
+def keeping_prefixes(llm: LLM) -> Iterator[None]:
+    """Prompts that begin as earlier ones read only the rest."""
+    processor = llm.engine._processor
+    processor._keeps_prefixes = True
+    try:
+        yield
+    finally:
+        processor._keeps_prefixes = False
+        llm.reset_prefix_cache()

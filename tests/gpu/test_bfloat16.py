@@ -8,6 +8,7 @@ ten that the other side holds likeliest.
 
 import json
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from engine.config import BUNDLED_FOLDER
 from engine.reference import Reference
 from tests.engine.mixed import Mixed, mixed_requests
 from tests.engine.tiny import write_tiny_qwen2_vl
+from tests.engine.ways import in_pieces, keeping_prefixes
 
 pytestmark = pytest.mark.gpu
 
@@ -37,16 +39,20 @@ def compare(
         "one call": [asked],
         "shuffled": [random.Random(5).sample(asked, len(asked))],
         "one by one": [[mixed] for mixed in asked],
+        "in pieces": [asked],
+        "from kept rows": [asked, asked],
     }
+    contexts = {"in pieces": in_pieces(llm, 64), "from kept rows": keeping_prefixes(llm)}
     by_name = {mixed.name: mixed for mixed in asked}
     counts = {way: {"equal": 0, "close": 0, "apart": 0} for way in ways}
     for way, calls in ways.items():
-        for call in calls:
-            for result in llm.stream(_requests(call, ignore_eos)):
-                assert result.error is None
-                name = result.request_id
-                verdict = _verdict(result, reference, by_name[name], wanted[name])
-                counts[way][verdict] += 1
+        with contexts.get(way, nullcontext()):
+            results = [r for call in calls for r in llm.stream(_requests(call, ignore_eos))]
+        for result in results:
+            assert result.error is None
+            name = result.request_id
+            verdict = _verdict(result, reference, by_name[name], wanted[name])
+            counts[way][verdict] += 1
     return counts
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine import LLM
 from tests.engine.families import CASES, Asked, mixed
 from tests.engine.pictures import cut_picture, draw
+from tests.engine.ways import in_pieces, keeping_prefixes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +23,12 @@ NUM_REQUESTS = 40
 def run(
     folder: Path, asked: Sequence[Asked], device: str, dtype: str
 ) -> tuple[list[object], Tensor]:
-    """Answers of three rounds, of which the last ones are replays; and features of five pictures."""
+    """
+    Answers of five rounds, and features of five pictures.
+
+    The second and third round are replays, the fourth reads prompts in pieces, the last one goes on
+    from the rows that it left.
+    """
     with LLM(
         str(folder),
         device=device,
@@ -32,11 +38,17 @@ def run(
         gpu_memory_utilization=0.3,
         encoder_cache_bytes=0,
     ) as llm:
-        rounds: list[object] = []
-        for _ in range(3):
+
+        def answer() -> object:
             results = list(llm.stream([one.request() for one in asked]))
             assert [] == [result.error for result in results if result.error]
-            rounds.append({r.request_id: tuple(r.outputs[0].token_ids) for r in results})
+            return {r.request_id: tuple(r.outputs[0].token_ids) for r in results}
+
+        rounds = [answer() for _ in range(3)]
+        with keeping_prefixes(llm):
+            with in_pieces(llm):
+                rounds.append(answer())
+            rounds.append(answer())
         family = llm.engine.checkpoint.family
         features = torch.ones(1, 1)
         if family.modalities:
@@ -56,7 +68,7 @@ def test_gpu_sees_and_says_what_a_cpu_does(name: str, tmp_path: Path) -> None:
     rounds, features = run(folder, asked, "cuda", "float32")
     _, rounded = run(folder, asked, "cuda", "bfloat16")
 
-    assert [expected] * 3 == rounds
+    assert [expected] * 5 == rounds
     assert torch.cosine_similarity(exact, features, dim=-1).min().item() > 0.99999
     # 0.9998 on an H100 (2026-11-27); weights ten times too large make the most of every rounding
     assert torch.cosine_similarity(exact, rounded, dim=-1).min().item() > 0.999
