@@ -4,7 +4,7 @@ On a GPU, prompts that go on from rows that are there say what whole ones say.
 Written without a GPU at hand: run it first where there is one, with tests/gpu/test_attention.py, whose
 test over pieces says whether torch's FlashAttention counts queries from the end of their rows, and with
 tests/gpu/test_bfloat16.py and test_families.py, which ask the same of whole answers. Then measure
-`python -m bench.engine --work caption` with and without `--llm enable_prefix_caching=True`.
+`python -m bench.engine --work caption` with and without `--llm enable_prefix_caching=true`.
 """
 
 from collections.abc import Iterator, Sequence
