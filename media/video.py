@@ -269,7 +269,12 @@ def gather_frames(
 
 
 def _outline(width_px: int, height_px: int, num_frames: int) -> Header:
-    """What the header says; a codec may still turn the frames, or change their size on the way."""
+    """
+    What the header says; a codec may still turn the frames, or change their size on the way.
+
+    A damaged one may say no size, and the frames have one all the same.
+    """
+    width_px, height_px = max(width_px, 1), max(height_px, 1)
     frame_px = width_px * height_px
     return Header(width_px, height_px, frame_px * (4 * num_frames + CODEC_BYTES_PER_PX), num_frames)
 

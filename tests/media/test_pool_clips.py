@@ -12,7 +12,7 @@ import pytest
 
 from media.decoded import Fit, Frames, Header
 from media.decoder import Threads
-from media.errors import MediaError
+from media.errors import MediaError, VideoUnreadableError
 from media.frames import FrameSampling
 from media.pool import DecoderPool
 from media.video import decode_video
@@ -134,6 +134,16 @@ def test_bad_clips_are_refused_in_the_same_words(pool: DecoderPool) -> None:
         with pytest.raises(type(in_thread.value)) as measured:
             pool.measure_clip(encoded)
         assert str(in_thread.value) == str(measured.value)
+    assert pids == pool.pids
+
+
+def test_clip_whose_header_says_no_size_costs_no_process(pool: DecoderPool) -> None:
+    pids = pool.pids
+    sequence_header, unknown = b"\0\0\1\x42\1", b"\0\0\1\x7e\1"
+
+    with pytest.raises(VideoUnreadableError):
+        pool.decode_video(CLIPS["HEVC"].replace(sequence_header, unknown))
+
     assert pids == pool.pids
 
 
