@@ -13,9 +13,10 @@ change with the length. It refuses to know batches and slabs; attention is calle
 own layers call it, by the name in the config.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from engine.kernels import activations, norms, quantised, rope
+from engine.kernels.products import PackedLinear, by_blocks
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
 
 # Reading rows in 16 bits and writing them in 8 takes as long as a product of about 1200 columns saves
@@ -58,7 +60,8 @@ class Fusions:
             rotates and fills KV rows in one pass. Only for a function that knows this keyword.
         adds_in_products: products whose result is added to a layer's input add it themselves, in
             place. Their biases are left out of what goes from layer to layer, and added by who
-            reads it. Not together with fp8.
+            reads it. Not together with fp8 or packs.
+        packs: products of a CPU by oneDNN, where they are large enough; see `kernels.products`.
     """
 
     text: bool = True
@@ -66,6 +69,7 @@ class Fusions:
     fp8: bool = False
     rope_in_attention: bool = False
     adds_in_products: bool = False
+    packs: bool = False
 
 
 class Carried(NamedTuple):
@@ -90,7 +94,9 @@ def apply(model: nn.Module, fusions: Fusions | None = None) -> Counter[str]:
             blocks: Any = module.blocks
             for index in module.deepstack_visual_indexes:
                 blocks[index].is_last = True
-    if fusions.adds_in_products and not fusions.fp8:
+    if fusions.packs:
+        _pack_head(model)
+    if fusions.adds_in_products and not (fusions.fp8 or fusions.packs):
         for layers in model.modules():
             if isinstance(layers, nn.ModuleList):
                 _add_in_products(list(layers))
@@ -109,6 +115,14 @@ def _swap_below(parent: nn.Module, fusions: Fusions, swapped: Counter[str]) -> N
             setattr(parent, name, fused)
             swapped[type(child).__name__] += 1
         follower = (fused or child) if isinstance(parent, nn.ModuleList) else None
+
+
+def _pack_head(model: Any) -> None:
+    """Logits by oneDNN too; of a weight that is the embedding's as well."""
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, nn.Linear):
+        is_tied = model.get_input_embeddings().weight is head.weight
+        model.lm_head = PackedLinear.find(head, is_shared=is_tied) or head
 
 
 def _add_in_products(layers: list[Any]) -> None:
@@ -165,14 +179,27 @@ def _widen(linear: nn.Linear, missing: int, *, reads: bool = False) -> nn.Linear
     return wide
 
 
-def _project(linear: nn.Linear, fusions: Fusions) -> nn.Linear | Fp8Linear:
+def _project(linear: nn.Linear, fusions: Fusions) -> nn.Linear | Fp8Linear | PackedLinear:
     """The product as it will run: in fp8 where that is asked for and the widths allow it."""
-    return (Fp8Linear.find(linear) if fusions.fp8 else None) or linear
+    of_8_bits = Fp8Linear.find(linear) if fusions.fp8 else None
+    return of_8_bits or (PackedLinear.find(linear) if fusions.packs else None) or linear
 
 
-def _project_attended(linear: nn.Linear, fusions: Fusions) -> nn.Linear | Fp8Linear:
+def _project_attended(linear: nn.Linear, fusions: Fusions) -> nn.Linear | Fp8Linear | PackedLinear:
     """Behind attention nothing quantises on its way, and a narrow product does not earn a pass."""
-    return linear if linear.out_features < LEAST_WIDTH_FOR_A_PASS else _project(linear, fusions)
+    is_narrow = linear.out_features < LEAST_WIDTH_FOR_A_PASS
+    return _project(linear, replace(fusions, fp8=fusions.fp8 and not is_narrow))
+
+
+def _scale(linear: nn.Linear, factor: float, *, has_bias: bool = True) -> nn.Linear:
+    """A Linear whose weight is so many times as large, and with `has_bias` its bias too."""
+    if factor == 1:
+        return linear
+    scaled = copy.deepcopy(linear)
+    scaled.weight.data.mul_(factor)
+    if has_bias and scaled.bias is not None:
+        scaled.bias.data.mul_(factor)
+    return scaled
 
 
 class FusedRMSNorm(nn.Module):
@@ -245,8 +272,15 @@ class GatedMLP(nn.Module):
             down = _widen(down, missing, reads=True)
         self.gate_up = _project(merged, fusions)
         self.down = _project(down, fusions)
+        self.width = down.out_features
 
     def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
+        if isinstance(self.gate_up, PackedLinear):
+            assert isinstance(x, Tensor)
+            return by_blocks(self._multiply, x, self.width)
+        return self._multiply(x, onto)
+
+    def _multiply(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
         gate_up = self.gate_up(x)
         if onto is not None:
             add_product_(onto, activations.silu_mul(gate_up), self.down)
@@ -259,11 +293,26 @@ class GatedMLP(nn.Module):
 class QuickGELUMLP(nn.Module):
     """down(quick_gelu(up(x)))."""
 
+    packed_as, slope = "swish", activations.QUICK_GELU  # quick_gelu(x) = swish(slope * x) / slope
+
     def __init__(self, up: nn.Linear, down: nn.Linear, fusions: Fusions) -> None:
         super().__init__()
+        self.up: nn.Linear | Fp8Linear | PackedLinear
+        self.width = down.out_features
+        self.activates_in_up = False
+        if fusions.packs and up.weight.dtype == torch.float32:  # 16 bits would round the slope in
+            packed = PackedLinear.find(_scale(up, self.slope), self.packed_as)
+            if packed is not None:
+                self.activates_in_up = True
+                self.up = packed
+                self.down = _project(_scale(down, 1 / self.slope, has_bias=False), fusions)
+                return
         self.up, self.down = _project(up, fusions), _project(down, fusions)
 
     def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
+        if self.activates_in_up:
+            assert isinstance(x, Tensor)
+            return by_blocks(lambda rows: self.down(self.up(rows)), x, self.width)
         inner = self.up(x)
         if onto is not None:
             add_product_(onto, self.activate_(inner), self.down)
@@ -282,6 +331,8 @@ class QuickGELUMLP(nn.Module):
 
 class GELUTanhMLP(QuickGELUMLP):
     """down(gelu(up(x))), the GELU by tanh."""
+
+    packed_as, slope = "gelu", 1.0
 
     def activate_(self, inner: Tensor) -> Tensor:
         return F.gelu(inner, approximate="tanh")
@@ -494,6 +545,7 @@ class FusedVisionAttention(nn.Module):
 
     def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
+        fusions = replace(fusions, packs=False)  # of many rows: blocks cost what products save
         self.config, self.scaling = attention.config, attention.scaling
         self.num_heads: int = attention.num_heads
         self.num_key_value_groups = 1
@@ -589,6 +641,7 @@ class FusedCLIPAttention(nn.Module):
 
     def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
+        fusions = replace(fusions, packs=False)  # of many rows: blocks cost what products save
         self.config, self.scaling = attention.config, attention.scale
         self.num_heads: int = attention.num_heads
         self.num_key_value_groups = 1

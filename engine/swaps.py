@@ -25,7 +25,7 @@ DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float],
 
 def fuse(model: Any, *, fp8: bool = False) -> None:
     """Put merged projections, norms, activations and rope into a loaded model, in place."""
-    swapped = apply(model, Fusions(fp8=fp8, rope_in_attention=True))
+    swapped = apply(model, Fusions(fp8=fp8, rope_in_attention=True, packs=True))
     logger.info("layers_fused %s", " ".join(f"{name}={n}" for name, n in sorted(swapped.items())))
 
 

@@ -27,7 +27,8 @@ from transformers.vision_utils import get_vision_window_index
 from engine import fuse
 from engine.attention import VISION_ATTENTION, VisionContext, using
 from engine.fuse import Fusions
-from engine.kernels import rope
+from engine.kernels import products, rope
+from engine.kernels.products import PackedLinear
 from engine.kernels.quantised import Fp8Linear
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
 from tests.engine.tiny_qwen import (
@@ -360,6 +361,22 @@ def test_what_is_not_known_is_left_alone(llava: Any) -> None:
     assert swapped["CLIPMLP"] == 2
     assert "LlamaRotaryEmbedding" not in swapped
     assert_near(expected, run_text(llava))
+
+
+def test_packed_layers_say_the_same(
+    qwen: Any, later_qwen: Any, llava: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "MIN_WEIGHTS", 1)
+    for model in (qwen, later_qwen, llava):
+        fused = fused_copy(model, Fusions(packs=True))
+        if not any(isinstance(module, PackedLinear) for module in fused.modules()):
+            pytest.skip("torch has no such products on this processor")
+        hidden = run_text(model, 70)
+
+        assert_near(hidden, run_text(fused, 70))
+        assert_near(model.lm_head(hidden), fused.lm_head(hidden))
+        if model is qwen:
+            assert_near(run_vision(model), run_vision(fused))
 
 
 def test_fp8_stays_near(qwen: Any) -> None:

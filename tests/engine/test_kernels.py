@@ -3,13 +3,16 @@ The plain twins say what their docstrings say; tests/gpu/test_kernels.py compare
 them.
 """
 
+import copy
 import math
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
 from bench.leaks import read_heap
@@ -21,6 +24,7 @@ from engine.kernels import (
     norms,
     pictures,
     pixels,
+    products,
     quantised,
     rope,
 )
@@ -29,6 +33,12 @@ from engine.sampler import Sampler
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
 
 
 def test_a_cpu_has_no_kernels() -> None:
@@ -76,6 +86,56 @@ def test_quick_gelu_writes_over_its_input() -> None:
 
     assert returned is x
     assert torch.equal(expected, x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.01, 1e-3)]
+)
+@pytest.mark.parametrize(
+    ("activation", "twin"),
+    [
+        ("none", lambda x: x),
+        ("swish", F.silu),
+        ("gelu", lambda x: F.gelu(x, approximate="tanh")),
+    ],
+)
+def test_packed_products_are_those_of_a_linear(
+    dtype: torch.dtype, rtol: float, atol: float, activation: str, twin: Any
+) -> None:
+    """Rounded once in 16 bits, where a Linear and what follows it would be twice."""
+    linear = nn.Linear(320, 448).to(dtype)
+    exact = copy.deepcopy(linear).float()
+    packed = products.PackedLinear.find(linear, activation)
+    shared = products.PackedLinear.find(linear, activation, is_shared=True)
+    if packed is None or shared is None:
+        pytest.skip("torch has no such products on this processor")
+    for num_rows in (0, 1, 3, 64, 341):
+        x = drawn(1, num_rows, 320).to(dtype)
+        expected = twin(exact(x.float()))
+
+        for product in (packed, shared):
+            torch.testing.assert_close(product(x).float(), expected, rtol=rtol, atol=atol)
+
+
+def test_small_products_are_not_packed() -> None:
+    assert products.PackedLinear.find(nn.Linear(256, 256)) is None
+
+
+def test_packed_products_keep_little_of_the_numbers_of_rows_that_they_saw() -> None:
+    """oneDNN keeps a kernel for each: over a megabyte."""
+    packed = products.PackedLinear.find(nn.Linear(512, 768))
+    if packed is None:
+        pytest.skip("torch has no such products on this processor")
+    x = drawn(1023, 512)
+    packed(x[:341])  # a block of each size
+    before = read_heap()
+    for num_rows in range(600, 700):
+        packed(x[:num_rows])
+    after = read_heap()
+    if before is None or after is None:
+        pytest.skip("no glibc, which could be asked")
+
+    assert after.held_bytes - before.held_bytes < 20 << 20
 
 
 def test_gelu_is_torchs_own() -> None:
