@@ -100,14 +100,15 @@ class Recorder:
             return Recording(graph, kept, output)
         except Exception as error:
             # The edge of the driver: whatever a kernel does that no graph can hold, or memory.
-            if _is_out_of_memory(error):
-                logger.warning("%s find no memory, calls will be slower", self._name, exc_info=True)
-                self._num_resting = NUM_RESTING
-            else:
-                logger.warning("%s were given up, calls will be slower", self._name, exc_info=True)
-                self.is_given_up = True
-        # NOTE: not above, where the error still holds what its call had allocated.
-        torch.cuda.empty_cache()
+            is_short = _is_out_of_memory(error)
+            what = "find no memory" if is_short else "were given up"
+            logger.warning("%s %s, calls will be slower", self._name, what, exc_info=True)
+        if is_short:
+            self._num_resting = NUM_RESTING
+            # NOTE: not above, where the error still holds what its call had allocated.
+            torch.cuda.empty_cache()
+        else:
+            self.is_given_up = True
         return None
 
     def _record(
@@ -130,9 +131,28 @@ class Recorder:
                     output = call()
                 finally:
                     graph.capture_end()
+        except BaseException:
+            self._leave_pool()
+            raise
         finally:
             main.wait_stream(self._stream)
         return graph, output
+
+    def _leave_pool(self) -> None:
+        """
+        Tell torch's allocator that a recording is over whose end failed.
+
+        It does not notice by itself (torch 2.11, `CUDAGraph::capture_end`). While it believes that one
+        is underway, `empty_cache` is an error, and what another stream has used never comes back. The
+        functions are private to torch, which calls them so in `torch.cuda.use_mem_pool`.
+        """
+        device = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+        except RuntimeError:
+            return  # it had noticed
+        torch._C._cuda_releasePool(device, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()  # those recorded before keep the old one
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

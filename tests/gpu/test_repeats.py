@@ -65,6 +65,34 @@ def test_a_call_that_waits_for_the_device_is_run_instead() -> None:
     assert repeats.are_given_up
 
 
+def test_memory_comes_back_after_a_recording_that_failed() -> None:
+    """Also what another stream has used: none of it would while torch believes that one is underway."""
+    repeats = build()
+    x = torch.ones(4, device="cuda")
+    for _ in range(2):
+        repeats.run("waits", lambda x: x * x.sum().item(), x)
+    assert repeats.are_given_up
+    torch.cuda.empty_cache()
+    before = num_active_bytes()
+    for _ in range(10):
+        used = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
+        used.record_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        del used
+        torch.cuda.synchronize()
+    after = num_active_bytes()
+
+    assert after - before < 3 << 20
+    others = build()
+    assert [[2.0] * 4] * 3 == [others.run("x", lambda x: 2 * x, x).tolist() for _ in range(3)]
+    assert 1 == others.num_graphs
+
+
+def num_active_bytes() -> int:
+    """Also those of tensors that are gone, until all streams have done with them."""
+    torch.empty(1, device="cuda")  # looks at who has
+    return int(torch.cuda.memory_stats()["active_bytes.all.current"])
+
+
 def test_calls_of_all_sizes_share_memory_and_say_what_they_say_when_run() -> None:
     torch.manual_seed(0)
     repeats = build()
