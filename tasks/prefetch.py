@@ -673,7 +673,7 @@ class _Draft:
         if is_data_url(source):
             self._media.append({"kind": kind, "scheme": "data", **_describe_data_url(source)})
             return {"type": f"{kind}_url", f"{kind}_url": {"url": source}, **options}
-        self.urls[source] = is_video
+        self.urls[source] = is_video or self.urls.get(source, False)  # the same as both: as a clip
         self._media.append({"kind": kind, "url": source})
         return {"type": kind, kind: source, **options}
 

@@ -985,6 +985,22 @@ def test_clips_come_from_urls_files_and_lines_with_what_is_asked_of_their_frames
     assert not any("max_pixels" in part for part in seen)
 
 
+def test_address_of_a_clip_that_is_shown_as_a_picture_too_may_bring_a_clip(rig: Rig) -> None:
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert isinstance(limits, VideoLimits)
+        return b"a clip"
+
+    url = {"url": "https://host/a.gif"}
+    content = [
+        {"type": "video_url", "video_url": url},
+        {"type": "image_url", "image_url": url},
+    ]
+    job = rig.make(build_request("a", messages=[{"role": "user", "content": content}]))
+    rig.run(fetch=fetch)
+
+    assert {ItemState.COMPLETED: 1} == rig.count(job)
+
+
 def test_objects_are_fetched_in_the_name_of_their_tenant(rig: Rig) -> None:
     rig.config = rig.config.model_copy(update={"media_s3_buckets": ("s3://photographs",)})
     asked: list[tuple[str, str]] = []
