@@ -244,7 +244,7 @@ class Preparer:
         ahead = _Ahead(self, hold, take, on_wait)
         unreadable: StorageError | None = None
         bodies = read_bodies(self.stores.blobs, items)
-        while True:
+        while not hold.is_closed:
             try:
                 item, content = next(bodies)
             except StopIteration:
@@ -485,7 +485,7 @@ class _Ahead:
                 yield from self.take_done(timeout=None)
                 return
             self._begin()  # other chunks may have left a host
-        elif self._aside:
+        elif self._aside and not self._hold.is_closed:
             time.sleep(TAIL_S)
         if self._hold.is_closed or not self._on_wait():
             self.give_up()
