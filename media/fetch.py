@@ -42,6 +42,7 @@ from media.errors import (
     FetchTimeoutError,
     FetchTooLargeError,
     HostNotAllowedError,
+    HostPausedError,
 )
 from media.fetched import UNKNOWN_MEDIA_TYPE, Fetched, FetchReport
 from media.hosts import SharedLimits, Unshared, count_kept, say_paused
@@ -231,7 +232,7 @@ class Fetcher:
 
     async def run(self, errand: Errand, limits: ImageLimits | VideoLimits) -> Fetched:
         """Return what one errand brings. Raises as `fetch` does, and what its `find_url` raises."""
-        progress = _Progress(errand.scheme, errand.host)
+        progress = _Progress(errand.scheme, errand.host, answering=errand.host)
         key = (errand.key, limits.max_bytes, isinstance(limits, VideoLimits))
         try:
             self._failures.raise_if_remembered(key)
@@ -251,12 +252,14 @@ class Fetcher:
                 progress.started_at = time.monotonic()
                 try:
                     fetched = await self._fetch_in_time(errand, limits, progress)
+                except HostPausedError:  # behind a redirect: nobody was asked
+                    raise
                 except FetchFailedError as error:
                     is_silent = progress.is_silent or isinstance(error, FetchTimeoutError)
-                    self._silences.note(errand.host, is_silent=is_silent)
+                    self._silences.note(progress.answering, is_silent=is_silent)
                     self._failures.remember(key, error)
                     raise
-                self._silences.note(errand.host, is_silent=False)
+                self._silences.note(progress.answering, is_silent=False)
                 return fetched
         except FetchFailedError as error:
             error.facts = asdict(progress.report(error.code))
@@ -286,7 +289,7 @@ class Fetcher:
             """Return whether to try again, or the seconds that the server asks to wait before."""
             if not isinstance(error, FetchFailedError) or not error.retryable:
                 return False
-            if isinstance(error, FetchTimeoutError):
+            if isinstance(error, FetchTimeoutError | HostPausedError):
                 return False
             if error.retry_after_s is None:
                 return True
@@ -303,13 +306,15 @@ class Fetcher:
             wait_jitter=self._limits.retry_wait_s,
         ):
             with attempt:
-                progress.start_try()
+                progress.start_try(errand.host)
                 try:
                     return await self._try(errand, limits, progress)
+                except HostPausedError:
+                    raise
                 except FetchFailedError as error:
                     if error.retry_after_s:
-                        self._silences.pause(errand.host, error.retry_after_s)
-                        await self._shared.pause(errand.host, error.retry_after_s)
+                        self._silences.pause(progress.answering, error.retry_after_s)
+                        await self._shared.pause(progress.answering, error.retry_after_s)
                     raise
         raise AssertionError("stamina ends with a result or an error")
 
@@ -354,6 +359,10 @@ class Fetcher:
                     content = await self._read_body(response, limits, progress)
                     return content, _media_type_of(headers)
             url = self._next_url(url, headers[b"location"], progress)
+            # Whoever redirects has answered; what follows is the word of another host.
+            self._silences.note(progress.answering, is_silent=False)
+            progress.answering = url.host
+            self._silences.raise_if_paused(url.host)
 
     async def _failed_with(
         self, errand: Errand, response: httpcore2.Response, headers: Mapping[bytes, bytes]
@@ -603,12 +612,14 @@ class _Progress:
     sha256: Any = field(default_factory=hashlib.sha256)
     is_complete: bool = False
     is_silent: bool = False  # the last try: nobody was there, or its time ran out
+    answering: str = ""  # the host that is asked just now, which may be behind a redirect
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started_at
 
-    def start_try(self) -> None:
+    def start_try(self, host: str) -> None:
+        self.answering = host
         self.num_tries += 1
         self.num_redirects = self.num_bytes = 0
         self.is_silent = False
@@ -689,6 +700,9 @@ class _Failures:
 class _Silences:
     """
     Hosts that asked for a pause, and hosts that let us wait, one after the other.
+
+    By the name of who did it, which may stand behind a redirect: else any host could speak for one that
+    redirects to it.
 
     Each fetch from them would hold a connection, and its item's place, until its time is over.
     """

@@ -1106,6 +1106,37 @@ def test_fetch_that_is_given_up_says_nothing_about_its_host() -> None:
     run(scenario())
 
 
+def test_host_behind_a_redirect_speaks_for_itself_alone() -> None:
+    async def scenario() -> None:
+        busy = answering(status="503 X", headers=["Retry-After: 60"])
+        limits = replace(QUICK, max_silences=1)
+        async with serve(busy) as other, serve(raw(b"", ends=False)) as silent:
+            answers = {
+                "/busy": redirecting(f"http://busy.test:{other.port}/"),
+                "/silent": redirecting(f"http://silent.test:{silent.port}/"),
+                "/good": answering(JPEG),
+            }
+            async with (
+                serve(answers) as server,
+                Fetcher(
+                    config_for(server, other, silent, limits=limits, timeout_s=0.5), Names()
+                ) as fetcher,
+            ):
+                url = f"http://pictures.test:{server.port}"
+                assert_failed(await outcome_of(fetcher, f"{url}/busy"), FetchFailedError, True)
+                assert_failed(await outcome_of(fetcher, f"{url}/silent"), FetchTimeoutError, True)
+                assert_fetched(await outcome_of(fetcher, f"{url}/good"))
+                num_asked = len(other.heads)
+                paused = await outcome_of(fetcher, f"{url}/busy?again")
+                assert_failed(paused, HostPausedError, retryable=True)
+                assert num_asked == len(other.heads)
+                left_alone = await outcome_of(fetcher, f"http://silent.test:{silent.port}/again")
+                assert_failed(left_alone, FetchTimeoutError, retryable=True)
+                assert 1 == len(silent.heads)
+
+    run(scenario())
+
+
 def test_pause_is_met_before_a_slot_is_waited_for() -> None:
     async def scenario() -> None:
         answers = {
@@ -1141,7 +1172,7 @@ def test_host_that_answers_now_and_then_is_never_left_alone() -> None:
         host = Moods()
         limits = replace(QUICK, remember_passing_s=0.0)
         async with serve(host) as server:
-            config = config_for(server, limits=limits, timeout_s=0.05)
+            config = config_for(server, limits=limits, timeout_s=0.3)
             async with Fetcher(config, Names()) as fetcher:
                 for number in range(9):
                     host.is_silent = number % 3 != 2
