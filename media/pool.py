@@ -84,6 +84,9 @@ RETRY_START_S: Final = 0.5
 MAX_RETRY_START_S: Final = 8.0
 """The pause after a process that did not start; it doubles as long as none does."""
 
+STEADY_S: Final = 5.0
+"""A process that ends before that with nothing to do counts as one that did not start."""
+
 GIVE_UP_S: Final = 60.0
 """How long files wait in a pool that had processes and has none, from the first that did not start."""
 
@@ -130,14 +133,23 @@ class _Child:
 
     Attributes:
         left_s: of the time that one file may take.
-        is_ready: it has said so; from then on it decodes.
+        ready_at: when it said that it is, monotonic; from then on it decodes.
     """
 
     process: subprocess.Popen[bytes]
     wire: ParentWire
     arena: Arena
     left_s: float = 0.0
-    is_ready: bool = False
+    ready_at: float | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.ready_at is not None
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether it has lived for long enough to say that processes can start here."""
+        return self.ready_at is not None and time.monotonic() - self.ready_at > STEADY_S
 
     def say(self, message: Message, behind: bytes = b"") -> None:
         """
@@ -568,6 +580,8 @@ class DecoderPool:
         """Of one that ended while it had nothing to do: no file is to blame."""
         logger.warning("decoder_died pid=%d while idle", child.process.pid)
         self._bury(child)
+        if not child.is_steady:  # or files would wait for ever for one that lives
+            self._note_failed_start()
         self._errands.put(self._fill)
 
     def _keep(self) -> None:
@@ -587,6 +601,8 @@ class DecoderPool:
         """Who ended while doing nothing is replaced before somebody needs it."""
         with self._lock:
             self._clear()
+            if any(child.is_steady for child in self._children):
+                self._num_starts_failed = 0
             ended = [child for child in self._idle if child.process.poll() is not None]
             for child in ended:
                 self._idle.remove(child)
@@ -660,8 +676,8 @@ class DecoderPool:
         if not message.get("is_filtered"):
             logger.warning("decoder_not_filtered: this system has no filter of system calls")
         with self._lock:
-            child.is_ready = self._has_started = True
-            self._num_starts_failed = 0
+            child.ready_at = time.monotonic()
+            self._has_started = True
         self._give(child)
         self._errands.put(self._fill)
 

@@ -372,7 +372,7 @@ def test_file_waits_while_no_process_starts(empty_pool: DecoderPool) -> None:
         empty_pool._entry = BAD_CHILD
 
         assert waiting.result(30).pixels().any()
-    assert 0 == empty_pool._num_starts_failed
+    wait_until(lambda: not empty_pool._num_starts_failed, 2 * pool_module.STEADY_S)
 
 
 def test_file_waits_for_a_bounded_time(
@@ -516,6 +516,21 @@ def test_webp_over_the_limit_is_refused_before_it_is_opened(pool: DecoderPool, n
         pool.decode_image(encoded)
     with pytest.raises(VideoTooLargeError, match="7000x6000"):
         pool.decode_video(encoded)
+
+
+@pytest.mark.parametrize(("steady_s", "num_failed"), [(60.0, 1), (0.0, 0)])
+def test_process_that_ends_soon_by_itself_counts_as_one_that_did_not_start(
+    monkeypatch: pytest.MonkeyPatch, steady_s: float, num_failed: int
+) -> None:
+    monkeypatch.setattr(pool_module, "STEADY_S", steady_s)
+    with DecoderPool(1) as pool:
+        child = pool._take()
+        child.process.kill()
+        child.process.wait()
+
+        pool._bury_ended(child)
+
+        assert num_failed == pool._num_starts_failed
 
 
 # --- the end -----------------------------------------------------------------------------------------
