@@ -29,6 +29,7 @@ def test_what_was_done_between_two_looks() -> None:
 def test_working_engine_says_what_its_device_does(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    llm.reset_mm_cache()  # others have looked at this picture
     monkeypatch.setattr(engine, "USAGE_EVERY_S", 0.0)
     with caplog.at_level(logging.INFO, logger="engine"):
         llm.generate({"prompt": PICTURE, "multi_modal_data": {"image": draw(1)}}, use_tqdm=False)
