@@ -50,10 +50,10 @@ def test_codes_that_clients_match_on_stay() -> None:
     }
 
 
-def test_only_what_is_not_installed_is_the_operators_fault() -> None:
+def test_only_what_a_machine_lacks_is_the_operators_fault() -> None:
     operators = {c.code for c in all_classes() if c.fault is Fault.OPERATOR}
 
-    assert {"video_support_missing"} == operators
+    assert {"video_support_missing", "decoders_away"} == operators
 
 
 def test_errors_survive_the_way_between_processes() -> None:
