@@ -1,6 +1,9 @@
 """What is recorded, what of it is shared, and what happens where recording fails: without a GPU."""
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -176,3 +179,115 @@ def test_steps_go_on_with_the_graphs_that_there_are(hands: Hands) -> None:
     assert replayed is not None
     assert [[3.0] * 5] * 2 == cast(Tensor, replayed.logits).tolist()
     assert not graphs.are_given_up
+
+
+class Allocator:
+    """
+    In the place of torch's on a GPU: a recording is underway until its end is told, and ending one in
+    which a call has failed does not tell it. Calls run where they would be recorded.
+
+    Attributes:
+        num_uses: recordings of each pool that have not been released.
+    """
+
+    def __init__(self) -> None:
+        self.is_broken = False
+        self.underway: set[int] = set()
+        self.num_uses: Counter[int] = Counter()
+        self._pools = itertools.count(1)
+
+    def __call__(self) -> "Allocator":
+        """A new graph, stream, or handle of one."""
+        return self
+
+    def new_pool(self) -> int:
+        return next(self._pools)
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert "thread_local" == capture_error_mode
+        assert pool not in self.underway
+        self.underway.add(pool)
+        self.num_uses[pool] += 1
+
+    def capture_end(self) -> None:
+        (pool,) = self.underway
+        if self.is_broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.end(0, pool)
+
+    def end(self, device: int, pool: int) -> None:
+        if pool not in self.underway:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def release(self, device: int, pool: int) -> None:
+        self.num_uses[pool] -= 1
+
+    def empty_cache(self) -> None:
+        assert not self.underway, "INTERNAL ASSERT FAILED"
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    fake = Allocator()
+    for place, name, value in (
+        (torch.cuda, "Stream", lambda device: fake),
+        (torch.cuda, "current_stream", lambda device: fake),
+        (torch.cuda, "stream", nullcontext),
+        (torch.cuda, "CUDAGraph", fake),
+        (torch.cuda, "graph_pool_handle", fake.new_pool),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "empty_cache", fake.empty_cache),
+        (torch._C, "_cuda_endAllocateToPool", fake.end),
+        (torch._C, "_cuda_releasePool", fake.release),
+    ):
+        monkeypatch.setattr(place, name, value, raising=False)
+    return fake
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("operation not permitted when stream is capturing"),
+    ],
+)
+def test_recording_that_cannot_be_ended_is_not_left_underway(
+    allocator: Allocator, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "NUM_RESTING", 0)
+    ours, x = Recorder(CPU, "calls"), torch.ones(2)
+
+    def fail(x: Tensor) -> Tensor:
+        if allocator.is_broken and allocator.underway:
+            raise error
+        return 2 * x
+
+    assert ours.try_record(fail, x) is not None
+    allocator.is_broken = True
+    assert ours.try_record(fail, x) is None
+    assert set() == allocator.underway
+    assert {1: 1} == allocator.num_uses  # of the one that was recorded
+    allocator.is_broken = False
+
+    assert isinstance(error, torch.OutOfMemoryError) == (ours.try_record(fail, x) is not None)
+    assert ours.is_given_up != isinstance(error, torch.OutOfMemoryError)
+
+
+def test_call_that_fails_before_it_is_recorded_leaves_the_memory_of_others(
+    allocator: Allocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "NUM_RESTING", 0)
+    ours, x = Recorder(CPU, "calls"), torch.ones(2)
+
+    def fail(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    for call in (double, fail, double):
+        ours.try_record(call, x)
+
+    assert {1: 2} == allocator.num_uses
