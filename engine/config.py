@@ -167,6 +167,9 @@ class EngineConfig:
             that begins as another, pictures included, reads only the rest.
         uses_graphs: whether a GPU gets each decode step as one CUDA graph; False launches it one
             kernel at a time, which is slower.
+        deterministic: whether a request's tokens and logprobs are the same to the last bit whatever is
+            asked beside it: pictures and prompts go through the model one by one, and a decode step
+            always has the same number of places. Slower, and not together with prefix caching.
         quantization: "fp8" multiplies in fp8, with scales by row, in the layers of text and
             encoder: faster on Hopper and later, and a little less exact. Any checkpoint will do.
     """
@@ -194,6 +197,7 @@ class EngineConfig:
     encoder_cache_bytes: int = 256 << 20
     enable_prefix_caching: bool = False
     uses_graphs: bool = True
+    deterministic: bool = False
     quantization: str | None = None
 
     def __post_init__(self) -> None:
@@ -224,9 +228,15 @@ class EngineConfig:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 0:
                 raise BadConfig(f"{name} must be a whole number of 0 or more, got {number!r}.")
-        if not isinstance(self.enable_prefix_caching, bool):
-            given = self.enable_prefix_caching
-            raise BadConfig(f"enable_prefix_caching must be True or False, got {_show(given)}.")
+        for name in ("enable_prefix_caching", "deterministic"):
+            given = getattr(self, name)
+            if not isinstance(given, bool):
+                raise BadConfig(f"{name} must be True or False, got {_show(given)}.")
+        if self.deterministic and self.enable_prefix_caching:
+            raise BadConfig(
+                "deterministic and enable_prefix_caching exclude each other: a prompt that begins with "
+                "another's rows is not computed as one that was read whole."
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise BadConfig(f"seed must be a whole number, got {self.seed!r}.")
         share = self.gpu_memory_utilization

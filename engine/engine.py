@@ -172,6 +172,7 @@ class Engine:
             self.max_num_seqs,
             max_prefill_tokens,
             GPU_PATIENCE if is_cuda else 0,
+            prefills_alone=config.deterministic,
         )
         checkpoint.family.uses_keys = config.encoder_cache_bytes > 0 or config.enable_prefix_caching
         self._runner = Runner(
@@ -180,6 +181,7 @@ class Engine:
             max_num_seqs=self.max_num_seqs,
             cache_bytes=config.encoder_cache_bytes,
             uses_graphs=config.uses_graphs,
+            is_deterministic=config.deterministic,
         )
         # Batches in the air, the oldest first. On a CPU nothing flies: a call is its own result.
         self._flights: deque[_Flight] = deque()

@@ -49,6 +49,7 @@ class Graphs:
         recorder: for a CUDA device, and for these alone.
         max_num_seqs, max_rows: of any batch, and of any sequence.
         scratch: the slot that is nobody's.
+        is_fixed: whether all batches and lengths have one graph, of the greatest.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Graphs:
         max_num_seqs: int,
         max_rows: int,
         scratch: int,
+        is_fixed: bool = False,
     ) -> None:
         self._step, self._choose = step, choose
         self._recorder = recorder
-        self._sizes = bucket_sizes(max_num_seqs)
+        self._sizes = [max_num_seqs] if is_fixed else bucket_sizes(max_num_seqs)
         self._max_rows = max_rows
+        self._least_rows = max_rows if is_fixed else 1
         self._scratch = scratch
         self._graphs: dict[tuple[int, int, bool], Recording[_Chosen]] = {}
         self._logits: Tensor | None = None  # one for all graphs that keep them
@@ -86,7 +89,7 @@ class Graphs:
         Args:
             table: of `Slots.table`, with as many places as `find_size` said.
         """
-        most = bucket_rows(int(table[LEN].max()), self._max_rows)
+        most = bucket_rows(max(self._least_rows, int(table[LEN].max())), self._max_rows)
         key = (table.shape[1], most, keeps_logits)
         if key not in self._graphs and not self._try_capture(key):
             return None
@@ -98,7 +101,7 @@ class Graphs:
         """Make the graphs that nearly all steps need, so that none of them has to wait for its own."""
         for size in reversed(self._sizes):  # what the largest took, the others use again
             if not self.are_given_up:
-                self._try_capture((size, bucket_rows(1, self._max_rows), False))
+                self._try_capture((size, bucket_rows(self._least_rows, self._max_rows), False))
 
     @property
     def num_graphs(self) -> int:

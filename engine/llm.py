@@ -70,6 +70,8 @@ class LLM:
             one that begins as another reads only the rest: many questions about one picture, a long
             system message, many outputs of one prompt. A result says how many tokens that saved
             (`num_cached_tokens`). `reset_prefix_cache` forgets them.
+        deterministic: a request's tokens and logprobs do not depend, to the last bit, on what is asked
+            beside it. Slower: see docs/measurements.md. Not together with prefix caching.
         enforce_eager: no CUDA graphs: a GPU gets each decode step one kernel at a time.
         quantization: "fp8" for products in fp8: faster on a Hopper GPU or a later one, and a little
             less exact. On a CPU it shows what they would answer, and is slow.
@@ -111,6 +113,7 @@ class LLM:
         draft_jpegs: bool = False,
         encoder_cache_bytes: int = 256 << 20,
         enable_prefix_caching: bool | None = None,
+        deterministic: bool = False,
         enforce_eager: bool = False,
         quantization: str | None = None,
         **words: Any,
@@ -141,6 +144,7 @@ class LLM:
             encoder_cache_bytes=encoder_cache_bytes,
             enable_prefix_caching=enable_prefix_caching or False,
             uses_graphs=not enforce_eager,
+            deterministic=deterministic,
             quantization=quantization,
             media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
         )

@@ -36,6 +36,9 @@ MAX_ENCODER_PATCHES = 32_768  # of one encoder call; a larger picture gets a cal
 # On a CPU weights come from the cache for small calls too, and tensors of over 32 MiB are new pages
 # each time: a sixth of the encoder's time in calls of 16 pictures (tiny-50m, EPYC, 2026-11-28).
 CPU_ENCODER_PATCHES = 2048
+# Places of every decode call of a deterministic engine on a CPU. Of 16 rows each costs about what it
+# does of 256. A GPU, which reads all weights in each call, gets as many as may decode together.
+CPU_FIXED_PLACES = 16
 CPU_KV_BYTES = 1 << 29
 
 
@@ -47,6 +50,8 @@ class Runner:
         max_num_seqs: sequences that decode together at most.
         cache_bytes: of encoded pictures that are kept for prompts to come.
         uses_graphs: whether decode steps become CUDA graphs, on a GPU.
+        is_deterministic: whether calls have shapes that do not depend on who else is there: a picture
+            each, and always as many places to decode in. Prompts must come one by one.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Runner:
         max_num_seqs: int,
         cache_bytes: int = 0,
         uses_graphs: bool = True,
+        is_deterministic: bool = False,
     ) -> None:
         self.device, self.dtype = checkpoint.device, checkpoint.dtype
         self._family = checkpoint.family
@@ -69,6 +75,11 @@ class Runner:
         self.cache = FeatureCache(cache_bytes)
         is_cpu = self.device.type == "cpu"
         self._max_patches = CPU_ENCODER_PATCHES if is_cpu else MAX_ENCODER_PATCHES
+        self._num_places: int | None = None  # of every decode call; None for as many as there are
+        self._max_rows = checkpoint.max_model_len
+        if is_deterministic:
+            self._max_patches = 1
+            self._num_places = CPU_FIXED_PLACES if is_cpu else max_num_seqs
         self._slots = Slots(max_num_seqs, self.device)
         self._last_table: tuple[list[Sequence], Table, int] = [], np.zeros((0, 0), np.int64), 0
         self._uses_flash = all(
@@ -91,8 +102,9 @@ class Runner:
                 self._choose,
                 Recorder(self.device, "graphs"),
                 max_num_seqs=max_num_seqs,
-                max_rows=checkpoint.max_model_len,
+                max_rows=self._max_rows,
                 scratch=self._slots.scratch,
+                is_fixed=is_deterministic,
             )
             self._graphs.capture_all()
 
@@ -337,9 +349,17 @@ class Runner:
             Logits for the next token: (num_seqs, vocab).
         """
         with self.meter.span(Work.DECODE, len(sequences)):
-            table = self._slots.table(sequences, len(sequences))
-            starts, lens = table[START].tolist(), table[LEN].tolist()
-            return self._step(upload(table, self.device), max(lens), starts, lens)
+            size = self._num_places or len(sequences)
+            calls = [sequences[at : at + size] for at in range(0, len(sequences), size)]
+            logits = [self._decode(call, size) for call in calls]
+            return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _decode(self, sequences: Many[Sequence], num_places: int) -> Tensor:
+        table = self._slots.table(sequences, num_places)
+        starts, lens = table[START].tolist(), table[LEN].tolist()
+        most = max(lens) if self._num_places is None else self._max_rows
+        logits = self._step(upload(table, self.device), most, starts, lens)
+        return logits[: len(sequences)]
 
     @torch.inference_mode()
     def keep(self, sequences: Many[Sequence], token_ids: Tensor) -> None:

@@ -38,6 +38,8 @@ class Scheduler:
         max_prefill_tokens: prompt tokens of one prefill; a longer prompt is read in pieces of so many.
         patience: decode steps for which a prefill may wait to be a full one. On a GPU a small call
             takes almost as long as a large one; 0 admits whoever can be at once.
+        prefills_alone: whether no two prompts are read in one call, so that how one is read does not
+            depend on the others.
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class Scheduler:
         max_num_seqs: int,
         max_prefill_tokens: int,
         patience: int = 0,
+        *,
+        prefills_alone: bool = False,
     ) -> None:
         self._slabs = slabs
         self._prefixes = Prefixes()
         self._patience = patience
+        self._prefills_alone = prefills_alone
         self._num_steps_waited = 0
         self._num_waiting_tokens = 0
         self._free_slots = list(range(max_num_seqs))  # a heap: low ones first
@@ -134,7 +139,8 @@ class Scheduler:
         ):
             sequence = self._waiting[0][2]
             source, num_cached = self._prefixes.find(_usable(sequence))
-            if admitted and sequence.num_prompt_tokens - num_cached > num_left:
+            num_wanted = sequence.num_prompt_tokens - num_cached
+            if admitted and (self._prefills_alone or num_wanted > num_left):
                 break
             if _goes_on(sequence, num_cached, coming):
                 break  # a step later there is more of it to copy

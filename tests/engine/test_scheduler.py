@@ -97,6 +97,18 @@ def test_prefill_stays_within_its_tokens() -> None:
     assert [True, True, True, False] == [batch.is_prefill for batch in batches]
 
 
+def test_prompts_may_be_read_alone() -> None:
+    scheduler: Any = Scheduler(SlabAllocator(10_000), 100, 100, prefills_alone=True)
+    long, short, other = Numbers(130), Numbers(10), Numbers(10)
+    add(scheduler, long, short, other)
+
+    assert [long] == scheduler.schedule().sequences
+    assert [long] == scheduler.schedule().sequences  # the rest of it, with room for more
+    assert [short] == scheduler.schedule().sequences
+    assert [other] == scheduler.schedule().sequences
+    assert [long, short, other] == scheduler.schedule().sequences
+
+
 def test_prompt_longer_than_a_prefill_is_read_in_pieces_between_steps() -> None:
     scheduler = build(max_prefill_tokens=100)
     first, long, last = Numbers(10), Numbers(250), Numbers(20)
