@@ -343,10 +343,8 @@ class Preparer:
 
     def _fetch(self, draft: "_Draft", hold: Hold) -> dict[str, Fetched]:
         item = draft.item.fence.item
-        expected = {"image": EXPECTED_IMAGE_BYTES, "video": EXPECTED_VIDEO_BYTES}
-        try:
-            fetched = self._fetch_within(draft, expected, draft.expected_bytes)
-        except FetchTooLargeError:
+        fetched = self._fetch_expected(draft)
+        if isinstance(fetched, FetchTooLargeError):
             # It waits for its turn with nothing in hand, or items would wait for each other.
             hold.release(item)
             most = {"image": IMAGE_LIMITS.max_bytes, "video": VIDEO_LIMITS.max_bytes}
@@ -354,11 +352,19 @@ class Preparer:
             together = max(hold.most_bytes, *most.values())
             most_bytes = min(draft.max_bytes, draft.num_bytes + together)
             if not hold.take(item, most_bytes, wait=True, is_fast=draft.is_fast):
-                raise
+                raise fetched
             fetched = self._fetch_within(draft, most, together)
         num_bytes = sum(len(one.content) for one in fetched.values())
         hold.shrink(item, draft.num_bytes + num_bytes)
         return fetched
+
+    def _fetch_expected(self, draft: "_Draft") -> dict[str, Fetched] | FetchTooLargeError:
+        expected = {"image": EXPECTED_IMAGE_BYTES, "video": EXPECTED_VIDEO_BYTES}
+        try:
+            return self._fetch_within(draft, expected, draft.expected_bytes)
+        except FetchTooLargeError as error:
+            # Its traceback would keep what has come of the others, uncounted, while it waits for room.
+            return error.with_traceback(None)
 
     def _fetch_within(
         self, draft: "_Draft", most: Mapping[str, int], together: int

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from sqlalchemy import select
@@ -1134,6 +1134,38 @@ def test_large_picture_waits_for_room_with_nothing_in_hand_and_comes(rig: Rig) -
     assert {
         ("https://host/large-1", most) for most in (EXPECTED_IMAGE_BYTES, IMAGE_LIMITS.max_bytes)
     } <= {*asked}
+
+
+def test_pictures_beside_a_large_one_are_let_go_while_it_waits_for_room(rig: Rig) -> None:
+    class Counted(bytes):
+        num_held = 0
+
+        def __new__(cls, content: bytes) -> Self:
+            cls.num_held += 1
+            return super().__new__(cls, content)
+
+        def __del__(self) -> None:
+            type(self).num_held -= 1
+
+    held: list[int] = []
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        if "large" not in url:
+            held.append(Counted.num_held)
+            return Counted(b"small")
+        if limits.max_bytes < IMAGE_LIMITS.max_bytes:
+            raise FetchTooLargeError
+        return b"large"
+
+    content = [
+        part for name in ("small", "large") for part in show(f"https://host/{name}")[0]["content"]
+    ]
+    rig.config = rig.config.model_copy(update={"limit_mm_per_prompt": MediaLimits(image=2)})
+    job = rig.make(build_request("a", messages=[{"role": "user", "content": content}]))
+    rig.run(fetch=fetch)
+
+    assert {ItemState.COMPLETED: 1} == rig.count(job)
+    assert [0, 0] == held  # at the second time nothing of the first is left
 
 
 def test_few_large_ones_hold_up_no_small_one(rig: Rig) -> None:
