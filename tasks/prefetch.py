@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from typing import Any, Final, Protocol
 
 import structlog
@@ -37,7 +36,7 @@ from media.errors import (
 )
 from media.fetched import Fetched
 from media.frames import DEFAULT_NUM_FRAMES
-from media.limits import FETCH_LIMITS, IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
+from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from media.segments import Cut
 from storage import files, jobs, tenants
 from storage.errors import BlobMissingError, StorageError
@@ -587,9 +586,8 @@ class _Draft:
 
     @property
     def places(self) -> Mapping[str, int]:
-        """What it takes of each host, for what is fetched first; of none where only a clip is measured."""
-        first = islice(self.urls, FETCH_LIMITS.max_connections_per_item)
-        return Counter(map(_host_of, first)) or {"": 1}
+        """What it fetches from each host; from none where only a clip is measured."""
+        return Counter(map(_host_of, self.urls)) or {"": 1}
 
     @property
     def is_split(self) -> bool:

@@ -45,3 +45,22 @@ def test_item_of_several_hosts_gets_all_of_its_places_or_none() -> None:
     assert not places.try_take({"c": 1})
     places.give_back({"a": 3, "b": 3})
     assert places.try_take({"a": 1, "b": 1})
+
+
+def test_item_of_many_pictures_takes_a_place_for_those_that_are_under_way() -> None:
+    places = Places(16, max_each=8)
+    many = {"a": 200, "b": 2}
+
+    assert places.try_take(many)
+    assert places.try_take({"c": 8})
+    assert not places.try_take({"d": 1})
+    places.give_back(many)
+    assert places.try_take({"a": 1, "b": 1})
+
+
+def test_host_counts_wherever_it_stands_in_an_item() -> None:
+    places = Places(9, max_each=8)
+
+    assert places.try_take({"quick-1": 8, "slow": 1})
+    assert not places.try_take({"quick-2": 8, "slow": 1})
+    assert places.try_take({"quick-3": 1})

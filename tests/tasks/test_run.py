@@ -22,7 +22,7 @@ from engine.request import ImageUsed, Result, Stamp
 from media.errors import FetchFailedError, FetchTooLargeError, MediaError
 from media.fetched import Fetched, FetchReport
 from media.hosts import say_paused
-from media.limits import IMAGE_LIMITS, ImageLimits, VideoLimits
+from media.limits import FETCH_LIMITS, IMAGE_LIMITS, ImageLimits, VideoLimits
 from storage import items, jobs
 from storage.blobs import Blobs
 from storage.db import clock
@@ -1256,6 +1256,37 @@ def test_host_that_lets_us_wait_holds_up_no_other_of_its_chunk(rig: Rig) -> None
         assert 0 == runner.num_media_bytes
 
     assert {ItemState.COMPLETED: 16} == rig.count(job)
+
+
+def test_slow_host_behind_quick_ones_has_no_more_than_its_share(rig: Rig) -> None:
+    door = threading.Event()
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert "slow" not in url or door.wait(60)
+        return b"here"
+
+    def ask(name: str, *urls: str) -> dict[str, Any]:
+        content = [part for url in urls for part in show(url)[0]["content"]]
+        return build_request(name, messages=[{"role": "user", "content": content}])
+
+    most = FETCH_LIMITS.max_connections_per_item
+    rig.config = rig.config.model_copy(update={"limit_mm_per_prompt": MediaLimits(image=most + 1)})
+    mixed = (
+        ask(name, *(f"https://{name}/{n}" for n in range(most)), f"https://slow/{name}")
+        for name in ("a", "b")
+    )
+    job = rig.make(*mixed, ask("c", "https://c/"))
+    with rig.runner(InstantEngine(), fetch=fetch, num_places=most + 1) as runner:
+        thread = threading.Thread(target=runner.run_chunk)
+        thread.start()
+        deadline = time.monotonic() + 60
+        while rig.count(job).get(ItemState.COMPLETED, 0) < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        door.set()
+        thread.join()
+
+    assert {ItemState.COMPLETED: 3} == rig.count(job)
 
 
 def test_chat_waits_for_no_picture_of_bulk_work(rig: Rig) -> None:
