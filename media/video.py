@@ -681,8 +681,9 @@ def _decode_run(
             yield from stream.decode(packet)
         except _load_av().FFmpegError:
             # One damaged packet; its neighbours may do. But H.264 also calls one damaged for whose
-            # frame it got no memory (FFmpeg 8, 2026-11), and then there is none for this either.
-            bytearray(probe_bytes)
+            # frame it got no memory (FFmpeg 8, 2026-11), and then there is none for this either. It is
+            # not written to: that took 2 ms a packet, and a clip may have 216,000 that are damaged.
+            np.empty(probe_bytes, np.uint8)
 
 
 class _SeekLostError(Exception):
