@@ -2,9 +2,9 @@
 The limits of a host that all workers keep together, over the broker.
 
 How many fetches are under way, how many were begun in this second, and whether the host has asked
-for a pause. Of the first two an eighth is kept for the fast lane. Plain commands in transactions, no scripts: an operator may forbid those. Where the
-broker does not answer at once nothing is shared for a while, and each worker keeps its own limits:
-fetching never waits for Redis.
+for a pause. Of the first two an eighth is kept for the fast lane. Plain commands in transactions, no
+scripts: an operator may forbid those. Where the broker does not answer at once nothing is shared for a
+while, and each worker keeps its own limits: fetching never waits for Redis.
 """
 
 import asyncio
@@ -91,14 +91,17 @@ class RedisLimits:
         """
         ended = [turn for turn in self._ended if turn[0] > time.time()]
         self._ended = []
+        if not ended:
+            return
         tokens: dict[str, list[str]] = {}
         for _, key, token in ended:
             tokens.setdefault(key, []).append(token)
-        if (
-            ended
-            and await self._ask(*(["zrem", f"{k}:open", *t] for k, t in tokens.items())) is None
-        ):
-            self._ended += ended
+        answers = None
+        try:
+            answers = await self._ask(*(["zrem", f"{k}:open", *t] for k, t in tokens.items()))
+        finally:  # a fetch that is given up meanwhile must not forget those of others
+            if answers is None:
+                self._ended += ended
 
     async def _wait_for_place(self, key: str, token: str, is_fast: bool) -> None:
         kept = 0 if is_fast else count_kept(self._max_connections)

@@ -229,6 +229,38 @@ def test_turn_that_ended_while_the_broker_was_away_is_free_when_it_is_back(
     assert asyncio.run(scenario()) < 30  # whoever held it and died would keep it for 60
 
 
+def test_fetch_that_is_given_up_while_turns_are_taken_back_loses_none(
+    broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "TIMEOUT_S", 30.0)
+
+    async def scenario() -> float:
+        ours = RedisLimits(broker, max_connections=1, max_rate=100)
+        others = RedisLimits(broker, max_connections=1, max_rate=100)
+        is_over = asyncio.Event()
+
+        async def fetch() -> None:
+            async with ours.turn("pictures.test"):
+                await is_over.wait()
+
+        fetching = asyncio.create_task(fetch())
+        await asyncio.sleep(0.2)
+        await ours._client.connection_pool.disconnect()  # or the broker would hear of it later
+        with frozen(broker):
+            is_over.set()
+            await asyncio.sleep(0.2)  # it waits for a connection, to tell the broker of its end
+            fetching.cancel()
+            await asyncio.wait([fetching])
+        started = time.monotonic()
+        async with ours.turn("elsewhere.test"), others.turn("pictures.test"):
+            waited_s = time.monotonic() - started
+        await ours.aclose()
+        await others.aclose()
+        return waited_s
+
+    assert asyncio.run(scenario()) < 30
+
+
 def test_broker_that_forbids_scripts_is_enough(broker: str) -> None:
     with build_client(broker) as client:
         client.execute_command(
