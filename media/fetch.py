@@ -252,12 +252,11 @@ class Fetcher:
                 progress.started_at = time.monotonic()
                 try:
                     fetched = await self._fetch_in_time(errand, limits, progress)
-                except HostPausedError:  # behind a redirect: nobody was asked
-                    raise
                 except FetchFailedError as error:
-                    is_silent = progress.is_silent or isinstance(error, FetchTimeoutError)
-                    self._silences.note(progress.answering, is_silent=is_silent)
-                    self._failures.remember(key, error)
+                    if progress.is_asked:
+                        is_silent = progress.is_silent or isinstance(error, FetchTimeoutError)
+                        self._silences.note(progress.answering, is_silent=is_silent)
+                        self._failures.remember(key, error)
                     raise
                 self._silences.note(progress.answering, is_silent=False)
                 return fetched
@@ -309,10 +308,8 @@ class Fetcher:
                 progress.start_try(errand.host)
                 try:
                     return await self._try(errand, limits, progress)
-                except HostPausedError:
-                    raise
                 except FetchFailedError as error:
-                    if error.retry_after_s:
+                    if error.retry_after_s and progress.is_asked:
                         self._silences.pause(progress.answering, error.retry_after_s)
                         await self._shared.pause(progress.answering, error.retry_after_s)
                     raise
@@ -361,8 +358,10 @@ class Fetcher:
             url = self._next_url(url, headers[b"location"], progress)
             # Whoever redirects has answered; what follows is the word of another host.
             self._silences.note(progress.answering, is_silent=False)
-            progress.answering = url.host
+            progress.answering, progress.is_asked = url.host, False
             self._silences.raise_if_paused(url.host)
+            self._silences.raise_if_silent(url.host)
+            progress.is_asked = True
 
     async def _failed_with(
         self, errand: Errand, response: httpcore2.Response, headers: Mapping[bytes, bytes]
@@ -613,13 +612,14 @@ class _Progress:
     is_complete: bool = False
     is_silent: bool = False  # the last try: nobody was there, or its time ran out
     answering: str = ""  # the host that is asked just now, which may be behind a redirect
+    is_asked: bool = True  # it is, and not left alone
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started_at
 
     def start_try(self, host: str) -> None:
-        self.answering = host
+        self.answering, self.is_asked = host, True
         self.num_tries += 1
         self.num_redirects = self.num_bytes = 0
         self.is_silent = False

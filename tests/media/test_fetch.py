@@ -1130,9 +1130,11 @@ def test_host_behind_a_redirect_speaks_for_itself_alone() -> None:
                 paused = await outcome_of(fetcher, f"{url}/busy?again")
                 assert_failed(paused, HostPausedError, retryable=True)
                 assert num_asked == len(other.heads)
-                left_alone = await outcome_of(fetcher, f"http://silent.test:{silent.port}/again")
-                assert_failed(left_alone, FetchTimeoutError, retryable=True)
+                for again in (f"http://silent.test:{silent.port}/again", f"{url}/silent?again"):
+                    left_alone = await outcome_of(fetcher, again)
+                    assert_failed(left_alone, FetchTimeoutError, retryable=True)
                 assert 1 == len(silent.heads)
+                assert_fetched(await outcome_of(fetcher, f"{url}/good?again"))
 
     run(scenario())
 
