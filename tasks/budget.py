@@ -124,9 +124,8 @@ class Budget:
         in_its_way = held
         if share.line is not Line.FAST:
             most -= self._max_bytes // 8
-            in_its_way -= self._num_bytes[
-                Line.FAST
-            ]  # or chats could keep out what is above the budget
+            # Or chats could keep out for ever what is above the budget.
+            in_its_way -= self._num_bytes[Line.FAST]
         return in_its_way == 0 or held + share.num_bytes <= most
 
 

@@ -740,7 +740,8 @@ class Runner:
         """
         Take an engine that has prompts and finishes nothing for one whose device is gone.
 
-        What waits for its turn, for room or for a host is none of the engine's prompts yet. A thread that hangs inside a driver cannot be ended: the process must, and is started again.
+        What waits for its turn, for room or for a host is none of the engine's prompts yet. A thread that
+        hangs inside a driver cannot be ended: the process must, and is started again.
         """
         progress, now = self._engine.read_progress(), time.monotonic()
         is_busy = any(flight.list_asked() for flight in self._all_flights())

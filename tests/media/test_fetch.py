@@ -1189,10 +1189,10 @@ def test_host_that_answers_now_and_then_is_never_left_alone() -> None:
 def test_one_host_gets_only_so_many_connections_at_once() -> None:
     async def scenario() -> Server:
         slow = raw(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\na", b"b", pause_s=0.02)
-        limits = replace(QUICK, max_connections_per_host=3)
+        limits = replace(QUICK, max_connections_per_host=3, min_rate_window_s=30.0)
         async with (
             serve(slow) as server,
-            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
+            Fetcher(config_for(server, limits=limits, timeout_s=30.0), Names()) as fetcher,
         ):
             base = f"http://pictures.test:{server.port}/"
             ends = await asyncio.gather(*(outcome_of(fetcher, f"{base}{n}") for n in range(20)))

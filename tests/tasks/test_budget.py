@@ -1,5 +1,6 @@
 """Bytes are taken in turn, never beyond the budget, and all come back."""
 
+import time
 from collections.abc import Callable
 from threading import Thread
 
@@ -65,9 +66,14 @@ def test_chunk_that_is_over_waits_for_nothing_and_keeps_nothing() -> None:
 
 
 def wait_in_line(hold: Hold, item: int, num_bytes: int, *, is_fast: bool = False) -> Thread:
+    def count_waiting() -> int:
+        return sum(map(len, hold._budget._waiting.values()))
+
+    num_before = count_waiting()
     thread = start(lambda: hold.take(ItemId(item), num_bytes, wait=True, is_fast=is_fast))
-    thread.join(0.1)
-    assert thread.is_alive()
+    while count_waiting() == num_before:
+        assert thread.is_alive()
+        time.sleep(0.001)
     return thread
 
 
