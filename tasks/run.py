@@ -365,8 +365,15 @@ class Runner:
                 with self._lock:
                     self._num_stand_ins[is_fast] -= 1
 
-        stand_ins.append(threading.Thread(target=run, name="stand-in", daemon=True))
-        stand_ins[0].start()
+        thread = threading.Thread(target=run, name="stand-in", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more of them: no fault of the items
+            logger.warning("stand_in_not_started")
+            with self._lock:
+                self._num_stand_ins[is_fast] -= 1
+            return True
+        stand_ins.append(thread)
         return True
 
     def _lease_if_allowed(self, is_fast: bool) -> Chunk | None:

@@ -1349,6 +1349,30 @@ def test_chunk_that_only_waits_for_hosts_lets_others_run_beside_it(rig: Rig) -> 
     assert {ItemState.COMPLETED: num_waiting} == rig.count(waiting)
 
 
+def test_chunk_beside_which_no_thread_can_be_started_waits_alone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rig.make(build_request("a", messages=show("https://host/a")))
+    tried, start = threading.Event(), threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "stand-in":
+            tried.set()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def fetch(url: str, limits: ImageLimits | VideoLimits) -> bytes:
+        assert tried.wait(60)
+        return b"late"
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with rig.runner(InstantEngine(), fetch=fetch) as runner:
+        assert 1 == runner.run_chunk()
+
+    (ended,) = rig.ended(job)
+    assert (ItemState.COMPLETED, 1) == (ended.state, ended.attempt)
+
+
 def test_chunk_whose_items_are_lost_waits_for_no_host(rig: Rig) -> None:
     begun, door = threading.Event(), threading.Event()
     num_fetched = 0
