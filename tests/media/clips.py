@@ -1,7 +1,9 @@
 """Clips encoded on the spot. Needs PyAV: import it behind `pytest.importorskip`."""
 
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from io import BytesIO
 
@@ -49,6 +51,24 @@ def read_number(picture: Pixels) -> int:
     return int(sum(1 << bit for bit in range(BITS) if upper[bit] > lower[bit]))
 
 
+@contextmanager
+def scheduled_as_before() -> Iterator[None]:
+    """
+    Take back what an encoder did to the calling thread.
+
+    SVT-AV1 makes it a real-time one where it may, as root. Whatever that thread does or starts from then
+    on keeps everybody else from the processor, its own process's other threads first.
+    """
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def clip(
     pictures: Sequence[Pixels],
     container: str = "mp4",
@@ -61,7 +81,10 @@ def clip(
 ) -> bytes:
     """Encode pictures of one size, at a constant rate or at the given times."""
     file = BytesIO()
-    with av.open(file, "w", format=container, container_options=container_options) as target:
+    with (
+        scheduled_as_before(),
+        av.open(file, "w", format=container, container_options=container_options) as target,
+    ):
         stream = target.add_stream(codec, rate=fps, options=options)
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = pictures[0].shape[:2]

@@ -1,5 +1,6 @@
 """Clips decoded in processes: the same frames as in threads."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,13 @@ CLIPS: dict[str, bytes] = {
     "AV1": clip(shades(5), "matroska", "libsvtav1"),
     "HEVC": clip(shades(5), "mpegts", "libx265"),
 }
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="asks Linux")
+def test_making_a_clip_leaves_the_thread_no_real_time_one() -> None:
+    clip(shades(2), "matroska", "libsvtav1")
+
+    assert os.sched_getscheduler(0) not in (os.SCHED_FIFO, os.SCHED_RR)
 
 
 _WITH_LITTLE_MEMORY = """
