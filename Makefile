@@ -25,10 +25,10 @@ setup: .venv/ready ## make the environment in .venv, with everything for develop
 demo: .venv/ready-to-run ## send the sample pictures through a service with the bundled model; ARGS=--check fails if one is wrong
 	@$(BIN)/darkroom demo $(ARGS)
 
-# All tests take two processes, for those of the service wait while those of the engine compute. The
+# All tests take three processes, for those of the service wait while those of the engine compute. The
 # tests of a file stay together, as what they share is dear, and files begin in their order.
 test: .venv/ready ## run every test that needs no GPU; ARGS="tests/engine -x" narrows it, to one process
-	@$(BIN)/pytest -m "not gpu" $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
+	@$(BIN)/pytest -m "not gpu" $(or $(ARGS),-n 3 --dist loadfile --no-loadscope-reorder)
 
 faults: .venv/ready ## kill workers and the broker under 5,000 items, then under 40 clips in parts, on each database; some minutes
 	@DARKROOM_FAULT_PROFILE=full $(BIN)/pytest -s tests/faults/test_kills.py tests/faults/test_parts.py $(ARGS)
