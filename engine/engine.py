@@ -40,7 +40,7 @@ from engine.sampler import (
 )
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.slabs import NUM_SCRATCH_ROWS, ROW_STEP, SlabAllocator
+from engine.slabs import NUM_SCRATCH_ROWS, SlabAllocator, round_rows
 from engine.text import Detokenizer, decode_token
 from engine.uploads import Download
 from media.decoder import Decoder, Threads
@@ -905,7 +905,7 @@ def plan_rows(config: EngineConfig, checkpoint: Checkpoint) -> int:
     Raises:
         BadConfig: not even one sequence of the greatest length fits.
     """
-    longest = -(-checkpoint.max_model_len // ROW_STEP) * ROW_STEP
+    longest = round_rows(checkpoint.max_model_len)
     rows = num_kv_rows(
         checkpoint,
         least=longest + NUM_SCRATCH_ROWS,

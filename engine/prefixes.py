@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.slabs import ROW_STEP
+from engine.slabs import round_rows
 
 BLOCK_TOKENS = 16
 
@@ -99,7 +99,7 @@ class Prefixes:
         own = self._rows_of.get(start)
         if own is None:
             return 0
-        num_rows = self._kept[start] = -(-max(own.values()) // ROW_STEP) * ROW_STEP
+        num_rows = self._kept[start] = round_rows(max(own.values()))
         self.num_kept_rows += num_rows
         return num_rows
 

@@ -11,6 +11,11 @@ ROW_STEP = 16  # slabs start and end at multiples of this, as attention kernels 
 NUM_SCRATCH_ROWS = ROW_STEP  # rows 0 to 15 take what nobody will read
 
 
+def round_rows(num_rows: int) -> int:
+    """What so many rows take: whole steps."""
+    return -(-num_rows // ROW_STEP) * ROW_STEP
+
+
 class SlabAllocator:
     """
     A best-fit free list over rows.
@@ -37,7 +42,7 @@ class SlabAllocator:
 
     def find(self, num_rows: int) -> int | None:
         """Take a slab of at least `num_rows` rows; its first row, or None where none fits now."""
-        needed = -(-num_rows // ROW_STEP) * ROW_STEP
+        needed = round_rows(num_rows)
         fitting = [hole for hole in self._free if hole[1] - hole[0] >= needed]
         if not fitting:
             return None
@@ -64,7 +69,7 @@ class SlabAllocator:
         Raises:
             KeyError: no slab starts there, which is a bug of the caller.
         """
-        end, kept = self._end_of[start], start + -(-num_rows // ROW_STEP) * ROW_STEP
+        end, kept = self._end_of[start], start + round_rows(num_rows)
         if kept < end:
             self._end_of[start] = kept
             self._give_back(kept, end)
