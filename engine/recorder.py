@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from engine.rounding import power_up
+
 logger = logging.getLogger(__name__)
 
 # Calls that would have been recorded, after one for which there was no memory. A call that fails to be
@@ -40,8 +42,9 @@ class Held:
         """A copy of `given`, until the next one of this place."""
         number, key = given.numel(), (place, given.dtype)
         if key not in self._buffers or len(self._buffers[key]) < number:
-            size = 1 << max(0, number - 1).bit_length()
-            self._buffers[key] = torch.empty(size, dtype=given.dtype, device=self._device)
+            self._buffers[key] = torch.empty(
+                power_up(number, 1), dtype=given.dtype, device=self._device
+            )
         return self._buffers[key][:number].view(given.shape).copy_(given)
 
 

@@ -19,7 +19,6 @@ MAX_GRAPHS = 16  # kept; the one that was not used for longest goes first
 # more sizes come in turn than are kept, those that are not there are run as they are.
 MIN_UNUSED_RUNS = 100
 MAX_SEEN = 256  # keys remembered of calls that came once
-NUM_STEPS, LEAST_STEP = 16, 256  # of `round_up`, where it is asked for tokens or patches
 
 Call = Callable[..., Tensor]
 
@@ -102,19 +101,3 @@ class Repeats:
             self._graphs.clear()
             self._last_run.clear()
         return repeat
-
-
-def power_up(number: int, least: int) -> int:
-    """To a power of two, and to `least` at least: for what costs nothing when it is too large."""
-    return max(least, 1 << max(0, number - 1).bit_length())
-
-
-def round_up(number: int, num_steps: int = NUM_STEPS, least_step: int = LEAST_STEP) -> int:
-    """
-    To one of few sizes: multiples of `least_step`, of which few lie between two powers of two.
-
-    Args:
-        num_steps: how many, a power of two itself. One part of so many is wasted at most.
-    """
-    step = max(least_step, power_up(number, 1) // (2 * num_steps))
-    return -(-number // step) * step

@@ -24,7 +24,8 @@ from engine.kernels.greedy import argmax
 from engine.kv import KVRows
 from engine.meter import Meter, Work
 from engine.recorder import Recorder
-from engine.repeats import Repeats, power_up, round_up
+from engine.repeats import Repeats
+from engine.rounding import power_up, round_up
 from engine.sequence import Sequence
 from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots, Table
 from engine.swaps import find_decode_attention

@@ -18,7 +18,8 @@ from torch import Tensor
 from engine.attention import VisionContext, can_use_flash, dense_kernels, using
 from engine.families.protocol import Visual
 from engine.kernels.pictures import Choice, choose
-from engine.repeats import Repeats, power_up, round_up
+from engine.repeats import Repeats
+from engine.rounding import power_up, round_up
 from engine.uploads import Uploads, upload
 
 MAX_DENSE_RUNS, MIN_DENSE_PICTURES = 4, 8  # of an encoder call whose pictures are dense batches

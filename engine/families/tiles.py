@@ -18,7 +18,8 @@ from engine.errors import BadConfig
 from engine.families.protocol import Family, Plan, Rows, Visual
 from engine.families.resizing import Resizing, check_aspect
 from engine.fuse import FusedLayerNorm
-from engine.repeats import Repeats, round_up
+from engine.repeats import Repeats
+from engine.rounding import round_up
 from engine.uploads import Uploads
 from media.decoded import Fit
 

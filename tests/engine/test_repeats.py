@@ -15,7 +15,7 @@ from engine.families.internvl import InternVL
 from engine.families.protocol import Family, Visual
 from engine.families.qwen2_vl import Qwen2VL
 from engine.kernels.pictures import Choice, Cut
-from engine.repeats import power_up, round_up
+from engine.rounding import power_up, round_up
 from tests.engine.pictures import cut_clip, cut_picture, draw
 from tests.engine.tiny_llava import write_tiny_internvl
 
