@@ -21,14 +21,14 @@ from tests.engine.conftest import LIMITS
 from tests.engine.idle import assert_idle
 from tests.engine.pictures import PICTURE, draw
 from tests.engine.test_engine import by_name, poison_runner, random_request
+from tests.engine.ways import read_late
 
 
 @pytest.fixture(scope="module")
 def late(tiny_folder: Path) -> Iterator[LLM]:
     """An engine that reads tokens two batches late, and waits for full prefills."""
     llm = LLM(str(tiny_folder), limit_mm_per_prompt=LIMITS, max_num_seqs=8)
-    llm.engine._max_flights = 2
-    llm.engine._scheduler._patience = 4
+    read_late(llm)
     yield llm
     llm.close()
 

@@ -18,7 +18,7 @@ from tests.engine.pictures import CLIP, GREEDY, PICTURE, draw, draw_clip, token_
 from tests.engine.test_engine import by_name, poison_runner, random_request
 from tests.engine.test_features import count_encoded
 from tests.engine.test_flights import answers
-from tests.engine.ways import in_pieces
+from tests.engine.ways import in_pieces, read_late
 
 BUDGET = 24
 LONG = Request(
@@ -34,8 +34,7 @@ def small(request: pytest.FixtureRequest, tiny_folder: Path) -> Iterator[LLM]:
     """Prefills of few tokens, on a CPU as it is and as a GPU would have it."""
     llm = LLM(str(tiny_folder), limit_mm_per_prompt=LIMITS, max_num_batched_tokens=BUDGET)
     if request.param == "read late":
-        llm.engine._max_flights = 2
-        llm.engine._scheduler._patience = 4
+        read_late(llm)
     yield llm
     llm.close()
 

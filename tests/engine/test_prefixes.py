@@ -27,7 +27,7 @@ from tests.engine.test_features import count_encoded
 from tests.engine.test_flights import answers
 from tests.engine.test_scheduler import Numbers, add
 from tests.engine.tiny_llava import GEMMA3_OTHER, write_tiny_gemma3
-from tests.engine.ways import in_pieces
+from tests.engine.ways import in_pieces, read_late
 
 SYSTEM = "You look at pictures closely and say in few words what there is. "
 
@@ -247,8 +247,7 @@ def test_copies_are_of_what_was_written_there(
 def keeping(request: pytest.FixtureRequest, tiny_folder: Path) -> Iterator[LLM]:
     llm = LLM(str(tiny_folder), limit_mm_per_prompt=LIMITS, enable_prefix_caching=True)
     if request.param == "read late":
-        llm.engine._max_flights = 2
-        llm.engine._scheduler._patience = 4
+        read_late(llm)
     yield llm
     assert_idle(llm.engine)
     llm.close()

@@ -28,6 +28,7 @@ from tests.engine.test_prefixes import questions
 from tests.engine.test_recorder import Hands
 from tests.engine.tiny import write_tiny_qwen2_vl
 from tests.engine.tiny_qwen import QWEN3_VL_OTHER, write_tiny_qwen
+from tests.engine.ways import read_late
 
 # Of an engine, and whether our own kernel takes decode steps from flash.
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -90,8 +91,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], LLM]:
             max_num_seqs=8,
             **words,
         )
-        llm.engine._max_flights = 2
-        llm.engine._scheduler._patience = 4
+        read_late(llm)
         return llm
 
     return build
