@@ -37,6 +37,7 @@ from media.limits import IMAGE_LIMITS, ImageLimits
 from media.pool import DecoderPool, PoolClosedError
 from tests.media.bad_child import OPENING
 from tests.media.files import animation, encode, exif, picture, png, png_chunk
+from tests.waiting import wait_until
 
 BAD_CHILD = "tests.media.bad_child:main"
 NEVER_READY = "tests.media.bad_child:never_ready"
@@ -57,13 +58,6 @@ def pool() -> Iterator[DecoderPool]:
 def bad_pool() -> Iterator[DecoderPool]:
     with DecoderPool(2, image_limit_s=1.0, entry=BAD_CHILD) as pool:
         yield pool
-
-
-def wait_until(condition: Callable[[], object], limit_s: float = 2.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def half(header: Header) -> Fit:

@@ -16,7 +16,7 @@ from media.decoded import Fit, Header
 from media.limits import ImageLimits
 from media.pool import DecoderPool
 from tests.media.files import encode, exif, picture
-from tests.media.test_pool import wait_until
+from tests.waiting import wait_until
 
 # A campaign: DARKROOM_TEST_LARGE_IMAGES=10000 DARKROOM_TEST_LARGE_MEGAPIXELS=39
 NUM_IMAGES = int(os.environ.get("DARKROOM_TEST_LARGE_IMAGES", "12"))

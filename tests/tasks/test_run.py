@@ -52,6 +52,7 @@ from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
 from tests.storage.rows import let_backoff_end, let_leases_end, put_in_fast_lane
 from tests.tasks.fakes import MODEL, RED_DOT, InstantEngine, RecordingDispatcher, build_request
+from tests.waiting import wait_until
 
 NUM_FETCH_THREADS = 4
 
@@ -1186,10 +1187,7 @@ def test_few_large_ones_hold_up_no_small_one(rig: Rig) -> None:
     with rig.runner(InstantEngine(), fetch=fetch) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        deadline = time.monotonic() + 60
-        while rig.count(job).get(ItemState.COMPLETED, 0) < 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 1, limit_s=60)
         door.set()
         thread.join()
         assert 0 == runner.num_media_bytes
@@ -1246,10 +1244,7 @@ def test_host_that_lets_us_wait_holds_up_no_other_of_its_chunk(rig: Rig) -> None
     with rig.runner(InstantEngine(), fetch=fetch, num_places=NUM_FETCH_THREADS) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        deadline = time.monotonic() + 60
-        while rig.count(job).get(ItemState.COMPLETED, 0) < 4:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 4, limit_s=60)
         assert {ItemState.COMPLETED: 4, ItemState.LEASED: 12} == rig.count(job)
         door.set()
         thread.join()
@@ -1279,10 +1274,7 @@ def test_slow_host_behind_quick_ones_has_no_more_than_its_share(rig: Rig) -> Non
     with rig.runner(InstantEngine(), fetch=fetch, num_places=most + 1) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        deadline = time.monotonic() + 60
-        while rig.count(job).get(ItemState.COMPLETED, 0) < 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 1, limit_s=60)
         door.set()
         thread.join()
 
@@ -1305,15 +1297,10 @@ def test_chat_waits_for_no_picture_of_bulk_work(rig: Rig) -> None:
         threads = [threading.Thread(target=runner.run_chunk) for _ in bulk]
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 60
-        while num_waiting < num_places:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: num_waiting >= num_places, limit_s=60)
         chat = rig.make_chat("", messages=show("https://host/a"))
         runner.run_chunk(is_fast=True)  # where no stand-in was quicker
-        while {ItemState.COMPLETED: 1} != rig.count(chat):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: {ItemState.COMPLETED: 1} == rig.count(chat), limit_s=60)
         assert [{ItemState.LEASED: 1}] * 4 == [rig.count(job) for job in bulk]
         door.set()
         for thread in threads:
@@ -1337,10 +1324,10 @@ def test_chunk_that_only_waits_for_hosts_lets_others_run_beside_it(rig: Rig) -> 
     with rig.runner(InstantEngine(), fetch=fetch) as runner:
         thread = threading.Thread(target=runner.run_chunk)  # one thread, and one permit
         thread.start()
-        deadline = time.monotonic() + 60
-        while rig.count(others).get(ItemState.COMPLETED, 0) < 3 * rig.config.chunk_items:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(
+            lambda: rig.count(others).get(ItemState.COMPLETED, 0) >= 3 * rig.config.chunk_items,
+            limit_s=60,
+        )
         assert {ItemState.LEASED: num_waiting} == rig.count(waiting)
         assert thread.is_alive()
         door.set()
