@@ -138,11 +138,12 @@ class Scheduler:
             and len(self._running) + len(admitted) < self._max_num_seqs
         ):
             sequence = self._waiting[0][2]
-            source, num_cached = self._prefixes.find(_usable(sequence))
+            usable = _usable(sequence)
+            source, num_cached = self._prefixes.find(usable)
             num_wanted = sequence.num_prompt_tokens - num_cached
             if admitted and (self._prefills_alone or num_wanted > num_left):
                 break
-            if _goes_on(sequence, num_cached, coming):
+            if _goes_on(usable, num_cached, coming):
                 break  # a step later there is more of it to copy
             sequence.start = self._find_slab(sequence.num_rows_at_most)
             if sequence.start is None:
@@ -230,8 +231,7 @@ def _usable(sequence: Sequence) -> tuple[Key, ...]:
     return keys[:-1] if keys and keys[-1][0] == sequence.num_prompt_tokens else keys
 
 
-def _goes_on(sequence: Sequence, num_cached: int, coming: Collection[Key]) -> bool:
+def _goes_on(keys: tuple[Key, ...], num_cached: int, coming: Collection[Key]) -> bool:
     """Whether more of a prompt than can be copied now is among what is coming."""
-    keys = _usable(sequence)
     longer = bisect_right(keys, num_cached, key=itemgetter(0))
     return longer < len(keys) and keys[longer] in coming

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, Protocol
 
 import structlog
@@ -584,9 +585,9 @@ class _Draft:
         item = self.item.fence.item
         return hold.take(item, self.expected_bytes, wait=wait, is_fast=self.is_fast)
 
-    @property
+    @cached_property
     def places(self) -> Mapping[str, int]:
-        """What it fetches from each host; from none where only a clip is measured."""
+        """What it fetches from each host, once its messages were read; from none where only a clip is measured."""
         return Counter(map(_host_of, self.urls)) or {"": 1}
 
     @property
