@@ -45,11 +45,8 @@ def reported() -> Iterator[None]:
             f"The {extra} is not installed here ({error.name} is missing). "
             f"Run pip install -e '.[{extra}]' in Darkroom's folder."
         ) from error
-    except (StorageError, TaskError) as error:
-        # Who starts us again may be lucky where a database or a broker was not there yet.
-        code = ExitCode.UNREACHABLE if error.retryable else ExitCode.USAGE
-        raise CannotStartError(str(error), code) from error
-    except EngineError as error:
+    except (StorageError, TaskError, EngineError) as error:
+        # Who starts us again may be lucky where a database, a broker or memory was not there yet.
         code = ExitCode.UNREACHABLE if error.retryable else ExitCode.USAGE
         raise CannotStartError(str(error), code) from error
     except (OSError, ValueError) as error:
