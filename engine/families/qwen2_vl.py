@@ -46,9 +46,8 @@ TEMPORAL = 2  # frames that share one patch in a video; a still image is its own
 TOKEN_PX = PATCH_PX * MERGE
 MID_PIXEL = 128  # pixels less this are whole numbers below 2**8: exact in bfloat16 too
 MAX_KNOWN_BYTES = 64 << 20  # of positions of sizes that came before, on the device
-USUAL_FRAME_S = (
-    0.5  # two frames a second, as the authors of later ones sample; for frames without times
-)
+# Two frames a second, as the authors of later ones sample; for frames without times.
+USUAL_FRAME_S = 0.5
 
 Patches = npt.NDArray[np.uint8]
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MIN_WEIGHTS = (
-    1 << 17
-)  # below, a call costs more than it saves (256 x 384 is even; EPYC, 2026-11-28)
+# Below, a call costs more than it saves (256 x 384 is even; EPYC, 2026-11-28).
+MIN_WEIGHTS = 1 << 17
 BLOCK_SIZES = (256, 64, 16, 4, 1)  # rows; what lies between two products of 256 stays in the cache
 
 
