@@ -112,7 +112,9 @@ class Idefics3(Family):
         super().attach(model)
         self.text = model.model.text_model
         tower = model.model.vision_model
-        self._tower = Tower(tower, -1, drops_first=False, embed=_FullTiles(tower.embeddings))
+        self._tower = Tower(
+            tower, -1, drops_first=False, embed=_FullTiles(tower.embeddings, self._side)
+        )
         self._norm, self._connector = tower.post_layernorm, model.model.connector
         self._encoder = TileEncoder(tower, self._pictures, MEAN, STD, tile_patches=self._side**2)
 
@@ -126,18 +128,39 @@ class Idefics3(Family):
 
 
 class _FullTiles(nn.Module):
-    """An encoder's embeddings, told that no patch of a tile is padding."""
+    """
+    An encoder's embeddings of tiles in which no patch is padding: their positions are looked up once.
 
-    def __init__(self, embeddings: Any) -> None:
+    The model's own call finds the positions anew by each tile's mask, which makes the host wait for
+    the device, so that it cannot be recorded.
+    """
+
+    def __init__(self, embeddings: Any, side: int) -> None:
         super().__init__()
-        self.embeddings = embeddings
+        self._patches, self._position = embeddings.patch_embedding, embeddings.position_embedding
+        self._positions = _positions(embeddings, side)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        num, _, height, width = pixels.shape
-        patch_px = self.embeddings.patch_size
-        shape = num, height // patch_px, width // patch_px
-        mask = torch.ones(shape, dtype=torch.bool, device=pixels.device)
-        return self.embeddings(pixel_values=pixels, patch_attention_mask=mask)  # type: ignore[no-any-return]
+        patches: Tensor = self._patches(pixels).flatten(2).transpose(1, 2)
+        places: Tensor = self._position(self._positions)
+        return patches + places
+
+
+@torch.inference_mode()
+def _positions(embeddings: Any, side: int) -> Tensor:
+    """(1, side * side): which entries the model's own call takes for a tile of so many patches a side."""
+    weight = embeddings.patch_embedding.weight
+    side_px = side * embeddings.patch_size
+    asked: list[Tensor] = []
+    handle = embeddings.position_embedding.register_forward_pre_hook(
+        lambda _, inputs: asked.append(inputs[0])
+    )
+    with handle:
+        embeddings(
+            pixel_values=weight.new_zeros(1, weight.shape[1], side_px, side_px),
+            patch_attention_mask=weight.new_ones(1, side, side, dtype=torch.bool),
+        )
+    return asked[0]
 
 
 def fit_longest(width_px: int, height_px: int, longest_px: int) -> tuple[int, int]:
