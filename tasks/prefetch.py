@@ -202,7 +202,8 @@ class Preparer:
     Args:
         model: this worker's, and so the items'.
         limits: the engine's own.
-        pool: threads that wait for hosts, and for clips to be measured; one for each place.
+        pool: threads that wait for hosts, for room, and for clips to be measured; one for each place.
+            With fewer, all of them may wait for what those have taken that wait for a thread.
         measure: seconds and frames of an encoded clip.
         names: of the tenants that were met.
         places, fast_places: of bulk work, and of the fast lane.

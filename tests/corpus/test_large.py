@@ -17,10 +17,10 @@ from media.pool import MAX_BYTES
 from storage.states import ItemState
 from tests.corpus.cases import build_body, build_line, image_part
 from tests.corpus.front import open_front
-from tests.corpus.memory import MEBIBYTE, list_children
+from tests.corpus.memory import MEBIBYTE, list_children, read_held
 from tests.media.files import encode, exif
 from tests.media.servers import answering
-from tests.media.test_pool_memory import MEGAPIXELS, NUM_IMAGES, read_pss, watching
+from tests.media.test_pool_memory import MEGAPIXELS, NUM_IMAGES, watching
 from tests.storage.conftest import sqlite_template
 
 __all__ = ["sqlite_template"]
@@ -56,7 +56,7 @@ def test_large_pictures_stay_within_the_bytes_of_a_worker(
     with open_front(tmp_path, sqlite_template, NUM_PROCESSES, **settings) as front:
 
         def read() -> int:
-            return sum(map(read_pss, (front.pid, *list_children(front.pid))))
+            return read_held((front.pid, *list_children(front.pid)))
 
         port = front.serve({path: answering(content) for path, content in files.items()}).port
         network = {"allowed": ["127.0.0.1/32"], "ports": [port]}
@@ -67,7 +67,7 @@ def test_large_pictures_stay_within_the_bytes_of_a_worker(
             lines.append(build_line(body, str(number)))
         before = read()
         started = time.perf_counter()
-        with watching(read, seen, 0.05):
+        with watching(read, seen):
             ended = front.run(lines, network)
         took_s = time.perf_counter() - started
 

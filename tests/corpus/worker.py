@@ -37,6 +37,7 @@ from tasks.logs import configure_logging
 from tasks.prefetch import Preparer
 from tasks.run import Runner
 from tasks.stores import Stores, open_stores
+from tasks.worker import FETCH_THREADS
 from tests.media.servers import Names
 from tests.storage.rows import let_backoff_end
 from tests.tasks.fakes import MODEL, RecordingDispatcher
@@ -101,7 +102,7 @@ def main() -> None:
     )
     engine = load_engine(options)
     fetch = SwappedFetch()
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(FETCH_THREADS) as pool:
         preparer = Preparer(
             stores, MODEL, engine.limits, engine.defaults, fetch, pool, engine.measure_clip
         )

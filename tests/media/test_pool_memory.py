@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import cycle, islice
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +14,7 @@ from PIL import Image
 from media.decoded import Fit, Header
 from media.limits import ImageLimits
 from media.pool import DecoderPool
+from tests.corpus.memory import read_held
 from tests.media.files import encode, exif, picture
 from tests.waiting import wait_until
 
@@ -28,17 +28,8 @@ MAX_BYTES = MEGAPIXELS * 20_000_000
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 
 
-def read_pss(pid: int) -> int:
-    """Bytes that a process holds, shared pages counted in parts; 0 where it has ended."""
-    try:
-        rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith("Pss:"))
-
-
 def read_all(pool: DecoderPool) -> int:
-    return read_pss(os.getpid()) + sum(map(read_pss, pool.pids))
+    return read_held((os.getpid(), *pool.pids))
 
 
 @contextmanager
