@@ -65,6 +65,7 @@ def run_worker(
                 dtype,
                 num_media_processes=config.media_processes,
                 image_formats=config.image_formats,
+                max_image_pixels=config.max_image_pixels,
                 draft_jpegs=config.draft_jpegs,
                 revision=revision,
                 trust_remote_code=trust_remote_code,

@@ -16,7 +16,7 @@ from typing import Any
 from engine.errors import BadConfig
 from media.errors import BadFrameSamplingError
 from media.frames import MAX_MIN_CHANGE, build_sampling
-from media.limits import OPT_IN_FORMATS
+from media.limits import IMAGE_LIMITS, MOST_PIXELS, OPT_IN_FORMATS
 
 BUNDLED_MODEL = "darkroom-tiny"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / BUNDLED_MODEL
@@ -158,6 +158,7 @@ class EngineConfig:
         num_media_processes: processes that decode files in the threads' place, for files of strangers:
             they have no network and no files, and may die; 0 decodes in the threads.
         image_formats: of `media.limits.OPT_IN_FORMATS`, those that are read besides the usual ones.
+        max_image_pixels: of one picture file, judged before it is decompressed.
         draft_jpegs: whether a JPEG at least twice as large as the model sees it may be decoded at a
             half, a quarter or an eighth of its size: faster, with slightly other pixels, so that
             answers may be others. For families that only resample.
@@ -193,6 +194,7 @@ class EngineConfig:
     num_media_threads: int | None = None
     num_media_processes: int = 0
     image_formats: tuple[str, ...] = ()
+    max_image_pixels: int = IMAGE_LIMITS.max_pixels
     draft_jpegs: bool = False
     encoder_cache_bytes: int = 256 << 20
     enable_prefix_caching: bool = False
@@ -222,6 +224,11 @@ class EngineConfig:
             "max_num_batched_tokens",
         ):
             _check_positive(name, getattr(self, name), may_be_none=True)
+        _check_positive("max_image_pixels", self.max_image_pixels, may_be_none=False)
+        if self.max_image_pixels > MOST_PIXELS:
+            raise BadConfig(
+                f"max_image_pixels={self.max_image_pixels} is over the {MOST_PIXELS} that Pillow decodes."
+            )
         if self.image_formats:
             _check_formats(self.image_formats)
         for name in ("encoder_cache_bytes", "num_media_processes"):

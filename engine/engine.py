@@ -948,7 +948,9 @@ def _num_media_threads(config: EngineConfig, checkpoint: Checkpoint) -> int:
 
 
 def _open_decoder(config: EngineConfig) -> Decoder:
-    limits = ImageLimits(formats=(*STILL_FORMATS, *config.image_formats))
+    limits = ImageLimits(
+        max_pixels=config.max_image_pixels, formats=(*STILL_FORMATS, *config.image_formats)
+    )
     if not config.num_media_processes:
         return Threads(limits)
     from media.pool import DecoderPool

@@ -29,6 +29,7 @@ from engine.engine import Engine, knows_budget, plan_rows
 from engine.errors import BadConfig, BadPrompt, PromptFailedError
 from engine.inputs import Request, is_conversation, is_priority, is_token_ids, layers
 from engine.request import Result, SamplingParams
+from media.limits import IMAGE_LIMITS
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class LLM:
             decoder then breaks nothing else. 0 decodes in threads. `close` ends them.
         image_formats: "TIFF", "HEIC" or both, which are read only where they are named here; HEIC needs
             the extra `heic`.
+        max_image_pixels: of one picture file; 40 million by default. A larger one is an error before it
+            is decompressed. How large the model sees pictures is `mm_processor_kwargs`' to say.
         draft_jpegs: decode large JPEGs at a half, a quarter or an eighth of their size where the model
             sees them no larger: faster, with slightly other pixels.
         encoder_cache_bytes: memory for encoded pictures, so that many prompts about one picture
@@ -110,6 +113,7 @@ class LLM:
         num_media_threads: int | None = None,
         num_media_processes: int = 0,
         image_formats: Sequence[str] = (),
+        max_image_pixels: int = IMAGE_LIMITS.max_pixels,
         draft_jpegs: bool = False,
         encoder_cache_bytes: int = 256 << 20,
         enable_prefix_caching: bool | None = None,
@@ -140,6 +144,7 @@ class LLM:
             num_media_threads=num_media_threads,
             num_media_processes=num_media_processes,
             image_formats=tuple(image_formats),
+            max_image_pixels=max_image_pixels,
             draft_jpegs=draft_jpegs,
             encoder_cache_bytes=encoder_cache_bytes,
             enable_prefix_caching=enable_prefix_caching or False,

@@ -18,6 +18,10 @@ Read only where an operator asks: TIFF brings a dozen compressions, each with it
 extra `heic` with a video codec of its own.
 """
 
+MOST_PIXELS = 178_956_970
+"""Twice Pillow's own cap, from where on it decodes nothing. What is no JPEG asks for more memory than one
+decoding may have from some 119 megapixels on."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:

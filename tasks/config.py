@@ -129,6 +129,7 @@ class Config(BaseSettings):
         media_processes: processes in which a GPU worker decodes pictures and clips; by default one for
             each core that the worker leaves, and 0 decodes in its own threads.
         image_formats: TIFF, HEIC or both, which are not read otherwise.
+        max_image_pixels: of one picture; a larger one fails before it is decompressed. By default 40 million.
         draft_jpegs: whether large JPEGs may be decoded at a fraction of their size: see `LLM`.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
         stall_s: after which an engine that has prompts and gets on with none is taken for dead.
@@ -187,6 +188,7 @@ class Config(BaseSettings):
     max_media_bytes: Count = 2048 * MEBIBYTE
     media_processes: int | None = Field(default=None, ge=0)
     image_formats: Annotated[tuple[str, ...], NoDecode] = ()
+    max_image_pixels: Count | None = None
     draft_jpegs: bool = False
     commit_items: Count = 64
     commit_s: Seconds = 0.2

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from engine.errors import EngineFailure, ResultError
 from engine.request import Result, SamplingParams
 from media.errors import DecoderFailedError, DecodersAwayError
+from media.limits import IMAGE_LIMITS
 from tasks.config import MediaLimits
 from tasks.errors import DecodersLostError, DeviceLostError, EngineLostError
 
@@ -90,6 +91,7 @@ class EngineOptions:
 
     Args:
         num_media_processes: None for one a core, two cores left to the worker itself.
+        max_image_pixels: None for `LLM`'s own.
     """
 
     model: str
@@ -99,6 +101,7 @@ class EngineOptions:
     dtype: str = "auto"
     num_media_processes: int | None = None
     image_formats: tuple[str, ...] = ()
+    max_image_pixels: int | None = None
     draft_jpegs: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
@@ -217,6 +220,7 @@ def load_engine(options: EngineOptions) -> LLMEngine:
         dtype=options.dtype,
         num_media_processes=num_processes,
         image_formats=options.image_formats,
+        max_image_pixels=options.max_image_pixels or IMAGE_LIMITS.max_pixels,
         draft_jpegs=options.draft_jpegs,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,

@@ -99,6 +99,7 @@ def main() -> None:
         limits=config.limits_of(MODEL),
         device="cpu",
         num_media_processes=config.media_processes,
+        max_image_pixels=config.max_image_pixels,
     )
     engine = load_engine(options)
     fetch = SwappedFetch()

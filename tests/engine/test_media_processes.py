@@ -186,6 +186,28 @@ def test_tiff_is_read_where_it_is_asked_for(llm: LLM, tiny_folder: Path, number:
     assert read.outputs[0].token_ids == same.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_larger_pictures_are_read_where_they_are_let_in(tiny_folder: Path, number: int) -> None:
+    prompts = [
+        {"prompt": PICTURE, "multi_modal_data": {"image": encode(draw(1, 60, height))}}
+        for height in (50, 51)
+    ]
+
+    with LLM(str(tiny_folder), max_image_pixels=3_000, num_media_processes=number) as llm:
+        fits, is_larger = llm.generate(prompts, GREEDY, use_tqdm=False)
+
+    assert fits.error is None
+    assert is_larger.error is not None
+    assert "image_too_large" == is_larger.error.code
+    assert "maximum of 3000 pixels" in is_larger.error.message
+
+
+@pytest.mark.parametrize("number", [0, -1, 178_956_971, 1.5])
+def test_number_of_pixels_is_checked(tiny_folder: Path, number: Any) -> None:
+    with pytest.raises(BadConfig, match="max_image_pixels"):
+        LLM(str(tiny_folder), max_image_pixels=number)
+
+
 def test_formats_that_cannot_be_read_are_refused_at_the_start(tiny_folder: Path) -> None:
     with pytest.raises(BadConfig, match="image_formats takes TIFF and HEIC"):
         LLM(str(tiny_folder), image_formats=["PSD"])
