@@ -6,14 +6,20 @@ Pixels are not said, they lie in the arena. The parent reads and writes with a c
 comes from a child as what comes from a stranger.
 """
 
+import fcntl
 import json
 import os
 import select
 import struct
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 MAX_MESSAGE_BYTES: Final = 1 << 20
+
+PIPE_BYTES: Final = 256 << 10
+"""A file of ordinary size is sent at once, and nobody waits for its reader. Pages are taken as they fill."""
+
 _LENGTH: Final = struct.Struct("<I")
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
@@ -79,6 +85,8 @@ class ParentWire:
         self._reading, self._writing = reading, writing
         self._come = bytearray()
         os.set_blocking(writing, False)
+        with suppress(OSError, AttributeError):  # the system has a limit, or none
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._to_read, self._to_write = select.poll(), select.poll()
         self._to_read.register(reading, select.POLLIN)
         self._to_write.register(writing, select.POLLOUT)
@@ -93,15 +101,19 @@ class ParentWire:
             SilentError: not all of it was taken in time.
         """
         deadline = time.monotonic() + timeout_s
-        for part in (_pack(message), behind):
-            rest = memoryview(part)
-            while rest:
-                try:
-                    rest = rest[os.write(self._writing, rest) :]
-                except BlockingIOError:
-                    _wait(self._to_write, deadline)
-                except OSError as error:
-                    raise BrokenWireError from error
+        rest = [memoryview(_pack(message)), memoryview(behind)]
+        while rest:
+            try:
+                num_taken = os.writev(self._writing, rest)
+            except BlockingIOError:
+                _wait(self._to_write, deadline)
+                continue
+            except OSError as error:
+                raise BrokenWireError from error
+            while rest and num_taken >= len(rest[0]):
+                num_taken -= len(rest.pop(0))
+            if rest:
+                rest[0] = rest[0][num_taken:]
 
     def receive(self, timeout_s: float) -> Message:
         """
