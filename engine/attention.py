@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from engine.errors import BadConfig
 from engine.kernels import pictures
 from engine.kernels.rope import rotate_and_store_
+from engine.kernels.rows import read, store_
 from engine.swaps import DecodeAttention
 
 TEXT_ATTENTION = "darkroom_flash_text"
@@ -56,6 +57,8 @@ class TextContext:
             lens and num_queries may be empty if the greatest ones are named:
         max_queries, max_rows: at least the greatest of num_queries and lens. Constants of a kernel.
         decode_kernel: for calls of one token a sequence; None where `_attend_flash` takes them too.
+        read_rows: (rows,), int64, of rows in fp8, which flash does not take: those that a prefill looks
+            at, sequence by sequence. Slabs in device_spans then begin at places among these.
         extras: (num_layers, T, hidden), what the first layers' results have added, as `find_extra`
             tells the family's hooks; None where no token has any.
         both_ways: for each sequence of a prefill, in order: where pictures begin and end, among its
@@ -73,6 +76,7 @@ class TextContext:
     max_queries: int | None = None
     max_rows: int | None = None
     decode_kernel: DecodeAttention | None = None
+    read_rows: Tensor | None = None
     extras: Tensor | None = None
     both_ways: Sequence[Sequence[tuple[int, int]]] = ()
 
@@ -158,8 +162,8 @@ def attend_text(
     if merged is not None:
         rotate_and_store_(*merged, keys, values, context.write_rows)
     else:
-        keys.index_copy_(0, context.write_rows, key[0].transpose(0, 1))
-        values.index_copy_(0, context.write_rows, value[0].transpose(0, 1))
+        store_(keys, context.write_rows, key[0].transpose(0, 1))
+        store_(values, context.write_rows, value[0].transpose(0, 1))
     if context.device_spans is not None:
         is_decode = context.max_queries == 1 and context.decode_kernel is not None
         attend = _attend_kernel if is_decode else _attend_flash
@@ -201,7 +205,10 @@ def _attend_prefill(
     for q, start, length, both_ways in zip(
         queries, context.starts, context.lens, spans, strict=True
     ):
-        k, v = (rows[start : start + length].transpose(0, 1)[None] for rows in (keys, values))
+        k, v = (
+            rows[start : start + length].to(q.dtype).transpose(0, 1)[None]
+            for rows in (keys, values)
+        )
         size, band = q.shape[2], None
         # All of them: a whole mask of a long text would be as large as its square.
         if context.both_ways or size < length:
@@ -287,8 +294,8 @@ def _attend_decode(
         attended.append(
             F.scaled_dot_product_attention(
                 grouped[index : index + 1],
-                keys[first : start + length].transpose(0, 1)[None],
-                values[first : start + length].transpose(0, 1)[None],
+                keys[first : start + length].to(query.dtype).transpose(0, 1)[None],
+                values[first : start + length].to(query.dtype).transpose(0, 1)[None],
                 scale=scaling,
             )
         )
@@ -312,6 +319,8 @@ def _attend_flash(
     """
     assert context.device_spans is not None
     query_starts, slab_starts, lens = context.device_spans
+    if context.read_rows is not None:
+        keys, values = (read(rows, context.read_rows, query.dtype) for rows in (keys, values))
     attended, *_ = torch.ops.aten._flash_attention_forward(
         query[0].transpose(0, 1),
         keys,

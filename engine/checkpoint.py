@@ -26,7 +26,9 @@ from engine.config import LORA_REMEDY, EngineConfig
 from engine.errors import BadConfig, BadPrompt, BadSamplingParams
 from engine.families import FAMILIES, Entry, find_entry
 from engine.families.protocol import Description, Family, resize
-from engine.kernels.quantised import can_multiply
+from engine.kernels.quantised import FP8, can_multiply
+from engine.kernels.rows import can_hold_fp8
+from engine.kv import KVShape
 from engine.request import SamplingParams
 from engine.swaps import fuse
 
@@ -34,6 +36,7 @@ Loaded = TypeVar("Loaded")
 
 _GENERATION = "generation_config.json"
 _ADAPTER = "adapter_config.json"  # peft's
+_NO_FP8 = "needs a GPU of compute capability 8.9 or later (Ada, Hopper). Leave it out."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Checkpoint:
         eos_token_ids: ids that end an output.
         max_model_len: prompt and output together, in tokens.
         dtype, device: as computed from the engine's config.
+        kv_dtype: of KV rows: dtype, or fp8.
         revision: the commit, where the hub's cache knows it.
     """
 
@@ -63,6 +67,12 @@ class Checkpoint:
     dtype: torch.dtype
     device: torch.device
     revision: str | None
+    kv_dtype: torch.dtype
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """What a KV row of an engine holds."""
+        return self.family.kv_shape(self.kv_dtype)
 
 
 def read_checkpoint(engine: EngineConfig) -> Checkpoint:
@@ -133,6 +143,9 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     dtype = _read("dtype", engine, lambda: _dtype(engine, config, device))
     if engine.quantization == "fp8" and device.type == "cuda":
         _check_fp8(device, dtype)
+    keeps_fp8 = engine.kv_cache_dtype != "auto"
+    if keeps_fp8 and not can_hold_fp8(device):
+        raise BadConfig(f"kv_cache_dtype={engine.kv_cache_dtype!r} {_NO_FP8}")
     return Checkpoint(
         folder,
         config,
@@ -145,6 +158,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         dtype,
         device,
         folder.name if folder.parent.name == "snapshots" else None,
+        FP8 if keeps_fp8 else dtype,
     )
 
 
@@ -363,10 +377,7 @@ def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
             f"{str(dtype).removeprefix('torch.')}. Give dtype='bfloat16', or leave quantization out."
         )
     if not can_multiply(device, dtype):
-        raise BadConfig(
-            "quantization='fp8' needs a GPU of compute capability 8.9 or later (Ada, Hopper). "
-            "Leave it out."
-        )
+        raise BadConfig(f"quantization='fp8' {_NO_FP8}")
 
 
 def _device(engine: EngineConfig) -> torch.device:

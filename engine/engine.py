@@ -217,7 +217,7 @@ class Engine:
         self._told = self.meter.read()
         self._waited_for_media_s = 0.0  # since then, with nothing else to do
         self._num_cached_tokens = 0  # since then, of prompts: not read, but copied
-        row_bytes = checkpoint.family.kv_shape(checkpoint.dtype).row_bytes
+        row_bytes = checkpoint.kv_shape.row_bytes
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         logger.info(
             "engine_ready model=%s device=%s dtype=%s max_model_len=%d weights_mib=%d kv_rows=%d "

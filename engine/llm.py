@@ -78,6 +78,8 @@ class LLM:
         enforce_eager: no CUDA graphs: a GPU gets each decode step one kernel at a time.
         quantization: "fp8" for products in fp8: faster on a Hopper GPU or a later one, and a little
             less exact. On a CPU it shows what they would answer, and is slow.
+        kv_cache_dtype: "fp8" keeps what was read in fp8: half the memory of bfloat16, so that more
+            requests fit, and a little less exact. Faster where reading it back is what takes the time.
 
     The other words are `EngineConfig`'s, and vLLM's. A word of vLLM's that has no use here is said
     once in the log.
@@ -120,6 +122,7 @@ class LLM:
         deterministic: bool = False,
         enforce_eager: bool = False,
         quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
         **words: Any,
     ) -> None:
         _check_words(words)
@@ -151,6 +154,7 @@ class LLM:
             uses_graphs=not enforce_eager,
             deterministic=deterministic,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             media=parse_io_kwargs(media_io_kwargs) | parse_processor_kwargs(mm_processor_kwargs),
         )
         checkpoint = checkpoints.read_checkpoint(config)

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from engine.attention import TextContext, can_use_flash, using
 from engine.checkpoint import Checkpoint
+from engine.errors import BadConfig
 from engine.families.protocol import Visual
 from engine.features import FeatureCache
 from engine.graphs import Graphs, Replayed
 from engine.kernels.greedy import argmax
+from engine.kernels.quantised import FP8
+from engine.kernels.rows import copy_
 from engine.kv import KVRows
 from engine.meter import Meter, Work
 from engine.recorder import Recorder
@@ -70,7 +73,7 @@ class Runner:
         self._text, self._embed = self._family.text, self._family.embed
         self._head = self._family.head
         self._num_axes = self._family.num_axes
-        shape = self._family.kv_shape(self.dtype)
+        shape = checkpoint.kv_shape
         self._rows = KVRows(shape, num_rows, self.device)
         self.meter = Meter(self.device)
         self.cache = FeatureCache(cache_bytes)
@@ -91,6 +94,13 @@ class Runner:
         self._decode_kernel = find_decode_attention(
             self.device, self.dtype, max(layer.dim for layer in shape.layers)
         )
+        self._is_fp8 = shape.dtype == FP8
+        self._no_rows = torch.zeros(0, dtype=torch.int64, device=self.device)
+        if self._is_fp8 and self._uses_flash and self._decode_kernel is None:
+            raise BadConfig(
+                "kv_cache_dtype='fp8' is not supported on a GPU for a model with heads of "
+                f"{max(layer.dim for layer in shape.layers)}. Leave it out."
+            )
         self._argmax = argmax
         self._try_step()
         self._graphs: Graphs | None = None
@@ -188,7 +198,7 @@ class Runner:
         ]
         sources, targets = upload(np.concatenate(pairs, axis=1), self.device)
         for rows in (*self._rows.keys, *self._rows.values):
-            rows.index_copy_(0, targets, rows[sources])
+            copy_(rows, sources, targets)
 
     @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence]) -> Tensor:
@@ -239,17 +249,19 @@ class Runner:
             x.index_copy_(0, rows, joined[:, : x.shape[1]])
             extras = _spread(joined[:, x.shape[1] :], rows, x)
         if self._uses_flash and not both_ways:
+            read_rows = self._no_rows
+            if self._is_fp8:
+                read_rows, starts = self._gather(starts, lens)
             spans = self._device_spans(starts, num_queries, lens, num_spans)
-            inputs = [x, on_device[1:], spans]
+            inputs = [x, on_device[1:], spans, read_rows]
             if extras is not None:
                 inputs.append(extras)
             layers = partial(self._prefill_layers, most=most, most_rows=most_rows)
             if self._prefills is None:
                 hidden = layers(*inputs)
             else:
-                hidden = self._prefills.run(
-                    (num_places, num_spans, most, most_rows, len(inputs)), layers, *inputs
-                )
+                key = num_places, num_spans, most, most_rows, len(read_rows), len(inputs)
+                hidden = self._prefills.run(key, layers, *inputs)
         else:
             context = TextContext(
                 self._rows.keys,
@@ -286,6 +298,7 @@ class Runner:
         x: Tensor,
         table: Tensor,
         spans: Tensor,
+        read_rows: Tensor,
         extras: Tensor | None = None,
         *,
         most: int,
@@ -297,6 +310,7 @@ class Runner:
         Args:
             x: (T, hidden). table: (num_axes + 1, T), int64: positions, and rows to write.
             spans: (3, num_seqs + 1), int32, of `_device_spans`.
+            read_rows: (rows,), int64, of `_gather`; none where slabs are read where they lie.
             extras: (num_layers, T, hidden), of `_spread`.
             most: no prompt, or piece of one, is longer. most_rows: nor with what came before it.
         """
@@ -310,6 +324,7 @@ class Runner:
             (spans[0], spans[1], spans[2, :-1]),
             max_queries=most,
             max_rows=most_rows,
+            read_rows=read_rows if len(read_rows) else None,
             extras=extras,
         )
         return self._forward(x, table[:-1], context)
@@ -411,6 +426,21 @@ class Runner:
             output = self._text(inputs_embeds=x[None], position_ids=by_sequence, use_cache=False)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
+    def _gather(self, starts: Many[int], lens: Many[int]) -> tuple[Tensor, list[int]]:
+        """
+        The rows in use of these slabs, one behind the other, and where each slab begins there.
+
+        Returns:
+            (rows,), int64, device, as many as come back, the last of them scratch; and the places.
+        """
+        places = np.cumsum([0, *lens])
+        num_rows = int(places[-1])
+        rows = np.zeros(num_rows if self._prefills is None else round_up(num_rows), np.int64)
+        rows[:num_rows] = np.concatenate(
+            [np.arange(start, start + length) for start, length in zip(starts, lens, strict=True)]
+        )
+        return upload(rows, self.device), places[:-1].tolist()
+
     def _device_spans(
         self, starts: Many[int], num_queries: Many[int], lens: Many[int], num: int
     ) -> Tensor:
@@ -436,7 +466,7 @@ def num_kv_rows(
         kv_bytes: an explicit budget; None for a share of the device.
         utilization: that share, of the whole device, what is in use already included.
     """
-    shape = checkpoint.family.kv_shape(checkpoint.dtype)
+    shape = checkpoint.kv_shape
     if kv_bytes is None:
         kv_bytes = max(CPU_KV_BYTES, least * shape.row_bytes)
         if checkpoint.device.type == "cuda":

@@ -224,10 +224,17 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2000, help="of each kind")
     parser.add_argument("--kinds", nargs="*", default=list(_MAKERS), choices=list(_MAKERS))
     parser.add_argument("--seed", default=HELD_OUT, help="which cases; training uses others")
+    parser.add_argument("--quantization", help="as LLM takes it: fp8")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="as LLM takes it: fp8")
     parser.add_argument("--show", type=int, default=0, help="wrong texts to print, of each kind")
     parser.add_argument("--out", type=Path, help="file for the report, as JSON lines")
     options = parser.parse_args()
-    llm = LLM(options.model, limit_mm_per_prompt={"image": 16})
+    llm = LLM(
+        options.model,
+        limit_mm_per_prompt={"image": 16},
+        quantization=options.quantization,
+        kv_cache_dtype=options.kv_cache_dtype,
+    )
     lines = []
     for kind in options.kinds:
         lines.append(json.dumps(evaluate(llm, kind, options.cases, options.show, options.seed)))

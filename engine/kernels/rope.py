@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import has_kernels
+from engine.kernels.rows import store_
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -45,7 +46,7 @@ def rotate_and_store_(
     Args:
         heads: (T, heads + 2 * kv_heads, dim), a merged projection: queries, keys, values. Queries
             and keys are rotated in place.
-        keys, values: (rows, kv_heads, dim) of a layer, in any float type.
+        keys, values: (rows, kv_heads, dim) of a layer, in any float type; of fp8 see engine/kernels/rows.py.
         write_rows: (T,), int64.
     """
     kv_heads = keys.shape[1]
@@ -55,8 +56,8 @@ def rotate_and_store_(
         rope.rotate_and_store_(heads, cos, sin, keys, values, write_rows)
         return
     rotate_(heads[:, :-kv_heads], cos, sin)
-    keys[write_rows] = heads[:, -2 * kv_heads : -kv_heads].to(keys.dtype)
-    values[write_rows] = heads[:, -kv_heads:].to(values.dtype)
+    store_(keys, write_rows, heads[:, -2 * kv_heads : -kv_heads])
+    store_(values, write_rows, heads[:, -kv_heads:])
 
 
 def build_table(inv_freq: Tensor, num_positions: int, scaling: float) -> tuple[Tensor, Tensor]:

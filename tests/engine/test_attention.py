@@ -93,9 +93,9 @@ class Rows:
     values: list[Tensor]
 
     @classmethod
-    def build(cls, num_rows: int, kv_heads: int) -> "Rows":
+    def build(cls, num_rows: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> "Rows":
         def tensors() -> list[Tensor]:
-            return [torch.full((num_rows, kv_heads, DIM), torch.nan) for _ in range(2)]
+            return [torch.full((num_rows, kv_heads, DIM), torch.nan).to(dtype) for _ in range(2)]
 
         return cls(tensors(), tensors())
 
@@ -139,6 +139,11 @@ class Rows:
                 module(), query[None], key[None], value[None], None, SCALE, sliding_window=window
             )
         return list(torch.split(attended[0], list(num_new)))
+
+
+def in_fp8(numbers: Tensor) -> Tensor:
+    """What rows in fp8 hold of these."""
+    return numbers.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
 shapes = st.tuples(st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 1000))
@@ -397,3 +402,34 @@ def test_encoder_calls_of_equal_pictures_are_even() -> None:
     assert [19, 19] == [len(call) for call in _calls([1564] * 38)]
     assert [15, 14, 14] == sorted((len(call) for call in _calls([1564] * 43)), reverse=True)
     assert [[0], [1], [2, 3]] == _calls([40_000, 40_000, 10, 10])
+
+
+@pytest.mark.parametrize("kernel", [None, attend])
+@pytest.mark.parametrize("size", [0.01, 1.0, 400.0])
+def test_rows_in_fp8_are_read_as_what_they_hold(
+    kernel: DecodeAttention | None, size: float
+) -> None:
+    """Prompts, pieces behind them and single tokens; what is too large is the largest, not NaN."""
+    lens = [19, 3, 8]
+    layer = draw_layer(lens, 4, 2, seed=5)
+    layer = Layer(
+        layer.queries, [key * size for key in layer.keys], [value * size for value in layer.values]
+    )
+    starts = place(lens, 5)
+    rows = Rows.build(200, 2, torch.float8_e4m3fn)
+    read, pieces, ones = [9, 1, 5], [9, 1, 2], [1, 1, 1]
+    ends = [n + k for n, k in zip(read, pieces, strict=True)]
+    found = [
+        rows.attend(layer, starts, read, read),
+        rows.attend(layer, starts, ends, pieces),
+        rows.attend(layer, starts, lens, ones, kernel=kernel),
+    ]
+
+    for attended, sizes, counts in zip(
+        found, (read, ends, lens), (read, pieces, ones), strict=True
+    ):
+        for index, (length, count) in enumerate(zip(sizes, counts, strict=True)):
+            query = layer.queries[index][:, length - count : length]
+            key, value = (in_fp8(x[index][:, :length]) for x in (layer.keys, layer.values))
+            expected = attend_densely(query, key, value)
+            torch.testing.assert_close(expected, attended[index], rtol=1e-5, atol=1e-5 * size)

@@ -6,7 +6,6 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +35,7 @@ from tests.engine.pictures import (
     token_ids,
 )
 from tests.engine.tiny import Shape, write_tiny_qwen2_vl
+from tests.engine.ways import in_pieces, keeping_prefixes
 
 ROOT = Path(__file__).parents[2]
 SYSTEM = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
@@ -819,7 +819,6 @@ def test_words_of_vllm_that_have_no_use_are_said_once(
         "swap_space": 4,
         "disable_log_stats": True,
         "tokenizer_revision": None,
-        "kv_cache_dtype": "auto",
         "generation_config": "auto",
         "max_logprobs": 20,
         "download_dir": None,
@@ -870,6 +869,37 @@ def test_fp8_answers_with_another_rounding(tiny_folder: Path) -> None:
         assert all(isinstance(layer.mlp.down, Fp8Linear) for layer in layers)
 
 
+def test_rows_in_fp8_take_less_and_answer_alike_however_they_are_read(tiny_folder: Path) -> None:
+    """Whole prompts read back what pieces and later prompts would: the same numbers, not better ones."""
+    prompts = [f"{PICTURE}{'and so on ' * 9}{n}" for n in range(3)]
+    asked = [{"prompt": p, "multi_modal_data": {"image": draw(1, 200, 150)}} for p in prompts]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1)
+
+    def numbers(llm: LLM) -> list[list[Any]]:
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        return [
+            [
+                (token, pytest.approx(found.logprob, abs=1e-4))
+                for step in output.outputs[0].logprobs or ()
+                for token, found in step.items()
+            ]
+            for output in outputs
+        ]
+
+    with LLM(str(tiny_folder)) as llm:
+        exact, row_bytes = numbers(llm), llm.engine.checkpoint.kv_shape.row_bytes
+    with LLM(str(tiny_folder), kv_cache_dtype="fp8") as llm:
+        whole = numbers(llm)
+        with keeping_prefixes(llm):
+            with in_pieces(llm):
+                pieces = numbers(llm)
+            kept = numbers(llm)
+
+        assert row_bytes == 4 * llm.engine.checkpoint.kv_shape.row_bytes
+    assert whole == pieces == kept
+    assert whole != exact
+
+
 @pytest.mark.parametrize(
     ("dtype", "capability", "why"),
     [
@@ -890,6 +920,15 @@ def test_fp8_that_a_gpu_cannot_do_is_refused_with_the_reason(
         LLM(str(tiny_folder), device="cuda", dtype=dtype, quantization="fp8")
 
 
+def test_rows_in_fp8_that_a_gpu_cannot_read_are_refused(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 0))
+    with pytest.raises(BadConfig, match=r"^kv_cache_dtype='fp8' needs a GPU of compute.* 8\.9"):
+        LLM(str(tiny_folder), device="cuda", kv_cache_dtype="fp8")
+
+
 def test_another_gpu_than_the_first_is_chosen_outside(tiny_folder: Path) -> None:
     with pytest.raises(BadConfig, match=r"^device='cuda:1' is not supported.*CUDA_VISIBLE_DEVICES"):
         LLM(str(tiny_folder), device="cuda:1")
@@ -901,8 +940,7 @@ def test_what_merged_layers_left_counts_as_free(monkeypatch: pytest.MonkeyPatch)
         num_hidden_layers=1, num_key_value_heads=1, hidden_size=8, num_attention_heads=1
     )
     checkpoint: Any = SimpleNamespace(
-        family=SimpleNamespace(kv_shape=partial(KVShape.of, config)),
-        dtype=torch.float32,
+        kv_shape=KVShape.of(config, torch.float32),
         device=torch.device("cuda"),
     )
     free = [10_000]
@@ -925,6 +963,8 @@ def test_what_is_not_supported_is_refused(llm: LLM, tiny_folder: Path) -> None:
         llm.chat([{"role": "user", "content": "a"}], tools=lora)
     with pytest.raises(BadPrompt, match=r"^tokenization_kwargs is not supported"):
         llm.generate("a", tokenization_kwargs={"truncate_prompt_tokens": 3})
+    with pytest.raises(BadConfig, match=r"^kv_cache_dtype must be one of auto, fp8, .* 'fp8_e5m2'"):
+        build(tiny_folder, {"kv_cache_dtype": "fp8_e5m2"})
     with pytest.raises(BadConfig, match=r"^quantization must be None or 'fp8', got 'awq'"):
         build(tiny_folder, {"quantization": "awq"})
     for word, value in (

@@ -1,6 +1,7 @@
 """torch's own FlashAttention over our slabs says what the plain loops over them say."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,5 +91,34 @@ def test_flash_over_pieces_of_prompts_equals_the_loop(
 
     flash = attention._attend_flash(query, *rows, context, dim**-0.5, window)
     loop = attention._attend_prefill(query, *rows, context, dim**-0.5, window)
+
+    assert (flash.float() - loop.float()).abs().max().item() < 0.02
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_flash_over_rows_in_fp8_equals_the_loop(
+    heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
+    """Flash reads them from where they were gathered, the loop where they lie."""
+    torch.manual_seed(heads)
+    rng = random.Random(dim + 3)
+    starts, lens = ragged(rng, 9)
+    num_queries = [rng.randint(1, length) for length in lens]
+    context = context_of(starts, lens, num_queries, kv_heads, dim)
+    query = torch.randn(1, heads, sum(num_queries), dim, device="cuda", dtype=torch.bfloat16)
+    keys, values = (x[0].to(torch.float8_e4m3fn) for x in (context.keys, context.values))
+    read_rows = [torch.arange(a, a + n) for a, n in zip(starts, lens, strict=True)]
+    assert context.device_spans is not None
+    query_starts, _, lens_there = context.device_spans
+    places = torch.tensor([0, *lens]).cumsum(0).to(torch.int32).cuda()
+    gathered = replace(
+        context,
+        read_rows=torch.cat(read_rows).cuda(),
+        device_spans=(query_starts, places, lens_there),
+    )
+
+    flash = attention._attend_flash(query, keys, values, gathered, dim**-0.5, window)
+    loop = attention._attend_prefill(query, keys, values, context, dim**-0.5, window)
 
     assert (flash.float() - loop.float()).abs().max().item() < 0.02

@@ -1,11 +1,4 @@
-"""
-On a GPU, prompts that go on from rows that are there say what whole ones say.
-
-Written without a GPU at hand: run it first where there is one, with tests/gpu/test_attention.py, whose
-test over pieces says whether torch's FlashAttention counts queries from the end of their rows, and with
-tests/gpu/test_bfloat16.py and test_families.py, which ask the same of whole answers. Then measure
-`python -m bench.engine --work caption` with and without `--llm enable_prefix_caching=true`.
-"""
+"""On a GPU, prompts that go on from rows that are there say what whole ones say."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -30,10 +23,16 @@ pytestmark = [
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 
-@pytest.fixture
-def llm(tmp_path: Path) -> Iterator[LLM]:
+@pytest.fixture(params=["auto", "fp8"])
+def llm(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     folder = write_tiny_qwen2_vl(tmp_path, seed=1)
-    with LLM(str(folder), dtype="bfloat16", device="cuda", kv_cache_memory_bytes=1 << 28) as llm:
+    with LLM(
+        str(folder),
+        dtype="bfloat16",
+        device="cuda",
+        kv_cache_memory_bytes=1 << 28,
+        kv_cache_dtype=request.param,
+    ) as llm:
         yield llm
 
 

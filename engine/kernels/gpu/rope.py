@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FP8_MOST = 448.0  # the largest float8_e4m3fn: beyond it there is only NaN
+from engine.kernels.quantised import FP8, MOST
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _launch(
         keys.shape[1] if stores else 0,
         HALF=dim // 2,
         STORES=stores,
-        CLAMP=FP8_MOST if keys.dtype == torch.float8_e4m3fn else 0.0,
+        CLAMP=MOST if keys.dtype == FP8 else 0.0,
         HEADS_BLOCK=heads_block,
         HALF_BLOCK=triton.next_power_of_2(dim // 2),
         num_warps=4,
