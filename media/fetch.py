@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from io import BytesIO
 from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Self
@@ -410,16 +411,17 @@ class Fetcher:
         window_s = self._limits.min_rate_window_s
         num_wanted = math.ceil(self._limits.min_bytes_per_s * window_s)
         num_counted = 0
-        body = bytearray()
+        body = BytesIO()  # hands its bytes on without a copy of them
         try:
             async with asyncio.timeout(window_s) as window:
                 async for chunk in response.aiter_stream():
-                    body += chunk
+                    body.write(chunk)
                     progress.add(chunk)
-                    if len(body) > limits.max_bytes:
+                    num_bytes = body.tell()
+                    if num_bytes > limits.max_bytes:
                         raise _too_many_bytes(limits)
-                    if len(body) - num_counted >= num_wanted:
-                        num_counted = len(body)
+                    if num_bytes - num_counted >= num_wanted:
+                        num_counted = num_bytes
                         window.reschedule(clock() + window_s)
         except TimeoutError as error:
             raise FetchTimeoutError(
@@ -429,7 +431,7 @@ class Fetcher:
                 retryable=True,
             ) from error
         progress.is_complete = True
-        return bytes(body)
+        return body.getvalue()
 
 
 class SystemResolver:

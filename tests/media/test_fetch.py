@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Coroutine, Mapping
 from concurrent import futures
 from dataclasses import replace
@@ -692,6 +693,31 @@ def test_largest_body_is_exact(num_bytes: int) -> None:
     outcome, _ = fetch_from(answering(bytes(num_bytes)))
 
     assert_fetched(outcome, bytes(num_bytes))
+
+
+def test_body_is_held_once() -> None:
+    num_pieces, piece = 256, bytes(65_536)
+    num_bytes = num_pieces * len(piece)
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {num_bytes}\r\n\r\n".encode()
+
+    async def scenario() -> tuple[Outcome, int]:
+        async with (
+            serve(raw(head, *[piece] * num_pieces)) as server,
+            Fetcher(config_for(server, timeout_s=60.0), Names()) as fetcher,
+        ):
+            url = f"http://pictures.test:{server.port}/large.jpg"
+            tracemalloc.start()
+            try:
+                outcome = await outcome_of(fetcher, url, ImageLimits())
+                return outcome, tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+
+    outcome, peak_bytes = run(scenario())
+
+    assert isinstance(outcome, Fetched)
+    assert num_bytes == len(outcome.content)
+    assert peak_bytes < num_bytes * 1.3
 
 
 def test_one_byte_more_is_refused_by_its_length_alone() -> None:
