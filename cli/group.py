@@ -25,6 +25,9 @@ MAX_RESTART_S: Final = 60.0
 STEADY_S: Final = 60.0
 """Who has run for so long is well: its next end does not count as one more in a row."""
 
+MAX_FAILED_STARTS: Final = 5
+"""Of one that has never run: with the pauses between them, half a minute and more for what may pass."""
+
 PATIENCE_S: Final = 3.0
 HURRY_S: Final = 5.0
 """How long they have when they are told for the second time."""
@@ -49,6 +52,8 @@ class Member:
 
     Attributes:
         num_ends: in a row, by itself, each soon after its start.
+        num_failed_starts: of those, with the status of one that lacked what may come yet, from the first on.
+        has_run: whether it ever ended in another way.
         not_before: when it may be started again, on the monotonic clock.
     """
 
@@ -60,6 +65,8 @@ class Member:
     process: "subprocess.Popen[bytes] | None" = None
     started_at: float = 0.0
     num_ends: int = 0
+    num_failed_starts: int = 0
+    has_run: bool = False
     not_before: float = 0.0
 
     def start(self, command: Sequence[str], env: Mapping[str, str]) -> None:
@@ -79,7 +86,16 @@ class Member:
         if self.process is None or self.process.poll() is None:
             return None
         code, self.process = self.process.returncode, None
+        if code == ExitCode.UNREACHABLE:
+            self.num_failed_starts += 1
+        else:
+            self.has_run = True
         return code
+
+    @property
+    def never_starts(self) -> bool:
+        """Whether to wait for what it lacks is over: it is set up wrongly, and nobody had anything of it."""
+        return not self.has_run and self.num_failed_starts >= MAX_FAILED_STARTS
 
     def delay_restart(self) -> float:
         """Set `not_before`, later after each of the ends in a row; return the delay, in seconds."""
@@ -156,6 +172,10 @@ class Group:
         if ended == ExitCode.USAGE:
             _say(f"{member.name} cannot start: see the error above. Stopping")
             return ExitCode.USAGE
+        if member.never_starts:
+            times = f"{member.num_failed_starts} times in a row"
+            _say(f"{member.name} could not start, {times}: see the error above. Stopping")
+            return ExitCode.UNREACHABLE
         if ended is not None:
             delay_s = member.delay_restart()
             often = f", {member.num_ends} times in a row" if member.num_ends > 1 else ""
@@ -194,6 +214,8 @@ def _send(member: Member, number: signal.Signals) -> None:
 
 
 def _describe(code: int) -> str:
+    if code == ExitCode.UNREACHABLE:
+        return "could not start, see the error above"
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return f"ended with {code}"

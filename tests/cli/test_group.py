@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.errors import ExitCode
-from cli.group import MAX_RESTART_S, STEADY_S, Group, Member
+from cli.group import MAX_FAILED_STARTS, MAX_RESTART_S, STEADY_S, Group, Member
 
 STUBBORN = """
 import pathlib, signal, sys, time
@@ -102,6 +102,55 @@ def test_who_can_never_start_ends_all_of_them(capfd: pytest.CaptureFixture[str])
     assert ExitCode.USAGE == code
     assert "worker of nowhere cannot start: see the error above" in capfd.readouterr().err
     assert [None, None] == [member.process for member in group.members]
+
+
+def test_who_could_not_start_again_and_again_ends_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cli.group.RESTART_S", 0.001)
+    starts = tmp_path / "starts"
+    program = "import sys; open(sys.argv[1], 'a').write('1'); raise SystemExit(3)"
+
+    code, group = run(
+        Member("the API", ("import time; time.sleep(60)",)),
+        Member("worker of nothing", (program, str(starts))),
+    )
+
+    told = capfd.readouterr().err.splitlines()
+    assert ExitCode.UNREACHABLE == code
+    assert "1" * MAX_FAILED_STARTS == starts.read_text()
+    assert (
+        "darkroom: worker of nothing could not start, see the error above; "
+        "starting it again in 0.001 s."
+    ) == told[0]
+    assert (
+        "darkroom: worker of nothing could not start, 5 times in a row: see the error above. Stopping."
+    ) == told[-1]
+    assert [None, None] == [member.process for member in group.members]
+
+
+def test_who_has_run_is_started_again_for_as_long_as_something_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.group.RESTART_S", 0.001)
+    monkeypatch.setattr("cli.group.MAX_RESTART_S", 0.001)
+    starts, is_back = tmp_path / "starts", tmp_path / "back"
+    program = "import os, pathlib, sys, time; p = pathlib.Path(sys.argv[1])\n"
+    program += "num = len(p.read_text()) if p.exists() else 0; p.write_text('1' * (num + 1))\n"
+    program += "if num == 0: os.kill(os.getpid(), 9)\n"
+    program += f"if num <= {MAX_FAILED_STARTS}: raise SystemExit(3)\n"
+    program += "pathlib.Path(sys.argv[2]).touch(); time.sleep(60)"
+
+    def stop() -> None:
+        wait_for(is_back)
+        press_ctrl_c()
+
+    thread = in_thread(stop)
+    code, _ = run(Member("the worker", (program, str(starts), str(is_back))))
+    thread.join()
+
+    assert ExitCode.DONE == code
+    assert is_back.exists()
 
 
 @pytest.mark.parametrize("num_needed", [2, 1000])
