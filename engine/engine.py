@@ -837,6 +837,8 @@ class Engine:
             sampling=asdict(params),
             seed=seed,
             trust_remote_code=self._config.trust_remote_code,
+            quantization=self._config.quantization,
+            kv_cache_dtype=str(self.checkpoint.kv_dtype).removeprefix("torch."),
         )
 
     def measure_clip(self, encoded: bytes) -> tuple[float, int]:

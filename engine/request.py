@@ -591,6 +591,8 @@ class Stamp:
         sampling: the sampling parameters in force, by name.
         seed: that the draws were made with; None for greedy.
         trust_remote_code: whether the checkpoint's own code was allowed to run.
+        quantization: "fp8", or None.
+        kv_cache_dtype: of KV rows, as torch names it.
     """
 
     model: str
@@ -601,6 +603,8 @@ class Stamp:
     sampling: Mapping[str, Any] = field(hash=False)
     seed: int | None = None
     trust_remote_code: bool = False
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,7 @@ class Config(BaseSettings):
         image_formats: TIFF, HEIC or both, which are not read otherwise.
         max_image_pixels: of one picture; a larger one fails before it is decompressed. By default 40 million.
         draft_jpegs: whether large JPEGs may be decoded at a fraction of their size: see `LLM`.
+        quantization, kv_cache_dtype, enable_prefix_caching: of a GPU worker's engine: see `LLM`.
         commit_items, commit_s: results are committed in groups of so many, or after so long.
         stall_s: after which an engine that has prompts and gets on with none is taken for dead.
         lease_s, heartbeat_s: how long a claim lasts, and how often it is renewed.
@@ -190,6 +191,9 @@ class Config(BaseSettings):
     image_formats: Annotated[tuple[str, ...], NoDecode] = ()
     max_image_pixels: Count | None = None
     draft_jpegs: bool = False
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    enable_prefix_caching: bool = False
     commit_items: Count = 64
     commit_s: Seconds = 0.2
     stall_s: Seconds = 600.0
@@ -228,7 +232,9 @@ class Config(BaseSettings):
             else given
         )
 
-    @field_validator("media_s3_profile", "media_s3_endpoint_url", "media_s3_region")
+    @field_validator(
+        *("media_s3_profile", "media_s3_endpoint_url", "media_s3_region", "quantization"),
+    )
     @classmethod
     def _empty_is_unset(cls, text: str | None) -> str | None:
         return text or None

@@ -103,6 +103,9 @@ class EngineOptions:
     image_formats: tuple[str, ...] = ()
     max_image_pixels: int | None = None
     draft_jpegs: bool = False
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    enable_prefix_caching: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
@@ -222,6 +225,9 @@ def load_engine(options: EngineOptions) -> LLMEngine:
         image_formats=options.image_formats,
         max_image_pixels=options.max_image_pixels or IMAGE_LIMITS.max_pixels,
         draft_jpegs=options.draft_jpegs,
+        quantization=options.quantization,
+        kv_cache_dtype=options.kv_cache_dtype,
+        enable_prefix_caching=options.enable_prefix_caching,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         chat_template=options.chat_template,

@@ -46,6 +46,15 @@ def test_formats_are_listed_with_commas(monkeypatch: pytest.MonkeyPatch) -> None
     assert ("TIFF", "HEIC") == load_config().image_formats
 
 
+@pytest.mark.parametrize(("given", "taken"), [("", None), ("fp8", "fp8")])
+def test_no_quantization_is_written_as_nothing(
+    given: str, taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARKROOM_QUANTIZATION", given)
+
+    assert taken == load_config().quantization
+
+
 @pytest.mark.parametrize(
     ("text", "limits"),
     [

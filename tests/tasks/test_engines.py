@@ -51,6 +51,27 @@ def test_none_are_started_where_none_are_wanted() -> None:
         assert isinstance(engine._llm.engine._decoder, Threads)
 
 
+@needs_model
+def test_what_an_engine_computes_in_is_said_in_the_stamp() -> None:
+    options = EngineOptions(
+        "darkroom-tiny",
+        device="cpu",
+        num_media_processes=0,
+        quantization="fp8",
+        kv_cache_dtype="fp8",
+        enable_prefix_caching=True,
+    )
+    messages = [{"role": "user", "content": "What is it? " * 9}]
+    prompts = [Prompt(name, messages, SamplingParams(max_tokens=1)) for name in "ab"]
+    with closing(load_engine(options)) as engine:
+        first, again = (result for prompt in prompts for result in engine.stream([prompt]))
+
+    assert first.stamp is not None
+    assert ("fp8", "float8_e4m3fn") == (first.stamp.quantization, first.stamp.kv_cache_dtype)
+    assert 0 == first.num_cached_tokens
+    assert again.num_cached_tokens
+
+
 @pytest.mark.parametrize(
     ("error", "act"),
     [
