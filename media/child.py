@@ -181,6 +181,8 @@ class Server:
         self._memory = memory
         self._limit_s = 0.0
         self._place = 0
+        self._guess: Header | None = None  # for which the parent has answered already
+        self._answer: Message = {}
 
     def answer(self, message: Message) -> None:
         """Decode one file; say what went wrong with it, if anything."""
@@ -188,6 +190,8 @@ class Server:
         self._memory.start(READING_BYTES + 2 * num_bytes)
         encoded = self._wire.read(num_bytes)
         self._limit_s = message["limit_s"] + GRACE_S
+        self._guess = Header(*message["guess"]) if "guess" in message else None
+        self._answer = message.get("answer", {})
         self._start_clock()
         try:
             images, facts = self._decode(self, message, encoded)
@@ -218,7 +222,10 @@ class Server:
 
     def ask(self, header: Header) -> Fit | None:
         """The same, and which size is wanted; now there is a place for the pixels."""
-        answer = self._consult({"say": "header", **_describe(header)})
+        if header == self._guess:
+            answer = self._follow(self._answer)
+        else:
+            answer = self._consult({"say": "header", **_describe(header)})
         self._place = answer["start"]
         fit = answer["fit"]
         return Fit(fit[0], fit[1], Image.Resampling(fit[2]), fit[3]) if fit else None
@@ -230,6 +237,10 @@ class Server:
         self._start_clock()
         if answer["say"] == "drop":
             raise DroppedError
+        return self._follow(answer)
+
+    def _follow(self, answer: Message) -> Message:
+        self._guess = None  # it has come true, or is withdrawn
         self._memory.allow(answer["work_bytes"])
         return answer
 

@@ -180,12 +180,43 @@ def _outline(image: Image.Image) -> Header:
     width, height = image.size
     if image.format not in ("JPEG", "MPO"):
         return Header(width, height, width * height * WORK_BYTES_PER_PX)
-    orientation = _get_orientation(image)
+    return _outline_jpeg(
+        width, height, _get_orientation(image), is_progressive=bool(image.info.get("progressive"))
+    )
+
+
+def _outline_jpeg(width: int, height: int, orientation: int, *, is_progressive: bool) -> Header:
+    is_heavy = orientation > 1 or is_progressive
+    per_px = HEAVY_JPEG_WORK_BYTES_PER_PX if is_heavy else JPEG_WORK_BYTES_PER_PX
     if orientation >= 5:  # a quarter turn, perhaps mirrored
         width, height = height, width
-    is_heavy = orientation > 1 or bool(image.info.get("progressive"))
-    per_px = HEAVY_JPEG_WORK_BYTES_PER_PX if is_heavy else JPEG_WORK_BYTES_PER_PX
     return Header(width, height, width * height * per_px)
+
+
+_FRAMES = (0xC0, 0xC1, 0xC2)
+"""Marks behind which a JPEG says its size; of the last one, that it is progressive."""
+
+_MAX_GUESSED_SEGMENTS = 64
+
+
+def guess_header(encoded: bytes) -> Header | None:
+    """
+    What `decode_image` will ask of, if the file is a JPEG that stands upright; None: another file.
+
+    For whoever keeps Pillow away from the bytes: only lengths and two numbers are read, and nothing
+    is believed. What Pillow finds is what counts.
+    """
+    at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
+    for _ in range(_MAX_GUESSED_SEGMENTS):
+        marker = _MARKER.match(encoded, at)
+        if marker is None:
+            return None
+        code = marker[1][0]
+        if code in _FRAMES:
+            height, width = (int.from_bytes(encoded[at + i : at + i + 2], "big") for i in (5, 7))
+            return _outline_jpeg(width, height, 1, is_progressive=code == _FRAMES[-1])
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return None
 
 
 def _draft(image: Image.Image, header: Header, fit: Fit) -> bool:

@@ -5,7 +5,8 @@ Foreign bytes meet C code there, in a process that has no network, no files and 
 memory and little time (`media.confine`). Whatever happens to it is the error of the one file that it
 had in hand; another process takes its place. The process that asks opens no container at all: it
 sends the encoded bytes, is told the size, says which size it wants, and finds the pixels in memory that
-both share, once written and never copied.
+both share, once written and never copied. Of a JPEG it guesses the size and says at once what it would
+want; the other one asks only where the guess was wrong.
 """
 
 import json
@@ -42,7 +43,7 @@ from media.errors import (
     VideoTooLargeError,
 )
 from media.frames import FrameSampling
-from media.images import check_size, decode_image
+from media.images import check_size, decode_image, guess_header
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS, ImageLimits, VideoLimits
 from media.video import DEFAULT_SAMPLING, decode_video, measure_clip
 from media.wire import BrokenWireError, Message, ParentWire, SilentError
@@ -222,6 +223,21 @@ class _Claim:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """What a file's header may say, and which size is wanted then."""
+
+    header: Header
+    fit: Fit | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _shape_of(self.header, self.fit)
+
+    def as_list(self) -> list[int]:
+        return [self.header.width_px, self.header.height_px, self.header.work_bytes]
+
+
 class DecoderPool:
     """
     Processes that end are replaced. While none can be started files wait, and it is tried again.
@@ -298,7 +314,9 @@ class DecoderPool:
         if not 0 < len(encoded) <= limits.max_bytes:  # in that function's own words
             return decode_image(encoded, limits)
         order = {"say": "image", "limits": _describe(limits), "limit_s": self._image_limit_s}
-        pixels, _ = self._decode(encoded, order, ask, partial(_check_image, limits=limits))
+        check = partial(_check_image, limits=limits)
+        guess = _guess(encoded, ask, check)
+        pixels, _ = self._decode(encoded, order, ask, check, guess)
         return RGBImage.of_pixels(pixels[0])
 
     def decode_video(
@@ -382,13 +400,20 @@ class DecoderPool:
 
     # --- one file ----------------------------------------------------------------------------------
 
-    def _decode(self, encoded: bytes, order: Message, ask: Ask | None, check: Check) -> Decoded:
+    def _decode(
+        self,
+        encoded: bytes,
+        order: Message,
+        ask: Ask | None,
+        check: Check,
+        guess: _Guess | None = None,
+    ) -> Decoded:
         num_killed = 0
         while True:
             child = self._take()
             is_sound = False
             try:
-                decoded = self._talk(child, encoded, order, ask, check)
+                decoded = self._talk(child, encoded, order, ask, check, guess)
                 is_sound = True
             except _FullError:
                 continue
@@ -414,7 +439,13 @@ class DecoderPool:
                     self._errands.put(self._fill)
 
     def _talk(
-        self, child: _Child, encoded: bytes, order: Message, ask: Ask | None, check: Check
+        self,
+        child: _Child,
+        encoded: bytes,
+        order: Message,
+        ask: Ask | None,
+        check: Check,
+        guess: _Guess | None,
     ) -> Decoded:
         """
         Raises:
@@ -423,13 +454,20 @@ class DecoderPool:
             BrokenWireError, SilentError, MediaError: the process is of no use any more.
         """
         claim = _Claim(len(encoded))
+        order = {**order, "num_bytes": len(encoded)}
         try:
+            if guess:
+                self._extend(child, claim, guess.header.work_bytes, guess.shape)
+                order |= {"guess": guess.as_list(), "answer": claim.as_message(guess.fit)}
             child.left_s = order["limit_s"]
-            child.say({**order, "num_bytes": len(encoded)}, behind=encoded)
+            child.say(order, behind=encoded)
             while True:
                 message = child.listen()
                 said = message.get("say")
                 if said in ("work", "header"):
+                    if guess:  # a wrong one: what was given for it is of no use
+                        self._withdraw(child, claim)
+                        guess = None
                     header = _read_header(message)
                     fit = self._decide(child, header, ask if said == "header" else None, check)
                     shape = _shape_of(header, fit) if said == "header" else None
@@ -442,10 +480,7 @@ class DecoderPool:
                 else:
                     raise _read_end(message)
         finally:
-            with self._lock:
-                self._settle(claim)
-                if claim.place:
-                    child.arena.free(claim.place[0])
+            self._withdraw(child, claim)
 
     def _decide(self, child: _Child, header: Header, ask: Ask | None, check: Check) -> Fit | None:
         """Which size is wanted. Where the answer is an error, the process is told to drop the file."""
@@ -529,11 +564,16 @@ class DecoderPool:
         used = self._working_bytes + self._held_bytes
         return self._num_working == 0 or used + num_bytes <= self._max_bytes
 
-    def _settle(self, claim: _Claim) -> None:
-        if claim.is_admitted:
-            self._num_working -= 1
-            self._working_bytes -= claim.num_bytes
-            self._room_changed.notify_all()
+    def _withdraw(self, child: _Child, claim: _Claim) -> None:
+        """Give back what was claimed, but for pixels that were handed over."""
+        with self._lock:
+            if claim.is_admitted:
+                self._num_working -= 1
+                self._working_bytes -= claim.num_bytes
+                self._room_changed.notify_all()
+            if claim.place:
+                child.arena.free(claim.place[0])
+            claim.is_admitted, claim.place = False, None
 
     # --- processes ---------------------------------------------------------------------------------
 
@@ -725,6 +765,18 @@ def _shape_of(header: Header, fit: Fit | None) -> tuple[int, ...]:
     if fit is None:
         return header.num_frames, header.height_px, header.width_px, 3
     return header.num_frames, fit.height_px, fit.width_px, 3
+
+
+def _guess(encoded: bytes, ask: Ask | None, check: Check) -> _Guess | None:
+    """So that a process need not ask, and nobody wait for it; it does ask where it finds otherwise."""
+    header = guess_header(encoded)
+    if header is None:
+        return None
+    try:
+        check(header)
+        return _Guess(header, ask(header) if ask else None)
+    except Exception:  # noqa: BLE001 - whoever says no is asked again, of what the process found
+        return None
 
 
 @lru_cache(maxsize=64)

@@ -6,12 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
+from media.decoded import Header
 from media.errors import ImageEmptyError, ImageTooLargeError, ImageValuesNotSupportedError
-from media.images import decode_image, from_array, from_pil, read_image
+from media.images import decode_image, from_array, from_pil, guess_header, read_image
 from media.limits import ImageLimits
-from tests.media.files import Pixels, animation, catch, encode, exif, picture, png, png_chunk
+from tests.media.files import (
+    Pixels,
+    animation,
+    catch,
+    encode,
+    exif,
+    jpeg_segment,
+    picture,
+    png,
+    png_chunk,
+)
 
 needs_avif = pytest.mark.skipif(
     "avif" not in features.modules or not features.check("avif"), reason="this Pillow has no AVIF"
@@ -35,6 +48,47 @@ def test_tiff_is_read_where_it_is_asked_for() -> None:
     image = decode_image(encode(picture(), "TIFF"), ImageLimits(formats=("PNG", "TIFF")))
 
     assert np.array_equal(np.asarray(picture()), image.pixels())
+
+
+def find_header(encoded: bytes) -> Header:
+    headers: list[Header] = []
+    decode_image(encoded, ask=headers.append)
+    return headers[0]
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        encode(picture(), "JPEG"),
+        encode(picture(900, 1300), "JPEG", progressive=True),
+        encode(picture().convert("L"), "JPEG"),
+        encode(picture().convert("CMYK"), "JPEG"),
+        encode(picture(), "JPEG", exif=exif(1), comment=b"\xff\xc0\0\x11\x08\0\x09\0\x09"),
+    ],
+)
+def test_header_of_a_plain_jpeg_is_guessed_right(encoded: bytes) -> None:
+    assert find_header(encoded) == guess_header(encoded)
+
+
+@pytest.mark.parametrize("name", ["PNG", "WEBP", "GIF", "BMP"])
+def test_header_of_another_format_is_not_guessed(name: str) -> None:
+    assert guess_header(encode(picture(), name)) is None
+
+
+def test_guessing_takes_few_steps_however_many_there_are() -> None:
+    encoded = encode(picture(), "JPEG")
+    noted = encoded[:2] + 10_000 * jpeg_segment(0xFE, b"") + encoded[2:]
+
+    assert find_header(noted) == find_header(encoded)
+    assert guess_header(noted) is None
+
+
+@given(st.binary(max_size=40))
+def test_guessing_takes_any_bytes(behind: bytes) -> None:
+    for start in (b"", b"\xff\xd8", b"\xff\xd8\xff\xc0", b"\xff\xd8\xff\xfe\0\2"):
+        header = guess_header(start + behind)
+
+        assert header is None or max(header.width_px, header.height_px) <= 65_535
 
 
 TURNS: dict[int, Callable[[Pixels], Pixels]] = {

@@ -36,7 +36,15 @@ from media.images import can_read, decode_image
 from media.limits import IMAGE_LIMITS, ImageLimits
 from media.pool import DecoderPool, PoolClosedError
 from tests.media.bad_child import OPENING
-from tests.media.files import animation, encode, exif, picture, png, png_chunk
+from tests.media.files import (
+    animation,
+    encode,
+    exif,
+    jpeg_that_says,
+    picture,
+    png,
+    png_chunk,
+)
 from tests.waiting import wait_until
 
 BAD_CHILD = "tests.media.bad_child:main"
@@ -124,6 +132,54 @@ def test_processes_give_the_pixels_that_threads_give(
     assert (expected.width_px, expected.height_px) == (found.width_px, found.height_px)
 
 
+@pytest.mark.parametrize("name", ["JPEG", "progressive", "CMYK", "several strips"])
+def test_process_is_asked_for_a_plain_jpeg_in_one_turn(
+    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    headers = []
+    monkeypatch.setattr(pool_module, "_read_header", None)  # it would be called for a question
+
+    def ask(header: Header) -> Fit:
+        headers.append(header)
+        return half(header)
+
+    found = pool.decode_image(FILES[name], ask=ask)
+
+    assert 1 == len(headers)
+    expected = decode_image(FILES[name], ask=ask)
+    assert headers[0] == headers[1]
+    assert np.array_equal(expected.view(), found.view())
+
+
+@pytest.mark.parametrize("guessed", [Header(60, 40, 7), Header(1, 1), Header(39, 40, 30_000_000)])
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "several strips", "JPEG turned 6"])
+def test_wrong_guess_changes_nothing(
+    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch, name: str, guessed: Header
+) -> None:
+    headers = []
+    monkeypatch.setattr(pool_module, "guess_header", lambda encoded: guessed)
+
+    def ask(header: Header) -> Fit:
+        headers.append(header)
+        return half(header)
+
+    found = pool.decode_image(FILES[name], ask=ask)
+
+    expected = decode_image(FILES[name], ask=ask)
+    assert [guessed, headers[2], headers[2]] == headers
+    assert np.array_equal(expected.view(), found.view())
+    assert pool.num_bytes == found.view().size
+
+
+def test_wrong_guess_costs_no_memory_that_the_picture_needs(
+    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = encode(Image.new("RGB", (6000, 5000), (9, 99, 200)), "JPEG", progressive=True)
+    monkeypatch.setattr(pool_module, "guess_header", lambda encoded: Header(6, 5, 300))
+
+    assert 6000 == pool.decode_image(encoded).width_px
+
+
 @pytest.mark.parametrize(
     "encoded",
     [
@@ -131,6 +187,9 @@ def test_processes_give_the_pixels_that_threads_give(
         b"no picture",
         b"<svg/>",
         FILES["JPEG"][:-200],
+        jpeg_that_says(60_000, 60_000),
+        jpeg_that_says(0, 40),
+        FILES["JPEG"][: FILES["JPEG"].index(b"\xff\xc0") + 6],
         FILES["PNG"][:60],
         FILES["WEBP"][:80],
         FILES["TIFF"],
