@@ -129,16 +129,17 @@ class Idefics3(Family):
 
 class _FullTiles(nn.Module):
     """
-    An encoder's embeddings of tiles in which no patch is padding: their positions are looked up once.
+    An encoder's embeddings of tiles in which no patch is padding: their positions are found once.
 
-    The model's own call finds the positions anew by each tile's mask, which makes the host wait for
-    the device, so that it cannot be recorded.
+    The model's own call finds them by each tile's mask, for which the host waits for the device. Some
+    versions of transformers also do so in the model's type, where 16 bits take neighbours for one.
     """
 
     def __init__(self, embeddings: Any, side: int) -> None:
         super().__init__()
         self._patches, self._position = embeddings.patch_embedding, embeddings.position_embedding
-        self._positions = _positions(embeddings, side)
+        positions = place_patches(side, embeddings.num_patches_per_side)
+        self._positions = positions.to(self._position.weight.device)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches: Tensor = self._patches(pixels).flatten(2).transpose(1, 2)
@@ -146,21 +147,12 @@ class _FullTiles(nn.Module):
         return patches + places
 
 
-@torch.inference_mode()
-def _positions(embeddings: Any, side: int) -> Tensor:
-    """(1, side * side): which entries the model's own call takes for a tile of so many patches a side."""
-    weight = embeddings.patch_embedding.weight
-    side_px = side * embeddings.patch_size
-    asked: list[Tensor] = []
-    handle = embeddings.position_embedding.register_forward_pre_hook(
-        lambda _, inputs: asked.append(inputs[0])
-    )
-    with handle:
-        embeddings(
-            pixel_values=weight.new_zeros(1, weight.shape[1], side_px, side_px),
-            patch_attention_mask=weight.new_ones(1, side, side, dtype=torch.bool),
-        )
-    return asked[0]
+def place_patches(side: int, known_side: int) -> Tensor:
+    """(side * side,), int64: the position of each patch of a tile among known_side * known_side."""
+    edges = torch.arange(1 / known_side, 1.0, 1 / known_side)
+    places = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))
+    found = torch.bucketize(places.clamp(max=1 - 1e-6), edges, right=True)
+    return (found[:, None] * known_side + found).flatten()
 
 
 def fit_longest(width_px: int, height_px: int, longest_px: int) -> tuple[int, int]:
