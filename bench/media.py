@@ -11,6 +11,7 @@ turns, so that what disturbs a machine disturbs all of them.
 
 import argparse
 import asyncio
+import gc
 import io
 import json
 import os
@@ -96,7 +97,7 @@ def measure(
     width, height = size
     num_distinct = max(NUM_DISTINCT_PX // (width * height), 2)
     distinct = [picture_jpeg(number, width, height) for number in range(num_distinct)]
-    num = options.num or max(16 * num_distinct, 4 * options.cores)
+    num = options.num or max(16, 4 * options.cores) * num_distinct
     pictures = list(islice(cycle(distinct), num))
     rates: dict[str, list[float]] = {}
     with fetching(distinct) as fetch:
@@ -105,6 +106,9 @@ def measure(
             given = {way: read for way, read in given.items() if not way.endswith(DRAFT)}
         for read in given.values():
             read(pictures[: 2 * options.cores])  # warm
+        # To look through all that torch and transformers are takes as long as a run of 500 pictures.
+        gc.collect()
+        gc.freeze()
         for number in range(options.runs):
             for way, read in given.items():
                 started = time.perf_counter()
@@ -175,12 +179,16 @@ def open_ways(num_cores: int) -> Iterator[dict[str, Way]]:
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": AREA.min_pixels, "longest_edge": AREA.max_pixels}
     )
+    context = get_context("spawn")
+    together = context.Barrier(num_cores)  # none reads while another is still being started
     with (
         DecoderPool(num_cores) as pool,
         ThreadPoolExecutor(num_cores + THREADS_BESIDE) as beside,
         ThreadPoolExecutor(num_cores) as threads,
-        ProcessPoolExecutor(num_cores, get_context("spawn")) as processes,
+        ProcessPoolExecutor(num_cores, context, together.wait) as processes,
     ):
+        while pool.num_ready < num_cores:
+            time.sleep(0.1)
 
         def read_all(
             on: ThreadPoolExecutor, read: Callable[[bytes], int], of: Sequence[bytes]

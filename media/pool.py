@@ -364,6 +364,12 @@ class DecoderPool:
             return frozenset(child.process.pid for child in self._children)
 
     @property
+    def num_ready(self) -> int:
+        """Processes that decode, or would."""
+        with self._lock:
+            return sum(child.is_ready for child in self._children)
+
+    @property
     def num_bytes(self) -> int:
         """Granted to decodings, or in pixels that somebody still has."""
         with self._lock:
@@ -655,8 +661,7 @@ class DecoderPool:
             with self._lock:
                 num_wanted = self.num_processes
                 if self._num_starts_failed:  # one at a time, until one comes
-                    num_ready = sum(child.is_ready for child in self._children)
-                    num_wanted = min(num_ready + 1, num_wanted)
+                    num_wanted = min(self.num_ready + 1, num_wanted)
                 is_full = len(self._children) >= num_wanted
                 if is_full or self._is_closed or time.monotonic() < self._next_start:
                     return
