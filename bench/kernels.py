@@ -330,7 +330,6 @@ def measure_layers() -> None:
     for kind, fusions in (
         ("plain", None),
         ("fused", fuse.Fusions()),
-        ("fused, adding in products", fuse.Fusions(adds_in_products=True)),
         ("fused fp8", fuse.Fusions(fp8=True)),
     ):
         model = copy.deepcopy(exact)

@@ -58,9 +58,6 @@ class Fusions:
         rope_in_attention: text queries and keys reach the attention function before they are
             rotated, with `merged=(heads, cos, sin)`: it calls `rope.rotate_and_store_`, which
             rotates and fills KV rows in one pass. Only for a function that knows this keyword.
-        adds_in_products: products whose result is added to a layer's input add it themselves, in
-            place. Their biases are left out of what goes from layer to layer, and added by who
-            reads it. Not together with fp8 or packs.
         packs: products of a CPU by oneDNN, where they are large enough; see `kernels.products`.
     """
 
@@ -68,7 +65,6 @@ class Fusions:
     vision: bool = True
     fp8: bool = False
     rope_in_attention: bool = False
-    adds_in_products: bool = False
     packs: bool = False
 
 
@@ -96,10 +92,6 @@ def apply(model: nn.Module, fusions: Fusions | None = None) -> Counter[str]:
                 blocks[index].is_last = True
     if fusions.packs:
         _pack_head(model)
-    if fusions.adds_in_products and not (fusions.fp8 or fusions.packs):
-        for layers in model.modules():
-            if isinstance(layers, nn.ModuleList):
-                _add_in_products(list(layers))
     return swapped
 
 
@@ -123,28 +115,6 @@ def _pack_head(model: Any) -> None:
     if isinstance(head, nn.Linear):
         is_tied = model.get_input_embeddings().weight is head.weight
         model.lm_head = PackedLinear.find(head, is_shared=is_tied) or head
-
-
-def _add_in_products(layers: list[Any]) -> None:
-    """Let fused layers in a row add their results in place, if all of them can."""
-    if not layers or not all(isinstance(x, FusedDecoderLayer | FusedVisionBlock) for x in layers):
-        return
-    owed: Tensor | None = None
-    for index, layer in enumerate(layers):
-        owed = layer.add_in_products(owed, is_first=index == 0)
-
-
-def add_product_(x: Tensor, inputs: Tensor, linear: nn.Module) -> None:
-    """x += inputs @ weight.T, rounded once. The bias stays owed."""
-    assert isinstance(linear, nn.Linear), "products in fp8 do not add"
-    x.view(-1, x.shape[-1]).addmm_(inputs.reshape(-1, inputs.shape[-1]), linear.weight.t())
-
-
-def _plus(owed: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Biases that were left out so far, and one more; float32."""
-    if bias is None:
-        return owed
-    return bias.float() if owed is None else owed + bias.float()
 
 
 # --- pieces ------------------------------------------------------------------------------------------
@@ -234,10 +204,6 @@ class FusedLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor | Fp8Rows:
         return self.pieces.layer_norm(x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
 
-    def shifted(self, x: Tensor, shift: Tensor | None) -> Tensor:
-        """Of x + shift."""
-        return norms.layer_norm(x, self.weight, self.bias, self.eps, shift)
-
     def add_(self, delta: Tensor, x: Tensor) -> Tensor | Fp8Rows:
         """Of delta + x; delta keeps the sum."""
         return self.pieces.add_layer_norm_(delta, x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
@@ -274,17 +240,14 @@ class GatedMLP(nn.Module):
         self.down = _project(down, fusions)
         self.width = down.out_features
 
-    def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         if isinstance(self.gate_up, PackedLinear):
             assert isinstance(x, Tensor)
             return by_blocks(self._multiply, x, self.width)
-        return self._multiply(x, onto)
+        return self._multiply(x)
 
-    def _multiply(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
+    def _multiply(self, x: Tensor | Fp8Rows) -> Tensor:
         gate_up = self.gate_up(x)
-        if onto is not None:
-            add_product_(onto, activations.silu_mul(gate_up), self.down)
-            return onto
         if isinstance(self.down, Fp8Linear):
             return self.down(quantised.silu_mul(gate_up))  # type: ignore[no-any-return]
         return self.down(activations.silu_mul(gate_up))  # type: ignore[no-any-return]
@@ -309,14 +272,11 @@ class QuickGELUMLP(nn.Module):
                 return
         self.up, self.down = _project(up, fusions), _project(down, fusions)
 
-    def forward(self, x: Tensor | Fp8Rows, onto: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         if self.activates_in_up:
             assert isinstance(x, Tensor)
             return by_blocks(lambda rows: self.down(self.up(rows)), x, self.width)
         inner = self.up(x)
-        if onto is not None:
-            add_product_(onto, self.activate_(inner), self.down)
-            return onto
         if isinstance(self.down, Fp8Linear):
             return self.down(self.quantise(inner))  # type: ignore[no-any-return]
         return self.down(self.activate_(inner))  # type: ignore[no-any-return]
@@ -445,7 +405,6 @@ class FusedTextAttention(nn.Module):
         x: Tensor | Fp8Rows,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        onto: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         projected = self.qkv(x)
@@ -471,9 +430,6 @@ class FusedTextAttention(nn.Module):
             **kwargs,
         )
         attended = attended.reshape(1, len(heads), -1)
-        if onto is not None:
-            add_product_(onto, attended, self.out)
-            return onto
         return self.out(attended)  # type: ignore[no-any-return]
 
 
@@ -487,13 +443,6 @@ class FusedDecoderLayer(nn.Module):
         self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.qkv)
         self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.gate_up)
         self.is_last = is_last  # or its result is looked at: a plain tensor
-        self.is_first: bool | None = None  # known where products add in place
-
-    def add_in_products(self, owed: Tensor | None, *, is_first: bool) -> Tensor | None:
-        """From now on, if no bias is in the way. RMSNorm takes no shift."""
-        if owed is None and self.attention.out.bias is None and self.mlp.down.bias is None:
-            self.is_first = is_first
-        return owed
 
     def forward(
         self,
@@ -507,11 +456,6 @@ class FusedDecoderLayer(nn.Module):
     ) -> Tensor | Carried:
         if past_key_values is not None:
             raise ValueError("a fused layer keeps no cache: call the model with use_cache=False")
-        if self.is_first is not None:
-            assert isinstance(hidden_states, Tensor)
-            x = hidden_states.clone() if self.is_first else hidden_states
-            self.attention(self.attention_norm(x), position_embeddings, attention_mask, x, **kwargs)
-            return self.mlp(self.mlp_norm(x), x)  # type: ignore[no-any-return]
         x, normed = _enter(self.attention_norm, hidden_states)
         delta = self.attention(normed, position_embeddings, attention_mask, **kwargs)
         normed = self.mlp_norm.add_(delta, x)
@@ -557,7 +501,6 @@ class FusedVisionAttention(nn.Module):
         self,
         x: Tensor | Fp8Rows,
         position_embeddings: tuple[Tensor, Tensor],
-        onto: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         projected = self.qkv(x)
@@ -570,9 +513,6 @@ class FusedVisionAttention(nn.Module):
             self, query, key, value, attention_mask=None, is_causal=False, **kwargs
         )
         attended = attended.reshape(len(heads), -1)
-        if onto is not None:
-            add_product_(onto, attended, self.out)
-            return onto
         return self.out(attended)  # type: ignore[no-any-return]
 
 
@@ -589,21 +529,6 @@ class FusedVisionBlock(nn.Module):
         self.attention_norm = norm(block.norm1, self.attention.qkv)
         self.mlp_norm = norm(block.norm2, mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up)
         self.is_last = is_last  # or its result is looked at: a plain tensor
-        self.is_first: bool | None = None  # known where products add in place
-        self.owed: list[Tensor | None] = []
-
-    def add_in_products(self, owed: Tensor | None, *, is_first: bool) -> Tensor | None:
-        """
-        From now on; what is owed to the input has this block's biases added for the next.
-
-        RMSNorm takes no shift, so blocks that have it are left as they are.
-        """
-        if isinstance(self.attention_norm, FusedRMSNorm):
-            return owed
-        self.is_first = is_first
-        after_attention = _plus(owed, self.attention.out.bias)
-        self.owed = [owed, after_attention, _plus(after_attention, self.mlp.down.bias)]
-        return None if self.is_last else self.owed[-1]
 
     def forward(
         self,
@@ -620,16 +545,6 @@ class FusedVisionBlock(nn.Module):
             "max_length_q": max_seqlen,
             "max_length_k": max_seqlen,
         }
-        if self.is_first is not None:
-            assert isinstance(hidden_states, Tensor)
-            assert isinstance(self.attention_norm, FusedLayerNorm)
-            assert isinstance(self.mlp_norm, FusedLayerNorm)
-            x = hidden_states.clone() if self.is_first else hidden_states
-            before, between, after = self.owed
-            shifted = self.attention_norm.shifted(x, before)
-            self.attention(shifted, position_embeddings, x, **kwargs)
-            self.mlp(self.mlp_norm.shifted(x, between), x)
-            return x.add_(after) if self.is_last and after is not None else x
         x, normed = _enter(self.attention_norm, hidden_states)
         delta = self.attention(normed, position_embeddings, **kwargs)
         normed = self.mlp_norm.add_(delta, x)

@@ -31,16 +31,12 @@ def add_rms_norm_(delta: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tenso
     return rms_norm(delta.add_(x), weight, eps)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None
-) -> Tensor:
-    """(..., width) -> (..., width). A shift, (width,), is added to each row before, in float32."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(..., width) -> (..., width)."""
     if has_kernels(x):
         from engine.kernels.gpu import norms
 
-        return norms.norm(x, weight, bias, eps, shift)
-    if shift is not None:
-        x = (x.float() + shift).to(x.dtype)
+        return norms.norm(x, weight, bias, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 

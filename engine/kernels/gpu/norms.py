@@ -14,13 +14,11 @@ def _norm(
     delta_ptr,
     weight_ptr,
     bias_ptr,
-    shift_ptr,
     out_ptr,
     scales_ptr,
     width,
     eps,
     ADDS: tl.constexpr,
-    SHIFTS: tl.constexpr,
     CENTRES: tl.constexpr,
     QUANTISES: tl.constexpr,
     MOST: tl.constexpr,
@@ -33,8 +31,6 @@ def _norm(
     at = row * width + columns
     kind = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if SHIFTS:
-        x += tl.load(shift_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         x += tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
         total = x.to(delta_ptr.dtype.element_ty)
@@ -57,13 +53,11 @@ def _norm(
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, shift: Tensor | None = None
-) -> Tensor:
-    """LayerNorm, or RMSNorm without a bias, of rows with a shift added."""
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm, or RMSNorm without a bias."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _launch(x, x, weight, bias, out, None, eps, adds=False, shift=shift)
+    _launch(x, x, weight, bias, out, None, eps, adds=False)
     return out
 
 
@@ -109,7 +103,6 @@ def _launch(
     eps: float,
     *,
     adds: bool,
-    shift: Tensor | None = None,
 ) -> None:
     assert delta.is_contiguous()
     assert x.shape == delta.shape
@@ -123,13 +116,11 @@ def _launch(
         delta,
         weight,
         weight if bias is None else bias,
-        weight if shift is None else shift,
         out,
         weight if scales is None else scales,
         width,
         eps,
         ADDS=adds,
-        SHIFTS=shift is not None,
         CENTRES=bias is not None,
         QUANTISES=scales is not None,
         MOST=MOST,
