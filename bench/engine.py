@@ -14,7 +14,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,9 @@ def _measure(options: argparse.Namespace, model: Path) -> None:
         **_more(options.llm),
     )
     load_s = time.perf_counter() - started
-    run(llm, build_prompts(lines, options.warm_up or min(num, 64), WARM_UP_PICTURE))
+    sampling = _more(options.sampling)
+    warm_up = build_prompts(lines, options.warm_up or min(num, 64), WARM_UP_PICTURE)
+    run(llm, warm_up, sampling)
     ready_s = time.perf_counter() - started
     checkpoint = llm.engine.checkpoint
     about = {
@@ -74,6 +76,7 @@ def _measure(options: argparse.Namespace, model: Path) -> None:
         "max_num_seqs": llm.engine.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "llm": options.llm,
+        "sampling": options.sampling,
         "load_s": round(load_s, 1),
         "ready_s": round(ready_s, 1),
         **_machine(checkpoint.device),
@@ -83,12 +86,12 @@ def _measure(options: argparse.Namespace, model: Path) -> None:
     num_pictures = sum(len(line.sizes) for line in lines) * -(-num // len(lines))
     for number in range(options.runs):
         prompts = build_prompts(lines, num, number * num_pictures)
-        figures = run(llm, prompts)
+        figures = run(llm, prompts, sampling)
         rates.append(figures["prompts_s"])
         print(json.dumps({"run": number, **figures, **about}), flush=True)
     if options.profile:
         few = build_prompts(lines, options.profile_num, PROFILE_PICTURE)
-        found = profile(partial(run, llm, few))
+        found = profile(partial(run, llm, few, sampling))
         Path(options.profile).write_text(json.dumps({**about, **found}, indent=1) + "\n")
         kept = {name: found.get(name) for name in ("busy_share", "steady_busy_share", "span_ms")}
         print(json.dumps({"profile": options.profile, "prompts": options.profile_num, **kept}))
@@ -106,8 +109,15 @@ def _measure(options: argparse.Namespace, model: Path) -> None:
     print(json.dumps({"summary": options.work, **summary, "device": about["device"]}), flush=True)
 
 
-def run(llm: LLM, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Send all prompts at once; figures of the whole, the clock around everything."""
+def run(
+    llm: LLM, prompts: Sequence[Prompt], sampling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """
+    Send all prompts at once; figures of the whole, the clock around everything.
+
+    Args:
+        sampling: of `SamplingParams`, where it is not greedy.
+    """
     requests = [
         Request(
             messages=[
@@ -120,7 +130,9 @@ def run(llm: LLM, prompts: Sequence[Prompt]) -> dict[str, Any]:
                 }
             ],
             params=SamplingParams(
-                temperature=0.0, max_tokens=prompt.line.max_tokens, ignore_eos=True
+                max_tokens=prompt.line.max_tokens,
+                ignore_eos=True,
+                **{"temperature": 0.0, **(sampling or {})},
             ),
         )
         for prompt in prompts
@@ -194,7 +206,7 @@ def _num_prompt_tokens(result: Result) -> int:
 
 
 def _more(words: Sequence[str]) -> dict[str, Any]:
-    """`--llm name=value`, the value as JSON where it is JSON."""
+    """`name=value`, the value as JSON where it is JSON."""
     found: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
@@ -252,6 +264,13 @@ def _options() -> argparse.Namespace:
     add("--max-num-batched-tokens", type=int)
     add("--media-threads", type=int)
     add("--llm", action="append", default=[], metavar="NAME=VALUE", help="any other word of LLM")
+    add(
+        "--sampling",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any word of SamplingParams, where it is not greedy",
+    )
     add("--peer", choices=["none", "transformers"], default="none")
     add("--peer-num", type=int, help="prompts for the peer; all by default")
     add("--peer-batches", default="64,128", help="batch sizes to try")

@@ -210,13 +210,15 @@ def test_a_run_prints_its_figures_and_those_of_the_peer(
         '{"sizes": [[84, 56]], "max_tokens": 3}\n{"sizes": [[56, 56], [28, 56]], "max_tokens": 5}\n'
     )
     words = f"--work {path} --model-config {config} --device cpu --num 4 --runs 1 --warm-up 1"
-    words += " --llm quantization=fp8"
+    words += " --llm quantization=fp8 --sampling temperature=0.7 --sampling top_p=0.9"
     monkeypatch.setattr(sys, "argv", ["engine", *words.split(), "--peer", "transformers"])
     engine.main()
     run, summary = (json.loads(line) for line in capsys.readouterr().out.splitlines())
 
     assert 4 == run["prompts"]
-    assert ["quantization=fp8"] == run["llm"]  # or nobody could tell its figures from others
+    # or nobody could tell its figures from others
+    assert ["quantization=fp8"] == run["llm"]
+    assert ["temperature=0.7", "top_p=0.9"] == run["sampling"]
     assert run["images_s"] == pytest.approx(run["prompts_s"] * 1.5, rel=0.01)
     assert run["output_tokens_s"] == pytest.approx(run["prompts_s"] * 4, rel=0.01)
     assert run["calls"]["decode"] >= 4
