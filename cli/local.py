@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cli.answers import Answer, InOrder, one_line
 from cli.errors import CannotStartError, EngineStoppedError, ExitCode
+from cli.garbage import settle
 from cli.inputs import Input, Refused
 from cli.interrupts import Interrupts
 from cli.questions import Question, Segmented
@@ -68,6 +69,7 @@ def run(
         try:
             with screen.waiting(f"Loading {options.model}"):
                 llm = load_llm(options, limits)
+            settle()
             with closing(llm), screen.progress(total):
                 interrupts.can_drain = True
                 answer_all(llm, questions, params, count=screen.count, show=screen.show)

@@ -22,6 +22,7 @@ import typer
 from cli import keys, remote
 from cli.demo import run_demo
 from cli.errors import CannotStartError, ExitCode
+from cli.garbage import put_off
 from cli.inputs import Found, Input, find_clips, find_pictures
 from cli.local import EngineOptions, run
 from cli.models import show_models
@@ -142,6 +143,7 @@ def find_version(package: str) -> str:
 
 def main() -> None:
     """What a shell starts: the command, in a process that ends when it says so."""
+    put_off()
     open_missing_streams()
     # Pillow warns of large pictures. Ours are refused or read by limits of our own, in one line.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")

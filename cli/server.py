@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from cli.errors import CannotStartError, ExitCode
+from cli.garbage import settle
 from cli.group import Group, Member
 from cli.service import prepare_database, read_object, reported
 
@@ -74,7 +75,9 @@ def run_api(host: str, port: int) -> ExitCode:
                 notify_cancelled=lambda _job: dispatcher.send_sweep(),
                 pings={"broker": partial(ping, url)},
             )
-            build_server(app, api_config, host=host, port=port).run(sockets=[listener])
+            server = build_server(app, api_config, host=host, port=port)
+            settle()
+            server.run(sockets=[listener])
     return ExitCode.DONE
 
 

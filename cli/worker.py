@@ -5,6 +5,7 @@
 import os
 from contextlib import closing
 
+from cli.garbage import settle
 from cli.service import prepare_database, read_object, reported
 from tasks.stopping import leaving_at_signal
 
@@ -48,6 +49,7 @@ def run_worker(
         prepare_database(config)
         with open_broker(config) as url:
             if model is None:
+                settle()
                 return run_cpu_worker(config, url, env=env)
             name = served_model_name or model
             chosen = (
@@ -76,4 +78,5 @@ def run_worker(
                 mm_processor_kwargs=processor_kwargs,
             )
             with closing(load_engine(options)) as engine:
+                settle()
                 return run_gpu_worker(config, url, engine, name, env=env)
