@@ -3,19 +3,20 @@ What callers hand in, in all the forms that vLLM's users know, as one kind of va
 
 Shapes and keys are checked here, pixels are not: a picture may still be a file's bytes or a callable
 that fetches it, and is only decoded in `read_picture` and `read_clip`, in a media thread.
+
+torch is not loaded to build a request; who hands in tensors has loaded it.
 """
 
 import numbers
 import re
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from engine.config import (
     AREA_KEYS,
@@ -37,7 +38,6 @@ from engine.errors import (
     UnsupportedModality,
     UnsupportedPart,
 )
-from engine.families.qwen2_vl import MERGE, Grid
 from engine.request import SamplingParams
 from media import data_url, images, video
 from media.decoded import Ask, Frames, RGBImage
@@ -45,6 +45,9 @@ from media.decoder import Decoder, Threads
 from media.errors import MediaError
 from media.frames import build_sampling
 from media.limits import IMAGE_LIMITS, VIDEO_LIMITS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROMPT_KEYS = (
     "prompt",
@@ -143,7 +146,7 @@ class Embeddings:
         grid: (times, rows, columns) in patches, where the caller gave it.
     """
 
-    features: Tensor
+    features: "Tensor"
     grid: tuple[int, int, int] | None = None
 
 
@@ -294,7 +297,7 @@ def text_of(form: object) -> str | None:
 
 def find_token_ids(form: object) -> list[int] | None:
     """Whole numbers in a list, tuple, array or tensor as a list; None where it is anything else."""
-    if isinstance(form, np.ndarray | Tensor) and form.ndim == 1:
+    if _is_array(form) and form.ndim == 1:
         form = form.tolist()
     if not isinstance(form, Sequence) or isinstance(form, str | bytes):
         return None
@@ -351,12 +354,12 @@ def parse_media(given: Mapping[str, Any] | None) -> tuple[list[Picture | Embeddi
 
 
 def _parse_pictures(given: Any, where: str = IMAGES) -> list[Picture | Embeddings]:
-    if isinstance(given, Tensor) and given.ndim == 3:
+    if _is_tensor(given) and given.ndim == 3:
         return [Embeddings(given[index]) for index in range(len(given))]
-    if isinstance(given, np.ndarray | Tensor) and given.ndim == 4:
+    if _is_array(given) and given.ndim == 4:
         return [Picture(item) for item in given]
     if isinstance(given, list | tuple):
-        if given and all(isinstance(item, Tensor) and item.ndim == 2 for item in given):
+        if given and all(_is_tensor(item) and item.ndim == 2 for item in given):
             return [Embeddings(features) for features in given]
         for index, item in enumerate(given):
             if item is None:
@@ -377,8 +380,17 @@ def _parse_item(item: Any, where: str) -> list[Picture | Embeddings]:
     return [Picture(item)]
 
 
+def _is_tensor(given: Any) -> "TypeGuard[Tensor]":
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(given, torch.Tensor)
+
+
+def _is_array(given: Any) -> "TypeGuard[np.ndarray[Any, Any] | Tensor]":
+    return isinstance(given, np.ndarray) or _is_tensor(given)
+
+
 def _is_picture(item: Any) -> bool:
-    if isinstance(item, np.ndarray | Tensor):
+    if _is_array(item):
         return item.ndim in (2, 3)
     return isinstance(item, RGBImage | Image.Image | bytes | bytearray) or callable(item)
 
@@ -425,6 +437,10 @@ def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) 
 
 def _split_embeddings(features: Any, grids: Any) -> list[Picture | Embeddings]:
     """(total tokens, hidden) and (pictures, 3) -> one piece for each picture."""
+    import torch
+
+    from engine.families.qwen2_vl import MERGE, Grid
+
     try:
         features, grids = torch.as_tensor(features), torch.as_tensor(grids)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -474,7 +490,7 @@ def _parse_clips(given: Any, where: str = CLIPS) -> list[Clip]:
 
 
 def _is_clip(item: Any) -> bool:
-    if isinstance(item, np.ndarray | Tensor):
+    if _is_array(item):
         return item.ndim == 4
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping):
         return True  # (frames, metadata)
@@ -610,7 +626,7 @@ def _one_embedding(given: Any, where: str) -> Embeddings:
 
 
 def _is_flat(given: Any) -> bool:
-    return isinstance(given, Tensor) and given.ndim == 2
+    return _is_tensor(given) and given.ndim == 2
 
 
 def _url_of(given: Any, known: Sequence[str], where: str) -> str:
@@ -683,7 +699,7 @@ def _as_rgb_image(source: Any, decoder: Decoder, ask: Ask | None = None) -> RGBI
             return images.from_pil(source)
     if isinstance(source, bytes | bytearray):
         return decoder.decode_image(bytes(source), ask=ask)
-    if isinstance(source, Tensor):
+    if _is_tensor(source):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         return images.from_array(source)
@@ -725,7 +741,7 @@ def read_clip(
             source = source[0]
         if isinstance(source, Frames):
             return source
-        if isinstance(source, Tensor):
+        if _is_tensor(source):
             source = source.detach().cpu().numpy()
         if not isinstance(source, list | tuple | np.ndarray):
             raise BadPrompt(

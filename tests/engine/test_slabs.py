@@ -94,7 +94,8 @@ def test_unknown_slab_is_a_bug_of_the_caller() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["engine.slabs", "engine.prefixes", "engine.scheduler", "engine"]
+    "module",
+    ["engine.slabs", "engine.prefixes", "engine.scheduler", "engine.inputs", "engine"],
 )
 def test_logic_of_rows_and_turns_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
