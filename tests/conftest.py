@@ -4,6 +4,7 @@ What every test stands on: no hub, few threads, and no GPU unless there is one.
 The environment is set before anything imports torch or transformers, which read it once.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A first example may load a model, and CI machines stall: pytest-timeout watches the clock instead.
 settings.register_profile("darkroom", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("darkroom")
+
+# What tests import stays, a million objects: garbage is seldom looked for while they are imported, and
+# among them never.
+USUAL_THRESHOLD = gc.get_threshold()
+gc.set_threshold(20_000, 50, 100)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(*USUAL_THRESHOLD)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)  # after -m has chosen, so that `-m "not gpu"` never loads torch here
