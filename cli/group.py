@@ -53,7 +53,7 @@ class Member:
     Attributes:
         num_ends: in a row, by itself, each soon after its start.
         num_failed_starts: of those, with the status of one that lacked what may come yet, from the first on.
-        has_run: whether it ever ended in another way.
+        has_run: whether it ever ended in another way, or long after its start.
         not_before: when it may be started again, on the monotonic clock.
     """
 
@@ -86,7 +86,7 @@ class Member:
         if self.process is None or self.process.poll() is None:
             return None
         code, self.process = self.process.returncode, None
-        if code == ExitCode.UNREACHABLE:
+        if code == ExitCode.UNREACHABLE and time.monotonic() - self.started_at < STEADY_S:
             self.num_failed_starts += 1
         else:
             self.has_run = True

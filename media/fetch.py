@@ -234,7 +234,9 @@ class Fetcher:
     async def run(self, errand: Errand, limits: ImageLimits | VideoLimits) -> Fetched:
         """Return what one errand brings. Raises as `fetch` does, and what its `find_url` raises."""
         progress = _Progress(errand.scheme, errand.host, answering=errand.host)
-        key = (errand.key, limits.max_bytes, isinstance(limits, VideoLimits))
+        # Hashed, as a name may be long, and many that failed are kept.
+        named = hashlib.sha256(errand.key.encode("utf-8", "surrogatepass")).digest()
+        key = (named, limits.max_bytes, isinstance(limits, VideoLimits))
         try:
             self._failures.raise_if_remembered(key)
             self._silences.raise_if_paused(errand.host)
@@ -667,7 +669,7 @@ class _Slots:
             yield
 
 
-_FailureKey = tuple[str, int, bool]
+_FailureKey = tuple[bytes, int, bool]
 
 
 class _Failures:

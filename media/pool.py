@@ -355,7 +355,7 @@ class DecoderPool:
         order = {"say": "measure", "limits": _describe(limits), "limit_s": self._video_limit_s}
         check = partial(_check_clip, limits=limits)
         _, message = self._decode(encoded, order, None, check)
-        return _read_measure(message)
+        return _read_measure(message, limits)
 
     @property
     def pids(self) -> frozenset[int]:
@@ -840,13 +840,15 @@ def _check_clip(header: Header, limits: VideoLimits) -> None:
 _NO_PIXELS: Final = np.empty(0, np.uint8)
 
 
-def _read_measure(message: Message) -> tuple[float, int]:
+def _read_measure(message: Message, limits: VideoLimits) -> tuple[float, int]:
     try:
         duration_s = _read_number(message.get("duration_s"), float)
         num_frames = _read_number(message.get("num_frames"), int)
     except BrokenWireError as error:
         raise DecoderFailedError from error
-    if duration_s is None or num_frames is None or num_frames < 1 or not 0 <= duration_s < math.inf:
+    if duration_s is None or num_frames is None or not 0 <= duration_s < math.inf:
+        raise DecoderFailedError
+    if not 1 <= num_frames <= limits.max_source_frames:
         raise DecoderFailedError
     return duration_s, num_frames
 
@@ -869,6 +871,7 @@ def _read_end(message: Message) -> Exception:
     kind, text = getattr(errors, str(message.get("error")), None), message.get("text")
     if not (isinstance(kind, type) and issubclass(kind, MediaError) and isinstance(text, str)):
         return DecoderFailedError()
-    if kind.retryable:  # whether it may pass is not for a process to say
+    # Whether it may pass, and what a host is like, is not for a process to say.
+    if kind.retryable or issubclass(kind, errors.FetchFailedError):
         return DecoderFailedError()
     return _SoundError(kind(text[:MAX_TEXT]))

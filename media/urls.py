@@ -78,10 +78,7 @@ def parse_url(text: str, ports: Collection[int] = (80, 443)) -> WebUrl:
         BadUrlError: not http or https, an odd character, a login, a bad host, another port. The
             text repeats nothing of the URL but its scheme, if that is a known one.
     """
-    if len(text) > MAX_URL_CHARS:
-        raise BadUrlError(
-            f"The URL has more than {MAX_URL_CHARS} characters. Shorten it, or upload the file."
-        )
+    _check_length(text)
     if _FORBIDDEN.search(text):
         raise BadUrlError(
             "The URL holds a space, a control character or a backslash. Percent-encode what "
@@ -99,6 +96,7 @@ def parse_url(text: str, ports: Collection[int] = (80, 443)) -> WebUrl:
             "the operator to open the port with DARKROOM_MEDIA_PORTS."
         )
     target = quote((parts["path"] or "/") + (parts["query"] or ""), safe=_KEPT)
+    _check_length(target)  # of one character up to twelve may have come
     return WebUrl(scheme, host, port, target)
 
 
@@ -118,6 +116,13 @@ def join_url(base: WebUrl, location: str, ports: Collection[int] = (80, 443)) ->
     except ValueError as error:  # brackets that do not match
         raise BadUrlError from error
     return parse_url(joined, ports)
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_URL_CHARS:
+        raise BadUrlError(
+            f"The URL has more than {MAX_URL_CHARS} characters. Shorten it, or upload the file."
+        )
 
 
 def _not_http(text: str) -> BadUrlError:

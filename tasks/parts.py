@@ -21,7 +21,7 @@ from storage.items import Fence
 from storage.parts import Answer
 from tasks.engines import Prompt
 from tasks.pieces import Piece, Split
-from tasks.retry import Act, Verdict, judge
+from tasks.retry import Act, Verdict, clean, judge
 from tasks.summary import Note, Rounds, Stitcher
 
 CUT_SHORT: Final = Verdict(Act.RELEASE, "cut_short", "The worker stops.")
@@ -168,7 +168,7 @@ class Assembly:
             if not is_final:
                 self._trouble = self._trouble or verdict
                 return None
-            answer = replace(answer, error_code=verdict.code, error_message=verdict.message)
+            answer = replace(answer, error_code=verdict.code, error_message=clean(verdict.message))
         self._answers[piece.number] = answer
         return answer
 

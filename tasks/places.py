@@ -7,6 +7,7 @@ a sixth to the others, and a host that has nothing under way always gets one whi
 waits here: an item without a place is put aside by its chunk.
 """
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +17,16 @@ from media.limits import FETCH_LIMITS
 
 SHARE: Final = 4
 """A host may have one part in so many of the places that are free."""
+
+
+_HOST_END: Final = re.compile(r"[/?#]")
+_PORT: Final = re.compile(r":\d*$")
+
+
+def find_host(url: str) -> str:
+    """Under which host a URL counts, whatever its port: none is parsed before it is fetched."""
+    authority = _HOST_END.split(url.partition("://")[2], 1)[0].lower()
+    return _PORT.sub("", authority).rstrip(".")
 
 
 class Places:

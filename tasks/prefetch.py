@@ -8,7 +8,6 @@ wait or are fetched at a time, whatever its size, no host has more of all that i
 `tasks.places` lets it, and all chunks together hold no more bytes than `tasks.budget` lets them.
 """
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +72,7 @@ from tasks.pieces import (
     split_clip,
     split_images,
 )
-from tasks.places import Places
+from tasks.places import Places, find_host
 from tasks.stores import Stores
 
 logger = structlog.get_logger(__name__)
@@ -589,7 +588,7 @@ class _Draft:
     @cached_property
     def places(self) -> Mapping[str, int]:
         """What it fetches from each host, once its messages were read; from none where only a clip is measured."""
-        return Counter(map(_host_of, self.urls)) or {"": 1}
+        return Counter(map(find_host, self.urls)) or {"": 1}
 
     @property
     def is_split(self) -> bool:
@@ -731,14 +730,6 @@ def _describe_data_url(url: str) -> dict[str, Any]:
         return {"media_type": media_type, "num_bytes": num_bytes_of(url)}
     except MediaError:
         return {}  # the engine says why it is none
-
-
-def _host_of(url: str) -> str:
-    """Under which host a URL counts: none is parsed before it is fetched."""
-    return _HOST_END.split(url.partition("://")[2], 1)[0].lower()
-
-
-_HOST_END: Final = re.compile(r"[/?#]")
 
 
 def _role(message: Mapping[str, Any]) -> str:

@@ -47,7 +47,13 @@ class Verdict:
     def as_failure(self, fence: Fence) -> Failure:
         is_transient = self.act is Act.RETRY
         details = {"media": list(self.media)} if self.media else None
-        return Failure(fence, self.code, self.message, is_transient, self.retry_after_s, details)
+        message = clean(self.message)
+        return Failure(fence, self.code, message, is_transient, self.retry_after_s, details)
+
+
+def clean(text: str) -> str:
+    """PostgreSQL keeps no NUL in a text, and half of a surrogate pair is no text anywhere."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def judge(error: Exception | ResultError) -> Verdict:

@@ -37,7 +37,7 @@ from tasks.errors import DeviceLostError, EngineLostError
 from tasks.expand import JobOptions
 from tasks.parts import CUT_SHORT, Assembly, Move, Whole
 from tasks.prefetch import Preparer, Ready, Refused, Terms
-from tasks.retry import INTERNAL_TEXT, Act, Verdict, judge
+from tasks.retry import INTERNAL_TEXT, Act, Verdict, clean, judge
 from tasks.stores import Stores
 from tasks.summary import build_stitcher
 
@@ -603,7 +603,7 @@ class Runner:
         is_ours = flight.has(fence)
         if move.answer is not None and is_ours:
             text = move.answer.text
-            answer = replace(move.answer, text=None if text is None else _clean(text))
+            answer = replace(move.answer, text=None if text is None else clean(text))
             self._committer.put(flight, NewPart(fence, assembly.plan, answer))
         if move.is_seen:
             hold.release(fence.item)
@@ -1003,7 +1003,7 @@ def build_completion(ready: Ready, result: Result) -> Completion:
     outputs = result.outputs
     return Completion(
         ready.item.fence,
-        text=_clean(outputs[0].text),
+        text=clean(outputs[0].text),
         finish_reason=str(outputs[0].finish_reason or "stop"),
         num_prompt_tokens=len(result.prompt_token_ids or ()),
         num_completion_tokens=sum(len(output.token_ids) for output in outputs),
@@ -1021,7 +1021,7 @@ def build_whole_completion(assembly: Assembly, whole: Whole) -> Completion:
         details["stamp"] = _stamp(whole.result, fence)
     return Completion(
         fence,
-        text=_clean(whole.text),
+        text=clean(whole.text),
         finish_reason=whole.finish_reason,
         num_prompt_tokens=whole.num_prompt_tokens,
         num_completion_tokens=whole.num_completion_tokens,
@@ -1049,7 +1049,7 @@ def _details(
         yield (
             "outputs",
             [
-                {"text": _clean(output.text), "finish_reason": str(output.finish_reason or "stop")}
+                {"text": clean(output.text), "finish_reason": str(output.finish_reason or "stop")}
                 for output in outputs
             ],
         )
@@ -1085,8 +1085,3 @@ def _timings(result: Result) -> dict[str, float]:
         "generate_ms": metrics.decode_ms,
     }
     return {name: round(ms, 3) for name, ms in named.items() if ms is not None}
-
-
-def _clean(text: str) -> str:
-    """PostgreSQL keeps no NUL in a text, and half of a surrogate pair is no text anywhere."""
-    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()

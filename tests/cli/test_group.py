@@ -13,6 +13,7 @@ import pytest
 
 from cli.errors import ExitCode
 from cli.group import MAX_FAILED_STARTS, MAX_RESTART_S, STEADY_S, Group, Member
+from tests.waiting import wait_until
 
 STUBBORN = """
 import pathlib, signal, sys, time
@@ -151,6 +152,16 @@ def test_who_has_run_is_started_again_for_as_long_as_something_is_missing(
 
     assert ExitCode.DONE == code
     assert is_back.exists()
+
+
+def test_who_ran_for_long_has_run_whatever_it_ended_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.group.STEADY_S", 0.01)
+    member = Member("the worker", ("import time; time.sleep(0.05); raise SystemExit(3)",))
+
+    member.start([sys.executable, "-c"], {})
+    wait_until(lambda: member.take_end() == ExitCode.UNREACHABLE)
+
+    assert member.has_run
 
 
 @pytest.mark.parametrize("num_needed", [2, 1000])

@@ -20,7 +20,7 @@ import numpy as np
 from media import confine
 from media.child import Birth, Server, decode, serve
 from media.decoded import Header, RGBImage
-from media.errors import DecodersAwayError, ImageUnreadableError
+from media.errors import DecodersAwayError, HostPausedError, ImageUnreadableError
 from media.wire import Message
 from tests.media.files import Pixels
 
@@ -47,6 +47,10 @@ def main(birth: Birth) -> None:
                 server.ask(Header(1 << 20, 1 << 20))
             case b"AWAY.":
                 raise DecodersAwayError
+            case b"PAUSE":
+                raise HostPausedError
+            case b"COUNT":
+                return [], {"duration_s": 1.0, "num_frames": 10**400}
             case b"RAISE":
                 raise RuntimeError("a bug")
             case b"TRIES":

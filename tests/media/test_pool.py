@@ -504,9 +504,18 @@ def test_start_that_the_system_refuses_is_tried_again_and_leaves_nothing_open(
         assert pool.decode_image(FILES["JPEG"]).pixels().any()
 
 
-def test_process_cannot_say_that_trying_again_helps(bad_pool: DecoderPool) -> None:
+@pytest.mark.parametrize("word", [b"AWAY.", b"PAUSE"])
+def test_process_cannot_say_that_trying_again_helps(bad_pool: DecoderPool, word: bytes) -> None:
+    """Nor that a host asked for a pause, for which an item is given back without a charge."""
     with pytest.raises(DecoderFailedError):
-        bad_pool.decode_image(b"AWAY.")
+        bad_pool.decode_image(word)
+    with pytest.raises(DecoderFailedError):
+        bad_pool.measure_clip(word)
+
+
+def test_process_cannot_count_more_frames_than_are_allowed(bad_pool: DecoderPool) -> None:
+    with pytest.raises(DecoderFailedError):
+        bad_pool.measure_clip(b"COUNT")
 
 
 def test_process_killed_over_a_file_leaves_it_to_another(bad_pool: DecoderPool) -> None:

@@ -202,6 +202,14 @@ def test_longest_url_is_exact() -> None:
     catch(BadUrlError, parse_url, longest + "a")
 
 
+def test_url_that_is_too_long_once_it_is_encoded_is_refused() -> None:
+    """One character may become twelve, and what is fetched, or remembered, is the longer one."""
+    parse_url("https://example.com/" + "\U0001f408" * 600)
+
+    error = catch(BadUrlError, parse_url, "https://example.com/" + "\U0001f408" * 700)
+    assert "more than 8192 characters" in str(error)
+
+
 @pytest.mark.parametrize(
     ("location", "joined"),
     [

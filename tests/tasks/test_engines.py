@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -19,8 +20,16 @@ from engine.inputs import refused
 from engine.request import SamplingParams
 from media import pool
 from media.decoder import Threads
-from media.errors import DecodeMemoryError, DecoderFailedError, DecodeTimeoutError, MediaError
+from media.errors import (
+    DecodeMemoryError,
+    DecoderFailedError,
+    DecodeTimeoutError,
+    ImageUnreadableError,
+    MediaError,
+)
 from media.pool import DecoderPool, count_cores
+from storage.ids import ItemId, LeaseId
+from storage.items import Fence
 from tasks.engines import EngineOptions, Prompt, load_engine
 from tasks.errors import DecodersLostError
 from tasks.retry import Act, judge
@@ -49,6 +58,15 @@ def test_none_are_started_where_none_are_wanted() -> None:
 
     with closing(load_engine(options)) as engine:
         assert isinstance(engine._llm.engine._decoder, Threads)
+
+
+def test_what_a_decoder_says_is_a_text_that_databases_keep() -> None:
+    """A process that was taken over chooses the words of a refusal."""
+    failure = judge(ImageUnreadableError("half a pair \ud800 and \0")).as_failure(
+        Fence(ItemId(1), LeaseId(UUID(int=1)), 1)
+    )
+
+    assert "half a pair ? and \ufffd" == failure.message
 
 
 @needs_model

@@ -2,7 +2,9 @@
 
 from collections import Counter
 
-from tasks.places import Places
+import pytest
+
+from tasks.places import Places, find_host
 
 
 def take_all(places: Places, *hosts: str) -> Counter[str]:
@@ -11,6 +13,15 @@ def take_all(places: Places, *hosts: str) -> Counter[str]:
     for _ in range(200):
         taken.update(host for host in hosts if places.try_take({host: 1}))
     return taken
+
+
+@pytest.mark.parametrize(
+    "written", ["slow.test/a", "SLOW.test:80/a", "slow.test.?x", "slow.test.:8080#a", "slow.test:"]
+)
+def test_host_counts_as_one_however_it_is_written(written: str) -> None:
+    assert "slow.test" == find_host(f"https://{written}")
+    assert "[::1]" == find_host("http://[::1]:80/a")
+    assert "" == find_host("data:image/png;base64,AAAA")
 
 
 def test_lone_host_gets_no_more_than_its_share() -> None:
