@@ -76,13 +76,14 @@ def main() -> None:
     torch.set_num_threads(1)
     about = {
         "cores": options.cores,
+        "processes": options.processes or options.cores,
         "cpu": cpu_name(),
         "python": platform.python_version(),
         "pillow": PIL.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    with open_ways(options.cores) as ways:
+    with open_ways(options.cores, options.processes or options.cores) as ways:
         for size in options.sizes:
             measure(size, options, ways, about)
 
@@ -174,7 +175,7 @@ def _is_drafted(size: tuple[int, int]) -> bool:
 
 
 @contextmanager
-def open_ways(num_cores: int) -> Iterator[dict[str, Way]]:
+def open_ways(num_cores: int, num_decoders: int) -> Iterator[dict[str, Way]]:
     """All ways by their names; each is given pictures and returns when it has read them."""
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": AREA.min_pixels, "longest_edge": AREA.max_pixels}
@@ -182,12 +183,12 @@ def open_ways(num_cores: int) -> Iterator[dict[str, Way]]:
     context = get_context("spawn")
     together = context.Barrier(num_cores)  # none reads while another is still being started
     with (
-        DecoderPool(num_cores) as pool,
-        ThreadPoolExecutor(num_cores + THREADS_BESIDE) as beside,
+        DecoderPool(num_decoders) as pool,
+        ThreadPoolExecutor(num_decoders + THREADS_BESIDE) as beside,
         ThreadPoolExecutor(num_cores) as threads,
         ProcessPoolExecutor(num_cores, context, together.wait) as processes,
     ):
-        while pool.num_ready < num_cores:
+        while pool.num_ready < num_decoders:
             time.sleep(0.1)
 
         def read_all(
@@ -254,6 +255,7 @@ def _options() -> argparse.Namespace:
         help="WIDTHxHEIGHT, several with commas between",
     )
     add("--cores", type=int, default=count_cores(), help="that may be used; as many as there are")
+    add("--processes", type=int, help="that decode in the pool; by default as many as cores")
     add("--num", type=int, help="pictures of a run; by default about as many pixels of each size")
     add("--runs", type=int, default=3)
     add("--ways", type=lambda text: text.split("/"), default=WAYS, help=f"some of {'/'.join(WAYS)}")
