@@ -178,7 +178,7 @@ def _configs(shape: Shape, tokenizer: Tokenizer, dtype: str) -> dict[str, dict[s
         },
         "generation_config.json": {
             "bos_token_id": ids["<s>"],
-            "eos_token_id": [ids["<|end|>"], ids["<|assistant|>"], ids["<|endoftext|>"]],
+            "eos_token_id": ids["</s>"],  # as published, though the model never says it
             "pad_token_id": ids["<|endoftext|>"],
         },
         "preprocessor_config.json": {

@@ -9,7 +9,7 @@ Everything cheap is read and checked before the weights are, so that a wrong fol
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from engine.swaps import fuse
 
 Loaded = TypeVar("Loaded")
 
+_CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _ADAPTER = "adapter_config.json"  # peft's
 _NO_FP8 = "needs a GPU of compute capability 8.9 or later (Ada, Hopper). Leave it out."
@@ -86,7 +87,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     _check_adapter(engine, folder)
     _check_code(engine, folder)
     options = {"trust_remote_code": engine.trust_remote_code, "local_files_only": True}
-    written = _read_json(engine, folder / "config.json") or {}
+    written = _read_json(engine, folder / _CONFIG) or {}
     entry = find_entry(written)
     if entry is None and isinstance(written.get("model_type"), str):
         known = sorted({name.partition("/")[0] for name in FAMILIES})
@@ -153,7 +154,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         entry,
         family,
         _read(_GENERATION, engine, lambda: _defaults(generation)),
-        _read(_GENERATION, engine, lambda: _eos_token_ids(family, generation, tokenizer)),
+        _eos_token_ids({_GENERATION: generation, _CONFIG: written}, family, tokenizer),
         _read("context length", engine, lambda: _max_model_len(engine, family)),
         dtype,
         device,
@@ -410,10 +411,31 @@ def _dtype(engine: EngineConfig, config: Any, device: torch.device) -> torch.dty
     return getattr(torch, names.get(engine.dtype, engine.dtype))  # type: ignore[no-any-return]
 
 
-def _eos_token_ids(family: Family, generation: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """All that may end an output: generation_config.json first, then the model's and tokenizer's."""
-    found = generation.get("eos_token_id")
-    if found is None:
-        found = [getattr(family.text_config, "eos_token_id", None), tokenizer.eos_token_id]
-    ids = found if isinstance(found, list) else [found]
-    return tuple(dict.fromkeys(index for index in ids if index is not None))
+def _eos_token_ids(
+    files: Mapping[str, Mapping[str, Any]], family: Family, tokenizer: Any
+) -> tuple[int, ...]:
+    """
+    All that may end an output, whoever says it: often one file names what ends a text, and another
+    what ends a turn.
+
+    Args:
+        files: as they are written. What transformers assumes where they are silent is no end: in this
+            vocabulary it may be a word.
+    """
+    found: list[int] = []
+    for name, content in files.items():
+        text = content.get("text_config")
+        for part in (content, text if isinstance(text, dict) else {}):
+            said = part.get("eos_token_id")
+            ids = said if isinstance(said, list) else [said]
+            found += (index for index in ids if index is not None)
+        if not all(type(index) is int and index >= 0 for index in found):
+            raise BadConfig(
+                f"The model's {name} has an eos_token_id that is no token's id. Give whole numbers from "
+                "0, one or a list of them, or leave it out: the tokenizer's end is known."
+            )
+    if family.turn_end is not None:
+        found.append(tokenizer.convert_tokens_to_ids(family.turn_end))
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(found))

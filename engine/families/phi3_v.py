@@ -117,6 +117,7 @@ class Phi3V(Family):
     image_placeholder = "<|image|>"
     image_written = "<|image_1|>"
     image_slot = image_placeholder
+    turn_end = "<|end|>"  # of its template; generation_config.json says 2, which is never said
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)

@@ -321,6 +321,7 @@ class Family:
         image_slot, video_slot: as its chat template writes one, for templates that take only text.
         chat_template: for checkpoints that bring none; None where there is no usual one.
         chat_start: what stands before a conversation, where its template does not write it.
+        turn_end: the token that ends an answer, where no file of its checkpoints says so.
         sees_both_ways: whether a picture's tokens attend to those behind them, to the picture's end.
         num_axes: of positions.
         hidden_size: of the text model. feature_size: of a row of features.
@@ -337,6 +338,7 @@ class Family:
     image_slot = video_slot = ""
     chat_template: str | None = None
     chat_start = ""
+    turn_end: str | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
     sees_both_ways = False

@@ -58,7 +58,8 @@ class Phi3VReference:
         self.tower.train(False)
         self.text.train(False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=text)
-        self.eos_ids = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        # What ends a turn of its template, and what its author's example gives to `generate`.
+        self.eos_ids = self.tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
         self.pad_id: int = config["pad_token_id"]
 
     @torch.inference_mode()

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from engine import LLM
+from engine.checkpoint import read_checkpoint
+from engine.config import EngineConfig
 from engine.errors import BadConfig
 from tests.engine.pictures import GREEDY, token_ids
+from tests.engine.tiny_llava import write_tiny_text
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -136,6 +140,73 @@ def test_odd_checkpoint_is_one_line(tiny_folder: Path, tmp_path: Path, what: str
 
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+# --- what ends an output -------------------------------------------------------------------------------
+
+TEXT_END, TURN_END = (f"<|{name}|>" for name in ("endoftext", "im_end"))
+OTHER = 7  # any token's id
+ENDS: dict[str, tuple[object, object, object, list[object]]] = {
+    "generation_config.json and the tokenizer": (TEXT_END, None, None, [TEXT_END, TURN_END]),
+    "a list in config.json alone": (None, [TEXT_END, OTHER], None, [TEXT_END, OTHER, TURN_END]),
+    "another in each": (OTHER, TEXT_END, 8, [OTHER, TEXT_END, 8, TURN_END]),
+    "a null in a list": ([None, OTHER], None, None, [OTHER, TURN_END]),
+    "the tokenizer alone": (None, None, None, [TURN_END]),
+}
+
+
+def write_ends(folder: Path, generation: object, top: object, text: object) -> None:
+    """Tokens by their names or ids, as two configs and the part for text name them; None: nothing."""
+    read_ids = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids
+
+    def named(value: object) -> object:
+        if isinstance(value, list):
+            return [named(each) for each in value]
+        return read_ids(value) if isinstance(value, str) else value
+
+    config = json.loads((folder / "config.json").read_text())
+    text_config = config["text_config"] | {"eos_token_id": named(text)}
+    update("config.json", eos_token_id=named(top), text_config=text_config)(folder)
+    update("generation_config.json", eos_token_id=named(generation))(folder)
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_output_ends_at_whatever_a_file_names(tiny_folder: Path, tmp_path: Path, what: str) -> None:
+    *said, expected = ENDS[what]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    write_ends(folder, *said)
+
+    checkpoint = read_checkpoint(EngineConfig(str(folder), device="cpu"))
+
+    ids = checkpoint.eos_token_ids
+    read_ids = checkpoint.tokenizer.convert_tokens_to_ids
+    assert [read_ids(end) if isinstance(end, str) else end for end in expected] == list(ids)
+
+
+def test_end_that_transformers_assumes_is_none(tmp_path: Path) -> None:
+    """Llama's configs assume 2, which in the vocabulary of another Llama is a word."""
+    write_tiny_text(tmp_path, changes={"text": {"model_type": "llama"}})
+    update("tokenizer_config.json", **{"eos_token": "<pad>"})(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["eos_token_id"]
+    write("config.json", config)(tmp_path)
+
+    checkpoint = read_checkpoint(EngineConfig(str(tmp_path), device="cpu"))
+
+    assert 2 == checkpoint.config.eos_token_id
+    assert (checkpoint.tokenizer.eos_token_id,) == checkpoint.eos_token_ids
+
+
+@pytest.mark.parametrize("end", ["2", 2.0, True, -1, {"a": 1}, [2, "5"], [[2]]])
+def test_end_that_is_no_id_is_told(tiny_folder: Path, tmp_path: Path, end: object) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    update("generation_config.json", eos_token_id=end)(folder)
+
+    with pytest.raises(BadConfig, match=r"generation_config\.json has an eos_token_id that is no"):
+        LLM(str(folder))
 
 
 # --- what cannot start ---------------------------------------------------------------------------------

@@ -123,6 +123,18 @@ def test_published_config_is_read_word_by_word(tmp_path: Path) -> None:
     assert torch.bfloat16 == config.dtype
 
 
+@pytest.mark.parametrize("end", ["<|end|>", "<|endoftext|>"])
+def test_answer_ends_where_its_turn_does(phi: LLM, end: str) -> None:
+    """generation_config.json, as published, names a token that is never said."""
+    end_id = phi.get_tokenizer().convert_tokens_to_ids(end)
+    params = SamplingParams(temperature=0, max_tokens=4, logit_bias={end_id: 100.0})
+
+    (result,) = phi.generate("<|user|>\nhi<|end|>\n<|assistant|>\n", params, use_tqdm=False)
+
+    (output,) = result.outputs
+    assert ("stop", [end_id]) == (output.finish_reason, list(output.token_ids))
+
+
 def _edit(folder: Path, name: str, edit: Any) -> None:
     content = json.loads((folder / name).read_text())
     edit(content)
