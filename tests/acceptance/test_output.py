@@ -74,7 +74,7 @@ def two_workers(database: str, **settings: str) -> Iterator[Service]:
         database, max_lines=NUM_LINES, MODELS=models, CHUNK_ITEMS="16", **settings
     ) as service:
         for _ in range(2):
-            service.start("gpu", "tests.tasks.worker", "gpu", "0.002")
+            service.start("gpu", "tests.quickly", "tests.tasks.worker", "gpu", "0.002")
         yield service
 
 

@@ -78,7 +78,16 @@ def start_service(url: str, folder: Path, *words: str) -> Iterator[Service]:
     (port,) = find_free_ports(1)
     log = (folder / "server.log").open("wb")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.api.server", url, str(folder / "blobs"), str(port), *words],
+        [
+            sys.executable,
+            "-m",
+            "tests.quickly",
+            "tests.api.server",
+            url,
+            str(folder / "blobs"),
+            str(port),
+            *words,
+        ],
         cwd=ROOT,
         stderr=log,
     )

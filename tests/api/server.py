@@ -15,6 +15,7 @@ import structlog
 from api.app import create_app
 from api.config import ApiConfig, ServedModel
 from api.server import build_server
+from cli.garbage import settle
 from storage.blobs import FolderBlobs
 from storage.db import Database
 
@@ -47,7 +48,9 @@ def main(database_url: str, blobs_folder: str, port: str, *words: str) -> None:
         chat_timeout_s=CHAT_TIMEOUT_S,
     )
     app = create_app(config, Database(database_url, pool_size=16), FolderBlobs(Path(blobs_folder)))
-    build_server(app, config, host="127.0.0.1", port=int(port)).run()
+    server = build_server(app, config, host="127.0.0.1", port=int(port))
+    settle()
+    server.run()
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def open_front(
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", "tests.corpus.worker"],
+            [sys.executable, "-m", "tests.quickly", "tests.corpus.worker"],
             cwd=folder,
             env=env,
             stdin=subprocess.PIPE,

@@ -19,6 +19,7 @@ from ipaddress import ip_network
 from typing import Any
 from uuid import UUID
 
+from cli.garbage import settle
 from media.addresses import AddressRules
 from media.buckets import BucketConfig
 from media.errors import FetchFailedError
@@ -109,6 +110,7 @@ def main() -> None:
         )
         runner = Runner(stores, dispatcher, config, engine, preparer, worker="corpus")
         runner.start()
+        settle()
         for line in sys.stdin:
             order = json.loads(line)
             job = JobId(UUID(order["job"]))

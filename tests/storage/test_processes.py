@@ -25,7 +25,7 @@ def start_worker(
 ) -> subprocess.Popen[str]:
     words = [url, str(chunk), str(lease_s), *(["stepped"] if is_stepped else [])]
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.storage.worker", *words],
+        [sys.executable, "-m", "tests.quickly", "tests.storage.worker", *words],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -29,7 +29,7 @@ class Fleet:
         log = self._folder / f"worker-{len(self.processes)}-{words[0]}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *words],
+                [sys.executable, "-m", "tests.quickly", module, *words],
                 cwd=ROOT,
                 env=self._env,
                 stdout=output,

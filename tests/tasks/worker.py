@@ -13,6 +13,7 @@ from typing import Any
 
 from celery import signals
 
+from cli.garbage import settle
 from tasks import worker
 from tasks.broker import open_broker
 from tasks.config import load_config
@@ -35,6 +36,7 @@ def main(kind: str, delay_s: str = "0", moment: str = "") -> int:
     config = load_config()
     env = dict(os.environ)
     with leaving_at_signal(), open_broker(config) as url:
+        settle()
         if kind == "cpu":
             return run_cpu_worker(config, url, env=env)
         if moment:
