@@ -37,7 +37,7 @@ class InstantEngine:
     def max_model_len(self) -> int:
         return 4096
 
-    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+    def measure_clip(self, encoded: bytes) -> tuple[float, ...]:
         return measure_clip(encoded)
 
     def count_tokens(self, text: str) -> int:

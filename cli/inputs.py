@@ -286,9 +286,9 @@ class ClipReader:
         if self._found.frames:
             raise BadSegmentsError("A folder of frames has no times, so it has no segments.")
         with _own_errors():
-            measured = measure_clip(self._read_file())
+            times_s = measure_clip(self._read_file())
         start_s, end_s = self._sampling.start_s, self._sampling.end_s
-        return plan_window(*measured, cut, start_s=start_s, end_s=end_s)
+        return plan_window(times_s, cut, start_s=start_s, end_s=end_s)
 
     def build_loaders(self) -> Sequence[Callable[[], RGBImage]]:
         """

@@ -841,9 +841,9 @@ class Engine:
             kv_cache_dtype=str(self.checkpoint.kv_dtype).removeprefix("torch."),
         )
 
-    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+    def measure_clip(self, encoded: bytes) -> tuple[float, ...]:
         """
-        Seconds and frames of an encoded clip. For any thread.
+        When the frames of an encoded clip are shown, in seconds from the first one. For any thread.
 
         Raises:
             MediaError: it is none.

@@ -27,7 +27,7 @@ from media.frames import FrameSampling
 from media.images import decode_image
 from media.limits import ImageLimits, VideoLimits
 from media.video import decode_video, measure_clip
-from media.wire import BrokenWireError, ChildWire, Message
+from media.wire import MAX_TIMES, BrokenWireError, ChildWire, Message
 
 # Imported by Pillow and PyAV when a file asks for them, and then nothing can be opened any more.
 LATE_IMPORTS: Final = ("PIL.MpoImagePlugin", "PIL.TiffImagePlugin", "av.subtitles.stream")
@@ -89,8 +89,8 @@ def decode(
         return [decode_image(encoded, _image_limits(message["limits"]), server.ask)], {}
     if message["say"] == "measure":
         limits = VideoLimits(**message["limits"])
-        duration_s, num_frames = measure_clip(encoded, limits, server.admit)
-        return [], {"duration_s": duration_s, "num_frames": num_frames}
+        server.tell(measure_clip(encoded, limits, server.admit))
+        return [], {}
     sampling, limits = FrameSampling(**message["sampling"]), VideoLimits(**message["limits"])
     frames = fit_frames(decode_video(encoded, sampling, limits, server.admit), server.ask)
     return frames.images, {
@@ -229,6 +229,11 @@ class Server:
         self._place = answer["start"]
         fit = answer["fit"]
         return Fit(fit[0], fit[1], Image.Resampling(fit[2]), fit[3]) if fit else None
+
+    def tell(self, times_s: Sequence[float]) -> None:
+        """The times of a clip's frames, in messages of bounded length."""
+        for first in range(0, len(times_s), MAX_TIMES):
+            self._wire.send({"say": "times", "times_s": times_s[first : first + MAX_TIMES]})
 
     def _consult(self, message: Message) -> Message:
         signal.setitimer(signal.ITIMER_REAL, 0)  # the parent may have no room just now

@@ -32,8 +32,8 @@ class Decoder(Protocol):
     ) -> Frames:
         """As `media.video.decode_video`; `ask` is asked once, when the frames are there."""
 
-    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
-        """As `media.video.measure_clip`: seconds and frames."""
+    def measure_clip(self, encoded: bytes) -> tuple[float, ...]:
+        """As `media.video.measure_clip`: when its frames are shown."""
 
     def close(self) -> None: ...
 
@@ -63,7 +63,7 @@ class Threads:
     ) -> Frames:
         return fit_frames(decode_video(encoded, sampling, limits), ask)
 
-    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+    def measure_clip(self, encoded: bytes) -> tuple[float, ...]:
         return measure_clip(encoded)
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Self, TypeVar
@@ -343,7 +344,7 @@ class DecoderPool:
         check = partial(_check_clip, limits=limits)
         return _build_frames(*self._decode(encoded, order, ask, check))
 
-    def measure_clip(self, encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> tuple[float, int]:
+    def measure_clip(self, encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> tuple[float, ...]:
         """
         As `media.video.measure_clip`.
 
@@ -355,7 +356,8 @@ class DecoderPool:
         order = {"say": "measure", "limits": _describe(limits), "limit_s": self._video_limit_s}
         check = partial(_check_clip, limits=limits)
         _, message = self._decode(encoded, order, None, check)
-        return _read_measure(message, limits)
+        times_s: tuple[float, ...] = message["times_s"]
+        return times_s
 
     @property
     def pids(self) -> frozenset[int]:
@@ -460,6 +462,7 @@ class DecoderPool:
             BrokenWireError, SilentError, MediaError: the process is of no use any more.
         """
         claim = _Claim(len(encoded))
+        times_s: list[float] = []
         order = {**order, "num_bytes": len(encoded)}
         try:
             if guess:
@@ -481,8 +484,12 @@ class DecoderPool:
                     child.say(claim.as_message(fit))
                 elif said == "done" and claim.place:
                     return self._hand_over(child, claim, *claim.place), message
-                elif said == "done" and order["say"] == "measure":
-                    return _NO_PIXELS, message
+                elif said == "times" and order["say"] == "measure":
+                    times_s += _read_times(message, times_s[-1] if times_s else None)
+                    if len(times_s) > order["limits"]["max_source_frames"]:
+                        raise DecoderFailedError
+                elif said == "done" and times_s:
+                    return _NO_PIXELS, {"times_s": tuple(times_s)}
                 else:
                     raise _read_end(message)
         finally:
@@ -840,17 +847,15 @@ def _check_clip(header: Header, limits: VideoLimits) -> None:
 _NO_PIXELS: Final = np.empty(0, np.uint8)
 
 
-def _read_measure(message: Message, limits: VideoLimits) -> tuple[float, int]:
-    try:
-        duration_s = _read_number(message.get("duration_s"), float)
-        num_frames = _read_number(message.get("num_frames"), int)
-    except BrokenWireError as error:
-        raise DecoderFailedError from error
-    if duration_s is None or num_frames is None or not 0 <= duration_s < math.inf:
+def _read_times(message: Message, last_s: float | None) -> tuple[float, ...]:
+    """Times of a clip's frames, which go on after `last_s`; the first of all is 0."""
+    given = message.get("times_s")
+    times_s = _read_numbers(given, len(given) if isinstance(given, list) else 0, float)
+    if not times_s or (last_s is None and times_s[0] != 0):
         raise DecoderFailedError
-    if not 1 <= num_frames <= limits.max_source_frames:
+    if not all(before <= after < math.inf for before, after in pairwise((last_s or 0.0, *times_s))):
         raise DecoderFailedError
-    return duration_s, num_frames
+    return times_s
 
 
 def _build_frames(pixels: Pixels, message: Message) -> Frames:

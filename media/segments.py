@@ -6,10 +6,12 @@ What is left over at the end and too short for a segment of its own goes to the 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from media.errors import BadSegmentsError, TooManySegmentsError, VideoHasNoFramesError
+from media.frames import estimate_span_s
 
 MAX_SEGMENTS: Final = 1000
 """Of one clip: each is a prompt of its own. An hour, the longest clip, in steps of 3.6 seconds."""
@@ -79,8 +81,7 @@ class Segment:
 
 
 def plan_window(
-    duration_s: float,
-    num_frames: int,
+    times_s: Sequence[float],
     cut: Cut,
     *,
     start_s: float = 0.0,
@@ -89,14 +90,18 @@ def plan_window(
     """
     Cut a window of a clip, as `plan_segments` cuts all of it; the segments are in the clip's seconds.
 
+    Args:
+        times_s: of the clip's frames.
+
     Raises:
         VideoHasNoFramesError: the window begins after the clip's end.
     """
+    duration_s = estimate_span_s(times_s, len(times_s))
     end_s = duration_s if end_s is None else min(end_s, duration_s)
     if start_s > duration_s:
         raise VideoHasNoFramesError
     share = (end_s - start_s) / duration_s if duration_s else 1.0
-    segments = plan_segments(end_s - start_s, max(math.ceil(num_frames * share), 1), cut)
+    segments = plan_segments(end_s - start_s, max(math.ceil(len(times_s) * share), 1), cut)
     return tuple(Segment(part.start_s + start_s, part.end_s + start_s) for part in segments)
 
 

@@ -167,15 +167,15 @@ def count_source_frames(encoded: bytes, limits: VideoLimits = VIDEO_LIMITS) -> i
 
 def measure_clip(
     encoded: bytes, limits: VideoLimits = VIDEO_LIMITS, admit: Admit | None = None
-) -> tuple[float, int]:
+) -> tuple[float, ...]:
     """
-    Measure a clip; of a container only the times are read, and no frame is decoded.
+    Find when the frames of a clip are shown; of a container only the times are read, and no frame is decoded.
 
     Args:
         admit: as `decode_video`, before an animation is drawn, which is the only way to its times.
 
     Returns:
-        Seconds until the end of the last frame, and the number of frames. A single frame has 0 seconds.
+        A time for each frame, ascending, in seconds from the first one, which has 0.
 
     Raises:
         MediaError: as `decode_video`. Frames that are damaged are found by decoding only.
@@ -186,11 +186,9 @@ def measure_clip(
             _check_animation(clip, limits)
             if admit:
                 admit(_outline(clip.width, clip.height, 1))
-            times_s = tuple(_play(clip, getattr(clip, "n_frames", 1), limits))
-    else:
-        with _open_stream(encoded, container, limits) as (source, stream):
-            times_s = _read_track(source, stream, limits).times_s
-    return estimate_span_s(times_s, len(times_s)), len(times_s)
+            return tuple(_play(clip, getattr(clip, "n_frames", 1), limits))
+    with _open_stream(encoded, container, limits) as (source, stream):
+        return _read_track(source, stream, limits).times_s
 
 
 def _judge(encoded: bytes, limits: VideoLimits) -> str | None:

@@ -17,6 +17,9 @@ from typing import Any, Final
 
 MAX_MESSAGE_BYTES: Final = 1 << 20
 
+MAX_TIMES: Final = 1 << 15
+"""Of a clip's frames, in one message: 24 bytes each at most."""
+
 PIPE_BYTES: Final = 256 << 10
 """A file of ordinary size is sent at once, and nobody waits for its reader. Pages are taken as they fill."""
 

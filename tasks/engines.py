@@ -55,9 +55,10 @@ class EnginePort(Protocol):
     def count_tokens(self, text: str) -> int:
         """Of a text as it stands in a prompt, give or take what joins it to its neighbours."""
 
-    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+    def measure_clip(self, encoded: bytes) -> tuple[float, ...]:
         """
-        Seconds and frames of an encoded clip, found where clips are decoded.
+        When the frames of an encoded clip are shown, in seconds from the first one; found where clips
+        are decoded.
 
         Raises:
             MediaError: it is none.
@@ -140,7 +141,7 @@ class LLMEngine:
     def max_model_len(self) -> int:
         return self._llm.engine.checkpoint.max_model_len
 
-    def measure_clip(self, encoded: bytes) -> tuple[float, int]:
+    def measure_clip(self, encoded: bytes) -> tuple[float, ...]:
         from media.pool import PoolClosedError
 
         try:

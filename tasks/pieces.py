@@ -14,7 +14,7 @@ from typing import Any
 from engine.config import SAMPLING_KEYS, parse_part_options
 from media.data_url import decode_data_url
 from media.errors import TooManyFramesError
-from media.frames import build_sampling, count_frames
+from media.frames import build_sampling, choose_indices
 from media.limits import VIDEO_LIMITS
 from media.segments import MAX_SEGMENTS, Cut, Segment, plan_window
 from tasks.bodies import ImagePolicy
@@ -65,13 +65,13 @@ class ClipRule:
         cut: the segments that were asked for.
         max_frames: of one prompt.
         policy: what to do with a clip of which more are asked for.
-        measure: seconds and frames of an encoded clip.
+        measure: when the frames of an encoded clip are shown.
     """
 
     cut: Cut | None
     max_frames: int | None
     policy: ImagePolicy
-    measure: Callable[[bytes], tuple[float, int]]
+    measure: Callable[[bytes], tuple[float, ...]]
 
     def check(self, num_frames: int) -> bool:
         """Whether so many are within the limit; raises where more are refused."""
@@ -97,18 +97,18 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
     """
     encoded = _read(clip)
     options = {key: value for key, value in clip.items() if key not in _SOURCES}
-    measured = rule.measure(encoded)
+    times_s = rule.measure(encoded)
     cut = rule.cut
     if cut is None:
-        num_frames = count_frames_asked(options, *measured)
+        num_frames = count_frames_asked(options, times_s)
         if rule.check(num_frames):
             return None
         assert rule.max_frames is not None, "or all are within the limit"
         cut = Cut(count=min(math.ceil(num_frames / rule.max_frames), MAX_SEGMENTS))
     start_s, end_s = options.get("start_s", 0.0), options.get("end_s")
-    segments = plan_window(*measured, cut, start_s=start_s, end_s=end_s)
+    segments = plan_window(times_s, cut, start_s=start_s, end_s=end_s)
     windows = [_look_at(segment, options, is_last=segment is segments[-1]) for segment in segments]
-    most = max(count_frames_asked(window, *measured) for window in windows)
+    most = max(count_frames_asked(window, times_s) for window in windows)
     if not rule.check(most):
         windows = [{**window, "num_frames": rule.max_frames} for window in windows]
     pieces = []
@@ -127,16 +127,13 @@ def _look_at(segment: Segment, options: Mapping[str, Any], *, is_last: bool) -> 
     return window
 
 
-def count_frames_asked(options: Mapping[str, Any], duration_s: float, num_frames: int) -> int:
+def count_frames_asked(options: Mapping[str, Any], times_s: Sequence[float]) -> int:
     """
-    How many frames of a clip its part's options ask for, as far as its length tells: key frames, and
+    How many frames of a clip its part's options ask for, as far as their times tell: key frames, and
     frames that look alike, make them fewer.
     """
     sampling = build_sampling(parse_part_options(options, SAMPLING_KEYS, "messages").sampling)
-    end_s = duration_s if sampling.end_s is None else min(sampling.end_s, duration_s)
-    span_s = max(end_s - sampling.start_s, 0.0)
-    share = span_s / duration_s if duration_s else 1.0
-    return count_frames(max(math.ceil(num_frames * share), 1), span_s, sampling)
+    return len(choose_indices(times_s, sampling))
 
 
 def limit_frames(options: Mapping[str, Any], most: int) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class Preparer:
         limits: the engine's own.
         pool: threads that wait for hosts, for room, and for clips to be measured; one for each place.
             With fewer, all of them may wait for what those have taken that wait for a thread.
-        measure: seconds and frames of an encoded clip.
+        measure: when the frames of an encoded clip are shown.
         names: of the tenants that were met.
         places, fast_places: of bulk work, and of the fast lane.
     """
@@ -214,7 +214,7 @@ class Preparer:
     defaults: SamplingParams
     fetch: Fetch
     pool: Executor
-    measure: Callable[[bytes], tuple[float, int]]
+    measure: Callable[[bytes], tuple[float, ...]]
     names: dict[TenantId, str] = field(default_factory=dict)
     places: Places = field(default_factory=lambda: Places(NUM_PLACES))
     fast_places: Places = field(default_factory=lambda: Places(NUM_FAST_PLACES))
@@ -683,7 +683,7 @@ class _Draft:
         return {"type": kind, kind: source, **options}
 
     def build(
-        self, fetched: Mapping[str, Fetched], measure: Callable[[bytes], tuple[float, int]]
+        self, fetched: Mapping[str, Fetched], measure: Callable[[bytes], tuple[float, ...]]
     ) -> Ready:
         """
         The prompt, with bytes in the place of URLs; and its pieces, where it is asked in parts.
@@ -706,7 +706,7 @@ class _Draft:
             self._split(measure),
         )
 
-    def _split(self, measure: Callable[[bytes], tuple[float, int]]) -> Split | None:
+    def _split(self, measure: Callable[[bytes], tuple[float, ...]]) -> Split | None:
         found: Split | None = None
         for clip, cut in self._clips:
             rule = ClipRule(cut, self._limits.frames, self._body.image_policy, measure)

@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import math
 import os
 import random
 import signal
@@ -328,6 +329,27 @@ def test_killed_process_is_replaced_while_nobody_asks(bad_pool: DecoderPool) -> 
     assert min(before) not in bad_pool.pids
 
 
+@pytest.mark.parametrize(
+    "times_s",
+    [
+        [],
+        [0.5, 1.0],
+        [0.0, 2.0, 1.0],
+        [-1.0, 0.0],
+        [0.0, math.nan],
+        [0.0, math.inf],
+        [0.0, 1],
+        [0.0, "1.0"],
+        [0.0, 10**400],
+    ],
+)
+def test_times_of_a_clip_that_cannot_be_are_not_believed(
+    bad_pool: DecoderPool, times_s: list[Any]
+) -> None:
+    with pytest.raises(DecoderFailedError):
+        bad_pool.measure_clip(b"TIMES" + json.dumps(times_s).encode())
+
+
 def test_process_killed_while_idle_costs_no_file_anything(bad_pool: DecoderPool) -> None:
     wait_until(lambda: len(bad_pool.pids) == 2)
 
@@ -515,7 +537,7 @@ def test_process_cannot_say_that_trying_again_helps(bad_pool: DecoderPool, word:
 
 def test_process_cannot_count_more_frames_than_are_allowed(bad_pool: DecoderPool) -> None:
     with pytest.raises(DecoderFailedError):
-        bad_pool.measure_clip(b"COUNT")
+        bad_pool.measure_clip(b"TIMES" + json.dumps([0.0] * 216_001).encode())
 
 
 def test_process_killed_over_a_file_leaves_it_to_another(bad_pool: DecoderPool) -> None:
@@ -567,7 +589,7 @@ def test_large_picture_is_decoded_within_what_its_header_asked_for(
     if kind == "WEBP":
         frames = pool.decode_video(encoded, ask=lambda _: Fit(60, 50))
         assert (1, 60) == (frames.num_frames, frames.width_px)
-        assert (0.0, 1) == pool.measure_clip(encoded)
+        assert (0.0,) == pool.measure_clip(encoded)
 
 
 @pytest.mark.parametrize("name", ["lossy WebP", "lossless WebP", "WebP with a canvas"])

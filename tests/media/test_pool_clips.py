@@ -105,13 +105,10 @@ def test_processes_give_the_frames_that_threads_give(
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_clip_is_measured_in_a_process_as_in_a_thread(pool: DecoderPool, name: str) -> None:
-    duration_s, num_frames = Threads().measure_clip(CLIPS[name])
+    times_s = Threads().measure_clip(CLIPS[name])
 
-    assert (duration_s, num_frames) == pool.measure_clip(CLIPS[name])
-    frames = decode_video(CLIPS[name], FrameSampling(num_frames=None))
-    assert frames.source_num_frames == num_frames
-    assert frames.times_s is not None
-    assert frames.times_s[-1] < duration_s
+    assert times_s == pool.measure_clip(CLIPS[name])
+    assert times_s == decode_video(CLIPS[name], FrameSampling(num_frames=None)).times_s
 
 
 def test_long_clip_of_many_frames_fits_into_what_one_may_have(pool: DecoderPool) -> None:
@@ -122,6 +119,17 @@ def test_long_clip_of_many_frames_fits_into_what_one_may_have(pool: DecoderPool)
     frames = pool.decode_video(encoded, FrameSampling(num_frames=32))
 
     assert (32, 18_000) == (frames.num_frames, frames.source_num_frames)
+
+
+def test_longest_clip_is_measured_to_its_last_frame(pool: DecoderPool) -> None:
+    """An hour at 60 a second: its times are more than one message may hold."""
+    encoded = repeat(clip(shades(40) * 6, fps=60), 900, Fraction(4))
+
+    times_s = pool.measure_clip(encoded)
+
+    assert (216_000, 0.0) == (len(times_s), times_s[0])
+    assert 3600 - 1 / 60 == pytest.approx(times_s[-1])
+    assert times_s == Threads().measure_clip(encoded)
 
 
 def test_bad_clips_are_refused_in_the_same_words(pool: DecoderPool) -> None:

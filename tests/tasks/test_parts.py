@@ -590,7 +590,7 @@ def test_clip_is_looked_at_in_no_more_frames_than_the_limit(
 
 @on_sqlite
 @pytest.mark.parametrize(
-    ("options", "given"), [({"fps": 1}, 300), ({"num_frames": -1, "end_s": 20}, 20)]
+    ("options", "given"), [({"fps": 1}, 300), ({"num_frames": -1, "end_s": 20}, 21)]
 )
 def test_clip_that_turns_out_to_have_too_many_frames_is_refused(
     rig: Rig, options: dict[str, Any], given: int

@@ -871,7 +871,7 @@ def test_lost_decoders_end_the_worker_and_cost_no_item_anything(
     job = rig.make(build_request("a"), unlucky, build_request("b"))
     engine, ends = InstantEngine(), []
 
-    def measure(encoded: bytes) -> tuple[float, int]:
+    def measure(encoded: bytes) -> tuple[float, ...]:
         raise DecodersLostError
 
     monkeypatch.setattr(engine, "measure_clip", measure)
