@@ -83,7 +83,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     Raises:
         BadConfig: not found, not supported, or without a part that is needed.
     """
-    folder = _get_folder(engine, engine.folder_or_id)
+    folder = _get_folder(engine.folder_or_id, engine.revision)
     _check_adapter(engine, folder)
     _check_code(engine, folder)
     options = {"trust_remote_code": engine.trust_remote_code, "local_files_only": True}
@@ -98,11 +98,18 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
         )
     config = _read("config.json", engine, lambda: _read_config(entry, folder, options))
     assert entry is not None, "a config without a type cannot be read"
+    tokenizer_folder = folder
+    if engine.tokenizer not in (
+        None,
+        "",
+        engine.folder_or_id,
+    ):  # the revision is not one of its states
+        tokenizer_folder = _get_folder(engine.tokenizer, None)
     tokenizer = _read(
         "tokenizer",
         engine,
         lambda: AutoTokenizer.from_pretrained(
-            _get_folder(engine, engine.tokenizer) if engine.tokenizer else folder,
+            tokenizer_folder,
             # Where the config's class is ours, its folder may name code for it, which nobody needs.
             **({**options, "config": config} if entry.config else options),
         ),
@@ -288,7 +295,7 @@ def prepare_model(model: Any, checkpoint: Checkpoint, quantization: str | None =
     checkpoint.family.attach(model)
 
 
-def _get_folder(engine: EngineConfig, name: str) -> Path:
+def _get_folder(name: str, revision: str | None) -> Path:
     """
     The folder of a model that is named by its folder, or by its hub id.
 
@@ -297,25 +304,25 @@ def _get_folder(engine: EngineConfig, name: str) -> Path:
     (2.4, 2026).
     """
     if Path(name).is_dir():
-        if engine.revision is not None:
+        if revision is not None:
             raise BadConfig(
-                f"revision={engine.revision!r} names a state of a model on the hub, and {name!r} is a "
+                f"revision={revision!r} names a state of a model on the hub, and {name!r} is a "
                 "folder. Leave it out."
             )
         return Path(name)
     try:
-        config = try_to_load_from_cache(name, "config.json", revision=engine.revision)
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError as error:
         raise BadConfig(
             f"The model {name!r} cannot be loaded: there is no such folder. {_REMEDY}"
         ) from error
     if not isinstance(config, str):
-        adapter = try_to_load_from_cache(name, _ADAPTER, revision=engine.revision)
+        adapter = try_to_load_from_cache(name, _ADAPTER, revision=revision)
         if isinstance(adapter, str):
             return Path(adapter).parent  # where it is refused
         raise BadConfig(
             f"The model {name!r} cannot be loaded: there is no such folder, and it is not in the "
-            f"hub's cache. Fetch it with `{_download(name, engine.revision)}`."
+            f"hub's cache. Fetch it with `{_download(name, revision)}`."
         )
     return Path(config).parent
 

@@ -338,3 +338,17 @@ def test_revision_picks_the_snapshot_and_stands_in_each_result(
     with pytest.raises(BadConfig) as caught:
         LLM("org/tiny", revision="v3")
     assert str(caught.value).endswith("Fetch it with `hf download org/tiny --revision v3`.")
+
+
+def test_revision_is_the_models_and_no_tokenizers(
+    cache: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    shutil.copytree(cache / "models--org--tiny", cache / "models--org--words")
+    for model, name in (("tiny", "v2"), ("words", "main")):
+        (cache / f"models--org--{model}" / "refs" / name).write_text(COMMIT)
+    (cache / "models--org--tiny" / "refs" / "main").unlink()
+
+    for tokenizer in (str(tiny_folder), "org/words", "org/tiny"):
+        checkpoint = read_checkpoint(EngineConfig("org/tiny", tokenizer, "v2", device="cpu"))
+        assert COMMIT == checkpoint.revision
