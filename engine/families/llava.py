@@ -9,7 +9,7 @@ from engine.families.protocol import Description, check_text
 from engine.families.resizing import CLIP_DEFAULT, SIGLIP_DEFAULT, Resizing
 from engine.families.tiles import OneTile, TileEncoder, Tower, count_patches
 
-# Vicuna's turns, pictures before the words of theirs. For checkpoints that bring no template.
+# Vicuna's turns, pictures before the words of theirs.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] != 'system' -%}{{ message['role'] | upper }}: {% endif -%}
@@ -29,15 +29,20 @@ CHAT_TEMPLATE = """\
 """
 
 
+def find_template(text_config: Any) -> str | None:
+    """For checkpoints that bring no template: Vicuna is a Llama, and others know other turns."""
+    return CHAT_TEMPLATE if text_config.model_type == "llama" else None
+
+
 class Llava(OneTile):
     """Placeholders are one text token; a plan is rows alone."""
 
     image_placeholder = image_slot = "<image>"
-    chat_template = CHAT_TEMPLATE
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
         check_text(self.text_config)
+        self.chat_template = find_template(self.text_config)
         self.config = config = description.config
         self.image_token_id = config.image_token_id
         pictures = description.pictures

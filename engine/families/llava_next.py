@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import BadConfig
-from engine.families.llava import CHAT_TEMPLATE
+from engine.families.llava import find_template
 from engine.families.protocol import Description, Family, Plan, Rows, Visual, check_text
 from engine.families.resizing import CLIP_MEAN, CLIP_STD, check_aspect, read_sides, resize
 from engine.families.tiles import TileEncoder, Tower, count_patches
@@ -47,13 +47,13 @@ class LlavaNext(Family):
     """A plan's layout is its `Tiling`."""
 
     image_placeholder = image_slot = "<image>"
-    chat_template: str | None = CHAT_TEMPLATE
     image_token_id: int
     mean, std = CLIP_MEAN, CLIP_STD  # where the checkpoint does not say
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
         check_text(self.text_config)
+        self.chat_template = find_template(self.text_config)
         self.config = config = description.config
         self.image_token_id = config.image_token_id
         self._pictures = pictures = description.pictures

@@ -28,11 +28,11 @@ class LlavaOnevision(LlavaNext):
     """A plan's layout is its `Tiling`; one without rows and columns for what is seen whole only."""
 
     video_placeholder = video_slot = "<video>"
-    chat_template = None
     video_token_id: int
 
     def __init__(self, description: Description) -> None:
         super().__init__(description)
+        self.chat_template = None
         config = description.config
         self.video_token_id = config.video_token_id
         self._max_tiles = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))

@@ -1,6 +1,7 @@
 """LLaVA-1.5 as its users know it from vLLM, and what is its own."""
 
 import base64
+import json
 import resource
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -22,7 +23,14 @@ from engine.families.resizing import crop_centre, resize_padded
 from tests.engine.families import CASES, Asked, Oracle
 from tests.engine.pictures import GREEDY, cut_picture, data_url, draw, error_of, token_ids
 from tests.engine.test_config import Change, rewrite
-from tests.engine.tiny_llava import IMAGE_ID, write_tiny_llava
+from tests.engine.tiny_llava import (
+    IMAGE_ID,
+    LLAVA_NEXT_WINDOW,
+    LLAVA_SIGLIP,
+    write_tiny_llava,
+    write_tiny_llava_next,
+    write_tiny_text,
+)
 
 QUESTION = "What is the content of this image?"
 PROMPT = f"USER: <image>\n{QUESTION}\nASSISTANT:"
@@ -115,13 +123,49 @@ def test_template_that_reads_parts_alone_is_given_parts(llm: LLM, content: Any) 
     assert "SYSTEM: s USER: ab " == result.prompt
 
 
-def test_template_of_the_older_file_is_read(tmp_path: Path) -> None:
-    write_tiny_llava(tmp_path)
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "Q{{ messages[0].content }}A"}')
-    with LLM(str(tmp_path)) as llm:
-        (result,) = llm.chat({"role": "user", "content": "x"}, GREEDY, use_tqdm=False)
+# As published: a tokenizer's own may be that of a text model, and know no pictures.
+TEMPLATE_FILES = {
+    "tokenizer_config.json": "T{{ messages[0].content }}",
+    "chat_template.json": "Q{{ messages[0].content }}A",
+    "chat_template.jinja": "J{{ messages[0].content }}",
+}
 
-    assert "QxA" == result.prompt
+
+@pytest.mark.parametrize(
+    ("files", "expected", "of_text"),
+    [
+        ([], "USER: x ASSISTANT:", None),
+        (["chat_template.json"], "QxA", "QxA"),
+        (["chat_template.json", "tokenizer_config.json"], "QxA", "Tx"),
+        (["tokenizer_config.json"], "Tx", "Tx"),
+        (list(TEMPLATE_FILES), "Jx", "Jx"),
+    ],
+)
+def test_processors_template_goes_before_the_tokenizers(
+    tmp_path: Path, files: list[str], expected: str, of_text: str | None
+) -> None:
+    write_tiny_llava(tmp_path / "sees")
+    write_tiny_text(tmp_path / "reads", changes={"text": {"model_type": "llama"}})
+    written = []
+    for folder in (tmp_path / "sees", tmp_path / "reads"):
+        for name in files:
+            path = folder / name
+            words = json.loads(path.read_text()) if path.exists() else {}
+            words["chat_template"] = text = TEMPLATE_FILES[name]
+            path.write_text(text if path.suffix == ".jinja" else json.dumps(words))
+        with LLM(str(folder)) as llm:
+            written += llm.chat({"role": "user", "content": "x"}, GREEDY, use_tqdm=False)
+
+    assert [expected, of_text] == [result.prompt for result in written]
+
+
+def test_turns_of_vicuna_are_for_llamas_alone(tmp_path: Path) -> None:
+    """Other text models know other turns: which, their checkpoints must say."""
+    write_tiny_llava(tmp_path / "qwen2", changes=LLAVA_SIGLIP)
+    write_tiny_llava_next(tmp_path / "mistral", changes=LLAVA_NEXT_WINDOW)
+    for name in ("qwen2", "mistral"):
+        with pytest.raises(BadConfig, match=r"has no chat template\. Give one"):
+            LLM(str(tmp_path / name), needs_chat_template=True)
 
 
 def test_features_in_place_of_a_picture(llm: LLM) -> None:
