@@ -32,7 +32,7 @@ from media.errors import BadSegmentsError, MediaError
 from media.frames import FrameSampling, choose_untimed
 from media.images import find_format, read_image
 from media.limits import IMAGE_LIMITS, STILL_FORMATS, VIDEO_LIMITS, ImageLimits
-from media.segments import Cut, Segment, plan_window
+from media.segments import Cut, Look, plan_window
 from media.video import (
     ANIMATION_FORMATS,
     count_source_frames,
@@ -276,7 +276,7 @@ class ClipReader:
         self.num_dropped = frames.num_dropped
         return frames
 
-    def plan(self, cut: Cut) -> Sequence[Segment]:
+    def plan(self, cut: Cut) -> Sequence[Look]:
         """
         Where the window of a clip is cut.
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from cli.inputs import ClipReader, Input, load_picture
 from media.errors import MediaError
 from media.frames import FrameSampling
-from media.segments import Cut, Segment
+from media.segments import Cut, Look
 
 PICTURE_PROMPT = "Describe the image."
 CLIP_PROMPT = "What happens?"
@@ -50,13 +50,13 @@ class Segmented:
     Attributes:
         prompt: what is asked about each segment.
         measure: its segments; reads the clip.
-        ask: the question about one of them, and whether it is the last.
+        ask: the question about one of them.
     """
 
     path: str
     prompt: str
-    measure: Callable[[], Sequence[Segment]]
-    ask: Callable[[Segment, bool], Question]
+    measure: Callable[[], Sequence[Look]]
+    ask: Callable[[Look], Question]
 
 
 def ask_about_picture(found: Input, prompt: str = PICTURE_PROMPT) -> Question:
@@ -80,9 +80,8 @@ def ask_in_segments(
 ) -> Segmented:
     """As `ask_about_clip`, of each segment; `sampling` counts for each."""
 
-    def ask(segment: Segment, is_last: bool) -> Question:
-        end_s = sampling.end_s if is_last else segment.last_s
-        window = replace(sampling, start_s=segment.start_s, end_s=end_s)
+    def ask(segment: Look) -> Question:
+        window = replace(sampling, start_s=segment.first_s, end_s=segment.last_s)
         return ask_about_clip(found, prompt, window, form)
 
     return Segmented(found.path, prompt, partial(ClipReader(found, sampling).plan, cut), ask)

@@ -52,7 +52,7 @@ class SegmentedClip:
         self.answer: Answer | None = None
         self._segments = clip.measure()
         self._questions = {
-            f"{index}.{number}": (number, clip.ask(segment, number == len(self._segments)))
+            f"{index}.{number}": (number, clip.ask(segment))
             for number, segment in enumerate(self._segments, 1)
         }
         self._parts: dict[int, PartAnswer] = {}

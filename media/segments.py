@@ -6,6 +6,7 @@ What is left over at the end and too short for a segment of its own goes to the 
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,9 @@ Durations are sums of frames, and so hardly ever the multiple that they look lik
 
 DIGITS: Final = 6
 """After the point of a second: 3 x 0.1 s is 0.3 s."""
+
+SLACK_S: Final = 10.0**-DIGITS
+"""A start that is so near to a frame's is meant to be that frame's: it was rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,22 @@ class Segment:
     start_s: float
     end_s: float
 
-    @property
-    def last_s(self) -> float:
-        """The last moment that belongs to it: a choice of frames takes its end in."""
-        return math.nextafter(self.end_s, 0)
+
+@dataclass(frozen=True, slots=True)
+class Look(Segment):
+    """
+    A segment, and the window of time in which a choice of frames finds its own and no other.
+
+    `start_s` and `end_s` are rounded, and a segment may begin while the clip's last frame is shown; a
+    window that begins after that frame is empty. So this one begins as its first frame does.
+
+    Attributes:
+        first_s: when its first frame begins, the one that is shown at `start_s`.
+        last_s: inclusive, the moment before a frame that is not its own; None where there is none.
+    """
+
+    first_s: float
+    last_s: float | None
 
 
 def plan_window(
@@ -86,9 +102,11 @@ def plan_window(
     *,
     start_s: float = 0.0,
     end_s: float | None = None,
-) -> tuple[Segment, ...]:
+) -> tuple[Look, ...]:
     """
     Cut a window of a clip, as `plan_segments` cuts all of it; the segments are in the clip's seconds.
+
+    Where a frame is shown for longer than a segment, several of them have that one frame.
 
     Args:
         times_s: of the clip's frames.
@@ -97,12 +115,37 @@ def plan_window(
         VideoHasNoFramesError: the window begins after the clip's end.
     """
     duration_s = estimate_span_s(times_s, len(times_s))
-    end_s = duration_s if end_s is None else min(end_s, duration_s)
     if start_s > duration_s:
         raise VideoHasNoFramesError
+    stop = len(times_s) if end_s is None else bisect_right(times_s, end_s)
+    end_s = duration_s if end_s is None else min(end_s, duration_s)
     share = (end_s - start_s) / duration_s if duration_s else 1.0
     segments = plan_segments(end_s - start_s, max(math.ceil(len(times_s) * share), 1), cut)
-    return tuple(Segment(part.start_s + start_s, part.end_s + start_s) for part in segments)
+    segments = tuple(Segment(part.start_s + start_s, part.end_s + start_s) for part in segments)
+    stops = [_find_next(times_s, segment.end_s) for segment in segments[:-1]] + [stop]
+    return tuple(
+        _build_look(times_s, segment, _find_shown(times_s, segment.start_s), stop)
+        for segment, stop in zip(segments, stops, strict=True)
+    )
+
+
+def _find_next(times_s: Sequence[float], moment_s: float) -> int:
+    """The first frame that begins at a moment or later; the clip's number of frames if none does."""
+    return bisect_left(times_s, moment_s - SLACK_S)
+
+
+def _find_shown(times_s: Sequence[float], moment_s: float) -> int:
+    """The frame that is shown at a moment, the last one for as long as one likes."""
+    place = _find_next(times_s, moment_s)
+    begins_then = place < len(times_s) and times_s[place] <= moment_s + SLACK_S
+    return place if begins_then else max(place - 1, 0)
+
+
+def _build_look(times_s: Sequence[float], segment: Segment, first: int, stop: int) -> Look:
+    """The segment whose frames are those from `first` to before `stop`, and one at least."""
+    stop = max(stop, first + 1)
+    last_s = math.nextafter(times_s[stop], 0) if stop < len(times_s) else None
+    return Look(segment.start_s, segment.end_s, times_s[first], last_s)
 
 
 def plan_segments(duration_s: float, num_frames: int, cut: Cut) -> tuple[Segment, ...]:

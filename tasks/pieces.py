@@ -16,7 +16,7 @@ from media.data_url import decode_data_url
 from media.errors import TooManyFramesError
 from media.frames import build_sampling, choose_indices
 from media.limits import VIDEO_LIMITS
-from media.segments import MAX_SEGMENTS, Cut, Segment, plan_window
+from media.segments import MAX_SEGMENTS, Cut, Look, plan_window
 from tasks.bodies import ImagePolicy
 from tasks.summary import Subject
 
@@ -107,7 +107,7 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
         cut = Cut(count=min(math.ceil(num_frames / rule.max_frames), MAX_SEGMENTS))
     start_s, end_s = options.get("start_s", 0.0), options.get("end_s")
     segments = plan_window(times_s, cut, start_s=start_s, end_s=end_s)
-    windows = [_look_at(segment, options, is_last=segment is segments[-1]) for segment in segments]
+    windows = [_look_at(segment, options) for segment in segments]
     most = max(count_frames_asked(window, times_s) for window in windows)
     if not rule.check(most):
         windows = [{**window, "num_frames": rule.max_frames} for window in windows]
@@ -119,10 +119,11 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
     return Split(Subject.VIDEO, tuple(pieces), _digest(encoded, *windows))
 
 
-def _look_at(segment: Segment, options: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
+def _look_at(segment: Look, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of one segment's prompt."""
-    window = {**options, "start_s": segment.start_s}
-    if not is_last:
+    window = {key: value for key, value in options.items() if key != "end_s"}
+    window["start_s"] = segment.first_s
+    if segment.last_s is not None:
         window["end_s"] = segment.last_s
     return window
 

@@ -142,6 +142,19 @@ def test_clip_in_segments_is_told_part_by_part_and_as_a_whole(
     assert 0 == result.exit_code
 
 
+def test_segments_that_begin_while_the_last_frame_is_shown_see_it(
+    darkroom: Invoke, llm: FakeLLM
+) -> None:
+    llm.num_ahead = 1
+    Path("slides.mp4").write_bytes(clip(shades(3), times_ms=[0, 5000, 10_000]))
+
+    result = darkroom("describe", "slides.mp4", "--segments", "2s", "--json")
+
+    record = json.loads(result.stdout)
+    times = [part["frames"]["times_s"] for part in record["parts"]]
+    assert [[0.0], [0.0], [0.0, 5.0], [5.0], [5.0], [10.0], [10.0], [10.0]] == times
+
+
 def test_json_of_a_clip_in_segments_has_its_parts_with_their_frames(
     darkroom: Invoke, llm: FakeLLM
 ) -> None:

@@ -7,14 +7,14 @@ from cli.questions import Question, Segmented
 from cli.segments import SegmentedClip
 from engine.errors import EngineError, EngineFailure, MediaRefused
 from engine.request import CompletionOutput, FinishReason, Result
-from media.segments import Segment
+from media.segments import Look
 from tasks.summary import Stitcher, Subject
 
 DAMAGED = MediaRefused("Damaged.", code="video_unreadable")
 
 
 def open_clip(num_segments: int = 3, room: int = 1000) -> SegmentedClip:
-    segments = [Segment(float(n), n + 1.0) for n in range(num_segments)]
+    segments = [Look(float(n), n + 1.0, float(n), None) for n in range(num_segments)]
     clip = Segmented("a.mp4", "What?", lambda: segments, lambda *_: Question("a.mp4", []))
     stitcher = Stitcher(Subject.VIDEO, (), "What?", room, lambda text: len(text.split()))
     return SegmentedClip(0, clip, stitcher)

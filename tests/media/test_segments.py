@@ -1,5 +1,6 @@
 """Where a clip is cut: numbers only."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from media.errors import BadSegmentsError, MediaError, TooManySegmentsError
-from media.segments import MAX_SEGMENTS, Cut, Segment, plan_segments
+from media.frames import FrameSampling, choose_indices
+from media.segments import MAX_SEGMENTS, Cut, Segment, plan_segments, plan_window
 
 
 def plan(duration_s: float, num_frames: int = 1000, **cut: Any) -> list[tuple[float, float]]:
@@ -127,6 +129,48 @@ def test_clip_that_cannot_be_cut_so_is_refused(
 ) -> None:
     with pytest.raises(kind, match=r"(The|the) clip has"):
         plan(duration_s, **cut)
+
+
+def look(times_s: Sequence[float], cut: Cut, **window: float) -> list[tuple[int, ...]]:
+    """Which frames each segment sees of those that it may."""
+    looks = plan_window(times_s, cut, **window)
+    return [
+        choose_indices(times_s, FrameSampling(None, None, look.first_s, look.last_s))
+        for look in looks
+    ]
+
+
+@pytest.mark.parametrize(
+    ("times_s", "cut", "expected"),
+    [
+        ([0, 1, 2], Cut(seconds=0.5), [(0,), (0,), (1,), (1,), (2,), (2,)]),
+        ([0, 5, 10], Cut(seconds=4), [(0,), (0, 1), (1, 2), (2,)]),
+        ([0.0, 0.1, 0.2, 9.8], Cut(seconds=5), [(0, 1, 2), (2, 3), (3,)]),
+        ([0.0], Cut(seconds=5), [(0,)]),
+    ],
+)
+def test_segment_sees_the_frame_that_is_shown_at_its_start(
+    times_s: list[float], cut: Cut, expected: list[tuple[int, ...]]
+) -> None:
+    """The last one too, which is shown until the clip's end."""
+    assert expected == look(times_s, cut)
+
+
+@given(num_frames=st.integers(1, 400), fps=st.integers(1, 60))
+def test_rounding_gives_no_frame_to_a_segment_that_it_does_not_belong_to(
+    num_frames: int, fps: int
+) -> None:
+    times_s = [place / fps for place in range(num_frames)]
+
+    assert [(place,) for place in range(num_frames)] == look(times_s, Cut(count=num_frames))
+
+
+def test_segments_of_a_window_end_with_its_last_frame() -> None:
+    times_s = [float(second) for second in range(10)]
+
+    assert [(2, 3), (4, 5)] == look(times_s, Cut(seconds=2), start_s=2, end_s=5.5)
+    assert [(2, 3), (4, 5, 6)] == look(times_s, Cut(seconds=2), start_s=2, end_s=6)
+    assert [(9,)] == look(times_s, Cut(seconds=2), start_s=9.5)
 
 
 def test_as_many_segments_as_there_may_be() -> None:

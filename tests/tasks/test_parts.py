@@ -608,6 +608,22 @@ def test_clip_that_turns_out_to_have_too_many_frames_is_refused(
 
 
 @on_sqlite
+def test_each_segment_of_a_slow_clip_sees_what_is_shown(rig: Rig) -> None:
+    slides = clips.clip(clips.shades(6), times_ms=[n * 5000 for n in range(6)])
+    url = "data:video/mp4;base64," + base64.b64encode(slides).decode()
+    job = rig.make(build_item({"seconds": 2}, url=url))
+
+    rig.run(SeeingEngine())
+    line = read_line(rig, job)
+
+    assert [(2.0 * n, 2.0 * n + 2) for n in range(15)] == [
+        (part["start_s"], part["end_s"]) for part in line["parts"]
+    ]
+    assert [25.0] * 3 == [part["frame_times_s"][-1] for part in line["parts"][-3:]]
+    assert not [part for part in line["parts"] if "error" in part]
+
+
+@on_sqlite
 def test_clip_with_too_many_frames_becomes_parts(rig: Rig) -> None:
     job = rig.make(build_clip_item("split", num_frames=64))
 
