@@ -225,8 +225,11 @@ class Front:
         assert "ended\n" == word, f"the worker died: {self._log.read_text()[-4000:]}"
 
     def _list_ended(self, job: JobId) -> dict[int, Ended]:
+        found: dict[int, Ended] = {}
         with self._stores.database.read() as session:
-            return {ended.line: ended for ended in items.list_by_line(session, job)}
+            while page := items.list_by_line(session, job, after_line=max(found, default=0)):
+                found |= {ended.line: ended for ended in page}
+        return found
 
     def _list_texts(self, job: JobId, ended: Mapping[int, Ended]) -> list[str]:
         """All that its client may read of errors."""

@@ -82,7 +82,7 @@ def test_large_pictures_stay_within_the_bytes_of_a_worker(
     grown = max(seen) - before
     print(  # noqa: T201
         f"{NUM_IMAGES} pictures of {MEGAPIXELS} MP, {sum(map(len, files.values())) >> 20} MiB in three "
-        f"files, in {took_s:.0f} s: {grown >> 20} MiB of {ALL_BYTES >> 20}"
+        f"files, in {took_s:.0f} s: {grown >> 20} MiB of {ALL_BYTES >> 20}, {before >> 20} before"
     )
     assert grown < ALL_BYTES * 1.3
     assert grown > MEGAPIXELS * 4_000_000, "one was seen while it was decoded"

@@ -18,7 +18,7 @@ from tests.corpus.memory import read_held
 from tests.media.files import encode, exif, picture
 from tests.waiting import wait_until
 
-# A campaign: DARKROOM_TEST_LARGE_IMAGES=10000 DARKROOM_TEST_LARGE_MEGAPIXELS=39
+# A campaign: DARKROOM_TEST_LARGE_IMAGES=10000 DARKROOM_TEST_LARGE_MEGAPIXELS=50
 NUM_IMAGES = int(os.environ.get("DARKROOM_TEST_LARGE_IMAGES", "12"))
 MEGAPIXELS = int(os.environ.get("DARKROOM_TEST_LARGE_MEGAPIXELS", "8"))
 NUM_PROCESSES = 4
