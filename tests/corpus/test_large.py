@@ -1,7 +1,8 @@
 """
 However many large pictures a job brings, its worker holds no more bytes than it was given.
 
-A few of them, or as many as DARKROOM_TEST_LARGE_IMAGES says, of DARKROOM_TEST_LARGE_MEGAPIXELS each.
+A few of them, or as many as DARKROOM_TEST_LARGE_IMAGES says, of DARKROOM_TEST_LARGE_MEGAPIXELS each, whose
+files have DARKROOM_TEST_LARGE_ENCODED_MIB at a time.
 """
 
 import os
