@@ -99,6 +99,7 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     config = _read("config.json", engine, lambda: _read_config(entry, folder, options))
     assert entry is not None, "a config without a type cannot be read"
     tokenizer_folder = folder
+    _check_not_quantised(engine, written)
     if engine.tokenizer not in (
         None,
         "",
@@ -203,6 +204,20 @@ def _check_adapter(engine: EngineConfig, folder: Path) -> None:
 def _check_code(engine: EngineConfig, folder: Path) -> None:
     """A tokenizer that is code of the checkpoint's runs only where somebody said that it may."""
     written = _read_json(engine, folder / "tokenizer_config.json") or {}
+def _check_not_quantised(engine: EngineConfig, written: Mapping[str, Any]) -> None:
+    """Its weights are packed: other names, other shapes, and layers that must not be fused."""
+    text = written.get("text_config")
+    for part in (written, text if isinstance(text, dict) else {}):
+        if found := part.get("quantization_config"):
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise BadConfig(
+                f"The model {engine.model!r} was quantised beforehand "
+                f"({str(method or 'by a method without a name')[:40]}), which is not supported. Give its "
+                "weights in bfloat16 or float16; quantization='fp8' makes them fp8 while they are loaded, "
+                "on a GPU of compute capability 8.9 or later."
+            )
+
+
     if not engine.trust_remote_code and "AutoTokenizer" in (written.get("auto_map") or ()):
         raise BadConfig(
             f"The model {engine.model!r} brings code of its own for its tokenizer. It runs only with "

@@ -289,6 +289,22 @@ CANNOT_START: dict[str, tuple[Change, dict[str, object], str]] = {
 
 @pytest.mark.parametrize("what", CANNOT_START)
 def test_what_cannot_start_is_one_line_and_leaves_nothing_running(
+QUANTISED: dict[str, dict[str, object]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "by a method without a name": {"load_in_8bit": True},
+}
+for method, words in QUANTISED.items():
+    CANNOT_START[f"quantised: {method}"] = (
+        update("config.json", quantization_config=words),
+        {},
+        f"was quantised beforehand ({method}), which is not supported. Give its weights in bfloat16",
+    )
+
+
     tiny_folder: Path, tmp_path: Path, what: str
 ) -> None:
     change, words, message = CANNOT_START[what]
