@@ -9,6 +9,8 @@ Everything cheap is read and checked before the weights are, so that a wrong fol
 
 import copy
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ Loaded = TypeVar("Loaded")
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _ADAPTER = "adapter_config.json"  # peft's
+_OF_LAYER = re.compile(r"\.(layers?|blocks)\.\d+\.")  # in a weight's name
 _NO_FP8 = "needs a GPU of compute capability 8.9 or later (Ada, Hopper). Leave it out."
 
 
@@ -96,10 +99,10 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
             f"adapters for {', '.join(known)}; `darkroom models` shows what each takes. "
             "docs/adding-a-family.md shows how one is added."
         )
+    _check_not_quantised(engine, written)
     config = _read("config.json", engine, lambda: _read_config(entry, folder, options))
     assert entry is not None, "a config without a type cannot be read"
     tokenizer_folder = folder
-    _check_not_quantised(engine, written)
     if engine.tokenizer not in (
         None,
         "",
@@ -201,9 +204,6 @@ def _check_adapter(engine: EngineConfig, folder: Path) -> None:
         )
 
 
-def _check_code(engine: EngineConfig, folder: Path) -> None:
-    """A tokenizer that is code of the checkpoint's runs only where somebody said that it may."""
-    written = _read_json(engine, folder / "tokenizer_config.json") or {}
 def _check_not_quantised(engine: EngineConfig, written: Mapping[str, Any]) -> None:
     """Its weights are packed: other names, other shapes, and layers that must not be fused."""
     text = written.get("text_config")
@@ -218,6 +218,9 @@ def _check_not_quantised(engine: EngineConfig, written: Mapping[str, Any]) -> No
             )
 
 
+def _check_code(engine: EngineConfig, folder: Path) -> None:
+    """A tokenizer that is code of the checkpoint's runs only where somebody said that it may."""
+    written = _read_json(engine, folder / "tokenizer_config.json") or {}
     if not engine.trust_remote_code and "AutoTokenizer" in (written.get("auto_map") or ()):
         raise BadConfig(
             f"The model {engine.model!r} brings code of its own for its tokenizer. It runs only with "
@@ -248,7 +251,7 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
         model = draw_model(model_class, config, checkpoint)
         prepare_model(model, checkpoint, engine.quantization)
         return model
-    with _without_bars():
+    with _silence():
         model, report = _read(
             "weights in safetensors that fit its config and",
             engine,
@@ -265,6 +268,11 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
         raise BadConfig(
             f"The model {engine.model!r} lacks {len(report['missing_keys'])} of its weights, "
             f"{min(report['missing_keys'])} among them. Get a complete copy."
+        )
+    if left_out := [name for name in report["unexpected_keys"] if _OF_LAYER.search(name)]:
+        raise BadConfig(
+            f"The model {engine.model!r} has {len(left_out)} weights of layers for which its config.json "
+            f"has no place, {min(left_out)} among them. Give the config.json that belongs to its weights."
         )
     prepare_model(model, checkpoint, engine.quantization)
     return model
@@ -292,13 +300,20 @@ def draw_model(model_class: type[Any], config: Any, checkpoint: Checkpoint) -> A
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Whoever embeds the engine owns the streams: transformers draws on stderr, in pipes too."""
+def _silence() -> Iterator[None]:
+    """
+    Whoever embeds the engine owns the streams: transformers draws on stderr, in pipes too, and reports
+    there in many lines which weights do not fit. We say so in one.
+    """
     were_shown = progress.is_progress_bar_enabled()
+    reporter = logging.getLogger("transformers.modeling_utils")
+    was_disabled = reporter.disabled
     progress.disable_progress_bar()  # type: ignore[no-untyped-call]
+    reporter.disabled = True  # a higher level would have it report on sharding
     try:
         yield
     finally:
+        reporter.disabled = was_disabled
         if were_shown:
             progress.enable_progress_bar()  # type: ignore[no-untyped-call]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -35,10 +36,11 @@ socket.getaddrinfo = socket.create_connection = refuse
 from engine import LLM
 from engine.errors import BadConfig
 
-try:
-    LLM(sys.argv[1]).close()
-except BadConfig as error:
-    print(error)
+for model in sys.argv[1:]:
+    try:
+        LLM(model).close()
+    except BadConfig as error:
+        print(error)
 """
 
 
@@ -52,11 +54,11 @@ def cache(tmp_path: Path, tiny_folder: Path) -> Path:
     return tmp_path / "hub"
 
 
-def load(model: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    """Load a model in a process that may use the network as far as its settings say."""
+def load(*models: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """Load models in a process that may use the network as far as its settings say."""
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     return subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_NETWORK, model],
+        [sys.executable, "-c", LOAD_WITHOUT_NETWORK, *models],
         env=env | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(cache)},
         capture_output=True,
         text=True,
@@ -65,13 +67,13 @@ def load(model: str, cache: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_model_in_the_cache_is_loaded_without_the_network_and_in_silence(cache: Path) -> None:
-    run = load("org/tiny", cache)
+    run = load("org/tiny", cache=cache)
 
     assert (0, "", "") == (run.returncode, run.stdout, run.stderr)
 
 
 def test_model_that_is_not_in_the_cache_is_told_with_the_way_to_get_it(cache: Path) -> None:
-    run = load("org/other", cache)
+    run = load("org/other", cache=cache)
 
     assert (0, "") == (run.returncode, run.stderr)
     assert (
@@ -83,7 +85,7 @@ def test_model_that_is_not_in_the_cache_is_told_with_the_way_to_get_it(cache: Pa
 def test_model_that_is_in_the_cache_in_part_is_told_with_the_way_to_get_it(cache: Path) -> None:
     (cache / "models--org--tiny" / "snapshots" / COMMIT / "model.safetensors").unlink()
 
-    run = load("org/tiny", cache)
+    run = load("org/tiny", cache=cache)
 
     assert (0, "") == (run.returncode, run.stderr)
     assert run.stdout.endswith("Fetch all of it with `hf download org/tiny`.\n")
@@ -287,8 +289,6 @@ CANNOT_START: dict[str, tuple[Change, dict[str, object], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", CANNOT_START)
-def test_what_cannot_start_is_one_line_and_leaves_nothing_running(
 QUANTISED: dict[str, dict[str, object]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
     "gptq": {"quant_method": "gptq", "bits": 4},
@@ -305,6 +305,8 @@ for method, words in QUANTISED.items():
     )
 
 
+@pytest.mark.parametrize("what", CANNOT_START)
+def test_what_cannot_start_is_one_line_and_leaves_nothing_running(
     tiny_folder: Path, tmp_path: Path, what: str
 ) -> None:
     change, words, message = CANNOT_START[what]
@@ -319,6 +321,70 @@ for method, words in QUANTISED.items():
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert threads >= set(threading.enumerate())
+
+
+def reweigh(change: Callable[[dict[str, torch.Tensor], str], object]) -> Change:
+    """Change the weights, given the name of one of the last layer's."""
+
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights, max(name for name in weights if name.endswith(".down_proj.weight")))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def lose_a_layer(part: str, depth: str) -> Change:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config[part][depth] -= 1
+        config["text_config"].pop("layer_types", None)
+        write("config.json", config)(folder)
+
+    return apply
+
+
+OTHER_WEIGHTS: dict[str, tuple[Change, str]] = {
+    "one is missing": (
+        reweigh(lambda weights, name: weights.pop(name)),
+        " lacks 1 of its weights, ",
+    ),
+    "one has another shape": (
+        reweigh(lambda weights, name: weights.update({name: weights[name][1:].clone()})),
+        " has no weights in safetensors that fit its config ",
+    ),
+    "one has no place": (
+        reweigh(
+            lambda weights, name: weights.update({name[:-6] + "bias": weights[name][0].clone()})
+        ),
+        " has 1 weights of layers for which its config.json has no place, ",
+    ),
+    "a layer too many for text": (
+        lose_a_layer("text_config", "num_hidden_layers"),
+        " weights of layers for which its config.json has no place, model.language_model.layers.1.",
+    ),
+    "a layer too many for pictures": (
+        lose_a_layer("vision_config", "depth"),
+        " weights of layers for which its config.json has no place, model.visual.blocks.1.",
+    ),
+}
+
+
+def test_weights_that_do_not_fit_are_told_in_one_line_each(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """And in no more on the streams: transformers would write a table beside it."""
+    folders = []
+    for number, (change, _) in enumerate(OTHER_WEIGHTS.values()):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(tiny_folder, folders[-1])
+        change(folders[-1])
+
+    run = load(*map(str, folders), cache=tmp_path)
+
+    assert (0, "") == (run.returncode, run.stderr)
+    for (_, message), line in zip(OTHER_WEIGHTS.values(), run.stdout.splitlines(), strict=True):
+        assert message in line
 
 
 def test_model_in_several_files_answers_as_in_one(tiny_folder: Path, tmp_path: Path) -> None:
