@@ -438,7 +438,11 @@ def empty_pool() -> Iterator[DecoderPool]:
         yield pool
 
 
-def test_file_waits_while_no_process_starts(empty_pool: DecoderPool) -> None:
+def test_file_waits_while_no_process_starts(
+    empty_pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "RETRY_START_S", 0.1)
+    monkeypatch.setattr(pool_module, "STEADY_S", 1.0)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(empty_pool.decode_image, FILES["JPEG"])
         wait_until(lambda: empty_pool._num_starts_failed > pool_module.MAX_STARTS_FAILED, 30)
@@ -447,7 +451,7 @@ def test_file_waits_while_no_process_starts(empty_pool: DecoderPool) -> None:
         empty_pool._entry = BAD_CHILD
 
         assert waiting.result(30).pixels().any()
-    wait_until(lambda: not empty_pool._num_starts_failed, 2 * pool_module.STEADY_S)
+    wait_until(lambda: not empty_pool._num_starts_failed, 10)
 
 
 def test_file_waits_for_a_bounded_time(
