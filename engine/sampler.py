@@ -4,10 +4,10 @@ Logits to token ids, for the rows of one step at once, on whatever device the lo
 The order is vLLM's: allowed ids, bias and the mask of `min_tokens`; penalties; temperature; min_p;
 top_k; top_p; then the draw. Two things are ours:
 
-- A row's answer depends on that row alone. The noise of a draw is a pure function of the seed, the
-  output's index, the position and the token id, computed in integers, so neighbours, the place in
-  the batch and the order of admission change nothing, and neither does the device. What follows
-  runs in float64, so that the last bits, in which libraries and kernels differ, decide nothing.
+- A row's answer depends on that row alone. What a draw is made with is one number, a pure function
+  of the seed, the output's index and the position, computed in integers, so neighbours, the place in
+  the batch and the order of admission change nothing. Weights are summed up in float64, so that the
+  order of sums, in which libraries and kernels differ, decides nothing.
 - Ties go to the lowest id: in greedy, at the edge of top_k and top_p, and in ranks. So top_k=1 is
   greedy, also where 16-bit logits are full of ties.
 
@@ -21,17 +21,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.greedy import NO_TOKEN, plain_argmax
 from engine.request import ALL, Logprob, SamplingParams
 
 MAX_CANDIDATES = 1024  # ids that top_p looks at before it sorts the whole vocabulary
-# Logits worked on at once: 8 float64 copies of them stay under 600 MB, whatever the batch.
-MAX_BLOCK_LOGITS = 1 << 23
+# Logits worked on at once: 4 float32 copies of them stay under 1.1 GB, whatever the batch.
+MAX_BLOCK_LOGITS = 1 << 26
+SUM_WIDTH = 256  # weights that are summed up before it is known which of them are looked at
+UNIFORM_BITS = (
+    48  # fewer than float64 has, so that no draw is rounded up to the end of its interval
+)
 
-_MASK_32 = 0xFFFFFFFF
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
 
 
@@ -164,7 +170,6 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._max_candidates = min(max_candidates, vocab_size)
-        self._token_hashes = _mix(torch.arange(vocab_size, dtype=torch.int64, device=self.device))
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         """
@@ -217,37 +222,47 @@ class Sampler:
 
     def _draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """logits: (num_rows, vocab), float32, after penalties. Returns (num_rows,), int64."""
-        scaled = logits.double() / self._column([row.params.temperature for row in rows])
+        weights = logits - logits.amax(dim=-1, keepdim=True)
+        weights.div_(self._column([row.params.temperature for row in rows]).float()).exp_()
         if any(row.params.min_p > 0 for row in rows):
-            least = self._column([_log(row.params.min_p) for row in rows])
-            scaled.masked_fill_(scaled < scaled.amax(dim=-1, keepdim=True) + least, -math.inf)
-        token_ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+            least = self._column([row.params.min_p for row in rows]).float()
+            weights.masked_fill_(weights < least, 0.0)
+        uniform = self._column(draw_uniform(rows))
         cut = [i for i, row in enumerate(rows) if _cuts_tail(row.params)]
+        if not cut:
+            return _pick(weights, uniform)
+        if len(cut) == len(rows):
+            return self._draw_from_top(logits, weights, uniform, rows)
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
         whole = [i for i, row in enumerate(rows) if not _cuts_tail(row.params)]
-        if cut:
-            cut_rows = [rows[i] for i in cut]
-            token_ids[cut] = self._draw_from_top(_take(logits, cut), _take(scaled, cut), cut_rows)
-        if whole:
-            noise = _gumbel(self._token_hashes, [rows[i] for i in whole])
-            token_ids[whole] = (_take(scaled, whole) + noise).argmax(dim=-1)
+        token_ids[whole] = _pick(weights[whole], uniform[whole])
+        of_cut = logits[cut], weights[cut], uniform[cut]
+        token_ids[cut] = self._draw_from_top(*of_cut, [rows[i] for i in cut])
         return token_ids
 
-    def _draw_from_top(self, logits: Tensor, scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    def _draw_from_top(
+        self, logits: Tensor, weights: Tensor, uniform: Tensor, rows: Sequence[SamplingRow]
+    ) -> Tensor:
         """For rows with top_k or top_p: draw from the likeliest few of each."""
         num_most = max(row.params.top_k or self._max_candidates for row in rows)
         num_candidates = min(num_most, self.vocab_size)
-        token_ids, is_covered = self._pick_from_top(logits, scaled, rows, num_candidates)
+        given = logits, weights, uniform
+        token_ids, is_covered = self._pick_from_top(*given, rows, num_candidates)
         if num_candidates < self.vocab_size and any(not row.params.top_k for row in rows):
             missed = torch.nonzero(~is_covered).flatten()
             if len(missed):
                 missed_rows = [rows[i] for i in missed.tolist()]
-                token_ids[missed], _ = self._pick_from_top(
-                    logits[missed], scaled[missed], missed_rows, self.vocab_size
-                )
+                of_missed = logits[missed], weights[missed], uniform[missed]
+                token_ids[missed], _ = self._pick_from_top(*of_missed, missed_rows, self.vocab_size)
         return token_ids
 
     def _pick_from_top(
-        self, logits: Tensor, scaled: Tensor, rows: Sequence[SamplingRow], num_candidates: int
+        self,
+        logits: Tensor,
+        weights: Tensor,
+        uniform: Tensor,
+        rows: Sequence[SamplingRow],
+        num_candidates: int,
     ) -> tuple[Tensor, Tensor]:
         """
         Draw from the `num_candidates` likeliest ids, less those that top_k and top_p cut.
@@ -256,29 +271,29 @@ class Sampler:
             token_ids: (num_rows,), int64.
             is_covered: (num_rows,), bool; False where top_p reaches behind the candidates.
         """
-        ids = _order_keys(logits).topk(num_candidates, dim=-1).indices
-        values = scaled.gather(-1, ids)
+        ids = find_top(logits, num_candidates)
+        values = weights.gather(-1, ids).double()
         # 1. top_k: candidates stand in order, so it cuts behind the k-th.
         most = self.vocab_size  # a larger top_k means all, and may not even fit an int64
         top_k = self._column([min(row.params.top_k or most, most) for row in rows])
         place = torch.arange(num_candidates, device=self.device)
-        values.masked_fill_(place >= top_k, -math.inf)
+        values.masked_fill_(place >= top_k, 0.0)
         # 2. top_p: keep those before which less than p has been reached, of what top_k left.
         has_top_k = self._column([row.params.top_k > 0 for row in rows])
         total = torch.where(
             has_top_k,
-            values.logsumexp(dim=-1, keepdim=True),
-            scaled.logsumexp(dim=-1, keepdim=True),
+            values.sum(dim=-1, keepdim=True),
+            weights.sum(dim=-1, keepdim=True, dtype=torch.float64),
         )
-        probs = (values - total).exp()
+        probs = values / total
         reached = probs.cumsum(dim=-1)
         # With top_p=1 rounding must not cut: a sum may reach 1.0 a little before the last token.
         top_p = self._column([_or_inf(row.params.top_p) for row in rows])
-        values.masked_fill_(reached - probs >= top_p, -math.inf)
+        values.masked_fill_(reached - probs >= top_p, 0.0)
         is_covered = (has_top_k | (reached[:, -1:] >= top_p)).flatten()
         # 3. the draw
-        noise = _gumbel(self._token_hashes[ids], rows)
-        choice = (values + noise).argmax(dim=-1, keepdim=True)
+        sums = values.cumsum(dim=-1)
+        choice = _search(sums, uniform * sums[:, -1:])
         return ids.gather(-1, choice).flatten(), is_covered
 
     def _column(self, values: Sequence[float]) -> Tensor:
@@ -411,10 +426,9 @@ def _gather_logprobs(
     for (num_logprobs, is_ranked), members in groups.items():
         index = torch.tensor(members, device=raw.device)
         logits = raw[index]
-        keys = _order_keys(logits)
         chosen = token_ids[index, None].clamp(min=0)
         if is_ranked:
-            top = keys.topk(num_logprobs, dim=-1).indices
+            top = find_top(logits, num_logprobs)
         else:
             listed = [rows[i].params.logprob_token_ids for i in members]
             top = torch.tensor(listed, device=raw.device)
@@ -422,70 +436,120 @@ def _gather_logprobs(
         yield _LogprobGroup(
             rows=tuple(start + i for i in members),
             ids=ids,
-            logprobs=logits.double().log_softmax(dim=-1).gather(-1, ids).float(),
-            chosen_ranks=(keys >= keys.gather(-1, chosen)).sum(dim=-1),
+            logprobs=(logits.gather(-1, ids).double() - _log_total(logits)).float(),
+            chosen_ranks=_rank(logits, chosen),
             is_ranked=is_ranked,
         )
 
 
-def _order_keys(logits: Tensor) -> Tensor:
+def find_top(logits: Tensor, num: int) -> Tensor:
+    """
+    The likeliest ids of each row, in order; of equal logits the lower id goes first.
+
+    Of the blocks of a row, only those are looked at whose largest logits are the `num` largest: all that
+    is wanted is in them. Selecting among the whole vocabulary takes many times as long.
+
+    Args:
+        logits: (num_rows, vocab), float32.
+
+    Returns:
+        (num_rows, num), int64.
+    """
+    num_rows, vocab = logits.shape
+    width = 1 << max(2, round(math.log2(vocab / max(1, num)) / 2))
+    if 2 * num * width > vocab:
+        # + 0.0 turns -0.0 into 0.0, of which a sort that is stable leaves the lower id in front.
+        return (logits + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :num]
+    blocks = _cut_blocks(logits, width, -math.inf)
+    numbers = torch.arange(blocks.shape[1], device=logits.device)
+    picked = _order_keys(blocks.amax(dim=-1), numbers).topk(num).indices[..., None]
+    values = blocks.gather(1, picked.expand(-1, -1, width)).view(num_rows, -1)
+    ids = (picked * width + torch.arange(width, device=logits.device)).view(num_rows, -1)
+    return ids.gather(-1, _order_keys(values, ids).topk(num).indices)
+
+
+def _cut_blocks(values: Tensor, width: int, filling: float) -> Tensor:
+    """(num_rows, num) -> (num_rows, blocks, width), the last one filled up."""
+    missing = -values.shape[1] % width
+    if missing:
+        values = F.pad(values, (0, missing), value=filling)
+    return values.view(len(values), -1, width)
+
+
+def _order_keys(logits: Tensor, ids: Tensor) -> Tensor:
     """
     Integers in the order of the logits, all different: of equal logits the lower id is larger.
 
     With them any algorithm for sorting and selecting gives the same answer, on any device.
 
     Args:
-        logits: (num_rows, vocab), float32.
+        logits: (num_rows, num), float32.
+        ids: (num,) or (num_rows, num), int64 below 2**32.
 
     Returns:
-        (num_rows, vocab), int64.
+        (num_rows, num), int64.
     """
     # Read as integers, positive floats are in order and negative ones in reverse: flip those.
     bits = (logits + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered << 32) - torch.arange(logits.shape[-1], device=logits.device)
+    return (ordered << 32) - ids
 
 
-def _gumbel(token_hashes: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _rank(logits: Tensor, chosen: Tensor) -> Tensor:
+    """(num_rows,), int64: how many ids stand no lower than the chosen one, (num_rows, 1)."""
+    value = logits.gather(-1, chosen)
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return ((logits > value) | ((logits == value) & (ids <= chosen))).sum(dim=-1)
+
+
+def _log_total(logits: Tensor) -> Tensor:
+    """(num_rows, 1), float64: the logarithm of the sum of all exponentials."""
+    largest = logits.amax(dim=-1, keepdim=True)
+    total = (logits - largest).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    return largest.double() + total.log()
+
+
+def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
     """
-    Gumbel noise: the largest of logits plus noise is a draw from their softmax.
+    The id at which the sum of weights exceeds its share of all of them.
 
     Args:
-        token_hashes: (num_rows, num_ids), or (num_ids,) for all rows, int64 below 2**32: `_mix`
-            of the token ids.
-        rows: seed, sample_index and position are read.
+        weights: (num_rows, vocab), float32, 0 and more, not all of them 0.
+        uniform: (num_rows, 1), float64, between 0 and 1.
 
     Returns:
-        (num_rows, num_ids), float64.
+        (num_rows,), int64; anything within the vocabulary for a row that is no numbers.
     """
-    keys = torch.tensor([_row_key(row) for row in rows], device=token_hashes.device)
-    bits = _mix(token_hashes ^ keys[:, :1], keys[:, 1:])
-    uniform = (bits.double() + 0.5) * 2.0**-32  # exact, and strictly between 0 and 1
-    return -(-uniform.log()).log()
+    blocks = _cut_blocks(weights, SUM_WIDTH, 0.0)
+    sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    wanted = uniform * sums[:, -1:]
+    block = _search(sums, wanted)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, SUM_WIDTH))[:, 0].double()
+    before = F.pad(sums, (1, 0)).gather(-1, block)
+    place = (inside.cumsum(dim=-1) + before <= wanted).sum(dim=-1, keepdim=True)
+    # Summed up in another order a block may miss what it reached: then it is its last one.
+    places = torch.arange(SUM_WIDTH, device=weights.device)
+    last = torch.where(inside > 0, places, 0).amax(dim=-1, keepdim=True)
+    return (block * SUM_WIDTH + torch.minimum(place, last)).flatten()
 
 
-def _mix(x: Tensor, key: Tensor | None = None) -> Tensor:
-    """
-    A 32-bit finaliser: every bit of the input turns about half of the output's bits.
+def _search(sums: Tensor, wanted: Tensor) -> Tensor:
+    """(num_rows, 1), int64: where sums, (num_rows, num), first exceed what is wanted of each row."""
+    return torch.searchsorted(sums, wanted, right=True).clamp_(max=sums.shape[-1] - 1)
 
-    Shifts and constants are those of `lowbias32` (C. Wellons, hash-prospector). Both constants are
-    below 2**31, so that the product of one and a 32-bit number never overflows an int64.
 
-    Args:
-        x: int64 below 2**32, any shape.
-        key: the same; mixed in half way, so that x and key make 64 bits of input.
-
-    Returns:
-        Of x's shape, int64 below 2**32; a bijection of x for each key.
-    """
-    x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & _MASK_32
-    x ^= x >> 15
-    if key is not None:
-        x ^= key
-    x = (x * 0x735A2D97) & _MASK_32
-    x ^= x >> 15
-    return x
+def draw_uniform(rows: Sequence[SamplingRow]) -> list[float]:
+    """A number for each row, strictly between 0 and 1, made of its seed, index and position."""
+    key = np.zeros(len(rows), dtype=np.uint64)
+    for part in (
+        [row.seed & _MASK_64 for row in rows],
+        [row.sample_index for row in rows],
+        [row.position for row in rows],
+    ):
+        key = _mix_64(key ^ np.array(part, dtype=np.uint64))
+    bits = (key >> np.uint64(64 - UNIFORM_BITS)).astype(np.float64)
+    found: list[float] = ((bits + 0.5) * 2.0**-UNIFORM_BITS).tolist()
+    return found
 
 
 def mix_seed(engine_seed: int, number: int) -> int:
@@ -495,27 +559,16 @@ def mix_seed(engine_seed: int, number: int) -> int:
     Returns:
         63 bits, which `SamplingParams.seed` takes, so that a stamp can be asked again.
     """
-    return _mix_64(_mix_64(engine_seed & _MASK_64) ^ (number & _MASK_64)) >> 1
+    pair = np.array([engine_seed & _MASK_64, number & _MASK_64], dtype=np.uint64)
+    return int(_mix_64(_mix_64(pair[:1]) ^ pair[1:])[0]) >> 1
 
 
-def _row_key(row: SamplingRow) -> tuple[int, int]:
-    """64 bits, as two numbers below 2**32, from (seed, sample_index, position)."""
-    key = 0
-    for part in (row.seed, row.sample_index, row.position):
-        key = _mix_64(key ^ (part & _MASK_64))
-    return key >> 32, key & _MASK_32
-
-
-def _mix_64(x: int) -> int:
-    """One step of splitmix64 (G. Steele, D. Lea, C. Flood, 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK_64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return x ^ (x >> 31)
-
-
-def _log(probability: float) -> float:
-    return math.log(probability) if probability > 0 else -math.inf
+def _mix_64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """One step of splitmix64 (G. Steele, D. Lea, C. Flood, 2014), of each number."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _or_inf(top_p: float) -> float:

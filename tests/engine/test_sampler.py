@@ -17,7 +17,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from engine import sampler as sampler_module
 from engine.kernels.greedy import NO_TOKEN
 from engine.request import SamplingParams
-from engine.sampler import Sampler, SamplingRow, is_plain
+from engine.sampler import Sampler, SamplingRow, draw_uniform, is_plain
 
 VOCAB = 50
 GREEDY = SamplingParams(temperature=0)
@@ -395,24 +395,17 @@ def test_min_p_of_one_keeps_every_likeliest_token() -> None:
     assert {0, 2} == set(drawn)
 
 
-# The noise
-
-
-def draw_uniform(rows: Sequence[SamplingRow], vocab: int) -> Floats:
-    """(num_rows, vocab): the uniform numbers behind the Gumbel noise."""
-    hashes = sampler_module._mix(torch.arange(vocab))
-    noise: Floats = sampler_module._gumbel(hashes, rows).numpy()
-    return np.exp(-np.exp(-noise))
+# The numbers that draws are made with
 
 
 def test_uniform_numbers_fill_the_interval_evenly() -> None:
-    rows = [SamplingRow(GREEDY, seed, position) for seed in range(20) for position in range(20)]
+    rows = [SamplingRow(GREEDY, seed, position) for seed in range(200) for position in range(100)]
 
-    uniform = draw_uniform(rows, vocab=1000)
+    uniform = draw_uniform(rows)
 
     counts, _ = np.histogram(uniform, bins=256, range=(0, 1))
-    expected = np.full(256, uniform.size / 256)
-    assert (0 < uniform.min(), uniform.max() < 1) == (True, True)
+    expected = np.full(256, len(uniform) / 256)
+    assert (0 < min(uniform), max(uniform) < 1) == (True, True)
     assert chi_square(counts.astype(np.float64), expected) < chi_square_limit(256)
 
 
@@ -427,49 +420,95 @@ def test_uniform_numbers_fill_the_interval_evenly() -> None:
     ],
     ids=str,
 )
-def test_noise_of_neighbouring_draws_is_independent(neighbour: dict[str, int]) -> None:
-    base = SamplingRow(GREEDY, 0, 0)
-    rows = [base, dataclasses.replace(base, **neighbour)]  # type: ignore[arg-type]
+def test_numbers_of_neighbouring_draws_are_independent(neighbour: dict[str, int]) -> None:
+    rows = [SamplingRow(GREEDY, 2 * seed, 2 * at) for seed in range(200) for at in range(100)]
+    others = [
+        dataclasses.replace(
+            row,
+            seed=row.seed + neighbour.get("seed", 0),
+            position=row.position + neighbour.get("position", 0),
+            sample_index=neighbour.get("sample_index", 0),
+        )
+        for row in rows
+    ]
 
-    first, second = draw_uniform(rows, vocab=100_000)
+    first, second = draw_uniform(rows), draw_uniform(others)
 
     counts, *_ = np.histogram2d(first, second, bins=16, range=((0, 1), (0, 1)))
     expected = np.full((16, 16), len(first) / 256)
     assert chi_square(counts, expected) < chi_square_limit(256)
 
 
-def test_noise_of_neighbouring_tokens_is_independent() -> None:
-    uniform = draw_uniform([SamplingRow(GREEDY, 5, 5)], vocab=200_001)[0]
-
-    counts, *_ = np.histogram2d(uniform[:-1], uniform[1:], bins=16, range=((0, 1), (0, 1)))
-
-    expected = np.full((16, 16), 200_000 / 256)
-    assert chi_square(counts, expected) < chi_square_limit(256)
-
-
 def test_seed_index_and_position_are_not_interchangeable() -> None:
     parts = [(a, b, c) for a in range(8) for b in range(8) for c in range(8)]
+    rows = [SamplingRow(GREEDY, seed, at, sample_index=index) for seed, index, at in parts]
 
-    keys = {
-        sampler_module._row_key(SamplingRow(GREEDY, seed, position, sample_index=index))
-        for seed, index, position in parts
-    }
-
-    assert len(parts) == len(keys)
+    assert len(parts) == len(set(draw_uniform(rows)))
 
 
-def mix_by_hand(x: int, key: int = 0) -> int:
-    """`_mix` in Python's integers, which never overflow."""
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) % 2**32
-    x = ((x ^ (x >> 15) ^ key) * 0x735A2D97) % 2**32
-    return x ^ (x >> 15)
+def mix_by_hand(x: int) -> int:
+    """splitmix64 in Python's integers, which never overflow."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+    return x ^ (x >> 31)
 
 
-@given(x=st.integers(0, 2**32 - 1), key=st.integers(0, 2**32 - 1))
-def test_hash_on_tensors_equals_the_hash_on_plain_integers(x: int, key: int) -> None:
-    mixed = sampler_module._mix(torch.tensor([x]), torch.tensor([key]))
+@given(
+    seed=st.integers(-(2**63), 2**64 - 1), index=st.integers(0, 99), position=st.integers(0, 2**20)
+)
+def test_numbers_are_those_of_the_hash_in_plain_integers(
+    seed: int, index: int, position: int
+) -> None:
+    key = mix_by_hand(mix_by_hand(mix_by_hand(seed % 2**64) ^ index) ^ position)
 
-    assert [mix_by_hand(x, key)] == mixed.tolist()
+    (uniform,) = draw_uniform([SamplingRow(GREEDY, seed, position, sample_index=index)])
+
+    assert ((key >> 16) + 0.5) / 2**48 == uniform
+
+
+@given(
+    vocab=st.integers(1, 2000),
+    share=st.floats(0, 1, exclude_max=True),
+    zeros=st.sampled_from([0.0, 0.5, 0.99]),
+    seed=st.integers(0, 1000),
+)
+def test_picked_id_is_where_the_sum_of_weights_exceeds_its_share(
+    vocab: int, share: float, zeros: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.randn(1, vocab, generator=generator) * 5).exp()
+    weights[torch.rand(1, vocab, generator=generator) < zeros] = 0.0
+    weights[0, seed % vocab] = 1.0
+    sums = weights.double().cumsum(-1)[0]
+    wanted = min(max(share, 2.0**-49), 1 - 2.0**-49)
+
+    picked = int(sampler_module._pick(weights, torch.tensor([[wanted]], dtype=torch.float64)))
+
+    assert weights[0, picked] > 0
+    # Sums in another order: as near as float64 is.
+    before = float(sums[picked] - weights[0, picked].double())
+    assert before <= wanted * float(sums[-1]) * (1 + 1e-12) + 1e-300
+    assert float(sums[picked]) >= wanted * float(sums[-1]) * (1 - 1e-12)
+
+
+@given(
+    vocab=st.integers(1, 3000),
+    num=st.integers(1, 60),
+    num_levels=st.sampled_from([1, 3, 50, 10_000]),
+    seed=st.integers(0, 1000),
+)
+def test_top_ids_are_those_of_the_whole_order(
+    vocab: int, num: int, num_levels: int, seed: int
+) -> None:
+    """Ties and forbidden ids included."""
+    num = min(num, vocab)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(num_levels, (3, vocab), generator=generator) / 7 - 1.0
+    logits[torch.rand(3, vocab, generator=generator) < 0.3] = -math.inf
+    expected = [sorted(range(vocab), key=lambda i: (-row[i], i))[:num] for row in logits.tolist()]
+
+    assert expected == sampler_module.find_top(logits, num).tolist()
 
 
 def test_one_draw_is_pinned_so_that_seeds_mean_the_same_in_every_release() -> None:
@@ -477,7 +516,7 @@ def test_one_draw_is_pinned_so_that_seeds_mean_the_same_in_every_release() -> No
 
     ids = sample_ids(torch.zeros(8, 1000), rows)
 
-    assert [670, 333, 374, 500, 759, 842, 729, 187] == ids
+    assert [386, 712, 865, 169, 24, 186, 668, 642] == ids
 
 
 # Neighbours
