@@ -120,9 +120,18 @@ def choose_indices(
     candidates: Sequence[int] = window
     if sampling.keyframes and is_key is not None:
         candidates = _find_key_frames(window, is_key)
-    span_s = estimate_span_s([times_s[window[0]], times_s[window[-1]]], len(window))
-    num_kept = count_frames(len(candidates), span_s, sampling)
+    num_kept = count_frames(len(candidates), _find_span_s(times_s, window), sampling)
     return tuple(candidates[index] for index in spread_evenly(len(candidates), num_kept))
+
+
+def count_indices(times_s: Sequence[float], sampling: FrameSampling) -> int:
+    """How many indices are chosen where every frame stands alone; as cheap for an hour as for a second."""
+    window = find_window(times_s, sampling)
+    return count_frames(len(window), _find_span_s(times_s, window), sampling) if window else 0
+
+
+def _find_span_s(times_s: Sequence[float], window: range) -> float:
+    return estimate_span_s([times_s[window[0]], times_s[window[-1]]], len(window))
 
 
 def _find_key_frames(window: range, is_key: Sequence[bool]) -> Sequence[int]:

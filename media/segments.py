@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from media.errors import BadSegmentsError, TooManySegmentsError, VideoHasNoFramesError
-from media.frames import estimate_span_s
+from media.frames import FrameSampling, estimate_span_s, find_window
 
 MAX_SEGMENTS: Final = 1000
 """Of one clip: each is a prompt of its own. An hour, the longest clip, in steps of 3.6 seconds."""
@@ -126,6 +126,31 @@ def plan_window(
     return tuple(
         _build_look(times_s, segment, _find_shown(times_s, segment.start_s), stop)
         for segment, stop in zip(segments, stops, strict=True)
+    )
+
+
+def plan_groups(
+    times_s: Sequence[float], count: int, *, start_s: float = 0.0, end_s: float | None = None
+) -> tuple[Look, ...]:
+    """
+    Cut a window of a clip into `count` segments that have the same number of frames, give or take one.
+
+    Where the rate varies, they are of very different length.
+
+    Args:
+        times_s: of the clip's frames.
+        count: no more than the window has frames.
+    """
+    frames = find_window(times_s, FrameSampling(start_s=start_s, end_s=end_s))
+    duration_s = estimate_span_s(times_s, len(times_s))
+    firsts = [frames.start + len(frames) * place // count for place in range(count)]
+    starts = [start_s, *(round(times_s[first], DIGITS) for first in firsts[1:])]
+    last_s = duration_s if end_s is None else min(end_s, duration_s)
+    segments = map(Segment, starts, [*starts[1:], round(last_s, DIGITS)])
+    stops = [*firsts[1:], frames.stop]
+    return tuple(
+        _build_look(times_s, segment, first, stop)
+        for segment, first, stop in zip(segments, firsts, stops, strict=True)
     )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from engine.config import SAMPLING_KEYS, parse_part_options
 from media.data_url import decode_data_url
 from media.errors import TooManyFramesError
-from media.frames import build_sampling, choose_indices
+from media.frames import FrameSampling, build_sampling, count_indices, find_window
 from media.limits import VIDEO_LIMITS
-from media.segments import MAX_SEGMENTS, Cut, Look, plan_window
+from media.segments import MAX_SEGMENTS, Cut, Look, plan_groups, plan_window
 from tasks.bodies import ImagePolicy
 from tasks.summary import Subject
 
@@ -98,25 +98,45 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
     encoded = _read(clip)
     options = {key: value for key, value in clip.items() if key not in _SOURCES}
     times_s = rule.measure(encoded)
-    cut = rule.cut
-    if cut is None:
+    most = rule.max_frames
+    if rule.cut is not None:
+        start_s, end_s = options.get("start_s", 0.0), options.get("end_s")
+        segments = plan_window(times_s, rule.cut, start_s=start_s, end_s=end_s)
+        windows = [_look_at(segment, options) for segment in segments]
+        rule.check(max(count_frames_asked(window, times_s) for window in windows))
+    else:
         num_frames = count_frames_asked(options, times_s)
         if rule.check(num_frames):
             return None
-        assert rule.max_frames is not None, "or all are within the limit"
-        cut = Cut(count=min(math.ceil(num_frames / rule.max_frames), MAX_SEGMENTS))
-    start_s, end_s = options.get("start_s", 0.0), options.get("end_s")
-    segments = plan_window(times_s, cut, start_s=start_s, end_s=end_s)
-    windows = [_look_at(segment, options) for segment in segments]
-    most = max(count_frames_asked(window, times_s) for window in windows)
-    if not rule.check(most):
-        windows = [{**window, "num_frames": rule.max_frames} for window in windows]
+        assert most is not None, "or all are within the limit"
+        count = min(math.ceil(num_frames / most), MAX_SEGMENTS)
+        most = min(math.ceil(num_frames / count), most)
+        segments = _share_out(options, times_s, num_frames, count)
+        windows = [_look_at(segment, options) for segment in segments]
+    if most is not None:
+        windows = [limit_frames(window, most) for window in windows]
     pieces = []
     for number, (segment, window) in enumerate(zip(segments, windows, strict=True), 1):
         part = {"type": "video", "video": encoded, **window}
         asked = _replace(messages, {id(clip): part})
         pieces.append(Piece(number, asked, segment.start_s, segment.end_s))
     return Split(Subject.VIDEO, tuple(pieces), _digest(encoded, *windows))
+
+
+def _share_out(
+    options: Mapping[str, Any], times_s: Sequence[float], num_asked: int, count: int
+) -> tuple[Look, ...]:
+    """
+    The segments over which the frames that are asked for are spread as the options spread them.
+
+    A rate spreads them over the seconds. A number spreads them over the frames; and where each of these
+    is asked for, segments of equal length would hold too many of them, or all but none.
+    """
+    sampling = _read_sampling(options)
+    start_s, end_s = sampling.start_s, sampling.end_s
+    if sampling.fps is not None and num_asked < len(find_window(times_s, sampling)):
+        return plan_window(times_s, Cut(count=count), start_s=start_s, end_s=end_s)
+    return plan_groups(times_s, count, start_s=start_s, end_s=end_s)
 
 
 def _look_at(segment: Look, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,8 +153,11 @@ def count_frames_asked(options: Mapping[str, Any], times_s: Sequence[float]) -> 
     How many frames of a clip its part's options ask for, as far as their times tell: key frames, and
     frames that look alike, make them fewer.
     """
-    sampling = build_sampling(parse_part_options(options, SAMPLING_KEYS, "messages").sampling)
-    return len(choose_indices(times_s, sampling))
+    return count_indices(times_s, _read_sampling(options))
+
+
+def _read_sampling(options: Mapping[str, Any]) -> FrameSampling:
+    return build_sampling(parse_part_options(options, SAMPLING_KEYS, "messages").sampling)
 
 
 def limit_frames(options: Mapping[str, Any], most: int) -> dict[str, Any]:

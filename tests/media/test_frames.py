@@ -16,6 +16,7 @@ from media.frames import (
     choose_indices,
     choose_untimed,
     count_frames,
+    count_indices,
     find_window,
     spread_evenly,
 )
@@ -72,6 +73,7 @@ def test_choice_is_sorted_in_range_and_without_doubles(
 ) -> None:
     indices = choose_indices(times_s, sampling)
 
+    assert count_indices(times_s, sampling) == len(indices)
     assert sorted(set(indices)) == list(indices)
     assert all(0 <= index < len(times_s) for index in indices)
     assert sampling.num_frames is None or len(indices) <= sampling.num_frames
@@ -171,6 +173,7 @@ def test_least_change_is_the_default_or_a_number() -> None:
 
 def test_window_behind_the_clip_is_empty() -> None:
     assert () == choose_indices([0.0, 1.0], FrameSampling(start_s=1.5))
+    assert 0 == count_indices([0.0, 1.0], FrameSampling(start_s=1.5))
     assert () == choose_indices([], FrameSampling())
 
 

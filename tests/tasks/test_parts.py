@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -637,6 +638,83 @@ def test_clip_with_too_many_frames_becomes_parts(rig: Rig) -> None:
     times = [time_s for part in line["parts"] for time_s in part["frame_times_s"]]
     assert sorted(set(times)) == times
     assert "whole 4" == line["response"]["body"]["choices"][0]["message"]["content"]
+
+
+def build_timed_item(times_ms: list[int], segments: Any = None, **options: Any) -> dict[str, Any]:
+    pictures = [clips.shades(1, 32, 32)[0] + n % 99 for n in range(len(times_ms))]
+    encoded = clips.clip(pictures, codec="mpeg4", times_ms=times_ms)
+    url = "data:video/mp4;base64," + base64.b64encode(encoded).decode()
+    request = build_item(segments, url=url, image_policy="split")
+    request["body"]["messages"][0]["content"][0] |= options
+    return request
+
+
+def at_rate(num_frames: int, fps: int) -> list[int]:
+    return [round(n * 1000 / fps) for n in range(num_frames)]
+
+
+RECORDING = [*range(0, 1000, 25), *range(1000, 40_000, 5000)]
+"""Of a screen: 40 frames in the first second, and 8 in the 39 after it."""
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("times_ms", "limit", "options", "num_frames"),
+    [
+        (at_rate(300, 30), 8, {"num_frames": -1}, 300),
+        (at_rate(250, 25), 4, {"num_frames": -1}, 250),
+        (at_rate(240, 24), 8, {"num_frames": -1}, 240),
+        (at_rate(61, 30), 1, {"num_frames": 100}, 61),
+        (RECORDING, 8, {"num_frames": -1}, 48),
+        (RECORDING, 8, {"num_frames": -1, "start_s": 0.5, "end_s": 11}, 23),
+        (RECORDING, 8, {"num_frames": 24}, 24),
+        (at_rate(200, 10), 16, {"num_frames": 65}, 65),  # not 5 times 16
+    ],
+)
+def test_frames_that_were_asked_for_are_all_seen_in_parts(
+    rig: Rig, times_ms: list[int], limit: int, options: dict[str, Any], num_frames: int
+) -> None:
+    job = rig.make(build_timed_item(times_ms, **options))
+
+    rig.run(SeeingEngine(limits=MediaLimits(image=2, frames=limit)))
+    parts = read_line(rig, job)["parts"]
+
+    assert math.ceil(num_frames / limit) == len(parts)
+    assert max(len(part["frame_times_s"]) for part in parts) <= limit
+    times = [time_s for part in parts for time_s in part["frame_times_s"]]
+    assert num_frames == len(times)
+    assert sorted(set(times)) == times
+    for part in parts:
+        assert part["start_s"] <= part["frame_times_s"][0] + 1e-6
+        assert part["frame_times_s"][-1] < part["end_s"] + 1e-6
+    assert [part["end_s"] for part in parts[:-1]] == [part["start_s"] for part in parts[1:]]
+
+
+@on_sqlite
+def test_rate_that_takes_several_parts_is_a_rate_in_each_of_them(rig: Rig) -> None:
+    job = rig.make(build_timed_item([*range(0, 1000, 25), *range(1000, 40_000, 500)], fps=1))
+
+    rig.run(SeeingEngine(limits=MediaLimits(image=2, frames=8)))
+    parts = read_line(rig, job)["parts"]
+
+    assert [7.97] * 5 == [round(part["end_s"] - part["start_s"], 2) for part in parts]
+    assert {7, 8} >= {len(part["frame_times_s"]) for part in parts}
+
+
+@on_sqlite
+def test_all_frames_of_a_segment_are_no_more_than_the_limit(rig: Rig) -> None:
+    """Of 0.26 s at 30 a second, which is 7.8 of them: some segments have 9, with the one that is shown first."""
+    split = build_timed_item(at_rate(60, 30), {"seconds": 0.26}, num_frames=-1)
+    refused = build_timed_item(at_rate(60, 30), {"seconds": 0.26}, num_frames=-1)
+    refused["body"]["image_policy"] = "reject"
+    job, other = rig.make(split), rig.make(refused)
+
+    rig.run(SeeingEngine(limits=MediaLimits(image=2, frames=8)))
+
+    parts = read_line(rig, job)["parts"]
+    assert 8 == max(len(part["frame_times_s"]) for part in parts)
+    (ended,) = rig.ended(other)
+    assert "asks for 9." in str(ended.error_message)
 
 
 @on_sqlite
