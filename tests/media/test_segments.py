@@ -1,7 +1,7 @@
 """Where a clip is cut: numbers only."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from media.errors import BadSegmentsError, MediaError, TooManySegmentsError
 from media.frames import FrameSampling, choose_indices
-from media.segments import MAX_SEGMENTS, Cut, Segment, plan_segments, plan_window
+from media.segments import MAX_SEGMENTS, Cut, Look, Segment, plan_groups, plan_segments, plan_window
 
 
 def plan(duration_s: float, num_frames: int = 1000, **cut: Any) -> list[tuple[float, float]]:
@@ -133,7 +133,10 @@ def test_clip_that_cannot_be_cut_so_is_refused(
 
 def look(times_s: Sequence[float], cut: Cut, **window: float) -> list[tuple[int, ...]]:
     """Which frames each segment sees of those that it may."""
-    looks = plan_window(times_s, cut, **window)
+    return see(times_s, plan_window(times_s, cut, **window))
+
+
+def see(times_s: Sequence[float], looks: Sequence[Look]) -> list[tuple[int, ...]]:
     return [
         choose_indices(times_s, FrameSampling(None, None, look.first_s, look.last_s))
         for look in looks
@@ -163,6 +166,31 @@ def test_rounding_gives_no_frame_to_a_segment_that_it_does_not_belong_to(
     times_s = [place / fps for place in range(num_frames)]
 
     assert [(place,) for place in range(num_frames)] == look(times_s, Cut(count=num_frames))
+
+
+@given(
+    gaps_ms=st.lists(st.integers(1, 9000), max_size=200),
+    start_ms=st.integers(0, 9000),
+    length_ms=st.none() | st.integers(1, 90_000),
+    data=st.data(),
+)
+def test_groups_share_out_the_frames_of_a_window(
+    gaps_ms: list[int], start_ms: int, length_ms: int | None, data: st.DataObject
+) -> None:
+    times_s = [time_ms / 1000 for time_ms in accumulate(gaps_ms, initial=0)]
+    start_s = min(start_ms / 1000, times_s[-1])
+    end_s = None if length_ms is None else start_s + length_ms / 1000
+    window = choose_indices(times_s, FrameSampling(None, None, start_s, end_s))
+    count = data.draw(st.integers(1, len(window)))
+
+    groups = plan_groups(times_s, count, start_s=start_s, end_s=end_s)
+    seen = see(times_s, groups)
+
+    assert window == tuple(chain(*seen))
+    sizes = [len(group) for group in seen]
+    assert max(sizes) - min(sizes) <= 1
+    assert start_s == groups[0].start_s
+    assert all(before.end_s == after.start_s for before, after in pairwise(groups))
 
 
 def test_segments_of_a_window_end_with_its_last_frame() -> None:
