@@ -82,13 +82,19 @@ class FramesTaken:
     num_frames: int
     times_s: tuple[float, ...] | None
     frame_s: float | None
+    duration_s: float | None
     indices: tuple[int, ...] | None
     num_dropped: int | None
 
     @classmethod
     def of(cls, frames: Frames) -> "FramesTaken":
         return cls(
-            frames.num_frames, frames.times_s, frames.frame_s, frames.indices, frames.num_dropped
+            frames.num_frames,
+            frames.times_s,
+            frames.frame_s,
+            frames.duration_s,
+            frames.indices,
+            frames.num_dropped,
         )
 
 

@@ -766,6 +766,7 @@ class Processor:
                 limits,
             )
 
+                header.duration_s,
         planning = _Planning(self._family, plan, left)
         sampling = self._sample(clip, options)
         source = fetch(clip.source)
@@ -887,7 +888,9 @@ class Processor:
         if item.frames is None or item.kind == MediaKind.IMAGE:
             return self._family.plan_picture(*size, area)
         taken = item.frames
-        return self._family.plan_clip(*size, taken.num_frames, taken.times_s, taken.frame_s, area)
+        return self._family.plan_clip(
+            *size, taken.num_frames, taken.times_s, taken.frame_s, taken.duration_s, area
+        )
 
 
 @contextmanager

@@ -164,6 +164,7 @@ def _describe(header: Header) -> Message:
         "num_frames": header.num_frames,
         "times_s": header.times_s,
         "frame_s": header.frame_s,
+        "duration_s": header.duration_s,
     }
 
 

@@ -23,7 +23,7 @@ class Header:
         width_px, height_px: of the picture or of each frame, turned upright.
         work_bytes: what decoding it may hold at a time, roughly and rather too much.
         num_frames: that will be kept; 1 for a picture.
-        times_s, frame_s: of these frames, as in `Frames`.
+        times_s, frame_s, duration_s: as in `Frames`.
     """
 
     width_px: int
@@ -32,6 +32,7 @@ class Header:
     num_frames: int = 1
     times_s: tuple[float, ...] | None = None
     frame_s: float | None = None
+    duration_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,13 @@ class Frames:
         return None
 
     @property
+    def duration_s(self) -> float | None:
+        """Seconds of the whole source, whichever frames were kept; None where unknown."""
+        if self.fps and self.source_num_frames is not None:
+            return self.source_num_frames / self.fps
+        return None
+
+    @property
     def width_px(self) -> int:
         return self.images[0].width_px
 
@@ -185,6 +193,7 @@ class Frames:
             num_frames=self.num_frames,
             times_s=self.times_s,
             frame_s=self.frame_s,
+            duration_s=self.duration_s,
         )
 
     def pixels(self) -> npt.NDArray[np.uint8]:

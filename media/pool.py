@@ -811,13 +811,18 @@ def _read_header(message: Message) -> Header:
         raise DecoderFailedError
     times_s = _read_numbers(message.get("times_s"), num_frames, float)
     frame_s = _read_number(message.get("frame_s"), float)
-    return Header(width, height, work_bytes, num_frames, times_s, frame_s)
+    duration_s = _read_number(message.get("duration_s"), float)
+    return Header(width, height, work_bytes, num_frames, times_s, frame_s, duration_s)
 
 
 def _read_number(given: object, kind: type[Number]) -> Number | None:
-    if given is not None and type(given) is not kind:
+    if given is not None and (type(given) is not kind or not _is_finite(given)):
         raise DecoderFailedError
     return given
+
+
+def _is_finite(given: object) -> bool:
+    return not isinstance(given, float) or math.isfinite(given)
 
 
 def _read_numbers(given: object, count: int, kind: type[Number]) -> tuple[Number, ...] | None:
@@ -825,7 +830,7 @@ def _read_numbers(given: object, count: int, kind: type[Number]) -> tuple[Number
         return None
     if not isinstance(given, list) or len(given) != count:
         raise DecoderFailedError
-    if any(type(value) is not kind for value in given):
+    if any(type(value) is not kind or not _is_finite(value) for value in given):
         raise DecoderFailedError
     return tuple(given)
 

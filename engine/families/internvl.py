@@ -90,6 +90,7 @@ class InternVL(Family):
         num_frames: int,
         times_s: Sequence[float] | None,
         frame_s: float | None,
+        duration_s: float | None,
         area: Any,
     ) -> Plan:
         check_aspect(width_px, height_px)

@@ -60,6 +60,7 @@ class LlavaOnevision(LlavaNext):
         times_s: Sequence[float] | None,
         frame_s: float | None,
         area: Any,
+        duration_s: float | None,
     ) -> Plan:
         num_rows = num_frames * self._pooled_side**2 + 1
         return self._plan_whole(self.video_token_id, num_rows, num_frames, FRAMES)

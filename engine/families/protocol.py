@@ -412,6 +412,7 @@ class Family:
         area: Any,
     ) -> Plan:
         """
+        duration_s: float | None,
         The same for a clip.
 
         Args:
@@ -420,6 +421,7 @@ class Family:
         """
         raise NotImplementedError
 
+            duration_s: of all of the clip, whichever of it is looked at, where it is known.
     def plan_embeddings(self, num_rows: int, grid: tuple[int, int, int] | None) -> Plan:
         """
         A plan for features that a caller made.

@@ -275,6 +275,7 @@ class Qwen2VL(Family):
         num_frames: int,
         times_s: Sequence[float] | None,
         frame_s: float | None,
+        duration_s: float | None,
         area: AreaLimits | None,
     ) -> Plan:
         """An odd last frame is doubled."""

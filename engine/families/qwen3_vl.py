@@ -116,6 +116,7 @@ class Qwen3VL(Qwen2VL):
         num_frames: int,
         times_s: Sequence[float] | None,
         frame_s: float | None,
+        duration_s: float | None,
         area: AreaLimits | None,
     ) -> Plan:
         """An odd last frame is doubled. What stands around the placeholder stays around it all."""

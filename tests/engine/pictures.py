@@ -70,7 +70,7 @@ def cut_picture(family: Family, image: Image.Image) -> Visual:
 
 def cut_clip(family: Family, frames: Sequence[Image.Image]) -> Visual:
     """A clip of frames without moments, by its plan."""
-    plan = family.plan_clip(*frames[0].size, len(frames), None, None, family.video_area)
+    plan = family.plan_clip(*frames[0].size, len(frames), None, None, None, family.video_area)
     return family.cut_clip(frames, plan)
 
 

@@ -216,7 +216,7 @@ def test_clips_equal_the_references_frame_by_frame(folder: Path, family: Qwen2VL
     reference = Reference(folder)
     for num_frames, size in ((1, (90, 60)), (2, (300, 40)), (5, (33, 77)), (8, (120, 120))):
         images = draw_clip(num_frames, num_frames, *size)
-        plan = family.plan_clip(*size, num_frames, None, None, None)
+        plan = family.plan_clip(*size, num_frames, None, None, None, None)
         frames = family.cut_clip(images, plan).pixels
         patches = cut_on_device(frames, is_clip=True, patch_px=family.patch_px)
 
@@ -239,7 +239,7 @@ def test_clip_stands_in_the_prompt_as_transformers_writes_it(llm: LLM, num_frame
     images = as_frames(draw_clip(7, num_frames, 120, 80)).images
     times_s = tuple(index / fps for index in indices)
     clip = Frames(images, times_s, fps, num_frames * step, tuple(indices))
-    plan = family.plan_clip(120, 80, num_frames, times_s, clip.frame_s, None)
+    plan = family.plan_clip(120, 80, num_frames, times_s, clip.frame_s, None, None)
     told = {
         "video_grid_thw": np.array([[plan.layout.times, plan.layout.rows, plan.layout.columns]]),
         "video_metadata": [VideoMetadata(num_frames * step, fps=fps, frames_indices=indices)],
@@ -289,7 +289,7 @@ def test_positions_of_mixed_prompts_are_transformers(
         else:
             clips.append(_clip(rng))
             clip = clips[-1]
-            plan = family.plan_clip(*size, clip.num_frames, clip.times_s, clip.frame_s, None)
+            plan = family.plan_clip(*size, clip.num_frames, clip.times_s, clip.frame_s, None, None)
         kinds.append((plan, family.video_token_id in plan.token_ids()))
         media.append((len(ids), plan))
         ids += plan.token_ids() + [1] * rng.randint(1, 9)

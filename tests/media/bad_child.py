@@ -6,6 +6,7 @@ Only tests start them, by the pool's `entry`: the program that runs otherwise kn
 
 import ctypes
 import json
+import math
 import os
 import signal
 import socket
@@ -43,6 +44,8 @@ def main(birth: Birth) -> None:
                 return [RGBImage.of_pixels(_fill_memory())], {}
             case b"LIES.":
                 server.ask(Header(-8, 8))
+            case b"NEVER":
+                server.ask(Header(8, 8, duration_s=math.inf))
             case b"LARGE":
                 server.ask(Header(1 << 20, 1 << 20))
             case b"TIMES":

@@ -61,4 +61,6 @@ def test_a_frame_stands_for_its_share_of_the_source() -> None:
     assert 0.2 == pytest.approx(window.frame_s)
     assert 0.45 == pytest.approx(Frames(images, (0.0, 0.5, 0.9)).frame_s)
     assert Frames(images).frame_s is None
+    assert Frames(images).duration_s is None
+    assert (1.0, 9.0) == (whole.duration_s, window.duration_s)
     assert Frames(images[:1], (0.0,)).frame_s is None

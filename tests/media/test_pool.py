@@ -294,6 +294,7 @@ def test_one_that_needs_more_than_there_is_goes_alone() -> None:
         (b"CRASH", DecoderFailedError),
         (b"RAISE", DecoderFailedError),
         (b"LIES.", DecoderFailedError),
+        (b"NEVER", DecoderFailedError),
         (b"HANG.", DecodeTimeoutError),
         (b"HOG..", DecodeMemoryError),
     ],

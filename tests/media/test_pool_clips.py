@@ -171,4 +171,4 @@ def test_what_is_asked_of_a_clip_knows_its_frames_and_their_times(pool: DecoderP
 
     frames = pool.decode_video(CLIPS["GIF"], ask=note)
 
-    assert [Header(8, 6, 0, 3, frames.times_s, frames.frame_s)] == asked
+    assert [Header(8, 6, 0, 3, frames.times_s, frames.frame_s, frames.duration_s)] == asked
