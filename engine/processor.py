@@ -506,8 +506,11 @@ class Processor:
         Of many pictures most are asked the same: what was rendered last is kept, since a template is
         a program, and the time that it takes is time in which Python launches nothing.
         """
+        chosen = request.chat_template or self._template
+        if chosen is None and any(isinstance(p, Clip) for m in messages for p in m.parts):
+            chosen = self._family.clip_template
         try:
-            template = self._tokenizer.get_chat_template(request.chat_template or self._template)
+            template = self._tokenizer.get_chat_template(chosen)
         except ValueError as error:
             raise NoChatTemplate from error
         words = _checked_template_words(request.chat_template_kwargs)
@@ -763,10 +766,10 @@ class Processor:
                 header.num_frames,
                 header.times_s,
                 header.frame_s,
+                header.duration_s,
                 limits,
             )
 
-                header.duration_s,
         planning = _Planning(self._family, plan, left)
         sampling = self._sample(clip, options)
         source = fetch(clip.source)

@@ -93,7 +93,7 @@ FAMILIES: Mapping[str, Entry] = {
         "engine.families.qwen3_vl:Qwen3VL", "transformers:Qwen3VLForConditionalGeneration"
     ),
     "smolvlm": Entry(
-        "engine.families.idefics3:Idefics3", "transformers:SmolVLMForConditionalGeneration"
+        "engine.families.smolvlm:SmolVLM", "transformers:SmolVLMForConditionalGeneration"
     ),
 }
 

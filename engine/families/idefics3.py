@@ -1,5 +1,6 @@
 """
-Idefics3 and SmolVLM: a picture in square tiles, each with its row and column said, and once more whole.
+Idefics3 and the first SmolVLM: a picture in square tiles, each with its row and column said, and once
+more whole.
 
 Its longer side is brought to a fixed length, then both sides to whole tiles; a picture of one tile is
 seen as that. A tile is a SigLIP's, of which neighbouring patches become one token.

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.families.llava_next import LlavaNext, Tiling
 from engine.families.protocol import Description, Plan, Rows, Visual
 from engine.families.resizing import check_aspect, resize, resize_padded
+from engine.families.tiles import encode_kinds
 from media.decoded import Fit
 
 WHOLE, FRAMES = Tiling(), Tiling(height=1)  # layouts of what is not tiled
@@ -59,8 +60,8 @@ class LlavaOnevision(LlavaNext):
         num_frames: int,
         times_s: Sequence[float] | None,
         frame_s: float | None,
-        area: Any,
         duration_s: float | None,
+        area: Any,
     ) -> Plan:
         num_rows = num_frames * self._pooled_side**2 + 1
         return self._plan_whole(self.video_token_id, num_rows, num_frames, FRAMES)
@@ -108,14 +109,9 @@ class LlavaOnevision(LlavaNext):
 
     @torch.inference_mode()
     def encode(self, visuals: Sequence[Visual]) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        for encoder, are_clips in ((self._encoder, False), (self._clip_encoder, True)):
-            of_kind = [visual for visual in visuals if visual.is_clip == are_clips]
-            if of_kind:
-                seen = encoder.encode(of_kind, self._see, self.repeats)
-                for visual, tiles in zip(of_kind, seen, strict=True):
-                    found[id(visual)] = self._rows_of(visual, tiles)
-        return [found[id(visual)] for visual in visuals]
+        encoders = self._encoder, self._clip_encoder
+        seen = encode_kinds(visuals, encoders, self._see, self.repeats)
+        return [self._rows_of(*one) for one in zip(visuals, seen, strict=True)]
 
     def _rows_of(self, visual: Visual, tiles: Tensor) -> Tensor:
         if visual.plan.layout.rows:

@@ -319,6 +319,8 @@ class Family:
             the tokenizer; None where the model sees none. The same for clips.
         image_written: how a prompt writes the first one, where that is no token; for errors.
         image_slot, video_slot: as its chat template writes one, for templates that take only text.
+        clip_template: for conversations with clips, in the place of the checkpoint's own template;
+            None where that one writes clips too.
         chat_template: for checkpoints that bring none; None where there is no usual one.
         chat_start: what stands before a conversation, where its template does not write it.
         turn_end: the token that ends an answer, where no file of its checkpoints says so.
@@ -337,6 +339,7 @@ class Family:
     image_written: str | None = None
     image_slot = video_slot = ""
     chat_template: str | None = None
+    clip_template: str | None = None
     chat_start = ""
     turn_end: str | None = None
     image_token_id: int | None = None
@@ -409,19 +412,19 @@ class Family:
         num_frames: int,
         times_s: Sequence[float] | None,
         frame_s: float | None,
+        duration_s: float | None,
         area: Any,
     ) -> Plan:
         """
-        duration_s: float | None,
         The same for a clip.
 
         Args:
             times_s: the moment of each frame, where they are known.
             frame_s: seconds of the clip for which one frame stands, where they are known.
+            duration_s: of all of the clip, whichever of it is looked at, where it is known.
         """
         raise NotImplementedError
 
-            duration_s: of all of the clip, whichever of it is looked at, where it is known.
     def plan_embeddings(self, num_rows: int, grid: tuple[int, int, int] | None) -> Plan:
         """
         A plan for features that a caller made.

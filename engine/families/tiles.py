@@ -103,6 +103,30 @@ class TileEncoder:
         return repeats.run(key, call, filled)[: len(tiles)]
 
 
+def encode_kinds(
+    visuals: Sequence[Visual],
+    encoders: tuple[TileEncoder, TileEncoder],
+    see: See,
+    repeats: Repeats | None = None,
+) -> list[Tensor]:
+    """
+    `TileEncoder.encode` where clips may have an encoder of their own, of other colours.
+
+    Args:
+        encoders: of pictures, of clips.
+    """
+    of_pictures, of_clips = encoders
+    if of_pictures is of_clips:
+        return of_pictures.encode(visuals, see, repeats)
+    found: dict[int, Tensor] = {}
+    for encoder, are_clips in ((of_pictures, False), (of_clips, True)):
+        of_kind = [visual for visual in visuals if visual.is_clip == are_clips]
+        if of_kind:
+            seen = encoder.encode(of_kind, see, repeats)
+            found |= {id(visual): tiles for visual, tiles in zip(of_kind, seen, strict=True)}
+    return [found[id(visual)] for visual in visuals]
+
+
 class OneTile(Family):
     """
     Every picture at one size, in one tile. An adapter sets what is named here, and writes `_see`.

@@ -14,7 +14,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +45,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 from engine import Request, SamplingParams
 from engine.families import FAMILIES
@@ -63,6 +68,7 @@ from tests.engine.tiny_llava import (
     LLAVA_SIGLIP,
     MISTRAL3_OTHER,
     PIXTRAL_OTHER,
+    SMOLVLM_OTHER,
     write_tiny_gemma3,
     write_tiny_idefics3,
     write_tiny_internvl,
@@ -208,6 +214,75 @@ def read_internvl_clips(oracle: "Oracle", asked: "Asked") -> dict[str, Any]:
     return {**inputs, "pixel_values": torch.cat(pixels)}
 
 
+AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 32: "thirty-two"}
+
+
+def write_smolvlm_clip(image_seq_len: int, num_frames: int, metadata: VideoMetadata) -> str:
+    """
+    What its processor puts into the place of `<video>`.
+
+    It cannot be made without torchvision and a package that writes numbers out; what writes the text
+    can be asked alone, once it is told the few numbers.
+    """
+    marks = ("image", "<image>"), ("fake_image", AROUND), ("global_image", WHOLE)
+    processor = SimpleNamespace(
+        image_seq_len=image_seq_len, **{f"{name}_token": mark for name, mark in marks}
+    )
+    told = {"pixel_values": np.empty((1, num_frames)), "video_metadata": [metadata]}
+    with patch.object(processing_smolvlm, "num2words", NUMBERS.__getitem__):
+        written: str = processing_smolvlm.SmolVLMProcessor.replace_video_token(
+            cast(Any, processor), told, 0
+        )
+    return written
+
+
+def read_smolvlm_clips(oracle: "Oracle", asked: "Asked") -> dict[str, Any]:
+    """
+    A frame is a picture that is not split, sized as its processor of clips says.
+
+    That one can be made without torchvision, and not be asked: how it resamples and normalises is told
+    to the processor of pictures. The text is written out, pictures' too.
+    """
+    told = SmolVLMVideoProcessor.from_pretrained(oracle.folder)
+    pictures, clips = iter(asked.pictures), iter(asked.clips)
+    num_rows: int = oracle.processor.image_seq_len
+    pixels, prompt = [], ""
+    for piece in re.split("(<image>|<video>)", asked.prompt):
+        if piece == "<video>":
+            clip = next(clips)
+            for frame in clip:
+                made = oracle.image_processor(
+                    [[frame]],
+                    return_tensors="pt",
+                    do_image_splitting=False,
+                    size=dict(told.size),
+                    max_image_size=dict(told.max_image_size),
+                    resample=told.resample,
+                    image_mean=told.image_mean,
+                    image_std=told.image_std,
+                )
+                pixels.append(made["pixel_values"][0])
+            # As of frames of which nothing else is known.
+            bare = VideoMetadata(len(clip), frames_indices=list(range(len(clip))))
+            prompt += write_smolvlm_clip(num_rows, len(clip), bare)
+        elif piece == "<image>":
+            made = oracle.image_processor(
+                [[next(pictures)]], return_tensors="pt", return_row_col_info=True
+            )
+            pixels.append(made["pixel_values"][0])
+            (down,), (across,) = made["rows"][0], made["cols"][0]
+            prompt += processing_smolvlm.get_image_prompt_string(  # type: ignore[no-untyped-call]
+                down, across, num_rows, AROUND, "<image>", WHOLE
+            )
+        else:
+            prompt += piece
+    tiles = torch.cat(pixels)[None]
+    inputs = oracle.processor.tokenizer(prompt, return_tensors="pt")
+    mask = torch.ones_like(tiles[:, :, 0], dtype=torch.int64)
+    return {**inputs, "pixel_values": tiles, "pixel_attention_mask": mask}
+
+
 def text_case(model_type: str, **changes: Any) -> Case:
     changes = {"text": {"model_type": model_type, **changes}}
     return Case(model_type, write_tiny_text, None, None, changes, num_requests=20, max_pictures=0)
@@ -240,14 +315,22 @@ CASES: Mapping[str, Case] = {
     ),
     # SmolVLM's own processor writes the same text for pictures, and wants a package for clips.
     "smolvlm": Case(
-        "smolvlm", write_tiny_smolvlm, SmolVLMImageProcessorPil, Idefics3Processor, are_nested=True
+        "smolvlm",
+        write_tiny_smolvlm,
+        SmolVLMImageProcessorPil,
+        Idefics3Processor,
+        clip="<video>\n",
+        read_clips=read_smolvlm_clips,
+        are_nested=True,
     ),
     "smolvlm, uneven tiles and Qwen2": Case(
         "smolvlm",
         write_tiny_smolvlm,
         SmolVLMImageProcessorPil,
         Idefics3Processor,
-        IDEFICS3_OTHER,
+        SMOLVLM_OTHER,
+        clip="<video>\n",
+        read_clips=read_smolvlm_clips,
         are_nested=True,
     ),
     "internvl": Case(
@@ -418,7 +501,7 @@ class Oracle:
             self.processor = case.processor(
                 image_processor=self.image_processor, tokenizer=tokenizer, **told
             )
-        self.case = case
+        self.case, self.folder = case, folder
         model_class = FAMILIES[case.model_type].load_model_class()
         self.model = model_class.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"

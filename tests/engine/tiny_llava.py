@@ -18,9 +18,16 @@ from engine.families import FAMILIES
 from tests.engine.tiny import NUM_BYTES, WEIGHT_STD
 
 Changes = Mapping[str, Mapping[str, Any]]
-"""What to write over a default: values by part, `text`, `vision`, `config`, `pictures`, `processor`."""
+"""
+What to write over a default: values by part, `text`, `vision`, `config`, `pictures`, `clips`,
+`processor`.
+"""
 
-PICTURE_FILES = {"pictures": "preprocessor_config.json", "processor": "processor_config.json"}
+PICTURE_FILES = {
+    "pictures": "preprocessor_config.json",
+    "clips": "video_preprocessor_config.json",
+    "processor": "processor_config.json",
+}
 NUM_TEXT_IDS = NUM_BYTES + len(LLAVA_FIRST)
 IMAGE_ID = NUM_TEXT_IDS
 VOCAB = NUM_TEXT_IDS + 8  # a few ids at the end have no token, as in the checkpoints of the world
@@ -312,6 +319,18 @@ IDEFICS3_OTHER: Changes = {
     "processor": {"image_seq_len": 4},
 }
 IDEFICS3_WHOLE: Changes = {"pictures": {"do_image_splitting": False}}
+# Frames are told of in a file of their own: other colours, another filter, shrunk on their way.
+SMOLVLM_OTHER: Changes = {
+    **IDEFICS3_OTHER,
+    "clips": {
+        "video_processor_type": "SmolVLMVideoProcessor",
+        "max_image_size": {"longest_edge": 44},
+        "video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 36}},
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.25, 0.5, 0.4],
+        "resample": 3,
+    },
+}
 
 
 def write_tiny_idefics3(folder: Path, *, seed: int = 0, changes: Changes | None = None) -> Path:
@@ -322,6 +341,7 @@ def write_tiny_smolvlm(folder: Path, *, seed: int = 0, changes: Changes | None =
     default = {
         **IDEFICS3,
         "pictures": {**IDEFICS3["pictures"], "image_processor_type": "SmolVLMImageProcessor"},
+        **({"clips": {}} if "clips" in (changes or {}) else {}),  # otherwise there is no such file
     }
     return write(folder, "smolvlm", default, changes or {}, seed, marks=IDEFICS3_MARKS)
 
