@@ -1,7 +1,8 @@
 """What of Pixtral and Mistral 3 tests/engine/families.py does not say."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,17 @@ import pytest
 import torch
 
 from engine import LLM
+from engine.checkpoint import read_checkpoint
+from engine.config import EngineConfig
 from engine.errors import BadConfig
 from engine.families.pixtral import cut_patches, patch_positions, target_size
 from engine.families.protocol import ImageTooNarrowError
 from tests.engine.pictures import GREEDY, cut_picture, draw, error_of, token_ids
-from tests.engine.tiny_llava import write_tiny_mistral3, write_tiny_pixtral
+from tests.engine.tiny_llava import (
+    write_tiny_internvl,
+    write_tiny_mistral3,
+    write_tiny_pixtral,
+)
 
 PROMPT = "USER: [IMG]x\nASSISTANT:"
 Write = Callable[..., Path]
@@ -115,3 +122,63 @@ def test_checkpoint_that_cannot_work_is_told(
 
     with pytest.raises(BadConfig, match=said):
         LLM(str(tmp_path))
+
+
+# Words as Mistral 3's were split when it was published: three digits in one piece.
+SPLITS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {
+            "type": "Split",
+            "pattern": {"Regex": r"\p{N}{1,3}|[^\p{N}]+"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
+SPACES = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never", "split": False}
+
+
+def write_many_words(folder: Path, splits: Mapping[str, Any], version: str | None) -> None:
+    """Give a tokenizer over 100,000 tokens, among them a number of two digits."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab |= {token["content"]: token["id"] for token in content["added_tokens"]}  # they stay there
+    vocab |= {word: len(vocab) + n for n, word in enumerate(["12", *map(str, range(100, 100_100))])}
+    content["model"]["merges"] = [["1", "2"]]
+    content["pre_tokenizer"] = splits
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_version"] = version
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("write", "splits", "version", "pieces"),
+    [
+        (write_tiny_mistral3, SPLITS, "4.50.0.dev0", ["a", "1", "2"]),
+        (write_tiny_mistral3, SPLITS, "5.1.0", ["a", "12"]),
+        (write_tiny_mistral3, SPACES, "4.50.0.dev0", ["a", "12"]),
+        (write_tiny_internvl, SPLITS, None, ["a", "12"]),
+    ],
+)
+def test_words_are_split_as_in_training_without_a_word(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    write: Write,
+    splits: Mapping[str, Any],
+    version: str | None,
+    pieces: Sequence[str],
+) -> None:
+    """transformers warns of wrong tokens, and goes on with them where nobody tells it otherwise."""
+    write_many_words(write(tmp_path), splits, version)
+    vendor = logging.getLogger("transformers")
+    vendor.addHandler(caplog.handler)
+    try:
+        tokenizer = read_checkpoint(EngineConfig(str(tmp_path), device="cpu")).tokenizer
+    finally:
+        vendor.removeHandler(caplog.handler)
+
+    assert ["<s>", *pieces] == tokenizer.convert_ids_to_tokens(tokenizer("a12")["input_ids"])
+    assert [] == caplog.messages
