@@ -132,11 +132,13 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     )
     if pictures is None and not {"vision_config", "img_processor"}.isdisjoint(written):
         raise BadConfig("The model has no preprocessor_config.json, so its pictures have no size.")
-    description = Description(config, tokenizer, pictures or {}, clips or {}, together)
     family = _read(
         "config.json and preprocessor_config.json that go together",
         engine,
-        lambda: _build_family(entry, description),
+        lambda: _build_family(
+            entry,
+            Description(config, tokenizer, _told(pictures), _told(clips), _told(together)),
+        ),
     )
     _check_sizes(family, engine)
     for token, token_id in (
@@ -198,6 +200,11 @@ def _mends_splits(engine: EngineConfig, written: Mapping[str, Any], folder: Path
         return None if written.get("model_type") == "mistral" else False
     splits = (_read_json(engine, folder / "tokenizer.json") or {}).get("pre_tokenizer") or {}
     return [part["type"] for part in splits.get("pretokenizers", ())][:1] == ["Split"]
+
+
+def _told(words: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Less its nulls: to transformers they are silence, as a word that is not there."""
+    return {word: value for word, value in (words or {}).items() if value is not None}
 
 
 def _build_family(entry: Entry, description: Description) -> Family:

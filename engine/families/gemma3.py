@@ -31,8 +31,7 @@ class Gemma3(OneTile):
         super().__init__(description)
         check_text(self.text_config)
         config = description.config
-        told = {key: value for key, value in description.pictures.items() if value is not None}
-        self._pictures = {**DEFAULT, **told}
+        self._pictures = {**DEFAULT, **description.pictures}
         self._resizing = Resizing.read(self._pictures)
         vision = config.vision_config
         self._num_rows: int = config.mm_tokens_per_image

@@ -48,8 +48,7 @@ class Llava(OneTile):
         pictures = description.pictures
         processor = str(pictures.get("image_processor_type", "")).removesuffix("Fast")
         default = SIGLIP_DEFAULT if processor == "SiglipImageProcessor" else CLIP_DEFAULT
-        told = {key: value for key, value in pictures.items() if value is not None}
-        self._pictures = {**default, **told}
+        self._pictures = {**default, **pictures}
         self._resizing = Resizing.read(self._pictures)
         vision = config.vision_config
         if (vision.image_size,) * 2 != (self._resizing.height_px, self._resizing.width_px):

@@ -216,8 +216,8 @@ class Description:
         config: transformers' config object.
         tokenizer: transformers' fast tokenizer.
         pictures, clips: of preprocessor_config.json and video_preprocessor_config.json, or of their
-            parts in processor_config.json; empty where there are none.
-        processor: the rest of processor_config.json.
+            parts in processor_config.json; empty where there are none, and without nulls.
+        processor: the rest of processor_config.json, likewise.
     """
 
     config: Any

@@ -1,5 +1,6 @@
 """Every family of the table says what transformers' `generate` says, and sees what its processor sees."""
 
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ from engine.processor import Prepared
 from tests.engine.families import CASES, NUM_ASKED, Asked, Case, Oracle, mixed, size
 from tests.engine.pictures import GREEDY, cut_picture, draw, encode, error_of, token_ids
 from tests.engine.test_config import rewrite
-from tests.engine.tiny_llava import write_tiny_idefics3, write_tiny_internvl
+from tests.engine.tiny import write_tiny_qwen2_vl
+from tests.engine.tiny_llava import (
+    write_tiny_gemma3,
+    write_tiny_idefics3,
+    write_tiny_internvl,
+    write_tiny_llava,
+    write_tiny_llava_next,
+    write_tiny_pixtral,
+)
+from tests.engine.tiny_phi3_v import write_tiny_phi3_v
 from tests.engine.ways import in_pieces, keeping_prefixes
 
 NUM_ALONE = NUM_ASKED or 12
@@ -140,6 +150,40 @@ def test_text_model_that_nobody_compared_is_refused(
     rewrite("config.json", lambda c: c["text_config"].update(model_type="gemma2"))(tmp_path)
     with pytest.raises(BadConfig, match="text part is of the type 'gemma2'"):
         LLM(str(tmp_path))
+
+
+# What a processor may be silent of: transformers has a default for each.
+MAY_BE_NULL = (
+    *("do_resize", "do_rescale", "do_normalize", "do_image_splitting", "do_pad", "num_crops"),
+    *("resample", "rescale_factor", "image_mean", "image_std", "min_pixels", "max_pixels"),
+)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_tiny_gemma3,
+        write_tiny_idefics3,
+        write_tiny_internvl,
+        write_tiny_llava,
+        write_tiny_llava_next,
+        write_tiny_phi3_v,
+        write_tiny_pixtral,
+        write_tiny_qwen2_vl,
+    ],
+)
+def test_null_of_a_processor_is_silence(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    write(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    said = {k: v for k, v in json.loads(path.read_text()).items() if k not in MAY_BE_NULL}
+    seen = []
+    for words in ({}, dict.fromkeys(MAY_BE_NULL)):
+        path.write_text(json.dumps(said | words))
+        with LLM(str(tmp_path)) as llm:
+            family = llm.engine.checkpoint.family
+            seen += family.encode([cut_picture(family, draw(7, 90, 70))])
+
+    assert torch.equal(*seen)
 
 
 def visual_of(prepared: Prepared) -> Visual:
