@@ -259,11 +259,38 @@ class Qwen2VL(Family):
         self.video_area = area_of(description.clips or pictures, AreaLimits())
         self._mean = tuple(pictures.get("image_mean", self.usual_mean))
         self._std = tuple(pictures.get("image_std", self.usual_std))
+        self._check_reading("preprocessor_config.json", pictures)
+        self._check_reading("video_preprocessor_config.json", description.clips)
         areas = (self.image_area, self.video_area)
         are_areas = all(0 < area.min_pixels <= area.max_pixels for area in areas)
         are_colours = all(len(values) == 3 for values in (self._mean, self._std))
         if not (are_areas and are_colours):
             raise ValueError("no model looks at pictures like that")
+
+    def _check_reading(self, name: str, told: Mapping[str, Any]) -> None:
+        """What is cut on the host and folded into a Linear in `attach` is this and nothing else."""
+        built = {
+            "do_resize": True,
+            "resample": RESAMPLING,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "patch_size": self.patch_px,
+            "merge_size": MERGE,
+            "temporal_patch_size": TEMPORAL,
+        }
+        for word, value in built.items():
+            if abs(told.get(word, value) - value) > 1e-6:
+                raise BadConfig(
+                    f"The model's {name} says {word}={told[word]}, where {value} is what "
+                    "this family is read with. Give the model's own."
+                )
+        for word, colours in (("image_mean", self._mean), ("image_std", self._std)):
+            if tuple(told.get(word, colours)) != colours:
+                raise BadConfig(
+                    f"The model's {name} says another {word} than its preprocessor_config.json, which "
+                    "is not supported. Give the model's own."
+                )
 
     def plan_picture(self, width_px: int, height_px: int, area: AreaLimits | None) -> Plan:
         return self._plan(self.image_token_id, width_px, height_px, area or self.image_area, 1)

@@ -18,6 +18,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.vision_utils import get_vision_position_ids
 
 from engine import LLM
+from engine.checkpoint import read_checkpoint
+from engine.config import EngineConfig
+from engine.errors import BadConfig
 from engine.families.protocol import AreaLimits, Description, ImageTooNarrowError, Plan, Rows
 from engine.families.qwen2_vl import (
     MERGE,
@@ -304,6 +307,51 @@ def test_moments_of_a_long_clip_do_not_push_the_text_back(published: Qwen2VLMode
     assert 5 + 29 == positions.max()
     assert 10 == following
     np.testing.assert_array_equal(rope_index(published, prompt), positions)
+
+
+PUBLISHED_READING: dict[str, object] = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 0.00392156862745098,
+    "do_normalize": True,
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
+def read_with(folder: Path, name: str, **words: object) -> None:
+    """Read a tiny checkpoint, one of whose files says this too."""
+    write_tiny_qwen2_vl(folder)
+    path = folder / name
+    said = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(said | words))
+    read_checkpoint(EngineConfig(str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+def test_processor_that_reads_in_another_way_is_refused(tmp_path: Path, name: str) -> None:
+    others: dict[str, object] = {
+        "do_resize": False,
+        "resample": 2,
+        "do_rescale": False,
+        "rescale_factor": 1.0,
+        "do_normalize": False,
+        "patch_size": 16,
+        "merge_size": 1,
+        "temporal_patch_size": 1,
+    }
+
+    read_with(tmp_path, name, **PUBLISHED_READING)
+    for word, value in others.items():
+        with pytest.raises(BadConfig, match=f"{name} says {word}={value}, where "):
+            read_with(tmp_path, name, **PUBLISHED_READING | {word: value})
+
+
+def test_clips_of_other_colours_than_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="says another image_std than its preprocessor_config"):
+        read_with(tmp_path, "video_preprocessor_config.json", image_std=[0.5] * 3)
 
 
 @pytest.mark.parametrize("seed", range(3))
