@@ -60,11 +60,11 @@ class TileEncoder:
         self._uploads = Uploads(device)
         self._most = max_tiles(tile_patches)
         levels = 1 / pictures.get("rescale_factor", 1 / 255)
+        mean, std = pictures.get("image_mean") or mean, pictures.get("image_std") or std
         if not pictures.get("do_normalize", True):
             mean, std = (0.0,) * 3, (1.0,) * 3
         self._mean, self._std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1) * levels
-            for values in (pictures.get("image_mean") or mean, pictures.get("image_std") or std)
+            torch.tensor(values, device=device).view(1, 3, 1, 1) * levels for values in (mean, std)
         )
 
     def encode(

@@ -186,6 +186,26 @@ def test_null_of_a_processor_is_silence(tmp_path: Path, write: Callable[[Path], 
     assert torch.equal(*seen)
 
 
+@pytest.mark.parametrize("write", [write_tiny_internvl, write_tiny_llava, write_tiny_pixtral])
+def test_colours_hold_only_where_pictures_are_normalised(
+    tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    write(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    said = json.loads(path.read_text())
+    seen = []
+    for words in (
+        {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.2] * 3},
+        {"do_normalize": True, "image_mean": [0.0] * 3, "image_std": [1.0] * 3},
+    ):
+        path.write_text(json.dumps(said | words))
+        with LLM(str(tmp_path)) as llm:
+            family = llm.engine.checkpoint.family
+            seen += family.encode([cut_picture(family, draw(7, 90, 70))])
+
+    assert torch.equal(*seen)
+
+
 def visual_of(prepared: Prepared) -> Visual:
     (placed,) = prepared.media
     assert isinstance(placed.content, Visual)
