@@ -14,7 +14,7 @@ from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from engine import LLM, Request
+from engine import LLM, Request, SamplingParams
 from engine.checkpoint import read_checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, BadPrompt, PlaceholderMismatch
@@ -25,7 +25,9 @@ from tests.engine.families import CASES, Asked, Case, Oracle, size, write_smolvl
 from tests.engine.pictures import as_frames, cut_clip, draw, draw_clip, error_of
 from tests.engine.test_config import rewrite
 from tests.engine.tiny_llava import IDEFICS3_MARKS, SMOLVLM_OTHER, write_tiny_smolvlm
+from tests.media.clips import clip, shades
 
+ONE = SamplingParams(max_tokens=1)
 NUM_ROWS = 9  # of a tile of the default checkpoint
 SPLITTING = pre_tokenizers.Sequence(  # as SmolVLM2's tokenizer
     [
@@ -39,6 +41,10 @@ PROMPTS = (
     "User:<video>\nDescribe it.",
     "User: What is this?<video>  \n And this?",
     "User: <video><video>\n\nDescribe it.",
+)
+PARTS_TEMPLATE = (
+    "{% for part in messages[0].content %}"
+    "{{ part.text if part.type == 'text' else '<' ~ part.type ~ '>' }}{% endfor %}"
 )
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -141,6 +147,38 @@ def test_length_that_nobody_knows_is_the_moment_of_the_last_frame(merging: Path)
     assert (
         tokenizer(expanded)["input_ids"] == prepare(read(merging), "<video>", video=bare).token_ids
     )
+
+
+@pytest.mark.parametrize("num_processes", [0, 1])
+@pytest.mark.parametrize("start_s", [0.0, 1.4])
+def test_file_says_how_long_all_of_it_is_wherever_it_is_decoded(
+    merging: Path, num_processes: int, start_s: float
+) -> None:
+    num_source, fps = 25, 10
+    part = {
+        "type": "video",
+        "video": clip(shades(num_source), fps=fps),
+        "num_frames": 3,
+        "start_s": start_s,
+    }
+    request = Request(
+        messages=[{"role": "user", "content": [part]}], params=ONE, chat_template=PARTS_TEMPLATE
+    )
+    with LLM(
+        str(merging), device="cpu", load_format="dummy", num_media_processes=num_processes
+    ) as llm:
+        (result,) = list(llm.stream([request]))
+    assert result.error is None
+    (used,) = result.images
+    assert used.frame_indices is not None
+    told = VideoMetadata(
+        num_source, fps, duration=num_source / fps, frames_indices=[*used.frame_indices]
+    )
+    expected = write_smolvlm_clip(NUM_ROWS, 3, told)
+
+    assert AutoTokenizer.from_pretrained(merging)(expected)["input_ids"] == result.prompt_token_ids
+    assert "from a 0:00:02 [H:MM:SS] video" in expected
+    assert (start_s > 1) == ("Frame from 00:00:" not in expected)
 
 
 def test_tokenizer_that_would_write_other_words_is_refused_with_the_clip(tmp_path: Path) -> None:
