@@ -102,13 +102,8 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     _check_not_quantised(engine, written)
     config = _read("config.json", engine, lambda: _read_config(entry, folder, options))
     assert entry is not None, "a config without a type cannot be read"
-    tokenizer_folder = folder
-    if engine.tokenizer not in (
-        None,
-        "",
-        engine.folder_or_id,
-    ):  # the revision is not one of its states
-        tokenizer_folder = _get_folder(engine.tokenizer, None)
+    other = engine.tokenizer if engine.tokenizer != engine.folder_or_id else None
+    tokenizer_folder = _get_folder(other, None) if other else folder  # the revision is the model's
     tokenizer = _read(
         "tokenizer",
         engine,
