@@ -130,9 +130,12 @@ def run(
                 }
             ],
             params=SamplingParams(
-                max_tokens=prompt.line.max_tokens,
-                ignore_eos=True,
-                **{"temperature": 0.0, **(sampling or {})},
+                **{
+                    "temperature": 0.0,
+                    "max_tokens": prompt.line.max_tokens,
+                    "ignore_eos": True,
+                    **(sampling or {}),
+                }
             ),
         )
         for prompt in prompts
@@ -269,7 +272,7 @@ def _options() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any word of SamplingParams, where it is not greedy",
+        help="any word of SamplingParams; greedy without a temperature",
     )
     add("--peer", choices=["none", "transformers"], default="none")
     add("--peer-num", type=int, help="prompts for the peer; all by default")

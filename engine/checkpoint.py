@@ -32,7 +32,7 @@ from engine.kernels.quantised import FP8, can_multiply
 from engine.kernels.rows import can_hold_fp8
 from engine.kv import KVShape
 from engine.request import SamplingParams
-from engine.swaps import fuse
+from engine.swaps import MAX_KERNEL_DIM, fuse
 
 Loaded = TypeVar("Loaded")
 
@@ -158,8 +158,8 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
     if engine.quantization == "fp8" and device.type == "cuda":
         _check_fp8(device, dtype)
     keeps_fp8 = engine.kv_cache_dtype != "auto"
-    if keeps_fp8 and not can_hold_fp8(device):
-        raise BadConfig(f"kv_cache_dtype={engine.kv_cache_dtype!r} {_NO_FP8}")
+    if keeps_fp8:
+        _check_fp8_rows(engine.kv_cache_dtype, family.kv_shape(FP8), device)
     return Checkpoint(
         folder,
         config,
@@ -438,6 +438,17 @@ def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         )
     if not can_multiply(device, dtype):
         raise BadConfig(f"quantization='fp8' {_NO_FP8}")
+
+
+def _check_fp8_rows(word: str, shape: KVShape, device: torch.device) -> None:
+    if not can_hold_fp8(device):
+        raise BadConfig(f"kv_cache_dtype={word!r} {_NO_FP8}")
+    widest = max(layer.dim for layer in shape.layers)
+    if device.type == "cuda" and widest > MAX_KERNEL_DIM:
+        raise BadConfig(
+            f"kv_cache_dtype={word!r} is not supported on a GPU for a model with heads wider than "
+            f"{MAX_KERNEL_DIM}, and this one's are {widest} wide. Leave it out."
+        )
 
 
 def _device(engine: EngineConfig) -> torch.device:

@@ -25,7 +25,7 @@ FRAMES = "frames"
 """Beside the modalities in `limit_mm_per_prompt`: of one clip. Absent: as many as media reads."""
 LIMIT_OPTIONS = ("count", "width", "height", "num_frames")
 QUANTIZATIONS = (None, "fp8")
-KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")  # vLLM's words; the last two are one
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")  # vLLM's words, of which the last two are one
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float", "half")
 DEFAULT_LIMITS = {"image": 1, "video": 1}

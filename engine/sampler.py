@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +30,15 @@ from torch import Tensor
 
 from engine.kernels.greedy import NO_TOKEN, plain_argmax
 from engine.request import ALL, Logprob, SamplingParams
+from engine.uploads import upload
 
 MAX_CANDIDATES = 1024  # ids that top_p looks at before it sorts the whole vocabulary
-# Logits worked on at once: 4 float32 copies of them stay under 1.1 GB, whatever the batch.
-MAX_BLOCK_LOGITS = 1 << 26
+# Logits worked on at once, whatever the batch: up to 33 bytes each, so that 1.1 GB is the most (2026).
+MAX_BLOCK_LOGITS = 1 << 25
+MAX_SORTED_LOGITS = 1 << 23  # of rows that are sorted as a whole: up to 53 bytes each
 SUM_WIDTH = 256  # weights that are summed up before it is known which of them are looked at
-UNIFORM_BITS = (
-    48  # fewer than float64 has, so that no draw is rounded up to the end of its interval
-)
+# Fewer than float64 has, so that no draw is rounded up to the end of its interval.
+UNIFORM_BITS = 48
 
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
 
@@ -150,6 +152,10 @@ class Sampled:
         return found
 
 
+# (logits, weights, uniform, rows) -> token ids, all of the same rows
+_Draw = Callable[[Tensor, Tensor, Tensor, Sequence[SamplingRow]], Tensor]
+
+
 class Sampler:
     """
     Chooses a token for each row of logits.
@@ -215,7 +221,7 @@ class Sampler:
         drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
         if drawn:
             choice = self._draw(_take(logits, drawn), [rows[i] for i in drawn])
-            index = torch.tensor(drawn, device=self.device)
+            index = _upload(drawn, self.device)
             # A row in which greedy finds nothing to choose has nothing to draw from either.
             token_ids[index] = torch.where(token_ids[index] == NO_TOKEN, NO_TOKEN, choice)
         return token_ids
@@ -228,33 +234,56 @@ class Sampler:
             least = self._column([row.params.min_p for row in rows]).float()
             weights.masked_fill_(weights < least, 0.0)
         uniform = self._column(draw_uniform(rows))
-        cut = [i for i, row in enumerate(rows) if _cuts_tail(row.params)]
-        if not cut:
-            return _pick(weights, uniform)
-        if len(cut) == len(rows):
-            return self._draw_from_top(logits, weights, uniform, rows)
+        # By how much of the order of its ids a row needs: none, the likeliest few, all of it.
+        ways: dict[_Draw, list[int]] = {}
+        for i, row in enumerate(rows):
+            num_kept = self._top_k(row.params)
+            if num_kept > self._max_candidates:
+                ways.setdefault(self._draw_sorted, []).append(i)
+            elif num_kept or row.params.top_p < 1.0:
+                ways.setdefault(self._draw_from_top, []).append(i)
+            else:
+                ways.setdefault(_draw_from_all, []).append(i)
+        if len(ways) == 1:
+            (draw,) = ways
+            return draw(logits, weights, uniform, rows)
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=self.device)
-        whole = [i for i, row in enumerate(rows) if not _cuts_tail(row.params)]
-        token_ids[whole] = _pick(weights[whole], uniform[whole])
-        of_cut = logits[cut], weights[cut], uniform[cut]
-        token_ids[cut] = self._draw_from_top(*of_cut, [rows[i] for i in cut])
+        for draw, members in ways.items():
+            index = _upload(members, self.device)
+            given = logits[index], weights[index], uniform[index]
+            token_ids[index] = draw(*given, [rows[i] for i in members])
         return token_ids
+
+    def _top_k(self, params: SamplingParams) -> int:
+        """0 for all, which a larger one means too; it may not even fit an int64."""
+        return params.top_k if params.top_k < self.vocab_size else 0
 
     def _draw_from_top(
         self, logits: Tensor, weights: Tensor, uniform: Tensor, rows: Sequence[SamplingRow]
     ) -> Tensor:
-        """For rows with top_k or top_p: draw from the likeliest few of each."""
-        num_most = max(row.params.top_k or self._max_candidates for row in rows)
-        num_candidates = min(num_most, self.vocab_size)
-        given = logits, weights, uniform
-        token_ids, is_covered = self._pick_from_top(*given, rows, num_candidates)
-        if num_candidates < self.vocab_size and any(not row.params.top_k for row in rows):
+        """For rows with a small top_k, or top_p: draw from the likeliest few of each."""
+        num_candidates = max(self._top_k(row.params) or self._max_candidates for row in rows)
+        token_ids, is_covered = self._pick_from_top(logits, weights, uniform, rows, num_candidates)
+        is_sure = all(self._top_k(row.params) for row in rows)
+        if num_candidates < self.vocab_size and not is_sure:
             missed = torch.nonzero(~is_covered).flatten()
             if len(missed):
                 missed_rows = [rows[i] for i in missed.tolist()]
-                of_missed = logits[missed], weights[missed], uniform[missed]
-                token_ids[missed], _ = self._pick_from_top(*of_missed, missed_rows, self.vocab_size)
+                given = logits[missed], weights[missed], uniform[missed]
+                token_ids[missed] = self._draw_sorted(*given, missed_rows)
         return token_ids
+
+    def _draw_sorted(
+        self, logits: Tensor, weights: Tensor, uniform: Tensor, rows: Sequence[SamplingRow]
+    ) -> Tensor:
+        """For rows of which more than a few ids may be kept: some at a time, as sorting takes memory."""
+        num_rows = max(1, MAX_SORTED_LOGITS // self.vocab_size)
+        picked = []
+        for start in range(0, len(rows), num_rows):
+            block = slice(start, start + num_rows)
+            of_block = logits[block], weights[block], uniform[block]
+            picked.append(self._pick_from_top(*of_block, rows[block], self.vocab_size)[0])
+        return torch.cat(picked)
 
     def _pick_from_top(
         self,
@@ -274,12 +303,11 @@ class Sampler:
         ids = find_top(logits, num_candidates)
         values = weights.gather(-1, ids).double()
         # 1. top_k: candidates stand in order, so it cuts behind the k-th.
-        most = self.vocab_size  # a larger top_k means all, and may not even fit an int64
-        top_k = self._column([min(row.params.top_k or most, most) for row in rows])
+        top_k = self._column([self._top_k(row.params) or self.vocab_size for row in rows])
         place = torch.arange(num_candidates, device=self.device)
         values.masked_fill_(place >= top_k, 0.0)
         # 2. top_p: keep those before which less than p has been reached, of what top_k left.
-        has_top_k = self._column([row.params.top_k > 0 for row in rows])
+        has_top_k = self._column([self._top_k(row.params) > 0 for row in rows])
         total = torch.where(
             has_top_k,
             values.sum(dim=-1, keepdim=True),
@@ -298,8 +326,7 @@ class Sampler:
 
     def _column(self, values: Sequence[float]) -> Tensor:
         """(num_rows, 1), one value a row; float64, int64 or bool, as the values are."""
-        dtype = torch.float64 if isinstance(values[0], float) else None
-        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
+        return _upload(values, self.device)[:, None]
 
 
 def is_plain(params: SamplingParams) -> bool:
@@ -318,7 +345,12 @@ def _take(tensor: Tensor, rows: list[int]) -> Tensor:
     """Some rows, in order; the tensor itself, without a copy, where that is all of them."""
     if len(rows) == len(tensor):
         return tensor
-    return tensor[torch.tensor(rows, device=tensor.device)]
+    return tensor[_upload(rows, tensor.device)]
+
+
+def _upload(values: Sequence[float], device: torch.device, dtype: Any = None) -> Tensor:
+    """(num,), without waiting for the device, as every plain copy to it would."""
+    return upload(np.array(values, dtype=dtype), device)
 
 
 def _is_restricted(row: SamplingRow) -> bool:
@@ -341,14 +373,10 @@ def reads_history(params: SamplingParams) -> bool:
     )
 
 
-def _cuts_tail(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0
-
-
 def _index(token_ids: Iterable[int], line: Tensor) -> Tensor:
     """Those ids that have a logit: placeholders and ends of text may have none."""
     known = [token_id for token_id in token_ids if 0 <= token_id < len(line)]
-    return torch.tensor(known, dtype=torch.int64, device=line.device)
+    return _upload(known, line.device, np.int64)
 
 
 def _asks_logprobs(params: SamplingParams) -> bool:
@@ -371,13 +399,13 @@ def _restrict(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     for line, row in zip(logits, rows, strict=True):  # each line is a view of (vocab,)
         params = row.params
         if params.allowed_token_ids is not None:
-            allowed = torch.tensor(params.allowed_token_ids, device=line.device)
+            allowed = _upload(params.allowed_token_ids, line.device)
             kept = line[allowed]
             line.fill_(-math.inf)
             line[allowed] = kept
         if params.logit_bias:
-            biased = torch.tensor(list(params.logit_bias), device=line.device)
-            line[biased] += torch.tensor(list(params.logit_bias.values()), device=line.device)
+            biased = _upload(list(params.logit_bias), line.device)
+            line[biased] += _upload(list(params.logit_bias.values()), line.device, np.float32)
         if _is_before_min_tokens(row):
             ends = [
                 *(params.stop_token_ids or ()),
@@ -402,8 +430,8 @@ def _penalise(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
             )
         if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             counts = Counter(row.output_token_ids)
-            index = torch.tensor(list(counts), dtype=torch.int64, device=line.device)
-            times = torch.tensor(list(counts.values()), dtype=line.dtype, device=line.device)
+            index = _upload(list(counts), line.device, np.int64)
+            times = _upload(list(counts.values()), line.device, np.float32)
             line[index] -= params.frequency_penalty * times + params.presence_penalty
     return logits
 
@@ -424,14 +452,14 @@ def _gather_logprobs(
             is_ranked = row.params.logprob_token_ids is None
             groups.setdefault((num_logprobs, is_ranked), []).append(i)
     for (num_logprobs, is_ranked), members in groups.items():
-        index = torch.tensor(members, device=raw.device)
+        index = _upload(members, raw.device)
         logits = raw[index]
         chosen = token_ids[index, None].clamp(min=0)
         if is_ranked:
             top = find_top(logits, num_logprobs)
         else:
             listed = [rows[i].params.logprob_token_ids for i in members]
-            top = torch.tensor(listed, device=raw.device)
+            top = upload(np.array(listed, dtype=np.int64), raw.device)
         ids = torch.cat((chosen, top), dim=-1)
         yield _LogprobGroup(
             rows=tuple(start + i for i in members),
@@ -465,7 +493,8 @@ def find_top(logits: Tensor, num: int) -> Tensor:
     picked = _order_keys(blocks.amax(dim=-1), numbers).topk(num).indices[..., None]
     values = blocks.gather(1, picked.expand(-1, -1, width)).view(num_rows, -1)
     ids = (picked * width + torch.arange(width, device=logits.device)).view(num_rows, -1)
-    return ids.gather(-1, _order_keys(values, ids).topk(num).indices)
+    found = ids.gather(-1, _order_keys(values, ids).topk(num).indices)
+    return found.clamp_(max=vocab - 1)  # of a row that is no numbers, what fills it up may be found
 
 
 def _cut_blocks(values: Tensor, width: int, filling: float) -> Tensor:
@@ -507,6 +536,12 @@ def _log_total(logits: Tensor) -> Tensor:
     largest = logits.amax(dim=-1, keepdim=True)
     total = (logits - largest).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
     return largest.double() + total.log()
+
+
+def _draw_from_all(
+    _logits: Tensor, weights: Tensor, uniform: Tensor, _rows: Sequence[SamplingRow]
+) -> Tensor:
+    return _pick(weights, uniform)
 
 
 def _pick(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -191,8 +192,8 @@ class Config(BaseSettings):
     image_formats: Annotated[tuple[str, ...], NoDecode] = ()
     max_image_pixels: Count | None = None
     draft_jpegs: bool = False
-    quantization: str | None = None
-    kv_cache_dtype: str = "auto"
+    quantization: Literal["fp8"] | None = None
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
     enable_prefix_caching: bool = False
     commit_items: Count = 64
     commit_s: Seconds = 0.2
@@ -232,9 +233,12 @@ class Config(BaseSettings):
             else given
         )
 
-    @field_validator(
-        *("media_s3_profile", "media_s3_endpoint_url", "media_s3_region", "quantization"),
-    )
+    @field_validator("quantization", "kv_cache_dtype", mode="before")
+    @classmethod
+    def _empty_is_usual(cls, given: object, info: ValidationInfo) -> object:
+        return given if given != "" else cls.model_fields[str(info.field_name)].default
+
+    @field_validator("media_s3_profile", "media_s3_endpoint_url", "media_s3_region")
     @classmethod
     def _empty_is_unset(cls, text: str | None) -> str | None:
         return text or None

@@ -927,6 +927,10 @@ def test_rows_in_fp8_that_a_gpu_cannot_read_are_refused(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 0))
     with pytest.raises(BadConfig, match=r"^kv_cache_dtype='fp8' needs a GPU of compute.* 8\.9"):
         LLM(str(tiny_folder), device="cuda", kv_cache_dtype="fp8")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("engine.checkpoint.MAX_KERNEL_DIM", 4)
+    with pytest.raises(BadConfig, match=r"^kv_cache_dtype='fp8' is not supported .* wider than 4"):
+        LLM(str(tiny_folder), device="cuda", kv_cache_dtype="fp8")
 
 
 def test_another_gpu_than_the_first_is_chosen_outside(tiny_folder: Path) -> None:

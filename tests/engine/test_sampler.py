@@ -129,6 +129,33 @@ def test_row_with_broken_logits_gets_no_token_and_its_neighbours_theirs(
     assert [expected[0], NO_TOKEN, expected[2]] == ids
 
 
+@pytest.mark.parametrize("params", [SamplingParams(top_k=1), SamplingParams(logprobs=1)])
+def test_broken_logits_at_the_end_name_no_id_behind_it(params: SamplingParams) -> None:
+    """What fills up the last block of a row outranks a NaN that has a sign."""
+    logits = make_logits(2, vocab=32_001)
+    logits.view(torch.int32)[1, -1] = -(1 << 22)  # 0xFFC00000
+    assert logits[1, -1].isnan()
+    rows = [SamplingRow(params, seed, 0) for seed in range(2)]
+
+    sampled = Sampler(32_001, "cpu").sample(logits, rows)
+
+    assert sampled.tolist()[0] != NO_TOKEN == sampled.tolist()[1]
+    assert 2 == len(sampled.logprobs())
+
+
+def test_large_top_k_costs_its_neighbours_nothing_but_a_call() -> None:
+    """Those of more than the candidates are drawn apart, those of all ids as if there were none."""
+    logits = make_logits(6, vocab=3000)
+    many = [SamplingParams(top_k=k) for k in (5, 1500, 3000, 10**30, 2999, 0)]
+    rows = [SamplingRow(params, 7, 1) for params in many]
+
+    ids = sample_ids(logits, rows)
+
+    assert [sample_ids(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)] == ids
+    plain = [SamplingRow(SamplingParams(), 7, 1)] * 6
+    assert [sample_ids(logits, plain)[i] for i in (2, 3, 5)] == [ids[i] for i in (2, 3, 5)]
+
+
 def test_row_in_which_everything_is_forbidden_gets_no_token() -> None:
     params = SamplingParams(allowed_token_ids=[3], stop_token_ids=[3], min_tokens=1)
 
@@ -584,6 +611,22 @@ def test_batch_worked_on_in_blocks_equals_the_whole(monkeypatch: pytest.MonkeyPa
 
     assert whole.tolist() == in_blocks.tolist()
     assert whole.logprobs() == in_blocks.logprobs()
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    """But rows with top_p alone, for what reaches behind the likeliest few."""
+    rows = [row for row in make_mixed_rows(64) if row.params.top_k or row.params.top_p == 1.0]
+    sampler = Sampler(1003, "cuda")
+    logits = make_logits(len(rows), vocab=1003).cuda()
+    sampler.sample(logits, rows)  # what is made once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampled = sampler.sample(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert len(rows) == len(sampled.tolist())
 
 
 @pytest.mark.gpu

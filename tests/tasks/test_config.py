@@ -51,8 +51,20 @@ def test_no_quantization_is_written_as_nothing(
     given: str, taken: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DARKROOM_QUANTIZATION", given)
+    monkeypatch.setenv("DARKROOM_KV_CACHE_DTYPE", given)
 
-    assert taken == load_config().quantization
+    config = load_config()
+
+    assert taken == config.quantization
+    assert (taken or "auto") == config.kv_cache_dtype
+
+
+@pytest.mark.parametrize("name", ["DARKROOM_QUANTIZATION", "DARKROOM_KV_CACHE_DTYPE"])
+def test_wrong_word_is_refused_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "int3")
+
+    with pytest.raises(BadSettingError, match=name):
+        load_config()
 
 
 @pytest.mark.parametrize(
