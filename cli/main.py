@@ -578,6 +578,8 @@ def serve(
     """
     Serve one model, in the words of vLLM's `serve`: `darkroom up` for whoever comes from there.
 
+    What has no option here, fp8 and kept prefixes among it, is a setting: see docs/deploy.md.
+
     \b
     Examples:
       darkroom serve Qwen/Qwen2-VL-2B-Instruct --limit-mm-per-prompt image=2 --max-model-len 4096
