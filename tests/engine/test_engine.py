@@ -815,8 +815,16 @@ def test_close_stops_the_threads(tiny_folder: Path) -> None:
 def test_close_ends_what_is_in_flight_with_a_result(tiny_folder: Path) -> None:
     llm = LLM(str(tiny_folder))
     lengths = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 200, 300)]
-    stream = llm.stream([Request(prompt="x", params=params) for params in lengths])
+    is_read = threading.Event()
+
+    def source() -> Iterator[Request]:
+        for params in lengths:
+            yield Request(prompt="x", params=params)
+        is_read.set()
+
+    stream = llm.stream(source())
     next(stream)
+    assert is_read.wait(10)  # what comes later is refused
     llm.close()
     errors = [result.error for result in stream]
 
