@@ -39,7 +39,8 @@ Loaded = TypeVar("Loaded")
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _ADAPTER = "adapter_config.json"  # peft's
-_OF_LAYER = re.compile(r"\.(layers?|blocks)\.\d+\.")  # in a weight's name
+# In a weight's name. Older versions of transformers also wrote what positions are turned by.
+_OF_LAYER = re.compile(r"\.(layers?|blocks)\.\d+\.(?!.*inv_freq$)")
 _NO_FP8 = "needs a GPU of compute capability 8.9 or later (Ada, Hopper). Leave it out."
 
 

@@ -390,6 +390,19 @@ def test_weights_that_do_not_fit_are_told_in_one_line_each(
         assert message in line
 
 
+def test_frequencies_beside_the_weights_of_layers_are_nobodys(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Published checkpoints of the first Llamas and of LLaVA-1.5's time have them."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    name = "model.language_model.layers.0.self_attn.rotary_emb.inv_freq"
+    reweigh(lambda weights, _: weights.update({name: torch.ones(4)}))(folder)
+
+    with LLM(str(folder)) as llm:
+        assert token_ids(llm.generate("a", GREEDY, use_tqdm=False))
+
+
 def test_model_in_several_files_answers_as_in_one(tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
