@@ -12,17 +12,26 @@ from typing import Final
 
 STARTING: Final = (20_000, 50, 100)
 
+_usual: tuple[int, int, int] | None = None  # while it is put off
+
 
 def put_off() -> None:
     """For as long as the process starts; at its end nothing is looked through."""
+    global _usual
+    _usual = gc.get_threshold()
     gc.set_threshold(*STARTING)
     atexit.register(gc.freeze)
 
 
 def settle() -> None:
-    """What is there by now stays, and from now on garbage is looked for as usual."""
-    gc.freeze()
-    gc.set_threshold(*_USUAL)
+    """
+    What is there by now stays, and from now on garbage is looked for as usual.
 
-
-_USUAL: Final = gc.get_threshold()
+    Of a process in which it was put off; another is its owner's.
+    """
+    global _usual
+    if _usual is not None:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*_usual)
+        _usual = None

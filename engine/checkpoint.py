@@ -148,11 +148,10 @@ def read_checkpoint(engine: EngineConfig) -> Checkpoint:
             )
     older = (_read_json(engine, folder / "chat_template.json") or {}).get("chat_template")
     own = tokenizer.chat_template  # read with it, from chat_template.jinja before its config
-    if "image" in family.modalities and not (tokenizer_folder / "chat_template.jinja").is_file():
+    if "image" in family.modalities:
         # A processor's goes before that of the tokenizer alone, which may know no pictures.
-        tokenizer.chat_template = older or own or family.chat_template
-    else:
-        tokenizer.chat_template = own or older or family.chat_template
+        tokenizer.chat_template = together.get("chat_template") or older or own
+    tokenizer.chat_template = tokenizer.chat_template or older or family.chat_template
     generation = _read_json(engine, folder / _GENERATION) or {}
     device = _device(engine)
     dtype = _read("dtype", engine, lambda: _dtype(engine, config, device))

@@ -119,8 +119,8 @@ def plan_window(
         raise VideoHasNoFramesError
     stop = len(times_s) if end_s is None else bisect_right(times_s, end_s)
     end_s = duration_s if end_s is None else min(end_s, duration_s)
-    share = (end_s - start_s) / duration_s if duration_s else 1.0
-    segments = plan_segments(end_s - start_s, max(math.ceil(len(times_s) * share), 1), cut)
+    num_frames = max(stop - _find_shown(times_s, start_s), 1)
+    segments = plan_segments(end_s - start_s, num_frames, cut)
     segments = tuple(Segment(part.start_s + start_s, part.end_s + start_s) for part in segments)
     stops = [_find_next(times_s, segment.end_s) for segment in segments[:-1]] + [stop]
     return tuple(

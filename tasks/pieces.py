@@ -112,6 +112,10 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
         count = min(math.ceil(num_frames / most), MAX_SEGMENTS)
         most = min(math.ceil(num_frames / count), most)
         segments = _share_out(options, times_s, num_frames, count)
+        if not _is_rate(_read_sampling(options), times_s, num_frames):
+            options.pop(
+                "fps", None
+            )  # of a part that holds many frames in a short time it would drop some
         windows = [_look_at(segment, options) for segment in segments]
     if most is not None:
         windows = [limit_frames(window, most) for window in windows]
@@ -134,9 +138,14 @@ def _share_out(
     """
     sampling = _read_sampling(options)
     start_s, end_s = sampling.start_s, sampling.end_s
-    if sampling.fps is not None and num_asked < len(find_window(times_s, sampling)):
+    if _is_rate(sampling, times_s, num_asked):
         return plan_window(times_s, Cut(count=count), start_s=start_s, end_s=end_s)
     return plan_groups(times_s, count, start_s=start_s, end_s=end_s)
+
+
+def _is_rate(sampling: FrameSampling, times_s: Sequence[float], num_asked: int) -> bool:
+    """Whether a rate chooses among the frames; one that asks for each of them does not."""
+    return sampling.fps is not None and num_asked < len(find_window(times_s, sampling))
 
 
 def _look_at(segment: Look, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,14 @@ def test_segments_of_a_window_end_with_its_last_frame() -> None:
     assert [(9,)] == look(times_s, Cut(seconds=2), start_s=9.5)
 
 
+def test_window_of_many_frames_may_have_as_many_segments() -> None:
+    """And one of few no more: its share of the clip's seconds says nothing of them."""
+    times_s = [*(n / 50 for n in range(50)), *(float(second) for second in range(1, 11))]
+
+    assert 40 == len(look(times_s, Cut(count=40), end_s=0.99))
+    assert 9 == len(look(times_s, Cut(count=40), start_s=2))
+
+
 def test_as_many_segments_as_there_may_be() -> None:
     assert MAX_SEGMENTS == len(plan(3600.0, seconds=3.6))
     assert Segment(3596.4, 3600.0) == plan_segments(3600.0, 10_000, Cut(seconds=3.6))[-1]

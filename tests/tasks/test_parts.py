@@ -668,6 +668,8 @@ RECORDING = [*range(0, 1000, 25), *range(1000, 40_000, 5000)]
         (RECORDING, 8, {"num_frames": -1}, 48),
         (RECORDING, 8, {"num_frames": -1, "start_s": 0.5, "end_s": 11}, 23),
         (RECORDING, 8, {"num_frames": 24}, 24),
+        (RECORDING, 8, {"num_frames": -1, "fps": 2}, 48),  # of some parts fewer would be left
+        (RECORDING, 8, {"num_frames": -1, "fps": 60, "end_s": 0.9}, 37),
         (at_rate(200, 10), 16, {"num_frames": 65}, 65),  # not 5 times 16
     ],
 )
