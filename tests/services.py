@@ -250,6 +250,8 @@ class S3Server:
             *(f"-filer.localSocket={folder}/filer.sock", f"-s3.localSocket={folder}/s3.sock"),
             # One master waits for no election, also when it comes back: 17 s become 2.
             *("-master.peers=none", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=0"),
+            # Eight are usual: 512 MB of all that the tests of a process write, deleted or not.
+            "-volume.max=256",
         ]
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -138,7 +138,7 @@ TEMPLATE_FILES = {
         (["chat_template.json"], "QxA", "QxA"),
         (["chat_template.json", "tokenizer_config.json"], "QxA", "Tx"),
         (["tokenizer_config.json"], "Tx", "Tx"),
-        (list(TEMPLATE_FILES), "Jx", "Jx"),
+        (list(TEMPLATE_FILES), "QxA", "Jx"),
     ],
 )
 def test_processors_template_goes_before_the_tokenizers(
