@@ -226,7 +226,6 @@ class Server:
         if header == self._guess:
             answer = self._follow(self._answer)
         else:
-            self._guess = None  # its place is given back
             answer = self._consult({"say": "header", **_describe(header)})
         self._place = answer["start"]
         fit = answer["fit"]
