@@ -111,11 +111,7 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
         assert most is not None, "or all are within the limit"
         count = min(math.ceil(num_frames / most), MAX_SEGMENTS)
         most = min(math.ceil(num_frames / count), most)
-        segments = _share_out(options, times_s, num_frames, count)
-        if not _is_rate(_read_sampling(options), times_s, num_frames):
-            options.pop(
-                "fps", None
-            )  # of a part that holds many frames in a short time it would drop some
+        segments, options = _share_out(options, times_s, num_frames, count)
         windows = [_look_at(segment, options) for segment in segments]
     if most is not None:
         windows = [limit_frames(window, most) for window in windows]
@@ -129,23 +125,23 @@ def split_clip(messages: Messages, clip: Mapping[str, Any], rule: ClipRule) -> S
 
 def _share_out(
     options: Mapping[str, Any], times_s: Sequence[float], num_asked: int, count: int
-) -> tuple[Look, ...]:
+) -> tuple[tuple[Look, ...], dict[str, Any]]:
     """
-    The segments over which the frames that are asked for are spread as the options spread them.
+    The segments over which the frames that are asked for are spread as the options spread them, and
+    the options that count in each.
 
     A rate spreads them over the seconds. A number spreads them over the frames; and where each of these
     is asked for, segments of equal length would hold too many of them, or all but none.
     """
     sampling = _read_sampling(options)
     start_s, end_s = sampling.start_s, sampling.end_s
-    if _is_rate(sampling, times_s, num_asked):
-        return plan_window(times_s, Cut(count=count), start_s=start_s, end_s=end_s)
-    return plan_groups(times_s, count, start_s=start_s, end_s=end_s)
-
-
-def _is_rate(sampling: FrameSampling, times_s: Sequence[float], num_asked: int) -> bool:
-    """Whether a rate chooses among the frames; one that asks for each of them does not."""
-    return sampling.fps is not None and num_asked < len(find_window(times_s, sampling))
+    # A rate that asks for each of the frames does not choose among them.
+    if sampling.fps is not None and num_asked < len(find_window(times_s, sampling)):
+        segments = plan_window(times_s, Cut(count=count), start_s=start_s, end_s=end_s)
+        return segments, dict(options)
+    # Of a part that holds many frames in a short time a rate would drop some.
+    without_rate = {key: value for key, value in options.items() if key != "fps"}
+    return plan_groups(times_s, count, start_s=start_s, end_s=end_s), without_rate
 
 
 def _look_at(segment: Look, options: Mapping[str, Any]) -> dict[str, Any]:
