@@ -23,9 +23,9 @@ from transformers import AttentionInterface
 
 from engine.errors import BadConfig
 from engine.kernels import pictures
+from engine.kernels.decode import DecodeAttention
 from engine.kernels.rope import rotate_and_store_
 from engine.kernels.rows import read, store_
-from engine.swaps import DecodeAttention
 
 TEXT_ATTENTION = "darkroom_flash_text"
 VISION_ATTENTION = "darkroom_flash_vision"
@@ -38,6 +38,25 @@ DENSE_BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+
+@dataclass(slots=True)
+class Ends:
+    """
+    The tokens of a call whose hidden states anybody will read: the last of each prompt.
+
+    Attributes:
+        rows: (n,), int64, device: their places among the call's.
+        are_cut: whether the last layer gave these alone, as a fused one does.
+    """
+
+    rows: Tensor
+    are_cut: bool = False
+
+    def cut(self, hidden: Tensor) -> Tensor:
+        """(1, T, hidden) -> (1, n, hidden)."""
+        self.are_cut = True
+        return hidden.index_select(1, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +83,7 @@ class TextContext:
         both_ways: for each sequence of a prefill, in order: where pictures begin and end, among its
             tokens of this call, that attend to those behind them too. Empty where all tokens look
             back only; never together with device_spans.
+        ends: where a prefill looks at some tokens' results only; None where at all of them.
     """
 
     keys: Sequence[Tensor]
@@ -79,6 +99,7 @@ class TextContext:
     read_rows: Tensor | None = None
     extras: Tensor | None = None
     both_ways: Sequence[Sequence[tuple[int, int]]] = ()
+    ends: Ends | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +143,15 @@ def using(context: TextContext | VisionContext) -> Iterator[None]:
 def find_extra(layer: int) -> Tensor | None:
     """(T, hidden): what the call's tokens have added behind a layer; None where there is nothing."""
     context = _current.text
-    return None if context is None or context.extras is None else context.extras[layer]
+    if context is None or context.extras is None:
+        return None
+    extra, ends = context.extras[layer], context.ends
+    return extra if ends is None or not ends.are_cut else extra.index_select(0, ends.rows)
+
+
+def find_ends() -> Ends | None:
+    """Whose results the last layer may leave out: all but these; None where all are wanted."""
+    return None if _current.text is None else _current.text.ends
 
 
 def attend_text(

@@ -10,7 +10,8 @@ Products in fp8 are an option, and the one thing here that changes the numbers.
 
 What it does not know it leaves as it is: another class, another activation, rotary positions that
 change with the length. It refuses to know batches and slabs; attention is called as transformers'
-own layers call it, by the name in the config.
+own layers call it, by the name in the config. All that a layer asks of the call is whose results
+anybody will read, so that the last one computes no others.
 """
 
 import copy
@@ -36,6 +37,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
+from engine.attention import find_ends
 from engine.kernels import activations, norms, quantised, rope
 from engine.kernels.products import PackedLinear, by_blocks
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
@@ -458,6 +460,11 @@ class FusedDecoderLayer(nn.Module):
             raise ValueError("a fused layer keeps no cache: call the model with use_cache=False")
         x, normed = _enter(self.attention_norm, hidden_states)
         delta = self.attention(normed, position_embeddings, attention_mask, **kwargs)
+        ends = find_ends() if self.is_last else None
+        if (
+            ends is not None
+        ):  # keys and values of all tokens are kept; of the rest nobody reads more
+            x, delta = ends.cut(x), ends.cut(delta)
         normed = self.mlp_norm.add_(delta, x)
         return _leave(delta, self.mlp(normed), self.is_last)
 

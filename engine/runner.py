@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.attention import TextContext, can_use_flash, using
+from engine.attention import Ends, TextContext, can_use_flash, using
 from engine.checkpoint import Checkpoint
 from engine.errors import BadConfig
 from engine.families.protocol import Visual
@@ -240,6 +240,9 @@ class Runner:
                 if inside.start < inside.stop:
                     places.append(first - begin + placed.rows[inside])
                     features.append(sequence.features[index][inside])
+        read = [index for index, sequence in enumerate(sequences) if sequence.is_read]
+        ends = np.zeros(num_spans, dtype=np.int64)  # what fills it up reads the first token
+        ends[: len(read)] = first_rows[1:][read] - 1
         on_device = upload(table, self.device)
         x = self._embed(on_device[0])
         extras = None
@@ -252,7 +255,7 @@ class Runner:
             if self._is_fp8:
                 read_rows, starts = self._gather(starts, lens)
             spans = self._device_spans(starts, num_queries, lens, num_spans)
-            inputs = [x, on_device[1:], spans, read_rows]
+            inputs = [x, on_device[1:], spans, read_rows, upload(ends, self.device)]
             if extras is not None:
                 inputs.append(extras)
             layers = partial(self._prefill_layers, most=most, most_rows=most_rows)
@@ -271,14 +274,13 @@ class Runner:
                 num_queries,
                 extras=extras,
                 both_ways=both_ways,
+                ends=Ends(upload(ends[: len(read)], self.device)),
             )
             hidden = self._forward(x, on_device[1:-1], context)
-        ends = []
-        for sequence, last in zip(sequences, first_rows[1:] - 1, strict=True):
-            if sequence.is_read:
-                ends.append(last)
-                sequence.features = {}  # another: outputs without rows yet still need the old one
-        return self._head(hidden[upload(np.array(ends, np.int64), self.device)])  # type: ignore[no-any-return]
+        for index in read:
+            # Another dict: outputs without rows yet still need the old one.
+            sequences[index].features = {}
+        return self._head(hidden[: len(read)])  # type: ignore[no-any-return]
 
     def _find_both_ways(self, sequences: Many[Sequence]) -> list[list[tuple[int, int]]]:
         """`TextContext.both_ways` of these prompts, or of their pieces."""
@@ -298,6 +300,7 @@ class Runner:
         table: Tensor,
         spans: Tensor,
         read_rows: Tensor,
+        ends: Tensor,
         extras: Tensor | None = None,
         *,
         most: int,
@@ -310,8 +313,12 @@ class Runner:
             x: (T, hidden). table: (num_axes + 1, T), int64: positions, and rows to write.
             spans: (3, num_seqs + 1), int32, of `_device_spans`.
             read_rows: (rows,), int64, of `_gather`; none where slabs are read where they lie.
+            ends: (n,), int64: the tokens whose results are wanted.
             extras: (num_layers, T, hidden), of `_spread`.
             most: no prompt, or piece of one, is longer. most_rows: nor with what came before it.
+
+        Returns:
+            (n, hidden).
         """
         context = TextContext(
             self._rows.keys,
@@ -325,6 +332,7 @@ class Runner:
             max_rows=most_rows,
             read_rows=read_rows if len(read_rows) else None,
             extras=extras,
+            ends=Ends(ends),
         )
         return self._forward(x, table[:-1], context)
 
@@ -419,11 +427,14 @@ class Runner:
         return token_ids
 
     def _forward(self, x: Tensor, positions: Tensor, context: TextContext) -> Tensor:
-        """x: (T, hidden), positions: (num_axes, T) -> (T, hidden)."""
+        """x: (T, hidden), positions: (num_axes, T) -> (T, hidden), or the context's ends alone."""
         by_sequence = positions if self._num_axes == 1 else positions[:, None]
         with using(context):
             output = self._text(inputs_embeds=x[None], position_ids=by_sequence, use_cache=False)
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        hidden, ends = output.last_hidden_state, context.ends
+        if ends is not None and not ends.are_cut:
+            hidden = ends.cut(hidden)
+        return hidden[0]  # type: ignore[no-any-return]
 
     def _gather(self, starts: Many[int], lens: Many[int]) -> tuple[Tensor, list[int]]:
         """

@@ -5,22 +5,17 @@ Each has a plain form in transformers or torch, and the answers are the same.
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.fuse import Fusions, apply
 from engine.kernels import has_kernels
-from engine.kernels.decode import attend
+from engine.kernels.decode import DecodeAttention, attend
 
 logger = logging.getLogger(__name__)
 
 MAX_KERNEL_DIM = 128  # wider heads may not fit the memory of a GPU's processor: flash takes them
-
-# (query, keys, values, starts, lens, max_len, scale), as `engine.kernels.decode.attend`
-DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 def fuse(model: Any, *, fp8: bool = False) -> None:

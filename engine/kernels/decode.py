@@ -5,6 +5,8 @@ Axes: num_seqs, heads, kv_heads, group = heads / kv_heads (the query heads that 
 dim. K and V of a layer: (rows, kv_heads, dim), as engine/slabs.py shares them out.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,9 @@ from engine.kernels import has_kernels
 # KV rows that one program reads; fixed, so that no neighbour changes a sum. Of 256, 512 and 1024 the
 # fastest for all but a few long sequences (H100, 2026-11-27).
 SPLIT_ROWS = 1024
+
+# (query, keys, values, starts, lens, max_len, scale), as `attend` below
+DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 def attend(

@@ -26,10 +26,9 @@ from engine.attention import (
     using,
 )
 from engine.errors import BadConfig
-from engine.kernels.decode import attend
+from engine.kernels.decode import DecodeAttention, attend
 from engine.runner import MAX_ENCODER_PATCHES, _calls
 from engine.sequence import Sequence as Running
-from engine.swaps import DecodeAttention
 from tests.engine.families import CASES
 from tests.engine.pictures import (
     CLIP,
