@@ -182,7 +182,8 @@ class LLM:
             params: for requests that bring none.
 
         A request's `priority` counts among the 32 or so that are pulled ahead, not among those that
-        the source still holds.
+        the source still holds. Of those with one priority, whoever may write most tokens begins first,
+        within bounds: see `engine/waiting.py`.
         """
 
         forms = [requests] if _is_one_prompt(requests) else requests

@@ -2,13 +2,13 @@
 Who runs next: waiting sequences are admitted when a slab and a place are free; all others decode.
 
 Loads no torch. Prefill goes first, since a full decode batch is worth more than an early token. A
-prompt too long for one call is read in pieces, with a decode step of the others between them.
+prompt too long for one call is read in pieces, with a decode step of the others between them. Whose
+turn it is among those that wait is `engine/waiting.py`'s to say.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from engine.prefixes import Key, Prefixes
 from engine.slabs import SlabAllocator
+from engine.waiting import Waiting
 
 if TYPE_CHECKING:
     from engine.sequence import Sequence
@@ -56,12 +57,10 @@ class Scheduler:
         self._patience = patience
         self._prefills_alone = prefills_alone
         self._num_steps_waited = 0
-        self._num_waiting_tokens = 0
         self._free_slots = list(range(max_num_seqs))  # a heap: low ones first
         self._max_num_seqs = max_num_seqs
         self._max_prefill_tokens = max_prefill_tokens
-        self._waiting: list[tuple[int, int, Sequence]] = []  # by priority, then by arrival
-        self._arrivals = itertools.count()
+        self._waiting = Waiting(max_prefill_tokens)
         self._running: list[Sequence] = []
         self._reading: Sequence | None = None  # has a slab, and a prompt of which more is to come
         self._owes_step = False  # a decode step, before the next piece
@@ -73,7 +72,7 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens of those that wait."""
-        return self._num_waiting_tokens
+        return self._waiting.num_tokens
 
     @property
     def num_running(self) -> int:
@@ -89,8 +88,7 @@ class Scheduler:
         return bool(self._waiting or self._running or self._reading)
 
     def add(self, sequence: Sequence) -> None:
-        self._num_waiting_tokens += sequence.num_prompt_tokens
-        heapq.heappush(self._waiting, (sequence.priority, next(self._arrivals), sequence))
+        self._waiting.add(sequence)
 
     def schedule(self, *, may_come: bool = False) -> Batch:
         """
@@ -119,8 +117,8 @@ class Scheduler:
             return True
         num_free = self._max_num_seqs - len(self._running)
         if num_free >= len(self._waiting):
-            return not may_come or self._num_waiting_tokens >= self._max_prefill_tokens
-        average = self._num_waiting_tokens / len(self._waiting)
+            return not may_come or self._waiting.num_tokens >= self._max_prefill_tokens
+        average = self._waiting.num_tokens / len(self._waiting)
         return num_free * average >= self._max_prefill_tokens
 
     def _admit(self) -> list[Sequence]:
@@ -137,7 +135,7 @@ class Scheduler:
             and self._waiting
             and len(self._running) + len(admitted) < self._max_num_seqs
         ):
-            sequence = self._waiting[0][2]
+            sequence = self._waiting.first
             usable = _usable(sequence)
             source, num_cached = self._prefixes.find(usable)
             num_wanted = sequence.num_prompt_tokens - num_cached
@@ -147,14 +145,13 @@ class Scheduler:
                 break  # a step later there is more of it to copy
             sequence.start = self._find_slab(sequence.num_rows_at_most)
             if sequence.start is None:
-                break  # NOTE: first come, first served: a long one is not passed over for ever
+                break  # NOTE: none that fits gets ahead: a long one is not passed over for ever
             # NOTE: its source may be evicted from here on, and even given to one of this batch: the
             # rows are copied before any of the batch are written.
             sequence.num_computed = sequence.num_cached = num_cached
             sequence.copied_from = source if num_cached else None
             coming.update(sequence.prefix_keys)
-            heapq.heappop(self._waiting)
-            self._num_waiting_tokens -= sequence.num_prompt_tokens
+            self._waiting.pop()
             sequence.slot = heapq.heappop(self._free_slots)
             admitted.append(sequence)
             num_left -= self._read_on(sequence)
@@ -209,9 +206,7 @@ class Scheduler:
             self._reading = None
         self._running = [sequence for sequence in self._running if sequence not in leaving]
         if any(sequence.start is None for sequence in leaving):  # those that run have a slab
-            self._waiting = [entry for entry in self._waiting if entry[2] not in leaving]
-            heapq.heapify(self._waiting)
-            self._num_waiting_tokens = sum(entry[2].num_prompt_tokens for entry in self._waiting)
+            self._waiting.remove(leaving)
         for sequence in sequences:
             if sequence.start is not None:
                 num_kept = self._prefixes.keep(sequence.start)

@@ -67,6 +67,11 @@ class Sequence:
         return len(self.prepared.token_ids)
 
     @property
+    def max_tokens(self) -> int:
+        """See `Prepared.max_tokens`."""
+        return self.prepared.max_tokens
+
+    @property
     def both_ways(self) -> tuple[tuple[int, int], ...]:
         """See `Prepared.both_ways`."""
         return self.prepared.both_ways
@@ -93,12 +98,12 @@ class Sequence:
 
     @property
     def num_rows_at_most(self) -> int:
-        return self.num_prompt_tokens + self.prepared.max_tokens
+        return self.num_prompt_tokens + self.max_tokens
 
     @property
     def wants_token(self) -> bool:
         """Whether another token is to be chosen, as far as is known before the last ones are read."""
-        return self.finish_reason is None and self.num_launched < self.prepared.max_tokens
+        return self.finish_reason is None and self.num_launched < self.max_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -132,7 +137,7 @@ class Sequence:
         if self.detokenizer.stop_reason is not None:
             self.finish_reason = FinishReason.STOP
             self.stop_reason = self.detokenizer.stop_reason
-        elif num_tokens >= self.prepared.max_tokens:
+        elif num_tokens >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH
         elif params.repetition_detection is not None and params.repetition_detection.is_found_in(
             self.output_ids

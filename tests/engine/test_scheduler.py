@@ -85,6 +85,39 @@ def test_lower_priority_comes_first_and_equals_as_they_came() -> None:
     assert [4, 1, 3, 2, 0, 5] == order
 
 
+def count_steps(scheduler: Any, sequences: list[Numbers]) -> int:
+    """Decode steps until all have written their `max_tokens`, the first of which a prefill brings."""
+    add(scheduler, *sequences)
+    num_left = {sequence: sequence.max_tokens for sequence in sequences}
+    num_steps = 0
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        num_steps += not batch.is_prefill
+        for sequence in batch.sequences:
+            num_left[sequence] -= 1
+        scheduler.finish([sequence for sequence in batch.sequences if not num_left[sequence]])
+    return num_steps
+
+
+def test_long_answers_among_short_ones_take_hardly_more_steps_than_the_longest() -> None:
+    shorts, longs = [Numbers(10, 16) for _ in range(152)], [Numbers(10, 512) for _ in range(8)]
+    mixed = [*shorts[:80], *longs, *shorts[80:]]
+
+    # First come, first served would be 75 steps for the short ones before them, and then theirs.
+    assert 511 == count_steps(build(100_000, 16, 2000), mixed)
+
+
+def test_length_of_an_answer_does_not_let_it_wait_for_more_than_a_prefill() -> None:
+    scheduler = build(max_num_seqs=5, max_prefill_tokens=100)
+    short = Numbers(20, 1)
+    add(scheduler, short, *(Numbers(20, 500) for _ in range(20)))
+    long = scheduler.schedule().sequences
+    scheduler.finish(long)
+
+    assert short not in long
+    assert short is scheduler.schedule().sequences[0]
+
+
 def test_prefill_stays_within_its_tokens() -> None:
     scheduler = build(max_prefill_tokens=100)
     sizes = [40, 60, 1, 99, 30]
@@ -177,9 +210,10 @@ def test_places_are_limited_and_one_that_ends_makes_room() -> None:
 def test_sequence_waits_for_rows_and_is_not_passed_by_smaller_ones() -> None:
     scheduler = build(num_rows=16 + 64)
     holder, large, small = Numbers(30, 18), Numbers(30, 30), Numbers(1, 1)
-    add(scheduler, holder, large, small)
+    add(scheduler, holder)
 
     assert [holder] == scheduler.schedule().sequences
+    add(scheduler, large, small)
     assert [holder] == scheduler.schedule().sequences
     assert 2 == scheduler.num_waiting
     scheduler.finish([holder])
