@@ -12,6 +12,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,8 @@ from engine.attention import (
     dense_kernels,
     using,
 )
-from engine.kernels import activations, greedy, has_kernels, norms, quantised, rope
+from engine.kernels import activations, greedy, has_kernels, norms, pictures, quantised, rope
+from engine.kernels.pictures import Cut, HopperCut
 from engine.sampler import Sampler
 
 REPEATS, WARM_UP, CALLS = 20, 3, 4  # replays that are timed, replays before them, calls in a graph
@@ -57,8 +59,13 @@ SWEEP = [
     for warps in (2, 4, 8)
     for stages in (2, 3)
 ]
-PICTURE_SWEEP = [
-    (rows, warps, stages) for rows, warps in ((128, 8), (128, 4), (64, 4)) for stages in (2, 3, 4)
+PICTURE_CUTS: list[Cut | HopperCut] = [
+    *(HopperCut(groups, tile) for groups, tile in ((2, 128), (2, 64), (3, 64))),
+    *(
+        Cut(rows, warps, stages)
+        for rows, warps in ((128, 8), (128, 4), (64, 4))
+        for stages in (2, 3)
+    ),
 ]
 
 
@@ -189,16 +196,16 @@ def _fp8_product(rows: int, width: int, out: int) -> None:
 
 def measure_pictures() -> None:
     """Attention in the encoder: our kernel with every way of cutting, torch's varlen, cuDNN."""
-    for num, patches in ((56, 576), (20, 1564), (8, 3996), (4, 1564)):
+    for num, patches in ((56, 576), (20, 1564), (8, 3996), (4, 1564), (1, 1564), (400, 64)):
         _pictures(f"{num} x {patches}", [patches] * num)
     rng = random.Random(0)
     _pictures("ragged", [4 * rng.randint(81, 1000) for _ in range(16)])
+    _pictures("56 x 577 of CLIP", [577] * 56, dim=64)
+    _pictures("44 x 729 of SigLIP", [729] * 44, dim=72)
 
 
-def _pictures(name: str, sizes: list[int]) -> None:
-    from engine.kernels.gpu.pictures import attend
-
-    heads, dim, most = 16, 80, max(sizes)
+def _pictures(name: str, sizes: list[int], *, heads: int = 16, dim: int = 80) -> None:
+    most = max(sizes)
     query, key, value = torch.split(_random(sum(sizes), 3 * heads, dim), heads, dim=1)
     starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32, device="cuda")
     flops = 4 * heads * dim * sum(size**2 for size in sizes)
@@ -222,9 +229,11 @@ def _pictures(name: str, sizes: list[int]) -> None:
     if len(set(sizes)) == 1:
         _line(f"pictures {name} cudnn", dense, flops=flops)
     best: tuple[float, dict[str, Any]] | None = None
-    for rows, warps, stages in PICTURE_SWEEP:
-        facts = {"rows": rows, "num_warps": warps, "num_stages": stages}
-        run = partial(attend, query, key, value, starts, most, scale, **facts)
+    for cut in PICTURE_CUTS:
+        if isinstance(cut, Cut) and dim not in pictures.DIMS:
+            continue
+        facts = {"cut": type(cut).__name__, **asdict(cut)}
+        run = partial(pictures.attend, query, key, value, starts, most, scale, cut)
         took = _line(f"pictures {name} kernel", run, flops=flops, facts=facts)
         if took is None:
             continue

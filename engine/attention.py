@@ -12,7 +12,7 @@ Axes: T tokens of one call, heads, kv_heads, dim. K and V of a layer: (rows, kv_
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -110,15 +110,26 @@ class VisionContext:
             of a video counts as a picture. Empty where the call is a batch, a picture a row.
         starts: (pictures + 1,), int32, device: where each begins, for the kernel that takes any
             sizes at once; None where every run is a dense batch.
-        cut: how our kernel for that is cut; None for torch's.
+        cut: which of our kernels for that, and how it is cut; None for torch's. Of a batch: None
+            where it is a dense one.
         windows: of an encoder some of whose layers look at a window of each picture only: the
             starts that these layers hand on, by which they are known, and what they attend to.
     """
 
     runs: Sequence[tuple[int, int]]
     starts: Tensor | None = None
-    cut: pictures.Cut | None = None
+    cut: pictures.Cut | pictures.HopperCut | None = None
     windows: "tuple[Tensor, VisionContext] | None" = None
+    # Of batches, by number and size of pictures: one layer makes them for all of this call.
+    _batch_starts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def find_batch_starts(self, num: int, size: int, device: torch.device) -> Tensor:
+        """`starts` of as many pictures, all of one size."""
+        key = num, size
+        if key not in self._batch_starts:
+            starts = torch.arange(num + 1, dtype=torch.int32, device=device) * size
+            self._batch_starts[key] = starts
+        return self._batch_starts[key]
 
 
 class _Current(threading.local):
@@ -430,13 +441,17 @@ def attend_vision(
     assert context is not None
     assert attention_mask is None
     if not context.runs:
+        if context.cut is not None:
+            attended = _try_attend_batch(query, key, value, context, context.cut, scaling)
+            if attended is not None:
+                return attended, None
         batch = F.scaled_dot_product_attention(query, key, value, scale=scaling)
         return batch.transpose(1, 2), None
     if context.windows is not None and cu_seq_lens_q is context.windows[0]:
         context = context.windows[1]
     if context.starts is not None:
         return _attend_varlen(query, key, value, context, scaling), None
-    attended, start = [], 0
+    runs, start = [], 0
     for num_pictures, num_patches in context.runs:
         end = start + num_pictures * num_patches
         q, k, v = (
@@ -444,9 +459,38 @@ def attend_vision(
             for x in (query, key, value)
         )
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-        attended.append(out.transpose(1, 2).flatten(0, 1))
+        runs.append(out.transpose(1, 2).flatten(0, 1))
         start = end
-    return (attended[0] if len(attended) == 1 else torch.cat(attended))[None], None
+    return (runs[0] if len(runs) == 1 else torch.cat(runs))[None], None
+
+
+def _try_attend_batch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: VisionContext,
+    cut: pictures.Cut | pictures.HopperCut,
+    scaling: float | None,
+) -> Tensor | None:
+    """
+    A batch as pictures that follow each other, which costs nothing where they lie so in memory.
+
+    Args:
+        query, key, value: (pictures, heads, patches, dim).
+
+    Returns:
+        (pictures, patches, heads, dim); None where they lie otherwise.
+    """
+    num, _, size, dim = query.shape
+    by_row = [x.transpose(1, 2) for x in (query, key, value)]
+    if any(x.stride(0) != size * x.stride(1) for x in by_row):
+        return None
+    q, k, v = (x.flatten(0, 1) for x in by_row)
+    if not pictures.takes(q, k, v):
+        return None
+    scale = dim**-0.5 if scaling is None else scaling
+    starts = context.find_batch_starts(num, size, query.device)
+    return pictures.attend(q, k, v, starts, size, scale, cut).view(by_row[0].shape)
 
 
 def _attend_varlen(

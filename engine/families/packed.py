@@ -80,16 +80,17 @@ class PackedEncoder:
             window_patches: where units are windows, of so many patches at most.
         """
         runs = [(len(list(group)), size) for size, group in groupby(units)]
-        # A few large batches of equal pictures are fastest dense; others go through one kernel,
+        # A few large batches of equal pictures may be fastest dense; others go through one kernel,
         # which takes any sizes without having to be planned for each.
         is_even = len(runs) <= MAX_DENSE_RUNS and min(runs)[0] >= MIN_DENSE_PICTURES
         is_even = is_even and window_patches is None  # too small to be worth their own shapes
         is_dense = not self.has_varlen or (is_even and not self.choice.beats_dense)
         starts = np.cumsum([0, *units], dtype=np.int32)
         num_patches = int(starts[-1])
-        if rounds_up and not is_dense:
-            # Rounded up, sizes come back. What fills up belongs to no picture and nobody reads it:
-            # pictures of no patches, and patches behind the last picture.
+        if rounds_up and not is_dense and not is_even:
+            # Rounded up, sizes come back, as those of equal pictures do by themselves. What fills up
+            # belongs to no picture and nobody reads it: pictures of no patches, and patches behind
+            # the last picture.
             runs = [(1, window_patches or power_up(max(units), 256))]
             num_patches = round_up(num_patches)
             num_starts = 1 + power_up(len(units), 16)
@@ -115,12 +116,13 @@ class PackedEncoder:
                 starts behind the others, and these layers hand them on.
         """
         packings = [packing] if windows is None else [packing, windows]
+        cuts = self.choice.own, self.choice.windows
         all_starts = [upload(each.starts, self.device) for each in packings]
 
         def call(*given: Tensor) -> Tensor:
             context, *of_windows = (
-                VisionContext(each.runs, None if each.is_dense else starts, self.choice.own)
-                for each, starts in zip(packings, given, strict=False)
+                VisionContext(each.runs, None if each.is_dense else starts, cut)
+                for each, starts, cut in zip(packings, given, cuts, strict=False)
             )
             if of_windows:
                 context = replace(context, windows=(given[1], of_windows[0]))

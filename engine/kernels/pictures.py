@@ -6,7 +6,7 @@ Axes: T patches, heads, dim; pictures. Every patch sees all of its own picture a
 
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +20,7 @@ from engine.kernels import has_kernels
 logger = logging.getLogger(__name__)
 
 DIMS = (64, 80, 96, 128)  # widths of heads that the kernel takes
+HOPPER_DIMS = (*DIMS, 72)  # that the one for GPUs of the Hopper generation takes, in 16 bits
 CALLS = ((40, 576), (20, 1564))  # pictures and patches each, on which kernels are compared
 REPEATS, WARM_UP, IN_A_ROW = 7, 2, 4  # calls are launched while others run, as in an encoder
 BETTER = 0.95  # of the other's time: less is no reason to leave what is known
@@ -35,7 +36,19 @@ class Cut:
     num_stages: int = 3
 
 
+@dataclass(frozen=True, slots=True)
+class HopperCut:
+    """Of the kernel for the Hopper generation: groups of 64 query rows, and keys of a tile."""
+
+    groups: int = 2
+    tile: int = 128
+
+
 CUTS = (Cut(), Cut(64, 4, 2), Cut(128, 4, 3))
+HOPPER_CUTS = (HopperCut(), HopperCut(3, 64))
+WINDOW_CUT = Cut(64, 4, 2)  # of small pictures, where the kernel for Hopper is used for others
+
+Way = Cut | HopperCut | str  # how attention is computed: by ours, by torch's of that name
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +57,15 @@ class Choice:
     Which kernel attends fastest to pictures on a device.
 
     Attributes:
-        own: how our kernel is cut; None where torch's own for any sizes is as fast.
+        own: which of our kernels, and how it is cut; None where torch's own for any sizes is as fast.
         beats_dense: whether ours is faster than dense batches of equal pictures too.
+        windows: the same as `own` for pictures of some 64 patches, of which the kernel for Hopper
+            would leave most of its rows empty.
     """
 
-    own: Cut | None = None
+    own: Cut | HopperCut | None = None
     beats_dense: bool = False
+    windows: Cut | None = None
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -64,7 +80,7 @@ def attend(
     starts: Tensor,
     max_len: int,
     scale: float,
-    cut: Cut = CUTS[0],
+    cut: Cut | HopperCut = CUTS[0],
 ) -> Tensor:
     """
     Args:
@@ -77,7 +93,13 @@ def attend(
     Returns:
         (T, heads, dim), dense. Rows behind the last picture mean nothing.
     """
-    if has_kernels(query) and query.shape[2] in DIMS:
+    if isinstance(cut, HopperCut) and has_kernels(query):
+        from engine.kernels.gpu import pictures_hopper
+
+        return pictures_hopper.attend(
+            query, key, value, starts, max_len, scale, groups=cut.groups, tile=cut.tile
+        )
+    if isinstance(cut, Cut) and has_kernels(query) and query.shape[2] in DIMS:
         from engine.kernels.gpu import pictures
 
         return pictures.attend(
@@ -105,46 +127,108 @@ def attend(
 
 
 @cache
-def choose(device: torch.device, dtype: torch.dtype, heads: int, dim: int) -> Choice:
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    dim: int,
+    calls: tuple[tuple[int, int], ...] = CALLS,
+) -> Choice:
     """
-    Compare our kernel with torch's, once for each device and shape of heads; takes some seconds.
+    Compare our kernels with torch's, once for each device and shape of heads; takes some seconds.
 
     NOTE: not while a CUDA graph is captured, and only where torch's varlen kernel runs.
+
+    Args:
+        calls: on which they are compared: pictures and patches each.
     """
-    if device.type != "cuda" or dim not in DIMS or not has_kernels(torch.empty(1, device=device)):
+    if device.type != "cuda" or not has_kernels(torch.empty(1, device=device)):
         return Choice()
+    for cuts in find_cuts(dtype, dim, has_hopper=_has_hopper(device)):
+        try:
+            choice = _compare(device, dtype, heads, dim, calls, cuts)
+        except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
+            logger.warning("pictures_kernel_unusable device=%s error=%s", device, error)
+            continue
+        logger.info("pictures_kernel own=%s beats_dense=%s", choice.own, choice.beats_dense)
+        return choice
+    return Choice()
+
+
+def find_cuts(
+    dtype: torch.dtype, dim: int, *, has_hopper: bool
+) -> list[tuple[Cut | HopperCut, ...]]:
+    """
+    What to compare; each of these if what stands before it cannot be used.
+
+    Few at a time: a kernel's first call is seconds of Triton's compiler, until its cache on disk has it.
+    """
+    plain: tuple[Cut | HopperCut, ...] = CUTS if dim in DIMS else ()
+    ours = [plain] if plain else []
+    if has_hopper and dim in HOPPER_DIMS and dtype in (torch.float16, torch.bfloat16):
+        ours.insert(0, (*HOPPER_CUTS, *(cut for cut in plain if cut == WINDOW_CUT)))
+    return ours
+
+
+@cache
+def _has_hopper(device: torch.device) -> bool:
+    """Whether the kernel for Hopper can be tried: it needs Gluon, which is young, of this Triton."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
     try:
-        choice = _compare(device, dtype, heads, dim)
-    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
-        logger.warning("pictures_kernel_unusable device=%s error=%s", device, error)
-        return Choice()
-    logger.info("pictures_kernel own=%s beats_dense=%s", choice.own, choice.beats_dense)
-    return choice
+        from engine.kernels.gpu import pictures_hopper  # noqa: F401
+    except Exception as error:  # noqa: BLE001 - another version may lack any name of it
+        logger.warning("pictures_kernel_missing device=%s error=%s", device, error)
+        return False
+    return True
 
 
 @torch.inference_mode()
-def _compare(device: torch.device, dtype: torch.dtype, heads: int, dim: int) -> Choice:
-    totals: dict[Cut | str, float] = {}
-    for num, patches in CALLS:
+def _compare(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    dim: int,
+    calls: Sequence[tuple[int, int]],
+    cuts: Sequence[Cut | HopperCut],
+) -> Choice:
+    totals: dict[Way, float] = {}
+    for num, patches in calls:
         merged = torch.randn((num * patches, 3 * heads, dim), dtype=dtype, device=device)
         q, k, v = torch.split(merged, heads, dim=1)
         starts = torch.arange(num + 1, dtype=torch.int32, device=device) * patches
-        ways = _ways(q, k, v, starts, num, patches)
+        ways = _ways(q, k, v, starts, num, patches, cuts)
         expected = ways["varlen"]()
         for name, way in ways.items():
-            if (way().reshape(expected.shape) - expected).abs().max().item() > APART:
+            # Turned around: what is not a number is nonsense too.
+            if not (way().reshape(expected.shape) - expected).abs().max().item() <= APART:
                 raise RuntimeError(f"{name} computes nonsense")
             totals[name] = totals.get(name, 0.0) + _time_ms(way)
-    own = min(CUTS, key=totals.__getitem__)
+    return pick(totals)
+
+
+def pick(totals: Mapping[Way, float]) -> Choice:
+    """From what each way took: torch's two, `varlen` and `dense`, and ours."""
+    ours = {way: took for way, took in totals.items() if not isinstance(way, str)}
+    plain = {way: took for way, took in ours.items() if isinstance(way, Cut)}
+    own = min(ours, key=ours.__getitem__)
+    small = min(plain, key=plain.__getitem__) if plain else None
     return Choice(
-        own if totals[own] < BETTER * totals["varlen"] else None,
-        totals[own] < BETTER * min(totals["dense"], totals["varlen"]),
+        own=own if ours[own] < BETTER * totals["varlen"] else None,
+        beats_dense=ours[own] < BETTER * min(totals["dense"], totals["varlen"]),
+        windows=small if small and plain[small] < BETTER * totals["varlen"] else None,
     )
 
 
 def _ways(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, num: int, patches: int
-) -> dict[Cut | str, Callable[[], Tensor]]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    num: int,
+    patches: int,
+    cuts: Sequence[Cut | HopperCut],
+) -> dict[Way, Callable[[], Tensor]]:
     """The same attention by every kernel."""
     heads, dim = q.shape[1:]
     scale = dim**-0.5
@@ -164,8 +248,8 @@ def _ways(
             out = F.scaled_dot_product_attention(dense_q, dense_k, dense_v, scale=scale)
         return out.transpose(1, 2)
 
-    ways: dict[Cut | str, Callable[[], Tensor]] = {"varlen": varlen, "dense": dense}
-    for cut in CUTS:
+    ways: dict[Way, Callable[[], Tensor]] = {"varlen": varlen, "dense": dense}
+    for cut in cuts:
         ways[cut] = lambda cut=cut: attend(q, k, v, starts, patches, scale, cut)  # type: ignore[misc]
     return ways
 

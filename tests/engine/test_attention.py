@@ -27,6 +27,7 @@ from engine.attention import (
 )
 from engine.errors import BadConfig
 from engine.kernels.decode import DecodeAttention, attend
+from engine.kernels.pictures import Cut
 from engine.runner import MAX_ENCODER_PATCHES, _calls
 from engine.sequence import Sequence as Running
 from tests.engine.families import CASES
@@ -259,6 +260,25 @@ def test_vision_runs_of_mixed_sizes_are_pictures_one_by_one(
         )
         torch.testing.assert_close(expected.transpose(1, 2), attended[:, one])
         start += size
+
+
+@pytest.mark.parametrize("num", [1, 5])
+def test_batches_go_as_pictures_in_a_row_where_that_is_faster(num: int) -> None:
+    """In both of the ways in which towers lay them, and in one that no view of theirs makes a row of."""
+    generator = torch.Generator().manual_seed(num)
+    merged = torch.randn(num, 9, 3, 2, DIM, generator=generator)
+    apart = [part.contiguous() for part in merged.unbind(2)]
+    by_head = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in apart]
+    for parts in (merged.unbind(2), apart, by_head):
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        with using(VisionContext(())):
+            expected, _ = attend_vision(module(), query, key, value, None, SCALE)
+        with using(VisionContext((), cut=Cut())):
+            for _ in range(2):  # as two layers do
+                attended, _ = attend_vision(module(), query, key, value, None, SCALE)
+
+                torch.testing.assert_close(expected, attended)
+                assert attended.reshape(num, 9, -1).shape == (num, 9, 2 * DIM)
 
 
 @pytest.mark.parametrize("shape", [QWEN2_5_VL, QWEN2_5_VL_OTHER], ids=["default", "other"])

@@ -266,6 +266,51 @@ def test_pictures_take_views_of_one_projection() -> None:
     assert not pictures.takes(query, key.contiguous(), value)
 
 
+WAYS: dict[pictures.Way, float] = {"varlen": 10.0, "dense": 7.0}
+
+
+def test_kernel_that_is_faster_than_both_of_torchs_takes_equal_pictures_too() -> None:
+    fast, wide, small = pictures.HopperCut(), pictures.HopperCut(3, 64), pictures.WINDOW_CUT
+
+    choice = pictures.pick({**WAYS, fast: 6.0, wide: 6.1, small: 7.1})
+
+    assert pictures.Choice(fast, beats_dense=True, windows=small) == choice
+
+
+def test_kernel_that_is_slower_than_dense_batches_takes_mixed_sizes_only() -> None:
+    first, second, third = pictures.CUTS
+
+    choice = pictures.pick({**WAYS, first: 8.0, second: 7.5, third: 9.0})
+
+    assert pictures.Choice(second, beats_dense=False, windows=second) == choice
+
+
+def test_kernel_that_gains_little_is_not_used() -> None:
+    first, *_ = pictures.CUTS
+
+    assert pictures.Choice() == pictures.pick({**WAYS, first: 9.6})
+    assert pictures.Choice(pictures.HopperCut(), beats_dense=True) == pictures.pick(
+        {**WAYS, first: 9.6, pictures.HopperCut(): 6.0}
+    )
+    assert pictures.Choice(pictures.HopperCut(), beats_dense=True) == pictures.pick(
+        {**WAYS, pictures.HopperCut(): 6.0}
+    )
+
+
+def test_kernel_for_hopper_is_tried_first_where_it_runs() -> None:
+    def find(dtype: torch.dtype, dim: int, has_hopper: bool = True) -> list[Any]:
+        return pictures.find_cuts(dtype, dim, has_hopper=has_hopper)
+
+    ours = pictures.HOPPER_CUTS
+
+    assert [(*ours, pictures.WINDOW_CUT), pictures.CUTS] == find(torch.bfloat16, 80)
+    assert [ours] == find(torch.float16, 72)
+    assert [pictures.CUTS] == find(torch.float32, 80)
+    assert [pictures.CUTS] == find(torch.bfloat16, 80, has_hopper=False)
+    assert not find(torch.bfloat16, 16)
+    assert not find(torch.float32, 72)
+
+
 def test_a_cpu_has_no_choice_of_kernels() -> None:
     assert pictures.Choice() == pictures.choose(torch.device("cpu"), torch.bfloat16, 16, 80)
 

@@ -129,7 +129,8 @@ def test_filled_up_calls_give_the_same_features(llm: LLM, monkeypatch: pytest.Mo
     visuals = visuals_of(family, [(56, 84), (112, 56), (230, 84), (84, 84)])
     expected = family.encode(visuals)
 
-    monkeypatch.setattr(family.encoder, "choice", Choice(Cut(), beats_dense=True))  # its twin, here
+    choice = Choice(Cut(), beats_dense=True, windows=Cut())  # its twin, here
+    monkeypatch.setattr(family.encoder, "choice", choice)
     monkeypatch.setattr(family.encoder, "has_varlen", True)
     runs = Runs()
     monkeypatch.setattr(family, "repeats", runs)

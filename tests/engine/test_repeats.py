@@ -68,6 +68,19 @@ def test_filled_up_calls_give_the_same_features(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
+def test_equal_pictures_are_not_filled_up(family: Qwen2VL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family.encoder, "choice", Choice(Cut(), beats_dense=True))
+    monkeypatch.setattr(family.encoder, "has_varlen", True)
+
+    even = family.encoder.pack([24] * 9 + [16] * 8, rounds_up=True)
+    others = family.encoder.pack([24] * 7, rounds_up=True)
+
+    assert 24 * 9 + 16 * 8 == even.num_patches
+    assert ((9, 24), (8, 16)) == even.runs
+    assert not even.is_dense
+    assert 256 == others.num_patches
+
+
 def test_positions_that_are_kept_have_a_bound(
     family: Qwen2VL, monkeypatch: pytest.MonkeyPatch
 ) -> None:

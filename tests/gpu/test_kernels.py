@@ -346,6 +346,109 @@ def test_attention_in_pictures(heads: int, dim: int, cut: pictures.Cut, dtype: t
     assert (expected - actual.double().cpu()).abs().max().item() < allowed
 
 
+def is_hopper() -> bool:
+    if IS_INTERPRETED or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+needs_hopper = pytest.mark.skipif(not is_hopper(), reason="a kernel for Hopper")
+HOPPER_CUTS = [*pictures.HOPPER_CUTS, pictures.HopperCut(2, 64)]
+
+
+def starts_of(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def attend_in_pictures(merged: Tensor, sizes: list[int], cut: pictures.HopperCut) -> Tensor:
+    """(T, heads, dim), by the kernel for Hopper; (T, 3 * heads, dim) are given."""
+    query, key, value = torch.split(merged, merged.shape[1] // 3, dim=1)
+    return kernel("pictures_hopper").attend(  # type: ignore[no-any-return]
+        query, key, value, starts_of(sizes).to(DEVICE), max(sizes), 0.1, **asdict(cut)
+    )
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cut", HOPPER_CUTS, ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [(3, 64), (4, 72), (16, 80), (2, 96), (1, 128)])
+def test_attention_in_pictures_on_hopper(
+    heads: int, dim: int, cut: pictures.HopperCut, dtype: torch.dtype
+) -> None:
+    """Of all sizes around tiles and groups; what lies behind the last picture is not a number."""
+    sizes = [4, 64, 0, 1564, 1, 576, 63, 65, 127, 128, 129, 191, 192, 193, 2500, 0]
+    num = sum(sizes)
+    merged = drawn(num + 37, 3 * heads, dim, dtype=dtype)
+    merged[num:] = float("nan")
+    query, key, value = (
+        x[:num].float().double() for x in on_cpu(*torch.split(merged, heads, dim=1))
+    )
+
+    expected = pictures.attend(query, key, value, starts_of(sizes), max(sizes), 0.1)
+    actual = attend_in_pictures(merged, sizes, cut)
+
+    assert actual.is_contiguous()
+    assert (expected - actual[:num].double().cpu()).abs().max().item() < 0.02
+    assert torch.equal(actual[:num], attend_in_pictures(merged, sizes, cut)[:num])
+
+
+@needs_hopper
+@pytest.mark.parametrize("cut", HOPPER_CUTS, ids=str)
+@pytest.mark.parametrize("dim", [72, 80, 128])
+def test_pictures_on_hopper_know_nothing_of_each_other(dim: int, cut: pictures.HopperCut) -> None:
+    """Of many, whose heads share programs, each is to the last bit what it is alone."""
+    sizes = [300, 41, 515] * 40
+    merged = drawn(sum(sizes), 3 * 16, dim, dtype=torch.bfloat16)
+    merged[300:341] = float("nan")
+
+    together = torch.split(attend_in_pictures(merged, sizes, cut), sizes)
+    alone = [attend_in_pictures(x, [len(x)], cut) for x in torch.split(merged, sizes)]
+
+    assert together[1].isnan().all()
+    assert all(torch.equal(*pair) for pair in zip(together[2:], alone[2:], strict=True))
+    assert torch.equal(together[0], alone[0])
+    assert all(x.isfinite().all() for x in (together[0], *together[2:]))
+
+
+@needs_hopper
+@pytest.mark.parametrize("cut", HOPPER_CUTS, ids=str)
+def test_pictures_on_hopper_in_a_graph_read_changed_starts(cut: pictures.HopperCut) -> None:
+    attend = kernel("pictures_hopper").attend
+    merged = drawn(700, 3 * 16, 80, dtype=torch.bfloat16)
+    query, key, value = torch.split(merged, 16, dim=1)
+    starts = starts_of([100, 70, 333, 64]).to(DEVICE)
+
+    def run() -> Tensor:
+        return attend(query, key, value, starts, 512, 0.1, **asdict(cut))  # type: ignore[no-any-return]
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for sizes in ([300, 10, 0, 390], [1, 0, 512, 64]):
+        starts.copy_(starts_of(sizes))
+        graph.replay()
+
+        num = sum(sizes)
+        q, k, v = (x[:num].float().cpu() for x in (query, key, value))
+        expected = pictures.attend(q, k, v, starts.cpu(), 512, 0.1)
+        assert torch.equal(run()[:num], captured[:num])
+        assert (expected - captured[:num].float().cpu()).abs().max().item() < 0.02
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("heads", "dim", "patches"), [(16, 80, 1564), (16, 72, 729), (16, 64, 577)]
+)
+def test_hopper_has_a_kernel_of_its_own(heads: int, dim: int, patches: int) -> None:
+    calls = ((32_768 // patches, patches),)
+    choice = pictures.choose(torch.device("cuda"), torch.bfloat16, heads, dim, calls)
+    print(heads, dim, patches, choice)
+
+    assert isinstance(choice.own, pictures.HopperCut)
+
+
 @pytest.mark.skipif(IS_INTERPRETED, reason="speed is a device's")
 def test_a_choice_of_kernels_is_made_once() -> None:
     device = torch.device("cuda")

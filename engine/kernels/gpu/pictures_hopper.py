@@ -1,0 +1,395 @@
+"""
+Attention among the patches of each picture, on GPUs of the Hopper generation, in 16 bits.
+
+One warp fetches tiles of keys and values with the copy engine into a ring in shared memory; two or
+three groups of four warps, each with 64 query rows, multiply. A group has the next tile's scores
+computed while it weighs this one's, so that the tensor cores need not wait for exponentials. Heads
+of a picture follow each other in one program: the next head's queries come while this one ends.
+
+Rows of a picture are fetched and stored through descriptors that end where the picture ends: what
+lies behind reads as zeros and is not written. A head is one or two pieces, each a power of two wide.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+LOG2_E = 1.4426950408889634
+FAR = gl.constexpr(1 << 30)  # no call has more rows
+QUERIES = gl.constexpr(2)  # places for a group's queries: of this head and of the next
+SHARED_BYTES = 226 << 10  # of a processor for one program, but for its barriers
+MAX_HEADS = 4  # of one program: more leaves too few of them
+MIN_PROGRAMS = 4  # a processor, before heads are put together
+REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}  # by groups: at the start, of a group, to fetch
+
+
+@gluon.jit
+def _fetch(desc, rest_desc, picture, row, head, full, to, rest_to, REST: gl.constexpr):
+    """As many rows of one head as there is room for; zeros where the picture has none."""
+    ROWS: gl.constexpr = to.shape[0]
+    WIDE: gl.constexpr = to.shape[1]
+    start, length = picture
+    mbarrier.expect(full, ROWS * (WIDE + REST) * 2)
+    at = [FAR, start + length, FAR - length + row, head, 0]
+    place = to._reinterpret(desc.dtype, [1, 1, ROWS, 1, WIDE], desc.layout)
+    tma.async_copy_global_to_shared(desc, at, full, place)
+    if REST > 0:
+        at_rest = [FAR, start + length, FAR - length + row, head, WIDE]
+        rest_place = rest_to._reinterpret(desc.dtype, [1, 1, ROWS, 1, REST], rest_desc.layout)
+        tma.async_copy_global_to_shared(rest_desc, at_rest, full, rest_place)
+
+
+@gluon.jit
+def _fetch_all(descs, rings, barriers, picture, first, head, num_heads, REST: gl.constexpr):
+    """The one warp that fetches."""
+    query_desc, query_rest_desc, key_desc, key_rest_desc, value_desc, value_rest_desc = descs
+    query, query_rest, key, key_rest, value, value_rest = rings
+    query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    STAGES: gl.constexpr = key.shape[0]
+    TILE: gl.constexpr = key.shape[1]
+    GROUPS: gl.constexpr = query.shape[0] // QUERIES
+    _, length = picture
+    num_tiles = gl.cdiv(length, TILE)
+    stage = 0
+    phase = 1
+    for turn in range(num_heads):
+        for group in gl.static_range(GROUPS):
+            place = turn % QUERIES * GROUPS + group
+            mbarrier.wait(query_empty.index(place), (turn // QUERIES & 1) ^ 1)
+            _fetch(
+                query_desc, query_rest_desc, picture, first + group * 64, head + turn,
+                query_full.index(place), query.index(place), query_rest.index(place), REST,
+            )  # fmt: skip
+        for index in range(num_tiles):
+            row = (num_tiles - 1 - index) * TILE
+            mbarrier.wait(key_empty.index(stage), phase)
+            _fetch(
+                key_desc, key_rest_desc, picture, row, head + turn,
+                key_full.index(stage), key.index(stage), key_rest.index(stage), REST,
+            )  # fmt: skip
+            mbarrier.wait(value_empty.index(stage), phase)
+            _fetch(
+                value_desc, value_rest_desc, picture, row, head + turn,
+                value_full.index(stage), value.index(stage), value_rest.index(stage), REST,
+            )  # fmt: skip
+            stage, phase = _after(stage, phase, STAGES)
+
+
+@gluon.jit
+def _after(stage, phase, STAGES: gl.constexpr):
+    is_last = stage == STAGES - 1
+    return gl.where(is_last, 0, stage + 1), gl.where(is_last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _score(query, query_rest, key, key_rest, nothing, REST: gl.constexpr):
+    score = warpgroup_mma(query, key.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if REST > 0:
+        score = warpgroup_mma(query_rest, key_rest.permute((1, 0)), score, is_async=True)
+    return score
+
+
+@gluon.jit
+def _attend_rows(
+    group, descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST: gl.constexpr
+):
+    """One group of four warps: its 64 query rows, of one head after the other."""
+    out_desc, out_rest_desc = descs
+    query, query_rest, key, key_rest, value, value_rest = rings
+    query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    start, length = picture
+    WIDE: gl.constexpr = key.shape[2]
+    TILE: gl.constexpr = key.shape[1]
+    STAGES: gl.constexpr = key.shape[0]
+    GROUPS: gl.constexpr = query.shape[0] // QUERIES
+    REST_BLOCK: gl.constexpr = 16 if REST == 0 else REST
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    rest_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST_BLOCK, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    weight_rest_layout: gl.constexpr = gl.DotOperandLayout(0, rest_layout, 2)
+    kind: gl.constexpr = query.dtype
+
+    num_tiles = gl.cdiv(length, TILE)
+    row = first + group * 64
+    nothing = gl.zeros([64, TILE], gl.float32, score_layout)
+    columns = gl.arange(0, TILE, gl.SliceLayout(0, score_layout))
+    is_key = (num_tiles - 1) * TILE + columns < length
+    stage = 0
+    phase = 0
+    if row >= length:
+        # No row of this group is in the picture: it only lets the others' tiles go by.
+        for turn in range(num_heads):
+            place = turn % QUERIES * GROUPS + group
+            mbarrier.wait(query_full.index(place), turn // QUERIES & 1)
+            mbarrier.arrive(query_empty.index(place), count=1)
+            for _ in range(num_tiles):
+                mbarrier.wait(key_full.index(stage), phase)
+                mbarrier.arrive(key_empty.index(stage), count=1)
+                mbarrier.wait(value_full.index(stage), phase)
+                mbarrier.arrive(value_empty.index(stage), count=1)
+                stage, phase = _after(stage, phase, STAGES)
+    else:
+        for turn in range(num_heads):
+            place = turn % QUERIES * GROUPS + group
+            my_query = query.index(place)
+            my_query_rest = query_rest.index(place)
+            mbarrier.wait(query_full.index(place), turn // QUERIES & 1)
+            # 1. the last tile, of which some rows may be missing
+            mbarrier.wait(key_full.index(stage), phase)
+            score = _score(
+                my_query, my_query_rest, key.index(stage), key_rest.index(stage), nothing, REST,
+            )  # fmt: skip
+            score = warpgroup_mma_wait(0, deps=[score])
+            mbarrier.arrive(key_empty.index(stage), count=1)
+            score = gl.where(is_key[None, :], score, float("-inf"))
+            largest = gl.max(score, axis=1) * scale_log2
+            weight = gl.exp2(score * scale_log2 - largest[:, None])
+            total = gl.sum(weight, axis=1)
+            half = weight.to(kind)
+            operand = gl.convert_layout(half, weight_layout)
+            operand_rest = gl.convert_layout(half, weight_rest_layout)
+            out = gl.zeros([64, WIDE], gl.float32, out_layout)
+            out_rest = gl.zeros([64, REST_BLOCK], gl.float32, rest_layout)
+            # What the head before wrote has gone out by now.
+            tma.store_wait(0)
+            before = (turn + QUERIES - 1) % QUERIES * GROUPS + group
+            mbarrier.arrive(query_empty.index(before), count=1, pred=turn > 0)
+            # 2. the others: the next scores while the last weights are put to use
+            mbarrier.wait(value_full.index(stage), phase)
+            for _ in range(num_tiles - 1):
+                last_stage = stage
+                stage, phase = _after(stage, phase, STAGES)
+                mbarrier.wait(key_full.index(stage), phase)
+                score = _score(
+                    my_query, my_query_rest, key.index(stage), key_rest.index(stage), nothing, REST,
+                )  # fmt: skip
+                out = warpgroup_mma(operand, value.index(last_stage), out, is_async=True)
+                if REST > 0:
+                    out_rest = warpgroup_mma(
+                        operand_rest, value_rest.index(last_stage), out_rest, is_async=True
+                    )
+                score = warpgroup_mma_wait(2 if REST > 0 else 1, deps=[score])
+                mbarrier.arrive(key_empty.index(stage), count=1)
+                new_largest = gl.maximum(largest, gl.max(score, axis=1) * scale_log2)
+                weight = gl.exp2(score * scale_log2 - new_largest[:, None])
+                shrink = gl.exp2(largest - new_largest)
+                total = total * shrink + gl.sum(weight, axis=1)
+                largest = new_largest
+                # NOTE: the wait for the next product's values stands here because the assembler moves
+                # no arithmetic over it: otherwise it waits for this product first, and weighs then.
+                mbarrier.wait(value_full.index(stage), phase)
+                if REST > 0:
+                    out, out_rest, operand, operand_rest = warpgroup_mma_wait(
+                        0, deps=[out, out_rest, operand, operand_rest]
+                    )
+                else:
+                    out, operand = warpgroup_mma_wait(0, deps=[out, operand])
+                mbarrier.arrive(value_empty.index(last_stage), count=1)
+                half = weight.to(kind)
+                operand = gl.convert_layout(half, weight_layout)
+                operand_rest = gl.convert_layout(half, weight_rest_layout)
+                out *= gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+                if REST > 0:
+                    out_rest *= gl.convert_layout(shrink, gl.SliceLayout(1, rest_layout))[:, None]
+            # 3. the first tile's values, and out
+            out = warpgroup_mma(operand, value.index(stage), out, is_async=True)
+            if REST > 0:
+                out_rest = warpgroup_mma(
+                    operand_rest, value_rest.index(stage), out_rest, is_async=True
+                )
+                out_rest = warpgroup_mma_wait(0, deps=[out_rest])
+            out = warpgroup_mma_wait(0, deps=[out])
+            mbarrier.arrive(value_empty.index(stage), count=1)
+            stage, phase = _after(stage, phase, STAGES)
+            share = 1.0 / total
+            out *= gl.convert_layout(share, gl.SliceLayout(1, out_layout))[:, None]
+            # The queries have been read, so what they lie in takes what goes out.
+            my_query.store(out.to(kind))
+            if REST > 0:
+                out_rest *= gl.convert_layout(share, gl.SliceLayout(1, rest_layout))[:, None]
+                my_query_rest.store(out_rest.to(kind))
+            fence_async_shared()
+            gl.thread_barrier()
+            at = [FAR, start + length, FAR - length + row, head + turn, 0]
+            whole = my_query._reinterpret(kind, [1, 1, 64, 1, WIDE], out_desc.layout)
+            tma.async_copy_shared_to_global(out_desc, at, whole)
+            if REST > 0:
+                at = [FAR, start + length, FAR - length + row, head + turn, WIDE]
+                whole = my_query_rest._reinterpret(kind, [1, 1, 64, 1, REST], out_rest_desc.layout)
+                tma.async_copy_shared_to_global(out_rest_desc, at, whole)
+        tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["heads_a_program"])
+def _attend(
+    query_desc, query_rest_desc, key_desc, key_rest_desc, value_desc, value_rest_desc,
+    out_desc, out_rest_desc, starts_ptr, scale_log2, heads_a_program,
+    WIDE: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    kind: gl.constexpr = query_desc.dtype
+    REST_BLOCK: gl.constexpr = 16 if REST == 0 else REST
+    REST_TILE: gl.constexpr = 8 if REST == 0 else TILE  # a place that nothing is written to
+    PLACES: gl.constexpr = QUERIES * GROUPS
+    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    rest: gl.constexpr = gl.NVMMASharedLayout(REST_BLOCK * 2, 16, rank=2)
+    one: gl.constexpr = mbarrier.MBarrierLayout()
+    query = gl.allocate_shared_memory(kind, [PLACES, 64, WIDE], wide)
+    query_rest = gl.allocate_shared_memory(kind, [PLACES, 64, REST_BLOCK], rest)
+    key = gl.allocate_shared_memory(kind, [STAGES, TILE, WIDE], wide)
+    key_rest = gl.allocate_shared_memory(kind, [STAGES, REST_TILE, REST_BLOCK], rest)
+    value = gl.allocate_shared_memory(kind, [STAGES, TILE, WIDE], wide)
+    value_rest = gl.allocate_shared_memory(kind, [STAGES, REST_TILE, REST_BLOCK], rest)
+    query_full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], one)
+    query_empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], one)
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    for i in gl.static_range(PLACES):
+        mbarrier.init(query_full.index(i), count=1)
+        mbarrier.init(query_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(key_full.index(i), count=1)
+        mbarrier.init(key_empty.index(i), count=GROUPS)
+        mbarrier.init(value_full.index(i), count=1)
+        mbarrier.init(value_empty.index(i), count=GROUPS)
+    fence_async_shared()
+
+    start = gl.load(starts_ptr + gl.program_id(2))
+    length = gl.load(starts_ptr + gl.program_id(2) + 1) - start
+    picture = (start, length)
+    first = gl.program_id(0) * (GROUPS * 64)
+    head = gl.program_id(1) * heads_a_program
+    num_heads = gl.where(first < length, heads_a_program, 0)
+    descs = (query_desc, query_rest_desc, key_desc, key_rest_desc, value_desc, value_rest_desc)
+    out_descs = (out_desc, out_rest_desc)
+    rings = (query, query_rest, key, key_rest, value, value_rest)
+    barriers = (query_full, query_empty, key_full, key_empty, value_full, value_empty)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_attend_rows, (gl.to_tensor(0), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(1), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
+                (_fetch_all, (descs, rings, barriers, picture, first, head, num_heads, REST)),
+            ],
+            [4, 1],
+            [GROUP_REGISTERS, FETCH_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend_rows, (gl.to_tensor(0), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(1), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(2), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
+                (_fetch_all, (descs, rings, barriers, picture, first, head, num_heads, REST)),
+            ],
+            [4, 4, 1],
+            [GROUP_REGISTERS, GROUP_REGISTERS, FETCH_REGISTERS],
+        )  # fmt: skip
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    max_len: int,
+    scale: float,
+    *,
+    groups: int = 2,
+    tile: int = 128,
+) -> Tensor:
+    """
+    As engine/kernels/pictures.py says; the three may lie apart.
+
+    Args:
+        groups: of four warps, 2 or 3.
+        tile: keys of one turn of the loop: 64 or 128, with 3 groups 64.
+    """
+    num_tokens, heads, dim = query.shape
+    out = torch.empty((num_tokens, heads, dim), dtype=query.dtype, device=query.device)
+    if num_tokens == 0:
+        return out
+    wide = 128 if dim == 128 else 64
+    rest = max(16, triton.next_power_of_2(dim - wide)) if dim > wide else 0
+    descs = []
+    for x, rows in ((query, 64), (key, tile), (value, tile), (out, 64)):
+        first = _describe(x, rows, wide)
+        descs += [first, _describe(x, rows, rest) if rest else first]
+    num_rows = groups * 64
+    together = _put_together(heads, triton.cdiv(num_tokens, num_rows), query.device)
+    registers, group_registers, fetch_registers = REGISTERS[groups]
+    _attend[(triton.cdiv(max_len, num_rows), heads // together, len(starts) - 1)](
+        *descs,
+        starts,
+        scale * LOG2_E,
+        together,
+        WIDE=wide,
+        REST=rest,
+        GROUPS=groups,
+        TILE=tile,
+        STAGES=_count_stages(groups, tile, wide + rest),
+        GROUP_REGISTERS=group_registers,
+        FETCH_REGISTERS=fetch_registers,
+        num_warps=4,
+        maxnreg=registers,
+    )
+    return out
+
+
+def _count_stages(groups: int, tile: int, width: int) -> int:
+    """Places of the ring: as many as there is room for, and no more than are of use."""
+    left = SHARED_BYTES - 2 * QUERIES.value * groups * 64 * width
+    return min(left // (4 * tile * width), 4 if tile == 128 else 6)
+
+
+def _put_together(heads: int, num_blocks: int, device: torch.device) -> int:
+    """How many heads follow each other in one program, of so many blocks of rows in a call."""
+    enough = MIN_PROGRAMS * _count_processors(device)
+    fitting = (n for n in range(MAX_HEADS, 1, -1) if heads % n == 0)
+    return next((n for n in fitting if num_blocks * heads // n >= enough), 1)
+
+
+@cache
+def _count_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _layout(width: int) -> Any:
+    return gl.NVMMASharedLayout(min(2 * width, 128), 16, rank=5)
+
+
+def _describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """
+    A descriptor of rows of one head, which ends where a picture ends.
+
+    The copy engine knows bounds of the whole tensor only. So rows are counted from FAR before the
+    picture's end, where the bound of their axis is. Two more axes bring that place to where this
+    picture ends: one goes to its end, in rows, and one takes FAR rows off, in addresses that wrap
+    around at 64 bits.
+    """
+    _, heads, dim = x.shape
+    stride = x.stride(0)
+    return TensorDescriptor(
+        x,
+        [0x7FFF0000, 0x7FFF0000, FAR.value, heads, dim],
+        [(1 << 34) - stride, stride, stride, x.stride(1), 1],
+        [1, 1, rows, 1, width],
+        _layout(width),
+    )
