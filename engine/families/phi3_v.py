@@ -36,7 +36,7 @@ from engine.families.protocol import (
     Visual,
 )
 from engine.families.resizing import CLIP_MEAN, CLIP_STD, resize
-from engine.families.tiles import Tower, max_tiles
+from engine.families.tiles import Tower, find_cut, max_tiles
 from engine.uploads import Uploads
 
 NUM_CROPS = 16  # at most, of one picture; 4 is the author's advice where there are many
@@ -185,6 +185,7 @@ class Phi3V(Family):
         self._pictures: PictureEmbedding = model.model.vision_embed_tokens
         tower: Any = self._pictures.img_processor["vision_model"]
         tower.config._attn_implementation = VISION_ATTENTION  # of a copy of the config
+        self._attention_cut = find_cut(tower, self._grid**2)
         self._tower = Tower(tower, model.config.vision_layer, drops_first=True)
         weight: Tensor = self._pictures.glb_GN
         self._device, self._dtype = weight.device, weight.dtype
@@ -203,7 +204,7 @@ class Phi3V(Family):
         for visual, piece in zip(visuals, torch.split(pixels, sizes), strict=True):
             tiles.append(self._cut(piece.view(visual.pixels.shape[1:]), visual.plan.layout))
         batches = torch.split(torch.cat(tiles), max_tiles(1 + self._grid**2))
-        with using(VisionContext(())), dense_kernels(self._device):
+        with using(VisionContext((), cut=self._attention_cut)), dense_kernels(self._device):
             cells = torch.cat([self._pictures.merge(self._tower(batch)) for batch in batches])
         by_picture = torch.split(cells, [len(group) for group in tiles])
         tokens = [

@@ -6,18 +6,19 @@ tower that ends at the last layer that is read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.attention import VisionContext, dense_kernels, using
+from engine.attention import VisionContext, can_use_flash, dense_kernels, using
 from engine.errors import BadConfig
 from engine.families.protocol import Family, Plan, Rows, Visual
 from engine.families.resizing import Resizing, check_aspect
 from engine.fuse import FusedLayerNorm
+from engine.kernels.pictures import Cut, HopperCut, choose
 from engine.repeats import Repeats
 from engine.rounding import round_up
 from engine.uploads import Uploads
@@ -33,6 +34,19 @@ See = Callable[[Tensor], Tensor]
 def max_tiles(tile_patches: int) -> int:
     """Of so many patches each, in one call of a tower."""
     return max(1, MAX_BATCH_PATCHES // tile_patches)
+
+
+def find_cut(tower: nn.Module, tile_patches: int) -> Cut | HopperCut | None:
+    """Which of our kernels attends to batches of tiles; None where dense ones are as fast."""
+    weight, config = next(tower.parameters()), cast(Any, tower.config)
+    heads: int = config.num_attention_heads
+    dim = config.hidden_size // heads
+    if not can_use_flash(weight.device, weight.dtype, dim):
+        return None
+    patches = tile_patches + 1  # most have a class token
+    calls = ((max_tiles(patches), patches),)
+    choice = choose(weight.device, weight.dtype, heads, dim, calls)
+    return choice.own if choice.beats_dense else None
 
 
 class TileEncoder:
@@ -59,6 +73,7 @@ class TileEncoder:
         self._device, self._dtype = device, weight.dtype
         self._uploads = Uploads(device)
         self._most = max_tiles(tile_patches)
+        self._cut = find_cut(tower, tile_patches)
         levels = 1 / pictures.get("rescale_factor", 1 / 255)
         mean, std = pictures.get("image_mean") or mean, pictures.get("image_std") or std
         if not pictures.get("do_normalize", True):
@@ -90,7 +105,7 @@ class TileEncoder:
         def call(tiles: Tensor) -> Tensor:
             colours = tiles.permute(0, 3, 1, 2).float()
             normalised = ((colours - self._mean) / self._std).to(self._dtype)
-            with using(VisionContext(())), dense_kernels(self._device):
+            with using(VisionContext((), cut=self._cut)), dense_kernels(self._device):
                 return see(normalised)
 
         if repeats is None:
