@@ -274,7 +274,7 @@ class Runner:
                 num_queries,
                 extras=extras,
                 both_ways=both_ways,
-                ends=Ends(upload(ends[: len(read)], self.device)),
+                ends=Ends(upload(ends[: max(1, len(read))], self.device)),  # no call is of no rows
             )
             hidden = self._forward(x, on_device[1:-1], context)
         for index in read:

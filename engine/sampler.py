@@ -411,7 +411,8 @@ def _restrict(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
                 *(params.stop_token_ids or ()),
                 *(() if params.ignore_eos else row.eos_token_ids),
             ]
-            line[_index(ends, line)] = -math.inf
+            # NOTE: assigned by index, a number of Python's would be copied with a wait for the device.
+            line.index_fill_(0, _index(ends, line), -math.inf)
     return logits
 
 
