@@ -53,7 +53,7 @@ def quantise(x: Tensor) -> Fp8Rows:
         return Fp8Rows(*quantised.quantise(x))
     exact = x.float().flatten(0, -2)
     scales = exact.abs().amax(-1, keepdim=True).div(MOST).clamp(min=LEAST_SCALE)
-    values = (exact / scales).clamp(-MOST, MOST).to(FP8)
+    values = (exact * (1.0 / scales)).clamp(-MOST, MOST).to(FP8)
     return Fp8Rows(values.view(x.shape), scales)
 
 

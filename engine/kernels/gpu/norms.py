@@ -46,9 +46,8 @@ def _norm(
     else:
         x = x.to(kind).to(tl.float32) * weight
     if QUANTISES:
-        x = x.to(kind).to(tl.float32)  # as if it had been written
         scale = tl.maximum(tl.max(tl.abs(x), axis=0) / MOST, LEAST_SCALE)
-        x = tl.minimum(tl.maximum(x / scale, -MOST), MOST)
+        x *= tl.div_rn(1.0, scale)
         tl.store(scales_ptr + row, scale)
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -9,6 +9,20 @@ from engine.kernels.activations import QUICK_GELU
 from engine.kernels.quantised import FP8, LEAST_SCALE, MOST
 
 COPY, SILU_MUL, GELU = range(3)
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _read(x_ptr, columns, width, KIND: tl.constexpr, SLOPE_LOG2: tl.constexpr):
+    """Some columns of a row, activated, in float32; zero behind its end."""
+    inside = columns < width
+    x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if KIND > 0:
+        # x * sigmoid(slope * x), as one quick division: behind it numbers have 8 bits or fewer.
+        x = x / (1.0 + tl.exp2(x * -SLOPE_LOG2))
+    if KIND == 1:
+        x *= tl.load(x_ptr + width + columns, mask=inside, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -19,26 +33,32 @@ def _quantise(
     row_stride,
     width,
     KIND: tl.constexpr,
-    SLOPE: tl.constexpr,
+    SLOPE_LOG2: tl.constexpr,
     MOST: tl.constexpr,
     LEAST_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
 ):
+    """
+    BLOCK columns and REST_BLOCK more, or none: powers of two, of which one alone could be almost
+    twice as many as there are, and it is arithmetic that takes the time.
+    """
     row = tl.program_id(0).to(tl.int64)
+    from_ptr, to_ptr = x_ptr + row * row_stride, out_ptr + row * width
     columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    kind = x_ptr.dtype.element_ty
-    at = x_ptr + row * row_stride + columns
-    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    if KIND == 1:
-        up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
-        x = (x * tl.sigmoid(x)).to(kind).to(tl.float32) * up
-    if KIND == 2:
-        x = x * tl.sigmoid(SLOPE * x)
-    x = x.to(kind).to(tl.float32)  # as if it had been written
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0) / MOST, LEAST_SCALE)
-    x = tl.minimum(tl.maximum(x / scale, -MOST), MOST)
-    tl.store(out_ptr + row * width + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
+    x = _read(from_ptr, columns, width, KIND, SLOPE_LOG2)
+    largest = tl.max(tl.abs(x), axis=0)
+    if REST_BLOCK > 0:
+        others = BLOCK + tl.arange(0, REST_BLOCK)
+        rest = _read(from_ptr, others, width, KIND, SLOPE_LOG2)
+        largest = tl.maximum(largest, tl.max(tl.abs(rest), axis=0))
+    scale = tl.maximum(largest / MOST, LEAST_SCALE)
+    factor = tl.div_rn(1.0, scale)
+    kind = out_ptr.dtype.element_ty
+    # NOTE: what rounding takes a little beyond MOST is rounded back to it.
+    tl.store(to_ptr + columns, (x * factor).to(kind), mask=columns < width)
+    if REST_BLOCK > 0:
+        tl.store(to_ptr + others, (rest * factor).to(kind), mask=others < width)
     tl.store(scales_ptr + row, scale)
 
 
@@ -63,7 +83,8 @@ def _launch(x: Tensor, width: int, kind: int) -> tuple[Tensor, Tensor]:
     num_rows = out.numel() // width
     scales = torch.empty((num_rows, 1), dtype=torch.float32, device=x.device)
     if num_rows:
-        block = triton.next_power_of_2(width)
+        block, rest = _cut(width)
+        slope = QUICK_GELU if kind == GELU else 1.0
         _quantise[(num_rows,)](
             x,
             out,
@@ -71,10 +92,21 @@ def _launch(x: Tensor, width: int, kind: int) -> tuple[Tensor, Tensor]:
             x.shape[-1],
             width,
             KIND=kind,
-            SLOPE=QUICK_GELU,
+            SLOPE_LOG2=slope * LOG2_E,
             MOST=MOST,
             LEAST_SCALE=LEAST_SCALE,
             BLOCK=block,
-            num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+            REST_BLOCK=rest,
+            num_warps=4 if block + rest <= 2048 else 8,
         )
     return out, scales
+
+
+def _cut(width: int) -> tuple[int, int]:
+    """A power of two, and 0 or one more, that hold so many columns with few to spare."""
+    block = triton.next_power_of_2(width)
+    if block == width or block <= 256:
+        return block, 0
+    half = block // 2
+    rest = triton.next_power_of_2(width - half)
+    return (half, rest) if rest < half else (block, 0)
