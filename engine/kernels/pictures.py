@@ -5,7 +5,6 @@ Axes: T patches, heads, dim; pictures. Every patch sees all of its own picture a
 """
 
 import logging
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,13 +15,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.kernels import has_kernels
+from engine.kernels.timing import time_ms
 
 logger = logging.getLogger(__name__)
 
 DIMS = (64, 80, 96, 128)  # widths of heads that the kernel takes
 HOPPER_DIMS = (*DIMS, 72)  # that the one for GPUs of the Hopper generation takes, in 16 bits
 CALLS = ((40, 576), (20, 1564))  # pictures and patches each, on which kernels are compared
-REPEATS, WARM_UP, IN_A_ROW = 7, 2, 4  # calls are launched while others run, as in an encoder
 BETTER = 0.95  # of the other's time: less is no reason to leave what is known
 APART = 0.02  # of two attentions in 16 bits
 
@@ -203,7 +202,7 @@ def _compare(
             # Turned around: what is not a number is nonsense too.
             if not (way().reshape(expected.shape) - expected).abs().max().item() <= APART:
                 raise RuntimeError(f"{name} computes nonsense")
-            totals[name] = totals.get(name, 0.0) + _time_ms(way)
+            totals[name] = totals.get(name, 0.0) + time_ms(way)
     return pick(totals)
 
 
@@ -252,17 +251,3 @@ def _ways(
     for cut in cuts:
         ways[cut] = lambda cut=cut: attend(q, k, v, starts, patches, scale, cut)  # type: ignore[misc]
     return ways
-
-
-def _time_ms(call: Callable[[], Tensor]) -> float:
-    times = []
-    for repeat in range(WARM_UP + REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        for _ in range(IN_A_ROW):
-            call()
-        end.record()
-        end.synchronize()
-        if repeat >= WARM_UP:
-            times.append(begin.elapsed_time(end))
-    return float(statistics.median(times))
