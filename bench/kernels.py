@@ -32,7 +32,17 @@ from engine.attention import (
     dense_kernels,
     using,
 )
-from engine.kernels import activations, greedy, has_kernels, norms, pictures, quantised, rope
+from engine.kernels import (
+    activated,
+    activations,
+    greedy,
+    has_kernels,
+    norms,
+    pictures,
+    quantised,
+    rope,
+)
+from engine.kernels.activated import Activation
 from engine.kernels.pictures import Cut, HopperCut
 from engine.sampler import Sampler
 
@@ -52,6 +62,18 @@ DECODES = {
     "few": (16, 12, 2, 128, 2364, 2492, 4096),
     "llava": (140, 32, 32, 128, 335, 670, 1024),
 }
+# name, activation, (rows, depth, width of the weight), whether there is a bias
+ACTIVATED: list[tuple[str, Activation, tuple[int, int, int], bool]] = [
+    ("encoder of Qwen2-VL", "quick_gelu", (31_280, VISION_WIDTH, VISION_MLP), True),
+    ("encoder of Qwen2.5-VL", "silu_mul", (31_280, VISION_WIDTH, 6848), True),
+    ("CLIP", "quick_gelu", (32 * 577, 1024, 4096), True),
+    ("SigLIP", "gelu_tanh", (40 * 729, 1152, 4304), True),
+    ("LLaVA", "silu_mul", (8192, 4096, 22_016), False),
+    *(
+        ("text of Qwen2-VL", "silu_mul", (rows, TEXT_WIDTH, 2 * TEXT_MLP), False)
+        for rows in (PREFILL, 2048, 1024, 512)
+    ),
+]
 SWEEP = [
     (split, tile, warps, stages)
     for split in (256, 512, 1024)
@@ -155,6 +177,27 @@ def _merged(name: str, rows: int, widths: list[int]) -> None:
     flops = 2 * rows * TEXT_WIDTH * sum(widths)
     _line(f"{name} apart {rows}", lambda: [F.linear(x, part) for part in parts], flops=flops)
     _line(f"{name} merged {rows}", lambda: F.linear(x, merged), flops=flops)
+
+
+def measure_activated() -> None:
+    """A product and its activation in one kernel and in two: (rows, depth, width of the weight)."""
+    for name, activation, shape, has_bias in ACTIVATED:
+        _activated(name, activation, *shape, has_bias=has_bias)
+
+
+def _activated(
+    name: str, activation: Activation, rows: int, depth: int, width: int, *, has_bias: bool
+) -> None:
+    x, weight = _random(rows, depth), _random(width, depth) * depth**-0.5
+    bias = _random(width) if has_bias else None
+    name, flops = f"{name} {activation} {rows}", 2 * rows * depth * width
+    _line(f"{name} product alone", lambda: F.linear(x, weight, bias), flops=flops)
+    for way, least_rows in (("apart", activated.NEVER), ("in one", 0)):
+        run = partial(activated.multiply, x, weight, bias, activation, least_rows)
+        _line(f"{name} {way}", run, flops=flops)
+        _line(f"{name} {way}, launched", run, flops=flops, in_graph=False)
+    least_rows = activated.choose(weight, bias, activation)
+    _print(name=name, least_rows=None if least_rows == activated.NEVER else least_rows)
 
 
 def measure_fp8() -> None:
@@ -481,6 +524,7 @@ def _print(**facts: Any) -> None:
 PARTS: dict[str, Callable[[], None]] = {
     "pieces": measure_pieces,
     "merged": measure_merged,
+    "activated": measure_activated,
     "layers": measure_layers,
     "fp8": measure_fp8,
     "pictures": measure_pictures,

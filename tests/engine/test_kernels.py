@@ -7,7 +7,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from bench.leaks import read_heap
 from engine import kernels
 from engine.kernels import (
+    activated,
     activations,
     decode,
     greedy,
@@ -313,6 +314,30 @@ def test_kernel_for_hopper_is_tried_first_where_it_runs() -> None:
 
 def test_a_cpu_has_no_choice_of_kernels() -> None:
     assert pictures.Choice() == pictures.choose(torch.device("cpu"), torch.bfloat16, 16, 80)
+
+
+@pytest.mark.parametrize("activation", get_args(activated.Activation))
+def test_activated_products_are_a_product_and_an_activation(
+    activation: activated.Activation,
+) -> None:
+    x, weight, bias = drawn(2, 7, 48), drawn(96, 48, seed=1), drawn(96, seed=2)
+    product = F.linear(x, weight, bias)
+    gate, up = product.chunk(2, dim=-1)
+    expected = {
+        "quick_gelu": product * torch.sigmoid(1.702 * product),
+        "gelu_tanh": F.gelu(product, approximate="tanh"),
+        "silu_mul": F.silu(gate) * up,
+    }
+
+    actual = activated.multiply(x, weight, bias, activation)
+
+    torch.testing.assert_close(actual, expected[activation])
+
+
+def test_a_cpu_activates_behind_every_product() -> None:
+    weight = drawn(96, 48).bfloat16()
+
+    assert activated.NEVER == activated.choose(weight, None, "silu_mul")
 
 
 def test_argmax_is_the_samplers() -> None:

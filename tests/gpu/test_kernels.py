@@ -9,14 +9,23 @@ TRITON_INTERPRET=1 it runs without a GPU, on Triton's interpreter, at a smaller 
 import os
 import random
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import activations, decode, greedy, norms, pictures, quantised, rope
+from engine.kernels import (
+    activated,
+    activations,
+    decode,
+    greedy,
+    norms,
+    pictures,
+    quantised,
+    rope,
+)
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -458,6 +467,89 @@ def test_a_choice_of_kernels_is_made_once() -> None:
     assert choice is pictures.choose(device, torch.bfloat16, 16, 80)
     assert choice.own is not None or not choice.beats_dense
     assert pictures.Choice() == pictures.choose(device, torch.bfloat16, 2, 16)  # not among DIMS
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("activation", get_args(activated.Activation))
+def test_activated_products(
+    activation: activated.Activation, has_bias: bool, dtype: torch.dtype
+) -> None:
+    """At widths that tiles do not divide, as a product in float32 activates them."""
+    for width, depth in ((6848, 1280), (4304, 1152), (48, 40)):
+        weight = (drawn(width, depth, seed=1) * depth**-0.5).to(dtype)
+        bias = drawn(width, dtype=dtype, seed=2) if has_bias else None
+        for num_rows in (0, 1, 129, 3001):
+            x = drawn(num_rows, depth, dtype=dtype)
+            actual = activated.multiply(x, weight, bias, activation, least_rows=0)
+
+            assert (num_rows, width // (1 + (activation == "silu_mul"))) == actual.shape
+            assert actual.is_contiguous()
+            if num_rows:
+                exact_bias = None if bias is None else bias.float()
+                expected = activated.multiply(x.float(), weight.float(), exact_bias, activation)
+                assert_near(expected.to(dtype), actual)
+                again = activated.multiply(x, weight, bias, activation, least_rows=0)
+                assert torch.equal(actual, again)
+
+
+@needs_hopper
+@pytest.mark.parametrize("activation", get_args(activated.Activation))
+def test_activated_products_know_nothing_of_what_lies_behind(
+    activation: activated.Activation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows behind the last one are neither read nor written, and one row's NaN is its own."""
+    weight, bias = (drawn(*shape, dtype=torch.bfloat16) for shape in ((5120, 1280), (5120,)))
+    x = drawn(3, 500, 1280, dtype=torch.bfloat16)
+    x[1, 7] = float("nan")
+    width = 2560 if activation == "silu_mul" else 5120
+    whole = torch.full((1700, width), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    rows = torch.cat([x.flatten(0, 1), x.new_full((200, 1280), float("nan"))])[:1500]
+
+    expected = activated.multiply(x, weight, bias, activation, least_rows=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", lambda _self, shape: whole[: shape[0]])
+        kind = get_args(activated.Activation).index(activation)
+        actual = kernel("activated").multiply(rows, weight, bias, kind)
+
+    assert (3, 500, width) == expected.shape
+    assert torch.equal(whole[1500:], torch.full_like(whole[1500:], 7.0))
+    assert [507] == actual.isnan().any(dim=1).nonzero().flatten().tolist()
+    assert torch.equal(expected.flatten(0, 1).nan_to_num(), actual.nan_to_num())
+
+
+@needs_hopper
+@pytest.mark.parametrize("activation", get_args(activated.Activation))
+def test_activated_products_in_a_graph(activation: activated.Activation) -> None:
+    weight = drawn(5120, 1280, dtype=torch.bfloat16) * 0.03
+    x = drawn(3001, 1280, dtype=torch.bfloat16)
+
+    def run() -> Tensor:
+        return activated.multiply(x, weight, None, activation, least_rows=0)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in (1, 2):
+        x.copy_(drawn(3001, 1280, dtype=torch.bfloat16, seed=seed))
+        graph.replay()
+
+        assert torch.equal(run(), captured)
+
+
+@needs_hopper
+def test_a_choice_of_activated_products_is_made_for_each_shape() -> None:
+    for activation in get_args(activated.Activation):
+        weight = torch.empty(17_920, 1536, dtype=torch.bfloat16, device=DEVICE)
+        least_rows = activated.choose(weight, None, activation)
+        print(activation, least_rows)
+
+        assert least_rows in activated.ROWS
+        assert activated.NEVER == activated.choose(weight.float(), None, activation)
+        assert activated.NEVER == activated.choose(weight[:36, :36], None, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
