@@ -2,8 +2,8 @@
 Swaps the layers of a loaded model for ones that pass over memory less often; weights stay.
 
 Queries, keys and values come from one matrix product, gates and what they gate from another; norms
-take the addition before them along; rotary positions are read from a table and applied in place.
-`engine/kernels` has the pieces. What a layer computes does not change: tests/engine/test_fuse.py
+take the addition before them along, and large products the activation behind them; rotary positions
+are read from a table and applied in place. `engine/kernels` has the pieces. What a layer computes does not change: tests/engine/test_fuse.py
 compares each with the one it replaces.
 
 Products in fp8 are an option, and the one thing here that changes the numbers.
@@ -38,7 +38,8 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from engine.attention import find_ends
-from engine.kernels import activations, norms, quantised, rope
+from engine.kernels import activated, activations, norms, quantised, rope
+from engine.kernels.activated import Activation
 from engine.kernels.products import PackedLinear, by_blocks
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
 
@@ -224,6 +225,22 @@ def _leave(x: Tensor, delta: Tensor, is_last: bool) -> Tensor | Carried:
     return delta.add_(x) if is_last else Carried(x, delta)
 
 
+def _choose_rows(first: nn.Module, second: nn.Module, activation: Activation) -> int | None:
+    """From how many rows on a product activates by itself; None where it is none of the plain ones."""
+    if not isinstance(first, nn.Linear) or isinstance(second, Fp8Linear):
+        return None
+    least_rows = activated.choose(first.weight, first.bias, activation)
+    return None if least_rows == activated.NEVER else least_rows
+
+
+def _activate(
+    linear: nn.Module, x: Tensor | Fp8Rows, activation: Activation, least_rows: int
+) -> Tensor:
+    assert isinstance(linear, nn.Linear)
+    assert isinstance(x, Tensor)
+    return activated.multiply(x, linear.weight, linear.bias, activation, least_rows)
+
+
 class GatedMLP(nn.Module):
     """
     down(silu(gate(x)) * up(x)), with gate and up in one product.
@@ -241,6 +258,7 @@ class GatedMLP(nn.Module):
         self.gate_up = _project(merged, fusions)
         self.down = _project(down, fusions)
         self.width = down.out_features
+        self.least_rows = _choose_rows(self.gate_up, self.down, "silu_mul")
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         if isinstance(self.gate_up, PackedLinear):
@@ -249,6 +267,8 @@ class GatedMLP(nn.Module):
         return self._multiply(x)
 
     def _multiply(self, x: Tensor | Fp8Rows) -> Tensor:
+        if self.least_rows is not None:
+            return self.down(_activate(self.gate_up, x, "silu_mul", self.least_rows))  # type: ignore[no-any-return]
         gate_up = self.gate_up(x)
         if isinstance(self.down, Fp8Linear):
             return self.down(quantised.silu_mul(gate_up))  # type: ignore[no-any-return]
@@ -258,6 +278,7 @@ class GatedMLP(nn.Module):
 class QuickGELUMLP(nn.Module):
     """down(quick_gelu(up(x)))."""
 
+    activation: Activation = "quick_gelu"
     packed_as, slope = "swish", activations.QUICK_GELU  # quick_gelu(x) = swish(slope * x) / slope
 
     def __init__(self, up: nn.Linear, down: nn.Linear, fusions: Fusions) -> None:
@@ -265,6 +286,7 @@ class QuickGELUMLP(nn.Module):
         self.up: nn.Linear | Fp8Linear | PackedLinear
         self.width = down.out_features
         self.activates_in_up = False
+        self.least_rows: int | None = None
         if fusions.packs and up.weight.dtype == torch.float32:  # 16 bits would round the slope in
             packed = PackedLinear.find(_scale(up, self.slope), self.packed_as)
             if packed is not None:
@@ -273,11 +295,14 @@ class QuickGELUMLP(nn.Module):
                 self.down = _project(_scale(down, 1 / self.slope, has_bias=False), fusions)
                 return
         self.up, self.down = _project(up, fusions), _project(down, fusions)
+        self.least_rows = _choose_rows(self.up, self.down, self.activation)
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         if self.activates_in_up:
             assert isinstance(x, Tensor)
             return by_blocks(lambda rows: self.down(self.up(rows)), x, self.width)
+        if self.least_rows is not None:
+            return self.down(_activate(self.up, x, self.activation, self.least_rows))  # type: ignore[no-any-return]
         inner = self.up(x)
         if isinstance(self.down, Fp8Linear):
             return self.down(self.quantise(inner))  # type: ignore[no-any-return]
@@ -294,6 +319,7 @@ class QuickGELUMLP(nn.Module):
 class GELUTanhMLP(QuickGELUMLP):
     """down(gelu(up(x))), the GELU by tanh."""
 
+    activation = "gelu_tanh"
     packed_as, slope = "gelu", 1.0
 
     def activate_(self, inner: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_window_index
 from engine import fuse
 from engine.attention import VISION_ATTENTION, VisionContext, using
 from engine.fuse import Fusions
-from engine.kernels import products, rope
+from engine.kernels import activated, products, rope
 from engine.kernels.products import PackedLinear
 from engine.kernels.quantised import Fp8Linear
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
@@ -183,6 +183,35 @@ def test_text_layers_say_the_same(qwen: Any) -> None:
 
 def test_vision_blocks_say_the_same(qwen: Any) -> None:
     assert_near(run_vision(qwen), run_vision(fused_copy(qwen)))
+
+
+def test_products_of_many_rows_activate_where_that_was_chosen(
+    qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def multiply(
+        x: Tensor, weight: Tensor, bias: Tensor | None, activation: activated.Activation
+    ) -> Tensor:
+        seen.append((activation, x.numel() // x.shape[-1]))
+        return activated.multiply(x, weight, bias, activation)
+
+    monkeypatch.setattr(activated, "choose", lambda *_: NUM_TOKENS)
+    monkeypatch.setattr(activated, "_multiply_in_one", multiply)
+    fused, later = fused_copy(qwen), fused_copy(later_qwen)
+
+    assert_near(run_text(qwen), run_text(fused))
+    assert {("silu_mul", NUM_TOKENS)} == set(seen)
+    seen.clear()
+    assert_near(run_text(qwen, NUM_TOKENS - 1), run_text(fused, NUM_TOKENS - 1))
+    assert not seen
+    assert_near(run_vision(qwen), run_vision(fused))
+    assert {("quick_gelu", 40)} == set(seen)
+    seen.clear()
+    for expected, actual in zip(run_later_vision(later_qwen), run_later_vision(later), strict=True):
+        assert_near(expected, actual)
+    kind = "silu_mul" if later_qwen.config.model_type == "qwen2_5_vl" else "gelu_tanh"
+    assert {(kind, 8 + 2 * 24 + 60)} == set(seen)
 
 
 def test_everything_of_qwen2_vl_is_swapped(qwen: Any) -> None:
