@@ -38,8 +38,10 @@ def max_tiles(tile_patches: int) -> int:
 
 def find_cut(tower: nn.Module, tile_patches: int) -> Cut | HopperCut | None:
     """Which of our kernels attends to batches of tiles; None where dense ones are as fast."""
-    weight, config = next(tower.parameters()), cast(Any, tower.config)
-    heads: int = config.num_attention_heads
+    weight, config = next(tower.parameters()), cast(Any, getattr(tower, "config", None))
+    heads: int = getattr(config, "num_attention_heads", 0)
+    if not heads:  # a tower of a family's own, which may have no attention at all
+        return None
     dim = config.hidden_size // heads
     if not can_use_flash(weight.device, weight.dtype, dim):
         return None
