@@ -11,6 +11,9 @@ top_k; top_p; then the draw. Two things are ours:
 - Ties go to the lowest id: in greedy, at the edge of top_k and top_p, and in ranks. So top_k=1 is
   greedy, also where 16-bit logits are full of ties.
 
+What a draw is, once penalties are done, engine/kernels/draw.py says. A GPU with kernels draws there; here
+is the same for a CPU, which looks for the likeliest few before it sorts a whole vocabulary.
+
 It refuses to know sequences, tokenizers and stopping: the caller gives views and takes ids.
 
 Axes: num_rows, vocab. The logits given are never written to.
@@ -23,11 +26,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels import draw, has_kernels
 from engine.kernels.greedy import NO_TOKEN, plain_argmax
 from engine.request import ALL, Logprob, SamplingParams
 from engine.uploads import upload
@@ -37,10 +40,6 @@ MAX_CANDIDATES = 1024  # ids that top_p looks at before it sorts the whole vocab
 MAX_BLOCK_LOGITS = 1 << 25
 MAX_SORTED_LOGITS = 1 << 23  # of rows that are sorted as a whole: up to 53 bytes each
 SUM_WIDTH = 256  # weights that are summed up before it is known which of them are looked at
-# Fewer than float64 has, so that no draw is rounded up to the end of its interval.
-UNIFORM_BITS = 48
-
-_MASK_64 = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +185,8 @@ class Sampler:
             rows: what each row belongs to, in the same order.
 
         Returns:
-            The ids on the device. Nothing has waited for the device, unless a row has top_p
-            without top_k.
+            The ids on the device. Nothing has waited for the device, unless it has no kernels and a
+            row has top_p without top_k.
 
         Raises:
             ValueError: the shapes do not fit each other, which is a bug of the caller.
@@ -198,6 +197,8 @@ class Sampler:
             )
         if all(is_plain(row.params) for row in rows):
             return self.sample_plain(logits)
+        if has_kernels(logits) and all(is_simple(row.params, row.position) for row in rows):
+            return Sampled(self._draw_in_kernel(logits, rows))
         blocks = []
         logprob_groups: list[_LogprobGroup] = []
         num_rows = max(1, MAX_BLOCK_LOGITS // self.vocab_size)
@@ -217,6 +218,8 @@ class Sampler:
     def _choose(self, raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """raw: (num_rows, vocab), float32. Returns (num_rows,), int64."""
         logits = _penalise(_restrict(raw, rows), rows)
+        if has_kernels(logits):
+            return self._draw_in_kernel(logits, rows)
         token_ids = plain_argmax(logits)
         drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
         if drawn:
@@ -225,6 +228,15 @@ class Sampler:
             # A row in which greedy finds nothing to choose has nothing to draw from either.
             token_ids[index] = torch.where(token_ids[index] == NO_TOKEN, NO_TOKEN, choice)
         return token_ids
+
+    def _draw_in_kernel(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """logits: (num_rows, vocab), any float type, after penalties. Returns (num_rows,), int64."""
+        table = draw.table(
+            [draw_numbers(row.params, row.seed, row.sample_index) for row in rows],
+            [row.position for row in rows],
+            len(rows),
+        )
+        return draw.draw(logits, upload(table, self.device))
 
     def _draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """logits: (num_rows, vocab), float32, after penalties. Returns (num_rows,), int64."""
@@ -313,14 +325,17 @@ class Sampler:
             values.sum(dim=-1, keepdim=True),
             weights.sum(dim=-1, keepdim=True, dtype=torch.float64),
         )
-        probs = values / total
-        reached = probs.cumsum(dim=-1)
-        # With top_p=1 rounding must not cut: a sum may reach 1.0 a little before the last token.
-        top_p = self._column([_or_inf(row.params.top_p) for row in rows])
-        values.masked_fill_(reached - probs >= top_p, 0.0)
-        is_covered = (has_top_k | (reached[:, -1:] >= top_p)).flatten()
-        # 3. the draw
         sums = values.cumsum(dim=-1)
+        # With top_p=1 rounding must not cut: a sum may reach 1.0 a little before the last token.
+        wanted = self._column([_or_inf(row.params.top_p) for row in rows]) * total
+        is_covered = (has_top_k | (sums[:, -1:] >= wanted)).flatten()
+        values.masked_fill_(sums - values >= wanted, 0.0)
+        # 3. the draw, among ids in their order
+        if num_candidates == self.vocab_size:
+            sums = torch.empty_like(values).scatter_(-1, ids, values).cumsum(dim=-1)
+            return _search(sums, uniform * sums[:, -1:]).flatten(), is_covered
+        ids, order = ids.sort(dim=-1)
+        sums = values.gather(-1, order).cumsum(dim=-1)
         choice = _search(sums, uniform * sums[:, -1:])
         return ids.gather(-1, choice).flatten(), is_covered
 
@@ -331,13 +346,29 @@ class Sampler:
 
 def is_plain(params: SamplingParams) -> bool:
     """Greedy, and nothing else to do: worth asking once a request instead of once a step."""
+    return params.greedy and is_simple(params)
+
+
+def is_simple(params: SamplingParams, position: int = 0) -> bool:
+    """Whether the logits of that position, and what a draw is made with, say all: as they come."""
     return (
-        params.greedy
-        and params.allowed_token_ids is None
+        params.allowed_token_ids is None
         and not params.logit_bias
-        and not params.min_tokens
+        and position >= params.min_tokens
         and not reads_history(params)
         and not _asks_logprobs(params)
+    )
+
+
+def draw_numbers(params: SamplingParams, seed: int, sample_index: int) -> draw.Numbers:
+    """What a row is drawn with, for `draw.table`."""
+    return draw.numbers(
+        seed,
+        sample_index,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
     )
 
 
@@ -576,15 +607,11 @@ def _search(sums: Tensor, wanted: Tensor) -> Tensor:
 
 def draw_uniform(rows: Sequence[SamplingRow]) -> list[float]:
     """A number for each row, strictly between 0 and 1, made of its seed, index and position."""
-    key = np.zeros(len(rows), dtype=np.uint64)
-    for part in (
-        [row.seed & _MASK_64 for row in rows],
+    found: list[float] = draw.uniform(
+        [row.seed for row in rows],
         [row.sample_index for row in rows],
         [row.position for row in rows],
-    ):
-        key = _mix_64(key ^ np.array(part, dtype=np.uint64))
-    bits = (key >> np.uint64(64 - UNIFORM_BITS)).astype(np.float64)
-    found: list[float] = ((bits + 0.5) * 2.0**-UNIFORM_BITS).tolist()
+    ).tolist()
     return found
 
 
@@ -595,16 +622,7 @@ def mix_seed(engine_seed: int, number: int) -> int:
     Returns:
         63 bits, which `SamplingParams.seed` takes, so that a stamp can be asked again.
     """
-    pair = np.array([engine_seed & _MASK_64, number & _MASK_64], dtype=np.uint64)
-    return int(_mix_64(_mix_64(pair[:1]) ^ pair[1:])[0]) >> 1
-
-
-def _mix_64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """One step of splitmix64 (G. Steele, D. Lea, C. Flood, 2014), of each number."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return int(draw.mix_key([engine_seed], [number])[0]) >> 1
 
 
 def _or_inf(top_p: float) -> float:

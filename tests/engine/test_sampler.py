@@ -15,9 +15,17 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine import sampler as sampler_module
+from engine.kernels import draw
 from engine.kernels.greedy import NO_TOKEN
 from engine.request import SamplingParams
-from engine.sampler import Sampler, SamplingRow, draw_uniform, is_plain
+from engine.sampler import (
+    Sampler,
+    SamplingRow,
+    draw_numbers,
+    draw_uniform,
+    is_plain,
+    is_simple,
+)
 
 VOCAB = 50
 GREEDY = SamplingParams(temperature=0)
@@ -538,6 +546,94 @@ def test_top_ids_are_those_of_the_whole_order(
     assert expected == sampler_module.find_top(logits, num).tolist()
 
 
+def table_of(rows: Sequence[SamplingRow]) -> Tensor:
+    numbers = [draw_numbers(row.params, row.seed, row.sample_index) for row in rows]
+    return torch.from_numpy(draw.table(numbers, [row.position for row in rows], len(rows)))
+
+
+@given(
+    seed=st.integers(-(2**63), 2**64 - 1), index=st.integers(0, 99), position=st.integers(0, 2**20)
+)
+def test_tensors_make_the_same_numbers(seed: int, index: int, position: int) -> None:
+    row = SamplingRow(SamplingParams(), seed, position, sample_index=index)
+    table = table_of([row])
+
+    assert draw_uniform([row]) == draw._uniform(table[draw.KEY], table[draw.AT]).tolist()
+
+
+@settings(max_examples=200)
+@given(
+    vocab=st.integers(1, 400),
+    params=st.lists(
+        st.builds(
+            SamplingParams,
+            temperature=st.sampled_from([0.0, 0.01, 0.3, 1.0, 2.0]),
+            top_p=st.one_of(st.just(1.0), st.floats(0.0, 1, exclude_min=True)),
+            top_k=st.one_of(st.just(0), st.integers(0, 500), st.just(10**30)),
+            min_p=st.one_of(st.just(0.0), st.floats(0, 1)),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    num_levels=st.sampled_from([1, 3, 50, 10_000]),
+    seed=st.integers(0, 1000),
+)
+def test_sampler_draws_what_sorting_everything_draws(
+    vocab: int, params: list[SamplingParams], num_levels: int, seed: int
+) -> None:
+    """Ties, forbidden ids and rows that are no numbers included."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(params), vocab
+    logits = torch.randint(num_levels, shape, generator=generator) / num_levels * 8 - 2.0
+    logits[torch.rand(*shape, generator=generator) < 0.2] = -math.inf
+    if seed % 5 == 0:
+        logits[0, seed % vocab] = math.nan
+    rows = [SamplingRow(each, seed, at, sample_index=at % 2) for at, each in enumerate(params)]
+
+    drawn = draw.plain_draw(logits, table_of(rows))
+
+    assert sample_ids(logits, rows, max_candidates=20) == drawn.tolist()
+
+
+def test_places_that_are_nobodys_take_the_likeliest() -> None:
+    logits = make_logits(4)
+    numbers = [draw_numbers(SamplingParams(), 1, 0)] * 2
+
+    drawn = draw.draw(logits, torch.from_numpy(draw.table(numbers, [3, 4], 4)))
+
+    assert logits.argmax(dim=1)[2:].tolist() == drawn[2:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("params", "position", "is_as_they_come"),
+    [
+        (GREEDY, 0, True),
+        (SamplingParams(top_k=3, top_p=0.5, min_p=0.1), 0, True),
+        (SamplingParams(min_tokens=3), 2, False),
+        (SamplingParams(min_tokens=3), 3, True),
+        (SamplingParams(logprobs=0), 0, False),
+        (SamplingParams(presence_penalty=0.1), 0, False),
+        (SamplingParams(logit_bias={1: 1.0}), 0, False),
+        (SamplingParams(allowed_token_ids=[1]), 0, False),
+    ],
+)
+def test_rows_whose_logits_say_all_are_known(
+    params: SamplingParams, position: int, is_as_they_come: bool
+) -> None:
+    assert is_as_they_come == is_simple(params, position)
+
+
+def test_draws_of_top_k_and_top_p_go_by_id_as_all_others_do() -> None:
+    """What is cut weighs nothing, and the rest stands in its place: a seed moves to a neighbour, not away."""
+    logits = torch.zeros(8, 1000)
+    logits[:, ::2] = -5.0
+    rows = [SamplingRow(SamplingParams(top_k=500), 42, position) for position in range(8)]
+
+    ids = sample_ids(logits, rows)
+
+    assert [2 * int(500 * number) + 1 for number in draw_uniform(rows)] == ids
+
+
 def test_one_draw_is_pinned_so_that_seeds_mean_the_same_in_every_release() -> None:
     rows = [SamplingRow(SamplingParams(), 42, position) for position in range(8)]
 
@@ -615,8 +711,7 @@ def test_batch_worked_on_in_blocks_equals_the_whole(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device() -> None:
-    """But rows with top_p alone, for what reaches behind the likeliest few."""
-    rows = [row for row in make_mixed_rows(64) if row.params.top_k or row.params.top_p == 1.0]
+    rows = make_mixed_rows(64)
     sampler = Sampler(1003, "cuda")
     logits = make_logits(len(rows), vocab=1003).cuda()
     sampler.sample(logits, rows)  # what is made once may wait

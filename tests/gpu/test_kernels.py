@@ -20,6 +20,7 @@ from engine.kernels import (
     activated,
     activations,
     decode,
+    draw,
     greedy,
     norms,
     pictures,
@@ -573,6 +574,120 @@ def test_argmax(vocab: int, dtype: torch.dtype) -> None:
         greedy.argmax(*on_cpu(logits[:, :5])).tolist()
         == kernel("greedy").argmax(logits[:, :5]).tolist()
     )
+
+
+# What rows are drawn with: (temperature, top_k, top_p, min_p).
+KINDS = [
+    (0.0, 0, 1.0, 0.0),
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 20, 0.8, 0.0),
+    (1.0, 0, 0.95, 0.0),
+    (1.5, 0, 1.0, 0.05),
+    (0.7, 1, 1.0, 0.0),
+    (1.0, 0, 1e-9, 0.0),
+    (5.0, 700, 0.999, 1e-6),
+    (1e-3, 0, 1.0, 0.0),
+    (2.0, 10**12, 0.9, 0.001),
+    (1.0, 2, 1.0, 1.0),
+    (0.3, 0, 0.5, 0.2),
+    (2.0, 0, 1 - 1e-12, 0.0),
+]
+
+
+def table_of(num: int, seed: int) -> Tensor:
+    rng = random.Random(seed)
+    rows = [
+        draw.numbers(
+            rng.randrange(1 << 63),
+            i % 3,
+            temperature=kind[0],
+            top_k=kind[1],
+            top_p=kind[2],
+            min_p=kind[3],
+        )
+        for i, kind in ((i, KINDS[i % len(KINDS)]) for i in range(num))
+    ]
+    return torch.from_numpy(draw.table(rows, [rng.randrange(1000) for _ in rows], num))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [50, 1003] if IS_INTERPRETED else [1, 50, 1003, 32_000, 151_936])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_draw(vocab: int, dtype: torch.dtype, scale: float) -> None:
+    """
+    Nearly flat logits keep more ids than a program sees first, high ones a few.
+
+    A number may fall where the last places of an exponential decide: once in some ten thousand draws.
+    """
+    num = (2 if IS_INTERPRETED else 4) * len(KINDS)
+    logits = scale * drawn(num, vocab, dtype=dtype)
+    logits[14, :: 2 if vocab > 1 else 1] = -float("inf")
+    logits[15] = -float("inf")
+    logits[16, vocab // 2] = float("nan")
+    logits[17, vocab - 1] = float("inf")
+    logits[18:31] = logits[18:31].round()
+    table = table_of(num, vocab)
+
+    expected = draw.draw(*on_cpu(logits, table))
+    actual = kernel("draw").draw(logits, table.to(DEVICE)).cpu()
+
+    assert [-1, -1, -1] == actual[15:18].tolist()
+    assert (expected != actual).sum().item() <= (1 if vocab > 1003 else 0)
+    part = logits[:, : max(1, vocab - 3)]
+    apart = draw.draw(*on_cpu(part, table)) != kernel("draw").draw(part, table.to(DEVICE)).cpu()
+    assert apart.sum().item() <= (1 if vocab > 1003 else 0)
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="many rows")
+@pytest.mark.parametrize("kind", [k for k in KINDS if k[0] > 0 and k[1] != 1])
+def test_draws_are_as_frequent_as_the_definition_says(
+    kind: tuple[float, int, float, float],
+) -> None:
+    """20,000 draws from one row of more ids than a program sees first, by quarters of what is kept."""
+    num, vocab = 20_000, 5000
+    line = drawn(1, vocab, dtype=torch.bfloat16)
+    temperature, top_k, top_p, min_p = kind
+    rows = [
+        draw.numbers(seed, 0, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for seed in range(num)
+    ]
+    table = torch.from_numpy(draw.table(rows, [0] * num, num)).to(DEVICE)
+
+    ids = kernel("draw").draw(line.expand(num, -1), table).cpu()
+
+    expected = draw.plain_draw(line.expand(500, -1).cpu(), table[:, :500].cpu().contiguous())
+    assert (expected == ids[:500]).float().mean().item() > 0.99
+    logits = line.double().cpu()[0]
+    weights = torch.exp((logits - logits.max()) / temperature)
+    weights[weights < min_p] = 0
+    order = logits.sort(descending=True, stable=True).indices
+    weights[order[top_k or vocab :]] = 0
+    before = weights[order].cumsum(0) - weights[order]
+    weights[order[before >= top_p * weights.sum()]] = 0
+    assert weights[ids].min().item() > 0
+    cells = (weights.cumsum(0) / weights.sum() * 4).long().clamp(max=3)
+    counts = torch.bincount(cells[ids], minlength=4).double()
+    wanted = torch.zeros(4, dtype=torch.float64).index_add_(0, cells, weights)
+    wanted = wanted / weights.sum() * num
+    spread = ((counts - wanted) ** 2 / wanted.clamp(min=1e-9))[wanted > 5].sum().item()
+    assert spread < 25  # of three degrees: once in some 50,000
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="graphs")
+def test_draw_in_a_graph_goes_on_with_its_table() -> None:
+    logits = drawn(26, 32_000, dtype=torch.bfloat16)
+    table = table_of(26, 1).to(DEVICE)
+    kernel("draw").draw(logits, table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = kernel("draw").draw(logits, table)
+    seen = []
+    for _ in range(3):
+        table[draw.AT] += 1
+        graph.replay()
+        assert torch.equal(kernel("draw").draw(logits, table), replayed)
+        seen.append(tuple(replayed.tolist()))
+    assert 3 == len(set(seen))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
