@@ -612,8 +612,11 @@ class Engine:
         return sequences, self._choose_next(sequences)
 
     def _choose_next(self, sequences: list[Sequence]) -> Sampled:
-        are_plain = all(sequence.is_plain for sequence in sequences)
-        replayed = self._runner.replay(sequences, keeps_logits=not are_plain)
+        draws = keeps_logits = False
+        if not all(sequence.is_plain for sequence in sequences):
+            draws = self._runner.draws and all(sequence.is_simple for sequence in sequences)
+            keeps_logits = not draws
+        replayed = self._runner.replay(sequences, keeps_logits=keeps_logits, draws=draws)
         if replayed is None:
             return self._choose(sequences, self._runner.decode(sequences))
         if replayed.logits is None:  # chosen and kept inside the graph

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels import draw
 from engine.recorder import Recorder, Recording
 from engine.slots import LEN, NUM_COLUMNS, SLOT, Table
 from engine.uploads import pin
@@ -22,8 +23,10 @@ from engine.uploads import pin
 LEAST_ROWS = 1024  # greatest lengths are this times a power of four: few graphs for all lengths
 # Runs a step over a table on the device: (table, max_rows) -> logits (num, vocab).
 Step = Callable[[Tensor, int], Tensor]
-# (logits, table) -> ids; also keeps them for the next step.
+# (logits, table) -> ids, the likeliest or drawn; also keeps them for the next step.
 Choose = Callable[[Tensor, Tensor], Tensor]
+# Places, greatest length, whether logits are kept, whether tokens are drawn.
+_Key = tuple[int, int, bool, bool]
 _Chosen = tuple[Tensor, Tensor | None]  # token ids, and logits where they are kept
 
 
@@ -33,7 +36,7 @@ class Replayed:
     What a step left on the device. The next step of any graph writes over it.
 
     Attributes:
-        token_ids: (num_seqs,), int64: the likeliest ones, which are kept in the slots too.
+        token_ids: (num_seqs,), int64: the likeliest or drawn ones, which are kept in the slots too.
         logits: (num_seqs, vocab), where they were asked for.
     """
 
@@ -50,6 +53,7 @@ class Graphs:
         max_num_seqs, max_rows: of any batch, and of any sequence.
         scratch: the slot that is nobody's.
         is_fixed: whether all batches and lengths have one graph, of the greatest.
+        draw: a choice with what a longer table says behind NUM_COLUMNS; None where there are no such.
     """
 
     def __init__(
@@ -62,14 +66,15 @@ class Graphs:
         max_rows: int,
         scratch: int,
         is_fixed: bool = False,
+        draw: Choose | None = None,
     ) -> None:
-        self._step, self._choose = step, choose
+        self._step, self._choose, self._draw = step, choose, draw
         self._recorder = recorder
         self._sizes = [max_num_seqs] if is_fixed else bucket_sizes(max_num_seqs)
         self._max_rows = max_rows
         self._least_rows = max_rows if is_fixed else 1
         self._scratch = scratch
-        self._graphs: dict[tuple[int, int, bool], Recording[_Chosen]] = {}
+        self._graphs: dict[_Key, Recording[_Chosen]] = {}
         self._logits: Tensor | None = None  # one for all graphs that keep them
 
     @property
@@ -87,10 +92,11 @@ class Graphs:
         Run one step; None where it has to be launched in the ordinary way.
 
         Args:
-            table: of `Slots.table`, with as many places as `find_size` said.
+            table: of `Slots.table`, with as many places as `find_size` said; where tokens are to be
+                drawn with that of `engine.kernels.draw` behind it.
         """
         most = bucket_rows(max(self._least_rows, int(table[LEN].max())), self._max_rows)
-        key = (table.shape[1], most, keeps_logits)
+        key = (table.shape[1], most, keeps_logits, len(table) > NUM_COLUMNS)
         if key not in self._graphs and not self._try_capture(key):
             return None
         token_ids, logits = self._graphs[key].replay(pin(table, self._recorder.device))
@@ -101,15 +107,17 @@ class Graphs:
         """Make the graphs that nearly all steps need, so that none of them has to wait for its own."""
         for size in reversed(self._sizes):  # what the largest took, the others use again
             if not self.are_given_up:
-                self._try_capture((size, bucket_rows(self._least_rows, self._max_rows), False))
+                most = bucket_rows(self._least_rows, self._max_rows)
+                self._try_capture((size, most, False, False))
 
     @property
     def num_graphs(self) -> int:
         return len(self._graphs)
 
-    def _try_capture(self, key: tuple[int, int, bool]) -> bool:
-        size, max_rows, keeps_logits = key
-        nobody = np.zeros((NUM_COLUMNS, size), dtype=np.int64)
+    def _try_capture(self, key: _Key) -> bool:
+        size, max_rows, keeps_logits, draws = key
+        num_columns = NUM_COLUMNS + draw.NUM_COLUMNS * draws
+        nobody = np.zeros((num_columns, size), dtype=np.int64)
         nobody[SLOT], nobody[LEN] = self._scratch, 1
         run = partial(self._run, max_rows=max_rows, keeps_logits=keeps_logits)
         recording = self._recorder.try_record(run, torch.from_numpy(nobody), num_warm_ups=2)
@@ -120,8 +128,10 @@ class Graphs:
         return recording is not None
 
     def _run(self, table: Tensor, *, max_rows: int, keeps_logits: bool) -> _Chosen:
+        choose = self._choose if len(table) == NUM_COLUMNS else self._draw
+        assert choose is not None
         logits = self._step(table, max_rows)
-        token_ids = self._choose(logits, table)
+        token_ids = choose(logits, table)
         if not keeps_logits:
             return token_ids, None
         if self._logits is None:

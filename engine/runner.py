@@ -21,6 +21,7 @@ from engine.errors import BadConfig
 from engine.families.protocol import Visual
 from engine.features import FeatureCache
 from engine.graphs import Graphs, Replayed
+from engine.kernels import draw, has_kernels
 from engine.kernels.greedy import argmax
 from engine.kernels.quantised import FP8
 from engine.kernels.rows import copy_
@@ -30,7 +31,7 @@ from engine.recorder import Recorder
 from engine.repeats import Repeats
 from engine.rounding import power_up, round_up
 from engine.sequence import Sequence
-from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots, Table
+from engine.slots import LEN, NUM_COLUMNS, POSITION, SLOT, START, WRITE_ROW, Slots, Table
 from engine.swaps import find_decode_attention
 from engine.uploads import upload
 
@@ -44,6 +45,8 @@ CPU_ENCODER_PATCHES = 2048
 # does of 256. A GPU, which reads all weights in each call, gets as many as may decode together.
 CPU_FIXED_PLACES = 16
 CPU_KV_BYTES = 1 << 29
+# Rows of a step's table that grow by one each step; the last where tokens are drawn.
+_COUNTING = [WRITE_ROW, POSITION, LEN, NUM_COLUMNS + draw.AT]
 
 
 class Runner:
@@ -101,6 +104,8 @@ class Runner:
                 "kv_cache_dtype='fp8' needs Triton's kernels, which do not run here. Leave it out."
             )
         self._argmax = argmax
+        # Without kernels a GPU would sort a vocabulary for each token, however few are drawn from.
+        self.draws = is_cpu or has_kernels(self._no_rows)
         self._try_step()
         self._graphs: Graphs | None = None
         self._prefills: Repeats | None = None
@@ -115,6 +120,7 @@ class Runner:
                 max_rows=self._max_rows,
                 scratch=self._slots.scratch,
                 is_fixed=is_deterministic,
+                draw=self._draw,
             )
             self._graphs.capture_all()
 
@@ -339,27 +345,40 @@ class Runner:
     # --- tokens ------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def replay(self, sequences: Many[Sequence], *, keeps_logits: bool) -> Replayed | None:
+    def replay(
+        self, sequences: Many[Sequence], *, keeps_logits: bool, draws: bool = False
+    ) -> Replayed | None:
         """
-        `decode` as one CUDA graph, with the likeliest tokens chosen and kept; None where there is none.
+        `decode` as one CUDA graph, with tokens chosen and kept; None where there is none.
 
         Args:
-            keeps_logits: whether somebody will look at them; the likeliest tokens need none.
+            keeps_logits: whether somebody will look at them; what is chosen here needs none.
+            draws: whether tokens are drawn, as each sequence has it, and not the likeliest ones. Only
+                where the runner `draws` at all.
         """
         size = self._graphs.find_size(len(sequences)) if self._graphs else None
         if size is None or self._graphs is None:
             return None
-        table = self._next_table(sequences, size)
+        table = self._next_table(sequences, size, draws=draws)
         with self.meter.span(Work.DECODE, len(sequences)):
             return self._graphs.replay(table, len(sequences), keeps_logits=keeps_logits)
 
-    def _next_table(self, sequences: Many[Sequence], size: int) -> Table:
-        """`Slots.table`; where the batch is the one of the step before, everybody is a row further."""
+    def _next_table(self, sequences: Many[Sequence], size: int, *, draws: bool = False) -> Table:
+        """
+        `Slots.table`, with `draw.table` behind it where tokens are drawn.
+
+        Where the batch is the one of the step before, everybody is a token further.
+        """
         before, table, num_launched = self._last_table
-        if sequences == before and sequences[0].num_launched == num_launched + 1:
-            table[[WRITE_ROW, POSITION, LEN], : len(sequences)] += 1
+        is_known = sequences == before and sequences[0].num_launched == num_launched + 1
+        if is_known and draws == (len(table) > NUM_COLUMNS):
+            table[_COUNTING if draws else _COUNTING[:3], : len(sequences)] += 1
         else:
             table = self._slots.table(sequences, size)
+            if draws:
+                numbers = [sequence.draw_numbers for sequence in sequences]
+                positions = [sequence.num_launched for sequence in sequences]
+                table = np.concatenate((table, draw.table(numbers, positions, size)))
         self._last_table = list(sequences), table, sequences[0].num_launched
         return table
 
@@ -423,6 +442,11 @@ class Runner:
 
     def _choose(self, logits: Tensor, table: Tensor) -> Tensor:
         token_ids = self._argmax(logits)
+        self._slots.keep(table[SLOT], token_ids)
+        return token_ids
+
+    def _draw(self, logits: Tensor, table: Tensor) -> Tensor:
+        token_ids = draw.draw(logits, table[NUM_COLUMNS:])
         self._slots.keep(table[SLOT], token_ids)
         return token_ids
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from engine.kernels.draw import Numbers
 from engine.prefixes import Key
 from engine.processor import Prepared
 from engine.request import CompletionOutput, FinishReason, Logprob
-from engine.sampler import SamplingRow, is_plain, reads_history
+from engine.sampler import SamplingRow, draw_numbers, is_plain, is_simple, reads_history
 from engine.text import Detokenizer
 
 
@@ -25,6 +26,8 @@ class Sequence:
         features: (num_tokens, hidden) of each picture or clip, by its place among the prompt's, once
             encoded; one dict for all of a request's outputs, so that it is encoded once.
         is_plain, reads_history: what the sampler asks of its parameters, asked once.
+        is_simple_later: so too; whether `is_simple`, once it has min_tokens.
+        draw_numbers: what its tokens are drawn with, for `engine.kernels.draw.table`.
         start: first row of its slab; None while it has none.
         slot: its place among those that decode together; None while it has none.
         num_computed: prompt tokens whose rows were there before the newest prefill.
@@ -45,6 +48,8 @@ class Sequence:
     features: dict[int, Tensor] = field(default_factory=dict)
     is_plain: bool = field(init=False)
     reads_history: bool = field(init=False)
+    draw_numbers: Numbers = field(init=False)
+    is_simple_later: bool = field(init=False)
     start: int | None = None
     slot: int | None = None
     num_computed: int = 0
@@ -61,6 +66,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.is_plain = is_plain(self.prepared.params)
         self.reads_history = reads_history(self.prepared.params)
+        self.draw_numbers = draw_numbers(self.prepared.params, self.seed, self.index)
+        self.is_simple_later = is_simple(self.prepared.params, self.prepared.params.min_tokens)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -108,6 +115,11 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether the next token is drawn from the logits as they come; see `sampler.is_simple`."""
+        return self.is_simple_later and self.num_launched >= self.prepared.params.min_tokens
 
     def sampling_row(self) -> SamplingRow:
         return SamplingRow(

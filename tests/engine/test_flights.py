@@ -152,7 +152,8 @@ def test_step_that_fails_after_it_chose_is_repeated_from_the_same_tokens(
             num_failures += 1
             raise MemoryError
 
-    def replay(sequences: Any, *, keeps_logits: bool) -> Replayed:
+    def replay(sequences: Any, *, keeps_logits: bool, draws: bool) -> Replayed:
+        assert not draws
         logits = runner.decode(sequences)
         token_ids = argmax(logits)
         runner.keep(sequences, token_ids)
@@ -167,6 +168,7 @@ def test_step_that_fails_after_it_chose_is_repeated_from_the_same_tokens(
         return Sampler.sample(sampler, logits, rows)
 
     monkeypatch.setattr(runner, "replay", replay)
+    monkeypatch.setattr(runner, "draws", False)  # inside of graphs
     if fails == "sample":
         monkeypatch.setattr(sampler, "sample", draw_ids)
     else:

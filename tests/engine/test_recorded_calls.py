@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import LLM, Request
+from engine import LLM, Request, SamplingParams
 from engine import engine as engine_module
 from engine.attention import TextContext
 from engine.kernels import decode
@@ -127,6 +127,50 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder, asked = request.param(tmp_path_factory.mktemp("recorded"))
     with LLM(str(folder), limit_mm_per_prompt=LIMITS) as llm:
         return Told(folder, asked, answers(list(llm.stream(asked))))
+
+
+def draws() -> list[Request]:
+    """Of every kind that a graph draws, several outputs of some; one takes the likeliest."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"top_k": 5, "n": 3},
+        {"top_p": 0.8},
+        {"min_p": 0.1, "temperature": 1.5, "n": 2},
+        {"top_k": 20, "top_p": 0.9, "min_tokens": 4},
+    ]
+    return [
+        Request(
+            prompt="x" * number,
+            params=SamplingParams(max_tokens=6 + number, ignore_eos=True, seed=number, **kind),
+            request_id=str(number),
+        )
+        for number, kind in enumerate(kinds + kinds, start=1)
+    ]
+
+
+def test_graphs_draw_what_is_drawn_by_hand_with_any_neighbours(
+    told: Told, build: Callable[[Path, str], LLM]
+) -> None:
+    asked = draws()
+    penalised = Request(
+        prompt="p",
+        params=SamplingParams(temperature=0.0, presence_penalty=0.5, max_tokens=8, ignore_eos=True),
+        request_id="penalised",
+    )
+    with LLM(str(told.folder), limit_mm_per_prompt=LIMITS) as llm:
+        expected = answers(list(llm.stream([*asked, penalised])))
+    alone = dict(expected)
+    del alone["penalised"]
+    with build(told.folder, "whole") as llm:
+        assert alone == answers(list(llm.stream(asked)))
+        assert expected == answers(list(llm.stream([penalised, *asked])))
+        assert_idle(llm.engine)
+        graphs = llm.engine._runner._graphs
+
+        assert graphs is not None
+        assert not graphs.are_given_up
+        assert {(False, False), (False, True), (True, False)} == {key[2:] for key in graphs._graphs}
 
 
 @pytest.mark.parametrize("way", WAYS)

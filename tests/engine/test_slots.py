@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from engine.kernels import draw
 from engine.runner import Runner
 from engine.slots import LEN, POSITION, SLOT, START, WRITE_ROW, Slots
 
@@ -19,6 +20,7 @@ class Numbers:
     num_prompt_tokens: int
     num_launched: int = 1
     prepared: Any = field(default_factory=lambda: SimpleNamespace(rope_delta=-3))
+    draw_numbers: draw.Numbers = draw.GREEDY
 
     @property
     def num_rows(self) -> int:
@@ -48,6 +50,23 @@ def test_table_of_the_same_batch_goes_on_as_a_new_one_would() -> None:
         if number != 3:  # a step that failed counts no token, and is asked for again
             for sequence in sequences:
                 sequence.num_launched += 1
+
+
+def test_table_of_draws_goes_on_too_and_is_made_anew_where_tokens_were_not_drawn() -> None:
+    slots = Slots(8, torch.device("cpu"))
+    runner: Any = SimpleNamespace(_slots=slots, _last_table=([], None, 0))
+    batch = [Numbers(1, 160, 10, draw_numbers=(7, 0, 1, 2, 3, 4)), Numbers(0, 16, 20, 4)]
+    for draws in (False, True, True, True, False, True, True):
+        table = Runner._next_table(runner, batch, 4, draws=draws)  # type: ignore[arg-type]
+
+        expected = slots.table(batch, 4).tolist()
+        if draws:
+            positions = [sequence.num_launched for sequence in batch]
+            numbers = [sequence.draw_numbers for sequence in batch]
+            expected += draw.table(numbers, positions, 4).tolist()
+        assert expected == table.tolist()
+        for sequence in batch:
+            sequence.num_launched += 1
 
 
 def test_no_token_is_kept_as_one_that_can_be_read() -> None:
