@@ -35,6 +35,7 @@ from engine.attention import (
 from engine.kernels import (
     activated,
     activations,
+    draw,
     greedy,
     has_kernels,
     norms,
@@ -89,6 +90,13 @@ PICTURE_CUTS: list[Cut | HopperCut] = [
         for stages in (2, 3)
     ),
 ]
+DRAWS: dict[str, dict[str, float]] = {
+    "temperature": {},
+    "top_k": {"top_k": 50},
+    "top_k and top_p": {"top_k": 50, "top_p": 0.9},
+    "top_p": {"top_p": 0.9},
+    "min_p": {"min_p": 0.05},
+}
 
 
 def main() -> None:
@@ -112,6 +120,24 @@ def measure_pieces() -> None:
     sampler = Sampler(VOCAB, "cuda")
     _line("argmax kernel", lambda: greedy.argmax(logits), moved=logits.nbytes)
     _line("argmax sampler", lambda: sampler.sample_plain(logits).token_ids, moved=logits.nbytes)
+
+
+def measure_draw() -> None:
+    """
+    A token of each row of a step, by what it is drawn with, beside the likeliest.
+
+    Of logits that are nearly all the same, as random weights give them, top_p keeps most of a
+    vocabulary; of those with a few high ones, as a trained model's, a few ids.
+    """
+    flat = _random(DECODE, VOCAB)
+    high = 12 * (torch.rand(DECODE, VOCAB, device="cuda") < 2e-4).to(DTYPE)
+    for shape, logits in (("flat", flat), ("peaked", 2 * flat + high)):
+        _line(f"{shape} argmax", partial(greedy.argmax, logits), moved=logits.nbytes)
+        for name, words in DRAWS.items():
+            asked = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **words}
+            rows = [draw.numbers(seed, 0, **asked) for seed in range(DECODE)]  # type: ignore[arg-type]
+            table = torch.from_numpy(draw.table(rows, [0] * DECODE, DECODE)).cuda()
+            _line(f"{shape} {name}", partial(draw.draw, logits, table), moved=logits.nbytes)
 
 
 def _text_pieces(rows: int) -> None:
@@ -523,6 +549,7 @@ def _print(**facts: Any) -> None:
 
 PARTS: dict[str, Callable[[], None]] = {
     "pieces": measure_pieces,
+    "draw": measure_draw,
     "merged": measure_merged,
     "activated": measure_activated,
     "layers": measure_layers,
