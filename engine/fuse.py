@@ -104,6 +104,8 @@ def _swap_below(parent: nn.Module, fusions: Fusions, swapped: Counter[str]) -> N
         build = _SWAPS.get(type(child))
         is_last = not isinstance(follower, FusedDecoderLayer | FusedVisionBlock)
         fused = build(child, fusions, is_last) if build else None
+        if isinstance(fused, FusedDecoderLayer):
+            fused.gives_ends = follower is None
         if fused is None:
             _swap_below(child, fusions, swapped)
         else:
@@ -470,7 +472,8 @@ class FusedDecoderLayer(nn.Module):
         self.mlp = GatedMLP(layer.mlp, fusions)
         self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.qkv)
         self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.gate_up)
-        self.is_last = is_last  # or its result is looked at: a plain tensor
+        self.is_last = is_last  # of fused ones: a plain tensor
+        self.gives_ends = False  # of all: its result is cut to what the call wants
 
     def forward(
         self,

@@ -3,7 +3,8 @@ Matrix products in fp8: each row of both sides has a scale of its own, sums are 
 
 What comes before a product quantises its result in the same pass, so the numbers in 16 bits are
 never written: `rms_norm` and the others here are those of norms.py and activations.py with rows in
-fp8 as their result. Weights are quantised once, at load.
+fp8 as their result. Kernels quantise what they have in float32, the plain forms what was rounded to
+16 bits. Weights are quantised once, at load.
 
 Axes: any leading ones, then width; num_rows is the product of the leading ones.
 """
