@@ -126,6 +126,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         coming: set[Key] = set()  # prefixes that this prefill writes
         num_left = self._max_prefill_tokens
+        is_stuck = False  # whether there is no slab for whose turn it is
         if self._reading is not None:
             admitted.append(self._reading)
             coming.update(self._reading.prefix_keys)
@@ -135,7 +136,7 @@ class Scheduler:
             and self._waiting
             and len(self._running) + len(admitted) < self._max_num_seqs
         ):
-            sequence = self._waiting.first
+            sequence = self._waiting.oldest if is_stuck else self._waiting.first
             usable = _usable(sequence)
             source, num_cached = self._prefixes.find(usable)
             num_wanted = sequence.num_prompt_tokens - num_cached
@@ -145,13 +146,18 @@ class Scheduler:
                 break  # a step later there is more of it to copy
             sequence.start = self._find_slab(sequence.num_rows_at_most)
             if sequence.start is None:
-                break  # NOTE: none that fits gets ahead: a long one is not passed over for ever
+                if is_stuck or sequence is self._waiting.oldest:
+                    break
+                # NOTE: those that came earlier may go before it, and no later one that fits: it holds
+                # none of them back, and is not passed over for ever.
+                is_stuck = True
+                continue
             # NOTE: its source may be evicted from here on, and even given to one of this batch: the
             # rows are copied before any of the batch are written.
             sequence.num_computed = sequence.num_cached = num_cached
             sequence.copied_from = source if num_cached else None
             coming.update(sequence.prefix_keys)
-            self._waiting.pop()
+            self._waiting.take(sequence)
             sequence.slot = heapq.heappop(self._free_slots)
             admitted.append(sequence)
             num_left -= self._read_on(sequence)

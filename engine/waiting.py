@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Collection
 
     from engine.sequence import Sequence
 
@@ -34,10 +34,12 @@ class _Place:
     One that waits.
 
     Attributes:
-        num_tokens_before: of the prompts of its priority that had come before it.
+        num_tokens: what it counts as where it gets ahead of others.
+        num_tokens_before: of those of its priority that had come before it.
     """
 
     sequence: Sequence
+    num_tokens: int
     num_tokens_before: int
 
 
@@ -48,49 +50,51 @@ class _Level:
 
     Attributes:
         by_length: those with answers of a length, as they came; no queue is empty.
-        num_tokens_come, num_tokens_gone: of the prompts that ever waited here, and of those that
-            wait no more.
+        num_tokens_come, num_tokens_gone: of those that ever waited here, and of those that wait no
+            more.
     """
 
     by_length: dict[int, deque[_Place]] = field(default_factory=dict)
     num_tokens_come: int = 0
     num_tokens_gone: int = 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
         queue = self.by_length.setdefault(round_length(sequence.max_tokens), deque())
-        queue.append(_Place(sequence, self.num_tokens_come))
-        self.num_tokens_come += sequence.num_prompt_tokens
+        queue.append(_Place(sequence, num_tokens, self.num_tokens_come))
+        self.num_tokens_come += num_tokens
 
-    def find_turn(self, max_tokens_ahead: int) -> int:
-        """The length whose first one has the turn."""
-        heads = {length: queue[0] for length, queue in self.by_length.items()}
-        oldest = min(heads, key=lambda length: heads[length].num_tokens_before)
-        longest = max(heads)
+    @property
+    def oldest(self) -> _Place:
+        heads = (queue[0] for queue in self.by_length.values())
+        return min(heads, key=lambda place: place.num_tokens_before)
+
+    def find_turn(self, max_tokens_ahead: int) -> _Place:
+        oldest, longest = self.oldest, self.by_length[max(self.by_length)][0]
         # All that came before the oldest are gone; whoever else is gone came later, and got ahead.
-        num_ahead = self.num_tokens_gone - heads[oldest].num_tokens_before
-        num_more = heads[longest].sequence.num_prompt_tokens
-        return longest if num_ahead + num_more <= max_tokens_ahead else oldest
+        num_ahead = self.num_tokens_gone - oldest.num_tokens_before
+        return longest if num_ahead + longest.num_tokens <= max_tokens_ahead else oldest
 
-    def pop(self, max_tokens_ahead: int) -> Sequence:
-        length = self.find_turn(max_tokens_ahead)
-        sequence = self.by_length[length].popleft().sequence
+    def take(self, sequence: Sequence) -> None:
+        """Take out one before whom no other of its length came."""
+        length = round_length(sequence.max_tokens)
+        place = self.by_length[length].popleft()
+        assert place.sequence is sequence
         if not self.by_length[length]:
             del self.by_length[length]
-        self.num_tokens_gone += sequence.num_prompt_tokens
-        return sequence
+        self.num_tokens_gone += place.num_tokens
 
-    def remove(self, leaving: Container[Sequence]) -> list[Sequence]:
+    def remove(self, leaving: Collection[Sequence]) -> list[Sequence]:
         """Take these out, in one pass; those of them that waited here."""
-        removed: list[Sequence] = []
+        removed: list[_Place] = []
         for length, queue in list(self.by_length.items()):
             staying = deque(place for place in queue if place.sequence not in leaving)
             if len(staying) < len(queue):
-                removed += [place.sequence for place in queue if place.sequence in leaving]
+                removed += [place for place in queue if place.sequence in leaving]
                 self.by_length[length] = staying
                 if not staying:
                     del self.by_length[length]
-        self.num_tokens_gone += sum(sequence.num_prompt_tokens for sequence in removed)
-        return removed
+        self.num_tokens_gone += sum(place.num_tokens for place in removed)
+        return [place.sequence for place in removed]
 
 
 class Waiting:
@@ -110,29 +114,32 @@ class Waiting:
         return self._num
 
     def add(self, sequence: Sequence) -> None:
-        self._levels.setdefault(sequence.priority, _Level()).add(sequence)
+        num_tokens = sequence.num_prompt_tokens
+        self._levels.setdefault(sequence.priority, _Level()).add(sequence, num_tokens)
         self._num += 1
         self.num_tokens += sequence.num_prompt_tokens
 
     @property
     def first(self) -> Sequence:
         """Whose turn it is; the same one until somebody comes or goes."""
-        level = self._levels[min(self._levels)]
-        return level.by_length[level.find_turn(self._max_tokens_ahead)][0].sequence
+        return self._levels[min(self._levels)].find_turn(self._max_tokens_ahead).sequence
 
-    def pop(self) -> Sequence:
-        """Take out whose turn it is."""
-        priority = min(self._levels)
-        sequence = self._levels[priority].pop(self._max_tokens_ahead)
-        self._forget(priority, [sequence])
-        return sequence
+    @property
+    def oldest(self) -> Sequence:
+        """Who came first of the priority whose turn it is."""
+        return self._levels[min(self._levels)].oldest.sequence
 
-    def remove(self, leaving: Container[Sequence]) -> None:
+    def take(self, sequence: Sequence) -> None:
+        """Take out the `first` or the `oldest`."""
+        self._levels[sequence.priority].take(sequence)
+        self._forget(sequence.priority, [sequence])
+
+    def remove(self, leaving: Collection[Sequence]) -> None:
         """Take out those of these that wait, in one pass."""
         for priority, level in list(self._levels.items()):
             self._forget(priority, level.remove(leaving))
 
-    def _forget(self, priority: int, gone: list[Sequence]) -> None:
+    def _forget(self, priority: int, gone: Collection[Sequence]) -> None:
         self._num -= len(gone)
         self.num_tokens -= sum(sequence.num_prompt_tokens for sequence in gone)
         if not self._levels[priority].by_length:

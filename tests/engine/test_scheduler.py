@@ -222,6 +222,23 @@ def test_sequence_waits_for_rows_and_is_not_passed_by_smaller_ones() -> None:
     assert [small] == scheduler.schedule().sequences
 
 
+def test_long_one_that_finds_no_rows_holds_only_later_ones_back() -> None:
+    scheduler = build(num_rows=16 + 64 + 48, max_prefill_tokens=100)
+    holder, small, other, long, last = (
+        Numbers(*sizes) for sizes in ((30, 18), (10, 3), (20, 6), (72, 40), (1, 1))
+    )
+    add(scheduler, holder)
+    scheduler.schedule()
+    add(scheduler, small, other, long, last)
+
+    assert [small, other] == scheduler.schedule().sequences
+    assert [holder, small, other] == scheduler.schedule().sequences
+    scheduler.finish([small, other])
+    assert [holder] == scheduler.schedule().sequences
+    scheduler.finish([holder])
+    assert long is scheduler.schedule().sequences[0]
+
+
 def test_one_that_waits_can_be_taken_out() -> None:
     scheduler = build(max_num_seqs=1)
     sequences = [Numbers(5) for _ in range(4)]

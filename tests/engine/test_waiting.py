@@ -16,8 +16,15 @@ def build(max_tokens_ahead: int, *sequences: Numbers) -> Any:
     return waiting
 
 
+def take(waiting: Any) -> Numbers:
+    """Take out whose turn it is."""
+    first: Numbers = waiting.first
+    waiting.take(first)
+    return first
+
+
 def empty(waiting: Any) -> list[Numbers]:
-    return [waiting.pop() for _ in range(len(waiting))]
+    return [take(waiting) for _ in range(len(waiting))]
 
 
 @given(st.integers(1, 1 << 20))
@@ -64,7 +71,7 @@ def test_those_that_come_all_the_time_hold_nobody_back_for_ever() -> None:
     order = []
     for _ in range(20):
         waiting.add(Numbers(40, 500))
-        order.append(waiting.pop())
+        order.append(take(waiting))
 
     assert [2, 3, 4] == [order.index(short) for short in shorts]
 
@@ -83,6 +90,18 @@ def test_who_leaves_holds_nobody_back() -> None:
 
     assert (2, 30) == (len(waiting), waiting.num_tokens)
     assert [short, other] == empty(waiting)  # what has left counts as if it had gone ahead
+
+
+def test_oldest_may_be_taken_before_its_turn() -> None:
+    short, long, other, last = (Numbers(50, length) for length in (1, 500, 2, 400))
+    waiting = build(100, short, long, other, last, Numbers(5, 900, priority=1))
+    waiting.take(waiting.oldest)
+
+    assert long is waiting.oldest
+    assert long is waiting.first
+    waiting.take(long)
+    assert (other, last) == (waiting.oldest, waiting.first)
+    assert (3, 105) == (len(waiting), waiting.num_tokens)
 
 
 @given(
@@ -118,7 +137,7 @@ def test_nobody_is_passed_by_more_than_is_allowed(
             leave(leaving)
         elif line:
             first = waiting.first
-            assert first is waiting.pop()
+            assert first is take(waiting)
             assert first.priority == min(sequence.priority for sequence in line)
             for sequence in leave(first):
                 assert round_length(sequence.max_tokens) < round_length(first.max_tokens)
@@ -127,5 +146,5 @@ def test_nobody_is_passed_by_more_than_is_allowed(
         assert len(line) == len(waiting)
         assert sum(sequence.num_prompt_tokens for sequence in line) == waiting.num_tokens
     while line:
-        leave(waiting.pop())
+        leave(take(waiting))
     assert 0 == len(waiting)
