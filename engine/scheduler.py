@@ -60,7 +60,7 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs))  # a heap: low ones first
         self._max_num_seqs = max_num_seqs
         self._max_prefill_tokens = max_prefill_tokens
-        self._waiting = Waiting(max_prefill_tokens)
+        self._waiting = Waiting(max_prefill_tokens, max_prefill_tokens // max_num_seqs)
         self._running: list[Sequence] = []
         self._reading: Sequence | None = None  # has a slab, and a prompt of which more is to come
         self._owes_step = False  # a decode step, before the next piece

@@ -102,10 +102,13 @@ class Waiting:
     Args:
         max_tokens_ahead: prompt tokens of later ones, of the same priority, that may be admitted
             while one waits; 0 is first come, first served.
+        min_tokens_each: what each of them counts as at least. However short their prompts, they take
+            places, for as long as their answers are.
     """
 
-    def __init__(self, max_tokens_ahead: int) -> None:
+    def __init__(self, max_tokens_ahead: int, min_tokens_each: int = 0) -> None:
         self._max_tokens_ahead = max_tokens_ahead
+        self._min_tokens_each = min_tokens_each
         self._levels: dict[int, _Level] = {}
         self._num = 0
         self.num_tokens = 0  # of their prompts
@@ -114,7 +117,7 @@ class Waiting:
         return self._num
 
     def add(self, sequence: Sequence) -> None:
-        num_tokens = sequence.num_prompt_tokens
+        num_tokens = max(sequence.num_prompt_tokens, self._min_tokens_each)
         self._levels.setdefault(sequence.priority, _Level()).add(sequence, num_tokens)
         self._num += 1
         self.num_tokens += sequence.num_prompt_tokens

@@ -118,6 +118,18 @@ def test_length_of_an_answer_does_not_let_it_wait_for_more_than_a_prefill() -> N
     assert short is scheduler.schedule().sequences[0]
 
 
+def test_long_answers_pass_a_short_one_at_most_once_a_place() -> None:
+    scheduler = build(max_num_seqs=1, max_prefill_tokens=8192)
+    holder, short = Numbers(50, 300), Numbers(50, 16)
+    add(scheduler, holder)
+    scheduler.schedule()
+    add(scheduler, short, *(Numbers(50, 300) for _ in range(400)))
+    scheduler.finish([holder])
+    scheduler.finish(scheduler.schedule().sequences)
+
+    assert [short] == scheduler.schedule().sequences
+
+
 def test_prefill_stays_within_its_tokens() -> None:
     scheduler = build(max_prefill_tokens=100)
     sizes = [40, 60, 1, 99, 30]

@@ -9,8 +9,8 @@ from engine.waiting import Waiting, round_length
 from tests.engine.test_scheduler import Numbers
 
 
-def build(max_tokens_ahead: int, *sequences: Numbers) -> Any:
-    waiting: Any = Waiting(max_tokens_ahead)
+def build(max_tokens_ahead: int, *sequences: Numbers, min_tokens_each: int = 0) -> Any:
+    waiting: Any = Waiting(max_tokens_ahead, min_tokens_each)
     for sequence in sequences:
         waiting.add(sequence)
     return waiting
@@ -90,6 +90,19 @@ def test_who_leaves_holds_nobody_back() -> None:
 
     assert (2, 30) == (len(waiting), waiting.num_tokens)
     assert [short, other] == empty(waiting)  # what has left counts as if it had gone ahead
+
+
+def test_short_prompts_count_as_more_than_their_tokens() -> None:
+    short, long = Numbers(1, 1), Numbers(60, 500)
+    brief = [Numbers(1, 400) for _ in range(4)]
+
+    waiting = build(100, short, long, *brief, min_tokens_each=20)
+
+    assert 65 == waiting.num_tokens
+    assert [long, *brief[:2], short, *brief[2:]] == empty(waiting)
+    waiting = build(100, short, long, *brief, min_tokens_each=20)
+    waiting.remove(brief[:1])
+    assert [long, brief[1], short, *brief[2:]] == empty(waiting)
 
 
 def test_oldest_may_be_taken_before_its_turn() -> None:
