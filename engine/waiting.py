@@ -10,6 +10,7 @@ length go in the order in which they came.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -110,6 +111,7 @@ class Waiting:
         self._max_tokens_ahead = max_tokens_ahead
         self._min_tokens_each = min_tokens_each
         self._levels: dict[int, _Level] = {}
+        self._priorities: list[int] = []  # a heap: of all levels, some of which may be empty
         self._num = 0
         self.num_tokens = 0  # of their prompts
 
@@ -117,33 +119,40 @@ class Waiting:
         return self._num
 
     def add(self, sequence: Sequence) -> None:
+        if sequence.priority not in self._levels:
+            self._levels[sequence.priority] = _Level()
+            heapq.heappush(self._priorities, sequence.priority)
         num_tokens = max(sequence.num_prompt_tokens, self._min_tokens_each)
-        self._levels.setdefault(sequence.priority, _Level()).add(sequence, num_tokens)
+        self._levels[sequence.priority].add(sequence, num_tokens)
         self._num += 1
         self.num_tokens += sequence.num_prompt_tokens
 
     @property
     def first(self) -> Sequence:
         """Whose turn it is; the same one until somebody comes or goes."""
-        return self._levels[min(self._levels)].find_turn(self._max_tokens_ahead).sequence
+        return self._find_level().find_turn(self._max_tokens_ahead).sequence
 
     @property
     def oldest(self) -> Sequence:
         """Who came first of the priority whose turn it is."""
-        return self._levels[min(self._levels)].oldest.sequence
+        return self._find_level().oldest.sequence
 
     def take(self, sequence: Sequence) -> None:
         """Take out the `first` or the `oldest`."""
         self._levels[sequence.priority].take(sequence)
-        self._forget(sequence.priority, [sequence])
+        self._forget([sequence])
 
     def remove(self, leaving: Collection[Sequence]) -> None:
-        """Take out those of these that wait, in one pass."""
-        for priority, level in list(self._levels.items()):
-            self._forget(priority, level.remove(leaving))
+        """Take out those of these that wait, in one pass over those of their priorities."""
+        for priority in {sequence.priority for sequence in leaving} & self._levels.keys():
+            self._forget(self._levels[priority].remove(leaving))
 
-    def _forget(self, priority: int, gone: Collection[Sequence]) -> None:
+    def _find_level(self) -> _Level:
+        """The lowest priority with which anybody waits."""
+        while not (level := self._levels[self._priorities[0]]).by_length:
+            del self._levels[heapq.heappop(self._priorities)]
+        return level
+
+    def _forget(self, gone: Collection[Sequence]) -> None:
         self._num -= len(gone)
         self.num_tokens -= sum(sequence.num_prompt_tokens for sequence in gone)
-        if not self._levels[priority].by_length:
-            del self._levels[priority]

@@ -1,5 +1,6 @@
 """Whose turn it is among those that wait: longest first, and nobody for ever."""
 
+import time
 from typing import Any
 
 from hypothesis import given
@@ -115,6 +116,21 @@ def test_oldest_may_be_taken_before_its_turn() -> None:
     waiting.take(long)
     assert (other, last) == (waiting.oldest, waiting.first)
     assert (3, 105) == (len(waiting), waiting.num_tokens)
+
+
+def test_every_request_may_have_a_priority_of_its_own() -> None:
+    sequences = [Numbers(1, priority=priority) for priority in range(20_000)]
+    waiting = build(100, *sequences[::-1])
+    started = time.process_time()
+    for sequence in sequences[:5_000]:
+        waiting.remove({sequence})
+    order = [take(waiting) for _ in range(5_000)]
+    took_s = time.process_time() - started
+    waiting.add(sequences[3])
+
+    assert sequences[5_000:10_000] == order
+    assert [sequences[3], *sequences[10_000:]] == empty(waiting)
+    assert took_s < 1
 
 
 @given(
