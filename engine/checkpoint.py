@@ -30,6 +30,7 @@ from engine.families import FAMILIES, Entry, find_entry
 from engine.families.protocol import Description, Family, resize
 from engine.kernels.quantised import FP8, can_multiply
 from engine.kernels.rows import can_hold_fp8
+from engine.kernels.timing import choosing
 from engine.kv import KVShape
 from engine.request import SamplingParams
 from engine.swaps import MAX_KERNEL_DIM, fuse
@@ -267,7 +268,7 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
     config = copy.deepcopy(checkpoint.config)
     if engine.load_format == "dummy":
         model = draw_model(model_class, config, checkpoint)
-        prepare_model(model, checkpoint, engine.quantization)
+        _prepare(model, checkpoint, engine)
         return model
     with _silence():
         model, report = _read(
@@ -292,8 +293,13 @@ def load_weights(checkpoint: Checkpoint, engine: EngineConfig) -> Any:
             f"The model {engine.model!r} has {len(left_out)} weights of layers for which its config.json "
             f"has no place, {min(left_out)} among them. Give the config.json that belongs to its weights."
         )
-    prepare_model(model, checkpoint, engine.quantization)
+    _prepare(model, checkpoint, engine)
     return model
+
+
+def _prepare(model: Any, checkpoint: Checkpoint, engine: EngineConfig) -> None:
+    with choosing(by_time=not engine.deterministic):
+        prepare_model(model, checkpoint, engine.quantization)
 
 
 def draw_model(model_class: type[Any], config: Any, checkpoint: Checkpoint) -> Any:

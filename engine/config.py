@@ -170,7 +170,8 @@ class EngineConfig:
             kernel at a time, which is slower.
         deterministic: whether a request's tokens and logprobs are the same to the last bit whatever is
             asked beside it: pictures and prompts go through the model one by one, and a decode step
-            always has the same number of places. Slower, and not together with prefix caching.
+            always has the same number of places. Nor is a kernel chosen by what it takes at the start,
+            which is another number each time. Slower, and not together with prefix caching.
         quantization: "fp8" multiplies in fp8, with scales by row, in the layers of text and
             encoder: faster on Hopper and later, and a little less exact. Any checkpoint will do.
         kv_cache_dtype: "fp8" keeps KV rows in fp8: half the memory of bfloat16, so that more

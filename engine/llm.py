@@ -74,7 +74,8 @@ class LLM:
             system message, many outputs of one prompt. A result says how many tokens that saved
             (`num_cached_tokens`). `reset_prefix_cache` forgets them.
         deterministic: a request's tokens and logprobs do not depend, to the last bit, on what is asked
-            beside it. Slower: see docs/measurements.md. Not together with prefix caching.
+            beside it, and no kernel is chosen by what it takes at the start. Slower: see
+            docs/measurements.md. Not together with prefix caching.
         enforce_eager: no CUDA graphs: a GPU gets each decode step one kernel at a time.
         quantization: "fp8" for products in fp8: faster on a Hopper GPU or a later one, and a little
             less exact. On a CPU it shows what they would answer, and is slow.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import activations, has_kernels
-from engine.kernels.timing import time_ms
+from engine.kernels.timing import chooses_by_time, time_ms, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ def choose(weight: Tensor, bias: Tensor | None, activation: Activation) -> int:
     """
     Compare the two ways, once for each device and shape, and say in the log what came of it.
 
-    It takes a tenth of a second, and two where Triton has not compiled the kernel before.
+    It takes a tenth of a second, and two where Triton has not compiled the kernel before. Where
+    kernels are not chosen by time, ours is not used.
 
     NOTE: not while a CUDA graph is captured.
 
@@ -85,8 +86,13 @@ def choose(weight: Tensor, bias: Tensor | None, activation: Activation) -> int:
     """
     if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
         return NEVER
+    if not chooses_by_time():
+        return NEVER
     width, depth = weight.shape
-    return _choose(weight.device, weight.dtype, activation, width, depth, bias is not None)
+    shape = width, depth, bias is not None
+    return unless_memory_is_short(
+        lambda: _choose(weight.device, weight.dtype, activation, *shape), NEVER
+    )
 
 
 @cache
@@ -98,6 +104,10 @@ def _choose(
     depth: int,
     has_bias: bool,
 ) -> int:
+    """
+    Raises:
+        OutOfMemoryError: so that they are compared again.
+    """
     width_out = width // 2 if activation == "silu_mul" else width
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
     if not is_hopper or width_out % ALIGNMENT or depth % ALIGNMENT:
@@ -114,6 +124,8 @@ def _choose(
                 if not _is_faster(x, weight, bias, activation):
                     break
                 least_rows = rows
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
         logger.warning("activated_product_unusable device=%s error=%s", device, error)
         return NEVER

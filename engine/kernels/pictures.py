@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.kernels import has_kernels
-from engine.kernels.timing import time_ms
+from engine.kernels.timing import chooses_by_time, time_ms, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ HOPPER_CUTS = (HopperCut(), HopperCut(3, 64))
 WINDOW_CUT = Cut(64, 4, 2)  # of small pictures, where the kernel for Hopper is used for others
 
 Way = Cut | HopperCut | str  # how attention is computed: by ours, by torch's of that name
+Ours = TypeVar("Ours", bound=Cut | HopperCut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,6 @@ def attend(
     return out
 
 
-@cache
 def choose(
     device: torch.device,
     dtype: torch.dtype,
@@ -136,20 +137,53 @@ def choose(
     """
     Compare our kernels with torch's, once for each device and shape of heads; takes some seconds.
 
+    Where kernels are not chosen by time, the first is used that says what torch's says: see `take`.
+
     NOTE: not while a CUDA graph is captured, and only where torch's varlen kernel runs.
 
     Args:
         calls: on which they are compared: pictures and patches each.
     """
-    if device.type != "cuda" or not has_kernels(torch.empty(1, device=device)):
+    if device.type != "cuda":
+        return Choice()
+    by_time = chooses_by_time()
+    return unless_memory_is_short(
+        lambda: _choose(device, dtype, heads, dim, calls, by_time), Choice()
+    )
+
+
+@cache
+def _choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    dim: int,
+    calls: tuple[tuple[int, int], ...],
+    by_time: bool,
+) -> Choice:
+    """
+    Raises:
+        OutOfMemoryError: so that they are compared again.
+    """
+    if not has_kernels(torch.empty(1, device=device)):
         return Choice()
     for cuts in find_cuts(dtype, dim, has_hopper=_has_hopper(device)):
         try:
-            choice = _compare(device, dtype, heads, dim, calls, cuts)
+            choice = _compare(device, dtype, heads, dim, calls, cuts, by_time=by_time)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
             logger.warning("pictures_kernel_unusable device=%s error=%s", device, error)
             continue
-        logger.info("pictures_kernel own=%s beats_dense=%s", choice.own, choice.beats_dense)
+        logger.info(
+            "pictures_kernel heads=%s dim=%s own=%s beats_dense=%s windows=%s by_time=%s",
+            heads,
+            dim,
+            choice.own,
+            choice.beats_dense,
+            choice.windows,
+            by_time,
+        )
         return choice
     return Choice()
 
@@ -190,8 +224,13 @@ def _compare(
     dim: int,
     calls: Sequence[tuple[int, int]],
     cuts: Sequence[Cut | HopperCut],
+    *,
+    by_time: bool,
 ) -> Choice:
     totals: dict[Way, float] = {}
+    taken = take(cuts)
+    if not by_time:
+        cuts = [cut for cut in cuts if cut in (taken.own, taken.windows)]
     for num, patches in calls:
         merged = torch.randn((num * patches, 3 * heads, dim), dtype=dtype, device=device)
         q, k, v = torch.split(merged, heads, dim=1)
@@ -202,21 +241,37 @@ def _compare(
             # Turned around: what is not a number is nonsense too.
             if not (way().reshape(expected.shape) - expected).abs().max().item() <= APART:
                 raise RuntimeError(f"{name} computes nonsense")
-            totals[name] = totals.get(name, 0.0) + time_ms(way)
-    return pick(totals)
+            if by_time:
+                totals[name] = totals.get(name, 0.0) + time_ms(way)
+    return pick(totals) if by_time else taken
+
+
+def take(cuts: Sequence[Cut | HopperCut]) -> Choice:
+    """Without a stopwatch: the first, and the first plain one for windows."""
+    own = cuts[0]
+    small = next((cut for cut in cuts if isinstance(cut, Cut)), None)
+    return Choice(own, beats_dense=isinstance(own, HopperCut), windows=small)
 
 
 def pick(totals: Mapping[Way, float]) -> Choice:
-    """From what each way took: torch's two, `varlen` and `dense`, and ours."""
+    """From what each way took: torch's two, `varlen` and `dense`, and ours, the preferred ones first."""
     ours = {way: took for way, took in totals.items() if not isinstance(way, str)}
     plain = {way: took for way, took in ours.items() if isinstance(way, Cut)}
-    own = min(ours, key=ours.__getitem__)
-    small = min(plain, key=plain.__getitem__) if plain else None
+    own, small = _fastest(ours), _fastest(plain) if plain else None
     return Choice(
         own=own if ours[own] < BETTER * totals["varlen"] else None,
         beats_dense=ours[own] < BETTER * min(totals["dense"], totals["varlen"]),
         windows=small if small and plain[small] < BETTER * totals["varlen"] else None,
     )
+
+
+def _fastest(totals: Mapping[Ours, float]) -> Ours:
+    """The first, but for one that is clearly faster: a tie must not decide how sums are rounded."""
+    best, *others = totals
+    for way in others:
+        if totals[way] < BETTER * totals[best]:
+            best = way
+    return best
 
 
 def _ways(

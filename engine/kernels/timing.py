@@ -1,11 +1,55 @@
 """How long kernels take, for those that are chosen by it. Not while a CUDA graph is captured."""
 
+import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 REPEATS, WARM_UP, IN_A_ROW = 7, 2, 4  # calls are launched while others run, as in a model
+
+_is_by_time = ContextVar("is_by_time", default=True)
+
+
+@contextmanager
+def choosing(*, by_time: bool) -> Iterator[None]:
+    """
+    Say how kernels are chosen inside the block: by what they take, or always alike.
+
+    Two kernels round otherwise, and no two starts measure the same.
+    """
+    token = _is_by_time.set(by_time)
+    try:
+        yield
+    finally:
+        _is_by_time.reset(token)
+
+
+def chooses_by_time() -> bool:
+    return _is_by_time.get()
+
+
+def unless_memory_is_short(call: Callable[[], T], otherwise: T) -> T:
+    """
+    What the call gives; `otherwise` where the device lacks memory even once unused memory is free.
+
+    NOTE: a call that remembers its results must raise then: there may be memory the next time.
+    """
+    for is_last in (False, True):
+        try:
+            return call()
+        except torch.OutOfMemoryError as error:
+            if is_last:
+                logger.warning("kernels_not_compared error=%s", error)
+        torch.cuda.empty_cache()
+    return otherwise
 
 
 def time_ms(call: Callable[[], object]) -> float:

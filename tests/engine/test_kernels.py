@@ -28,6 +28,7 @@ from engine.kernels import (
     products,
     quantised,
     rope,
+    timing,
 )
 from engine.sampler import Sampler
 
@@ -284,6 +285,57 @@ def test_kernel_that_is_slower_than_dense_batches_takes_mixed_sizes_only() -> No
     choice = pictures.pick({**WAYS, first: 8.0, second: 7.5, third: 9.0})
 
     assert pictures.Choice(second, beats_dense=False, windows=second) == choice
+
+
+def test_a_tie_of_kernels_goes_to_the_first() -> None:
+    first, second = pictures.HOPPER_CUTS
+
+    assert first == pictures.pick({**WAYS, first: 6.0, second: 5.8}).own
+    assert first == pictures.pick({**WAYS, first: 5.8, second: 6.0}).own
+    assert second == pictures.pick({**WAYS, first: 6.0, second: 5.6}).own
+
+
+def test_without_a_stopwatch_the_first_kernel_is_used() -> None:
+    cuts = *pictures.HOPPER_CUTS, pictures.WINDOW_CUT
+    plain, *_ = pictures.CUTS
+
+    assert pictures.Choice(cuts[0], beats_dense=True, windows=cuts[-1]) == pictures.take(cuts)
+    assert pictures.Choice(cuts[0], beats_dense=True) == pictures.take(cuts[:-1])
+    assert pictures.Choice(plain, beats_dense=False, windows=plain) == pictures.take(pictures.CUTS)
+
+
+def test_kernels_are_chosen_by_time_unless_said_otherwise() -> None:
+    assert timing.chooses_by_time()
+    with timing.choosing(by_time=False):
+        assert not timing.chooses_by_time()
+        with timing.choosing(by_time=True):
+            assert timing.chooses_by_time()
+        assert not timing.chooses_by_time()
+    assert timing.chooses_by_time()
+
+
+def test_comparison_that_lacks_memory_is_tried_again_and_not_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_missing, num_calls = 0, 0
+
+    def compare() -> str:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > num_missing:
+            return "compared"
+        raise torch.OutOfMemoryError
+
+    def compare_with(missing: int) -> tuple[str, int]:
+        nonlocal num_missing, num_calls
+        num_missing, num_calls = missing, 0
+        return timing.unless_memory_is_short(compare, "the usual"), num_calls
+
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+
+    assert ("compared", 1) == compare_with(0)
+    assert ("compared", 2) == compare_with(1)
+    assert ("the usual", 2) == compare_with(2)
 
 
 def test_kernel_that_gains_little_is_not_used() -> None:
