@@ -121,7 +121,9 @@ class VisionContext:
     cut: pictures.Cut | pictures.HopperCut | None = None
     windows: "tuple[Tensor, VisionContext] | None" = None
     # Of batches, by number and size of pictures: one layer makes them for all of this call.
-    _batch_starts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _batch_starts: dict[tuple[int, int], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def find_batch_starts(self, num: int, size: int, device: torch.device) -> Tensor:
         """`starts` of as many pictures, all of one size."""
@@ -424,7 +426,8 @@ def attend_vision(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """
-    Every patch attends to its own picture: neighbours of equal size as one dense batch.
+    Every patch attends to its own picture: all in one kernel, or neighbours of equal size as one dense
+    batch, as the context says.
 
     Args:
         query, key, value: (1, heads, patches, dim), or a batch of pictures instead of 1.
@@ -522,8 +525,9 @@ def _attend_varlen(
 @contextmanager
 def dense_kernels(device: torch.device) -> Iterator[None]:
     """
-    Let cuDNN go first for dense batches on a GPU, as it is the fastest there: 382 TFLOP/s against
-    242 of torch's FlashAttention (8 x 3996 patches, heads of 80, H100, 2026-11-23).
+    Let cuDNN go first for what is left to dense batches on a GPU, as it is the fastest of torch's: 358
+    TFLOP/s against 255 of its FlashAttention, and 457 of our kernel for Hopper, which takes such batches
+    itself (8 x 3996 patches, heads of 80, H100, 2026-11-28).
     """
     if device.type != "cuda":
         yield

@@ -169,7 +169,7 @@ class Runner:
                 known[visual.key] = self.cache.find(visual.key)
                 if known[visual.key] is None:
                     unknown.append(visual)
-        # Equal sizes stand together in one call: they make dense batches.
+        # Equal sizes stand together in one call: they may be dense batches, and come back as they are.
         unknown.sort(key=_size_of)
         fresh: dict[int, Tensor] = {}
         for call in _calls([visual.plan.num_patches for visual in unknown], self._max_patches):

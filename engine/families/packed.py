@@ -1,8 +1,9 @@
 """
 Encoders that read the patches of many pictures of any sizes in one row, without padding.
 
-What their families share: pixels go up on a stream of their own, equal sizes are dense batches and
-others one kernel, and on a GPU a call whose sizes were seen before is one CUDA graph.
+What their families share: pixels go up on a stream of their own, one kernel attends to pictures of any
+sizes or a few dense batches to equal ones, and on a GPU a call whose sizes were seen before is one
+CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from engine.repeats import Repeats
 from engine.rounding import power_up, round_up
 from engine.uploads import Uploads, upload
 
-MAX_DENSE_RUNS, MIN_DENSE_PICTURES = 4, 8  # of an encoder call whose pictures are dense batches
+MAX_DENSE_RUNS, MIN_DENSE_PICTURES = 4, 8  # of an encoder call that may be dense batches
 
 See = Callable[..., Tensor]
 

@@ -1,5 +1,5 @@
 """
-Encoders that read pictures of one size, or tiles and frames of it: dense batches, nothing padded.
+Encoders that read pictures of one size, or tiles and frames of it: batches, nothing padded.
 
 What CLIP's and SigLIP's families share: normalising on the device, batches within bounds, and a
 tower that ends at the last layer that is read.
@@ -112,7 +112,7 @@ class TileEncoder:
 
         if repeats is None:
             return call(tiles)
-        # Rounded up, numbers come back. Tiles are dense batches: what fills them up is seen for nothing.
+        # Rounded up, numbers come back. What fills a batch of tiles up is seen for nothing.
         num_filling = min(round_up(len(tiles), NUM_STEPS, 1), self._most) - len(tiles)
         filled = F.pad(tiles, (0, 0) * 3 + (0, num_filling))
         # Another encoder of the family, of clips, may take other colours off.
