@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from engine.errors import BadConfig
 from engine.kernels import pictures
 from engine.kernels.decode import DecodeAttention
+from engine.kernels.prompts import PrefillAttention
 from engine.kernels.rope import rotate_and_store_
 from engine.kernels.rows import read, store_
 
@@ -76,6 +77,8 @@ class TextContext:
             lens and num_queries may be empty if the greatest ones are named:
         max_queries, max_rows: at least the greatest of num_queries and lens. Constants of a kernel.
         decode_kernel: for calls of one token a sequence; None where `_attend_flash` takes them too.
+        prefill_kernel: for calls of more tokens a sequence; None where `_attend_flash` takes these,
+            as it does where a layer has a window, and with read_rows.
         read_rows: (rows,), int64, of rows in fp8, which flash does not take: those that a prefill looks
             at, sequence by sequence. Slabs in device_spans then begin at places among these.
         extras: (num_layers, T, hidden), what the first layers' results have added, as `find_extra`
@@ -96,6 +99,7 @@ class TextContext:
     max_queries: int | None = None
     max_rows: int | None = None
     decode_kernel: DecodeAttention | None = None
+    prefill_kernel: PrefillAttention | None = None
     read_rows: Tensor | None = None
     extras: Tensor | None = None
     both_ways: Sequence[Sequence[tuple[int, int]]] = ()
@@ -207,9 +211,7 @@ def attend_text(
         store_(keys, context.write_rows, key[0].transpose(0, 1))
         store_(values, context.write_rows, value[0].transpose(0, 1))
     if context.device_spans is not None:
-        is_decode = context.max_queries == 1 and context.decode_kernel is not None
-        attend = _attend_kernel if is_decode else _attend_flash
-        return attend(query, keys, values, context, scaling, sliding_window), None
+        return _attend_spans(query, keys, values, context, scaling, sliding_window), None
     if len(context.lens) == query.shape[2]:
         return _attend_decode(query, keys, values, context, scaling, sliding_window), None
     return _attend_prefill(query, keys, values, context, scaling, sliding_window), None
@@ -342,6 +344,27 @@ def _attend_decode(
             )
         )
     return torch.cat(attended).reshape(1, num_seqs, heads, dim)
+
+
+def _attend_spans(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context: TextContext,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Over all sequences at once, by what a kernel reads on the device."""
+    if context.max_queries == 1 and context.decode_kernel is not None:
+        return _attend_kernel(query, keys, values, context, scaling, window)
+    if context.prefill_kernel is None or window is not None or context.read_rows is not None:
+        return _attend_flash(query, keys, values, context, scaling, window)
+    assert context.device_spans is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    most = context.max_queries or max(context.num_queries)
+    return context.prefill_kernel(
+        query[0].transpose(0, 1), keys, values, *context.device_spans, most, scale
+    )[None]
 
 
 def _attend_flash(

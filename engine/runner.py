@@ -32,7 +32,7 @@ from engine.repeats import Repeats
 from engine.rounding import power_up, round_up
 from engine.sequence import Sequence
 from engine.slots import LEN, NUM_COLUMNS, POSITION, SLOT, START, WRITE_ROW, Slots, Table
-from engine.swaps import find_decode_attention
+from engine.swaps import find_decode_attention, find_prefill_attention
 from engine.uploads import upload
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,9 @@ class Runner:
             logger.warning("prefill_is_slow of prompts with pictures, whose tokens see each other")
         self._decode_kernel = find_decode_attention(
             self.device, self.dtype, max(layer.dim for layer in shape.layers)
+        )
+        self._prefill_kernel = find_prefill_attention(
+            self.device, self.dtype, [layer.dim for layer in shape.layers]
         )
         self._is_fp8 = shape.dtype == FP8
         self._no_rows = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -336,6 +339,7 @@ class Runner:
             (spans[0], spans[1], spans[2, :-1]),
             max_queries=most,
             max_rows=most_rows,
+            prefill_kernel=self._prefill_kernel,
             read_rows=read_rows if len(read_rows) else None,
             extras=extras,
             ends=Ends(ends),

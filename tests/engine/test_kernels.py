@@ -26,6 +26,7 @@ from engine.kernels import (
     pictures,
     pixels,
     products,
+    prompts,
     quantised,
     rope,
     timing,
@@ -366,6 +367,10 @@ def test_kernel_for_hopper_is_tried_first_where_it_runs() -> None:
 
 def test_a_cpu_has_no_choice_of_kernels() -> None:
     assert pictures.Choice() == pictures.choose(torch.device("cpu"), torch.bfloat16, 16, 80)
+
+
+def test_a_cpu_has_no_kernel_for_prompts() -> None:
+    assert not prompts.is_usable(torch.device("cpu"), torch.bfloat16, 128)
 
 
 @pytest.mark.parametrize("activation", get_args(activated.Activation))

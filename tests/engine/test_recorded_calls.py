@@ -17,7 +17,7 @@ from torch import Tensor
 from engine import LLM, Request, SamplingParams
 from engine import engine as engine_module
 from engine.attention import TextContext
-from engine.kernels import decode
+from engine.kernels import decode, prompts
 from engine.uploads import Download
 from tests.engine.conftest import LIMITS
 from tests.engine.families import CASES
@@ -30,7 +30,7 @@ from tests.engine.tiny import write_tiny_qwen2_vl
 from tests.engine.tiny_qwen import QWEN3_VL_OTHER, write_tiny_qwen
 from tests.engine.ways import read_late
 
-# Of an engine, and whether our own kernel takes decode steps from flash.
+# Of an engine, and whether our own kernels take decode steps and prompts from flash.
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
     "whole": ({}, False),
     "pieces": ({"max_num_batched_tokens": 40}, True),
@@ -82,9 +82,10 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], LLM]:
     monkeypatch.setattr(engine_module, "Download", lambda tensor: Download(tensor.clone()))
 
     def build(folder: Path, way: str) -> LLM:
-        words, has_kernel = WAYS[way]
-        kernel = decode.attend if has_kernel else None
-        monkeypatch.setattr("engine.runner.find_decode_attention", lambda *_: kernel)
+        words, has_kernels = WAYS[way]
+        kernels = (decode.attend, prompts.attend) if has_kernels else (None, None)
+        monkeypatch.setattr("engine.runner.find_decode_attention", lambda *_: kernels[0])
+        monkeypatch.setattr("engine.runner.find_prefill_attention", lambda *_: kernels[1])
         llm = LLM(
             str(folder),
             limit_mm_per_prompt=LIMITS,

@@ -78,6 +78,14 @@ ALL_KV_HEADS: Shape = {
     "vision_depth": 1,
 }
 
+# Of a width that the kernel for prompts on Hopper takes.
+WIDE_HEADS: Shape = {
+    "text_width": 256,
+    "text_heads": 4,
+    "text_kv_heads": 2,
+    "mrope_section": (8, 12, 12),
+}
+
 
 def write_tiny_qwen2_vl(folder: Path, *, seed: int = 0, **shape: Unpack[Shape]) -> Path:
     """Write a whole checkpoint (weights, configs, tokenizer, chat template); return its folder."""

@@ -8,14 +8,23 @@ import pytest
 
 from engine import LLM
 from tests.engine.test_determinism import Numbers, ask, build_requests
-from tests.engine.tiny import write_tiny_qwen2_vl
+from tests.engine.tiny import WIDE_HEADS, Shape, write_tiny_qwen2_vl
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["graphs", "eager"])
+WAYS: dict[str, tuple[bool, Shape]] = {
+    "graphs": (False, {}),
+    "eager": (True, {}),
+    "graphs, wide heads": (False, WIDE_HEADS),
+    "eager, wide heads": (True, WIDE_HEADS),
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    folder: Path = write_tiny_qwen2_vl(tmp_path_factory.mktemp("models") / "tiny", seed=1)
+    is_eager, shape = WAYS[request.param]
+    folder: Path = write_tiny_qwen2_vl(tmp_path_factory.mktemp("models") / "tiny", seed=1, **shape)
     llm = LLM(
         str(folder),
         dtype="bfloat16",
@@ -24,7 +33,7 @@ def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         max_num_seqs=24,
         kv_cache_memory_bytes=1 << 28,
         encoder_cache_bytes=0,
-        enforce_eager=request.param,
+        enforce_eager=is_eager,
         deterministic=True,
     )
     yield llm

@@ -8,7 +8,8 @@ TRITON_INTERPRET=1 it runs without a GPU, on Triton's interpreter, at a smaller 
 
 import os
 import random
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 import pytest
@@ -24,8 +25,10 @@ from engine.kernels import (
     greedy,
     norms,
     pictures,
+    prompts,
     quantised,
     rope,
+    timing,
 )
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -457,6 +460,160 @@ def test_hopper_has_a_kernel_of_its_own(heads: int, dim: int, patches: int) -> N
     print(heads, dim, patches, choice)
 
     assert isinstance(choice.own, pictures.HopperCut)
+
+
+@needs_hopper
+def test_without_a_stopwatch_a_choice_is_always_the_same() -> None:
+    with timing.choosing(by_time=False):
+        choice = pictures.choose(torch.device("cuda"), torch.bfloat16, 16, 80)
+        weight = drawn(5120, 1280, dtype=torch.bfloat16)
+
+        assert pictures.take((*pictures.HOPPER_CUTS, pictures.WINDOW_CUT)) == choice
+        assert activated.NEVER == activated.choose(weight, None, "quick_gelu")
+
+
+# Tokens of a call, and rows with what came before them, at and around tiles and groups.
+PROMPTS = [
+    *((1, 1), (5, 5), (64, 64), (65, 65), (127, 127), (128, 128), (129, 129), (300, 300), (0, 0)),
+    *((1, 77), (64, 200), (100, 1000), (63, 500), (700, 701), (0, 9), (200, 263), (257, 2000)),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Slabs:
+    """Queries, rows and where they lie, on the device."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    query_starts: Tensor
+    slab_starts: Tensor
+    lens: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        sizes: Sequence[tuple[int, int]],
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
+    ) -> "Slabs":
+        """Slabs in any order; what lies between them and behind the last query is not a number."""
+        num = sum(size for size, _ in sizes)
+        merged = drawn(num + 37, heads + 2 * kv_heads, dim, dtype=dtype)
+        merged[num:] = float("nan")
+        starts, at = [0] * len(sizes), 3
+        for index in random.Random(0).sample(range(len(sizes)), len(sizes)):
+            starts[index], at = at, at + sizes[index][1] + 5
+        keys, values = drawn(2, at + 300, kv_heads, dim, dtype=dtype, seed=1)
+        is_free = torch.ones(len(keys), dtype=torch.bool, device=DEVICE)
+        for start, (_, length) in zip(starts, sizes, strict=True):
+            is_free[start : start + length] = False
+        keys[is_free] = values[is_free] = float("nan")
+        # As an engine has them: rows of one table, whose places are no multiples of anything.
+        table = torch.tensor(
+            [
+                starts_of([size for size, _ in sizes]).tolist(),
+                [*starts, 0],
+                [*(n for _, n in sizes), 0],
+            ],
+            dtype=torch.int32,
+            device=DEVICE,
+        )
+        return cls(merged[:, :heads], keys, values, table[0], table[1], table[2, :-1])
+
+    def attend(self, most: int) -> Tensor:
+        attend = kernel("prompts_hopper").attend
+        return attend(*self, most, 0.1)  # type: ignore[no-any-return]
+
+    def attend_plainly(self, most: int) -> Tensor:
+        query, keys, values, query_starts, slab_starts, lens = on_cpu(*self)
+        return prompts.attend(
+            query.float(), keys.float(), values.float(), query_starts, slab_starts, lens, most, 0.1
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (getattr(self, field.name) for field in fields(self))
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", prompts.DIMS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 2), (7, 1), (4, 4), (16, 8)])
+def test_attention_of_prompts_on_hopper(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    slabs = Slabs.draw(PROMPTS, heads, kv_heads, dim, dtype)
+    num = sum(size for size, _ in PROMPTS)
+
+    expected = slabs.attend_plainly(700)
+    actual = slabs.attend(1024)
+
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual[:num].float().cpu(), expected[:num], atol=0.02, rtol=0.02)
+    assert torch.equal(actual[:num], slabs.attend(700)[:num])
+
+
+@needs_hopper
+@pytest.mark.parametrize("dim", prompts.DIMS)
+def test_prompts_on_hopper_know_nothing_of_each_other(dim: int) -> None:
+    """Of many, whose heads share programs, each is to the last bit what it is alone."""
+    slabs = Slabs.draw(PROMPTS * 30, 12, 2, dim, torch.bfloat16)
+    together = slabs.attend(700)
+
+    for index in [*range(17), *range(500, 510)]:
+        span = slice(*slabs.query_starts[index : index + 2].tolist())
+        alone = replace(
+            slabs,
+            query=slabs.query[span],
+            query_starts=slabs.query_starts[index : index + 2] - span.start,
+            slab_starts=slabs.slab_starts[index : index + 1],
+            lens=slabs.lens[index : index + 1],
+        ).attend(700)
+        assert torch.equal(alone, together[span])
+        assert alone.isfinite().all()
+
+
+@needs_hopper
+@pytest.mark.parametrize("dim", prompts.DIMS)
+def test_prompts_on_hopper_in_a_graph_read_changed_slabs(dim: int) -> None:
+    slabs = Slabs.draw([(100, 100), (70, 70), (333, 340), (64, 64)], 12, 2, dim, torch.bfloat16)
+    for rows in (slabs.query, slabs.keys, slabs.values):
+        rows.nan_to_num_()
+    slabs.attend(512)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = slabs.attend(512)
+    for sizes, starts in (
+        ([(300, 310), (10, 20), (0, 0), (157, 157)], [200, 3, 0, 530]),
+        ([(0, 0), (512, 600), (1, 1), (54, 55)], [9, 20, 700, 0]),
+    ):
+        slabs.query_starts.copy_(starts_of([size for size, _ in sizes]))
+        slabs.slab_starts[:-1] = torch.tensor(starts)
+        slabs.lens.copy_(torch.tensor([length for _, length in sizes]))
+        graph.replay()
+
+        num = sum(size for size, _ in sizes)
+        expected = slabs.attend_plainly(512)
+        assert torch.equal(captured[:num], slabs.attend(512)[:num])
+        torch.testing.assert_close(
+            captured[:num].float().cpu(), expected[:num], atol=0.02, rtol=0.02
+        )
+
+
+@needs_hopper
+def test_prompts_on_hopper_are_attended_to_by_a_kernel_of_its_own() -> None:
+    device = torch.device("cuda")
+
+    assert all(
+        prompts.is_usable(device, dtype, dim)
+        for dtype in (torch.bfloat16, torch.float16)
+        for dim in prompts.DIMS
+    )
+    assert not prompts.is_usable(device, torch.bfloat16, 80)
+    assert not prompts.is_usable(device, torch.float32, 128)
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="speed is a device's")

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine import LLM, Request, SamplingParams
 from engine.sequence import Sequence as Running
 from tests.engine.pictures import PICTURE, draw
-from tests.engine.tiny import write_tiny_qwen2_vl
+from tests.engine.tiny import WIDE_HEADS, write_tiny_qwen2_vl
 from tests.engine.ways import in_pieces, keeping_prefixes
 
 pytestmark = [
@@ -23,15 +23,16 @@ pytestmark = [
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 
-@pytest.fixture(params=["auto", "fp8"])
+@pytest.fixture(params=["auto", "fp8", "wide heads"])
 def llm(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    folder = write_tiny_qwen2_vl(tmp_path, seed=1)
+    is_wide = request.param == "wide heads"
+    folder = write_tiny_qwen2_vl(tmp_path, seed=1, **(WIDE_HEADS if is_wide else {}))
     with LLM(
         str(folder),
         dtype="bfloat16",
         device="cuda",
         kv_cache_memory_bytes=1 << 28,
-        kv_cache_dtype=request.param,
+        kv_cache_dtype="auto" if is_wide else request.param,
     ) as llm:
         yield llm
 
