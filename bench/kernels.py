@@ -40,6 +40,7 @@ from engine.kernels import (
     has_kernels,
     norms,
     pictures,
+    prompts,
     quantised,
     rope,
 )
@@ -75,6 +76,18 @@ ACTIVATED: list[tuple[str, Activation, tuple[int, int, int], bool]] = [
         for rows in (PREFILL, 2048, 1024, 512)
     ),
 ]
+# heads, KV heads, dim, prompts: tokens of a call, and rows with those before them
+PROMPTS: dict[str, tuple[int, int, int, list[tuple[int, int]]]] = {
+    "captions": (12, 2, 128, [(421, 421)] * 38),
+    "frames": (12, 2, 128, [(2364, 2364)] * 7),
+    "a clip": (12, 2, 128, [(2364, 2364)]),
+    "large pictures": (12, 2, 128, [(1029, 1029)] * 16),
+    "captions of 7B": (28, 4, 128, [(421, 421)] * 38),
+    "captions of Qwen3-VL": (16, 8, 128, [(421, 421)] * 38),
+    "llava": (32, 32, 128, [(604, 604)] * 27),
+    "a piece": (12, 2, 128, [(4096, 12_288)]),
+    "heads of 64": (32, 8, 64, [(421, 421)] * 38),
+}
 SWEEP = [
     (split, tile, warps, stages)
     for split in (256, 512, 1024)
@@ -313,6 +326,62 @@ def _pictures(name: str, sizes: list[int], *, heads: int = 16, dim: int = 80) ->
             best = took, facts
     if best is not None:
         _print(best=f"pictures {name}", us=round(best[0], 2), **best[1])
+
+
+def measure_prompts() -> None:
+    """Attention of prompts over their slabs: torch's FlashAttention, and our kernel for Hopper."""
+    for name, (heads, kv_heads, dim, sizes) in PROMPTS.items():
+        _prompts(name, sizes, heads, kv_heads, dim)
+    rng = random.Random(0)
+    ragged = [(size, size) for size in (rng.randint(100, 2400) for _ in range(12))]
+    _prompts("ragged", ragged, 12, 2, 128)
+    # As an engine's graph has it: room for more and longer prompts than there are.
+    _prompts("captions in a graph", [(421, 421)] * 38 + [(0, 0)] * 26, 12, 2, 128, most=1024)
+
+
+def _prompts(
+    name: str,
+    sizes: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    most: int | None = None,
+) -> None:
+    """Sizes: tokens of a prompt in this call, and its rows."""
+    lens = [length for _, length in sizes]
+    query = _random(sum(size for size, _ in sizes), heads + 2 * kv_heads, dim)[:, :heads]
+    keys, values = (_random(sum(lens), kv_heads, dim) for _ in range(2))
+    spans = [
+        torch.tensor(x, dtype=torch.int32, device="cuda")
+        for x in (
+            [sum(size for size, _ in sizes[:index]) for index in range(len(sizes) + 1)],
+            [sum(lens[:index]) for index in range(len(lens) + 1)],
+            lens,
+        )
+    ]
+    query_starts, slab_starts, lengths = spans
+    scale = dim**-0.5
+    longest = most or max(size for size, _ in sizes)
+    flops = 4 * heads * dim * sum(n * (rows - n) + n * (n + 1) // 2 for n, rows in sizes)
+
+    def flash() -> Tensor:
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            query, keys, values, query_starts, slab_starts, longest, max(longest, *lens), 0.0, True,
+            False, scale=scale, seqused_k=lengths,
+        )  # fmt: skip
+        return out  # type: ignore[no-any-return]
+
+    def own() -> Tensor:
+        return prompts.attend(
+            query, keys, values, query_starts, slab_starts, lengths, longest, scale
+        )
+
+    _line(f"prompts {name} flash", flash, flops=flops)
+    if not prompts.is_usable(query.device, query.dtype, dim):
+        return
+    if _line(f"prompts {name} kernel", own, flops=flops) is not None:
+        apart = (own() - flash()).abs().max().item()
+        _print(name=f"prompts {name}", apart=round(apart, 4))
 
 
 def measure_decode() -> None:
@@ -555,6 +624,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "layers": measure_layers,
     "fp8": measure_fp8,
     "pictures": measure_pictures,
+    "prompts": measure_prompts,
     "decode": measure_decode,
 }
 
