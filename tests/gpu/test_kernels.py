@@ -559,10 +559,10 @@ def test_attention_of_prompts_on_hopper(
 @pytest.mark.parametrize("dim", prompts.DIMS)
 def test_prompts_on_hopper_know_nothing_of_each_other(dim: int) -> None:
     """Of many, whose heads share programs, each is to the last bit what it is alone."""
-    slabs = Slabs.draw(PROMPTS * 30, 12, 2, dim, torch.bfloat16)
+    slabs = Slabs.draw(PROMPTS * 12, 12, 2, dim, torch.bfloat16)
     together = slabs.attend(700)
 
-    for index in [*range(17), *range(500, 510)]:
+    for index in [*range(17), *range(190, 204)]:
         span = slice(*slabs.query_starts[index : index + 2].tolist())
         alone = replace(
             slabs,
