@@ -489,10 +489,9 @@ class FusedDecoderLayer(nn.Module):
             raise ValueError("a fused layer keeps no cache: call the model with use_cache=False")
         x, normed = _enter(self.attention_norm, hidden_states)
         delta = self.attention(normed, position_embeddings, attention_mask, **kwargs)
-        ends = find_ends() if self.is_last else None
-        if (
-            ends is not None
-        ):  # keys and values of all tokens are kept; of the rest nobody reads more
+        ends = find_ends() if self.gives_ends else None
+        if ends is not None:
+            # Keys and values of all tokens have been kept; of the others nobody reads more.
             x, delta = ends.cut(x), ends.cut(delta)
         normed = self.mlp_norm.add_(delta, x)
         return _leave(delta, self.mlp(normed), self.is_last)

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.vision_utils import get_vision_window_index
 
 from engine import fuse
-from engine.attention import VISION_ATTENTION, VisionContext, using
+from engine.attention import VISION_ATTENTION, Ends, TextContext, VisionContext, using
 from engine.fuse import Fusions
 from engine.kernels import activated, products, rope
 from engine.kernels.products import PackedLinear
@@ -429,6 +429,25 @@ def test_fp8_passes_over_widths_that_it_cannot_multiply(width: int, kind: type[n
     assert isinstance(mlp.down, kind)
     assert isinstance(model.model.layers[0].attention.out, nn.Linear)  # too narrow for a pass
     assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_only_a_layer_that_none_follows_gives_the_ends_alone(qwen: Any) -> None:
+    text = qwen.model.language_model
+    x, ends = torch.randn(1, NUM_TOKENS, text.config.hidden_size), Ends(torch.tensor([4, 22]))
+    expected = text(inputs_embeds=x, use_cache=False).last_hidden_state
+    fuse.apply(qwen)
+    *others, last = text.layers
+    assert last.gives_ends
+    assert not any(layer.gives_ends for layer in others)
+
+    with using(TextContext((), (), torch.zeros(0), (), (), (), ends=ends)):
+        cut = text(inputs_embeds=x, use_cache=False).last_hidden_state
+        last.gives_ends = False  # as where a layer follows that is no fused one
+        whole = text(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    assert ends.are_cut
+    assert_near(expected[:, ends.rows], cut)
+    assert_near(expected, whole)
 
 
 def test_a_cache_of_transformers_own_is_refused(qwen: Any) -> None:
