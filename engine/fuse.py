@@ -23,7 +23,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation
+from transformers.activations import (
+    ACT2FN,
+    GELUActivation,
+    GELUTanh,
+    QuickGELUActivation,
+    SiLUActivation,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.idefics3 import modeling_idefics3 as idefics3
@@ -510,8 +516,9 @@ def _fuse_rms_norm(norm: Any, fusions: Fusions, _is_last: bool) -> nn.Module | N
 
 
 def _fuse_rotary(rotary: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
-    # Other types change the frequencies with the length of the call.
-    if not fusions.text or rotary.rope_type != "default":
+    # Other types change the frequencies with the length of the call; and layers that stay
+    # transformers' own want transformers' own angles.
+    if not fusions.text or rotary.rope_type != "default" or not _has_silu(rotary.config):
         return None
     return RotaryTable(rotary, rotary.config.max_position_embeddings)
 
@@ -658,6 +665,11 @@ def _fuse_gelu(gelu: Any, fusions: Fusions, _is_last: bool) -> nn.Module | None:
 
 def _is_silu(activation: nn.Module) -> bool:
     return isinstance(activation, nn.SiLU | SiLUActivation)
+
+
+def _has_silu(config: Any) -> bool:
+    """Whether the layers of a text model are fused, as `_fuse_decoder_layer` has it."""
+    return _is_silu(ACT2FN[config.hidden_act])
 
 
 _Build = Callable[[Any, Fusions, bool], nn.Module | None]

@@ -450,6 +450,25 @@ def test_only_a_layer_that_none_follows_gives_the_ends_alone(qwen: Any) -> None:
     assert_near(expected, whole)
 
 
+def test_positions_go_with_layers_that_are_left_alone() -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=50,
+        hidden_act="gelu",
+    )
+    model: Any = _frozen(LlamaForCausalLM(config))
+    ids = torch.arange(NUM_TOKENS)[None]
+    expected = model(ids, use_cache=False).logits
+
+    swapped = fuse.apply(model)
+
+    assert not swapped["LlamaDecoderLayer"]
+    assert_near(expected, model(ids, use_cache=False).logits)
+
+
 def test_a_cache_of_transformers_own_is_refused(qwen: Any) -> None:
     fused = fused_copy(qwen)
 
