@@ -8,8 +8,9 @@ activated as they are, in float32, so that a result is rounded once; apart, it i
 """
 
 import logging
+import math
 import sys
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import activations, has_kernels
-from engine.kernels.timing import chooses_by_time, time_ms, unless_memory_is_short
+from engine.kernels.timing import ask_once, chooses_by_time, time_ms, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
 
@@ -84,18 +85,21 @@ def choose(weight: Tensor, bias: Tensor | None, activation: Activation) -> int:
     Returns:
         How many rows a call must have for our kernel to be the faster one; NEVER where it is not.
     """
-    if weight.device.type != "cuda" or weight.dtype not in (torch.bfloat16, torch.float16):
+    device, dtype = weight.device, weight.dtype
+    width, depth = weight.shape
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return NEVER
     if not chooses_by_time():
         return NEVER
-    width, depth = weight.shape
-    shape = width, depth, bias is not None
-    return unless_memory_is_short(
-        lambda: _choose(weight.device, weight.dtype, activation, *shape), NEVER
-    )
+    width_out = width // 2 if activation == "silu_mul" else width
+    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    if not is_hopper or width_out % ALIGNMENT or depth % ALIGNMENT:
+        return NEVER
+    if not has_kernels(torch.empty(1, device=device)):
+        return NEVER
+    return ask_once(_choose, device, dtype, activation, width, depth, bias is not None)
 
 
-@cache
 def _choose(
     device: torch.device,
     dtype: torch.dtype,
@@ -104,31 +108,19 @@ def _choose(
     depth: int,
     has_bias: bool,
 ) -> int:
-    """
-    Raises:
-        OutOfMemoryError: so that they are compared again.
-    """
-    width_out = width // 2 if activation == "silu_mul" else width
-    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if not is_hopper or width_out % ALIGNMENT or depth % ALIGNMENT:
-        return NEVER
-    if not has_kernels(torch.empty(1, device=device)):
-        return NEVER
+    """`choose`, of what there is memory to compare."""
     least_rows = NEVER
-    try:
-        with torch.cuda.device(device), torch.inference_mode():
-            weight = torch.randn((width, depth), dtype=dtype, device=device).mul_(depth**-0.5)
-            bias = torch.randn(width, dtype=dtype, device=device) if has_bias else None
-            for rows in ROWS:
-                x = torch.randn((rows, depth), dtype=dtype, device=device)
-                if not _is_faster(x, weight, bias, activation):
-                    break
-                least_rows = rows
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
-        logger.warning("activated_product_unusable device=%s error=%s", device, error)
-        return NEVER
+    for rows in ROWS:
+        share = unless_memory_is_short(
+            partial(_compare, device, dtype, activation, width, depth, has_bias, rows), None
+        )
+        if share is None:
+            continue
+        if share >= BETTER:
+            if share == math.inf:  # right with more rows or not, it is not to be trusted
+                least_rows = NEVER
+            break
+        least_rows = rows
     logger.info(
         "activated_product activation=%s width=%s depth=%s least_rows=%s",
         activation,
@@ -139,7 +131,36 @@ def _choose(
     return least_rows
 
 
-def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> bool:
+@cache
+def _compare(
+    device: torch.device,
+    dtype: torch.dtype,
+    activation: Activation,
+    width: int,
+    depth: int,
+    has_bias: bool,
+    rows: int,
+) -> float:
+    """
+    How long our kernel takes, as a share of the other way's time; infinity where it does not work.
+
+    Raises:
+        OutOfMemoryError: so that they are compared again.
+    """
+    try:
+        with torch.cuda.device(device), torch.inference_mode():
+            weight = torch.randn((width, depth), dtype=dtype, device=device).mul_(depth**-0.5)
+            bias = torch.randn(width, dtype=dtype, device=device) if has_bias else None
+            x = torch.randn((rows, depth), dtype=dtype, device=device)
+            return _time(x, weight, bias, activation)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
+        logger.warning("activated_product_unusable device=%s error=%s", device, error)
+        return math.inf
+
+
+def _time(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> float:
     """
     Raises:
         RuntimeError: the kernel computes nonsense.
@@ -150,4 +171,4 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
 
     if not torch.allclose(run(0), run(NEVER), rtol=APART, atol=APART):
         raise RuntimeError(f"{activation} of {len(x)} rows comes out as nonsense")
-    return time_ms(lambda: run(0)) < BETTER * time_ms(lambda: run(NEVER))
+    return time_ms(lambda: run(0)) / time_ms(lambda: run(NEVER))

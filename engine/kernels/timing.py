@@ -2,10 +2,10 @@
 
 import logging
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ T = TypeVar("T")
 REPEATS, WARM_UP, IN_A_ROW = 7, 2, 4  # calls are launched while others run, as in a model
 
 _is_by_time = ContextVar("is_by_time", default=True)
+# Of the block of `choosing` that we are in: what was asked there, and the answer.
+_answers: ContextVar[dict[tuple[Hashable, ...], Any] | None] = ContextVar("answers", default=None)
 
 
 @contextmanager
@@ -23,17 +25,36 @@ def choosing(*, by_time: bool) -> Iterator[None]:
     """
     Say how kernels are chosen inside the block: by what they take, or always alike.
 
-    Two kernels round otherwise, and no two starts measure the same.
+    Two kernels round otherwise, and no two starts measure the same. A block is the load of a model, in
+    which `ask_once` has one answer to each question.
     """
-    token = _is_by_time.set(by_time)
+    token, answers_token = _is_by_time.set(by_time), _answers.set({})
     try:
         yield
     finally:
         _is_by_time.reset(token)
+        _answers.reset(answers_token)
 
 
 def chooses_by_time() -> bool:
     return _is_by_time.get()
+
+
+def ask_once(call: Callable[..., T], *args: Hashable) -> T:
+    """
+    What the call gives, or has given before in this block of `choosing`.
+
+    So layers that are alike choose alike, also where memory was too short to compare all that there is:
+    that is no answer to remember for longer.
+    """
+    answers = _answers.get()
+    if answers is None:
+        return call(*args)
+    question = (call, *args)
+    if question not in answers:
+        answers[question] = call(*args)
+    answer: T = answers[question]
+    return answer
 
 
 def unless_memory_is_short(call: Callable[[], T], otherwise: T) -> T:

@@ -397,6 +397,62 @@ def test_a_cpu_activates_behind_every_product() -> None:
     assert activated.NEVER == activated.choose(weight, None, "silu_mul")
 
 
+@pytest.mark.parametrize(
+    ("shares", "least_rows"),
+    [
+        ({8192: 0.8, 2048: 0.9, 512: 1.1}, 2048),
+        ({8192: 0.8, 2048: 0.9, 512: 0.9}, 512),
+        ({8192: 0.98}, activated.NEVER),
+        ({8192: 0.8, 2048: math.inf}, activated.NEVER),
+        ({2048: 0.9, 512: 1.1}, 2048),  # no memory for 8192
+        ({512: 0.9}, 512),
+        ({}, activated.NEVER),
+    ],
+)
+def test_activated_products_are_compared_on_calls_for_which_there_is_memory(
+    monkeypatch: pytest.MonkeyPatch, shares: dict[int, float], least_rows: int
+) -> None:
+    asked = torch.device("cpu"), torch.bfloat16, "silu_mul", 96, 48, False
+    compared = []
+
+    def compare(*args: Any) -> float:
+        *shape, rows = args
+        assert list(asked) == shape
+        compared.append(rows)
+        if rows not in shares:
+            raise torch.OutOfMemoryError
+        return shares[rows]
+
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr(activated, "_compare", compare)
+
+    with timing.choosing(by_time=True):
+        assert least_rows == timing.ask_once(activated._choose, *asked)
+        num_compared = len(compared)
+        shares.update(dict.fromkeys(activated.ROWS, 0.5))
+
+        # One model's layers are all alike, and the next model's asked anew.
+        assert least_rows == timing.ask_once(activated._choose, *asked)
+        assert num_compared == len(compared)
+    with timing.choosing(by_time=True):
+        assert timing.ask_once(activated._choose, *asked) == 512
+
+
+def test_questions_have_one_answer_in_each_load() -> None:
+    answers = iter(range(9))
+
+    def answer(_question: str) -> int:
+        return next(answers)
+
+    assert [0, 1] == [timing.ask_once(answer, "a") for _ in range(2)]
+    with timing.choosing(by_time=False):
+        assert [2, 2, 3] == [timing.ask_once(answer, question) for question in "aab"]
+        with timing.choosing(by_time=True):
+            assert timing.ask_once(answer, "a") == 4
+        assert timing.ask_once(answer, "a") == 2
+    assert timing.ask_once(answer, "a") == 5
+
+
 def test_argmax_is_the_samplers() -> None:
     logits = drawn(7, 50).bfloat16()
     logits[1] = -math.inf
