@@ -50,7 +50,8 @@ def _float(draws_ptr, column: tl.constexpr, num_rows, row):
     return _number(draws_ptr, column, num_rows, row).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # one kernel for all sizes of a batch
+# One kernel for all sizes of a batch. Behind a table of five rows, draws begin where its size says.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["draws_ptr"])
 def _look_at_piece(
     logits_ptr,
     draws_ptr,
@@ -179,7 +180,7 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # one kernel for all sizes of a batch
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["draws_ptr"])
 def _choose(
     logits_ptr,
     draws_ptr,
