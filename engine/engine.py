@@ -614,8 +614,11 @@ class Engine:
     def _choose_next(self, sequences: list[Sequence]) -> Sampled:
         draws = keeps_logits = False
         if not all(sequence.is_plain for sequence in sequences):
-            draws = self._runner.draws and all(sequence.is_simple for sequence in sequences)
-            keeps_logits = not draws
+            # Where all are greedy, one that has its min_tokens now is as plain as the others.
+            are_greedy = all(sequence.prepared.params.greedy for sequence in sequences)
+            are_simple = all(sequence.is_simple for sequence in sequences)
+            draws = are_simple and not are_greedy and self._runner.draws
+            keeps_logits = not (draws or (are_simple and are_greedy))
         replayed = self._runner.replay(sequences, keeps_logits=keeps_logits, draws=draws)
         if replayed is None:
             return self._choose(sequences, self._runner.decode(sequences))

@@ -174,6 +174,21 @@ def test_graphs_draw_what_is_drawn_by_hand_with_any_neighbours(
         assert {(False, False), (False, True), (True, False)} == {key[2:] for key in graphs._graphs}
 
 
+def test_graphs_draw_only_where_somebody_does(
+    told: Told, build: Callable[[Path, str], LLM]
+) -> None:
+    params = SamplingParams(temperature=0.0, min_tokens=3, max_tokens=8, ignore_eos=True)
+    asked = [Request(prompt="x" * n, params=params, request_id=f"{n}") for n in (1, 2, 3)]
+    with LLM(str(told.folder), limit_mm_per_prompt=LIMITS) as llm:
+        expected = answers(list(llm.stream(asked)))
+    with build(told.folder, "whole") as llm:
+        assert expected == answers(list(llm.stream(asked)))
+        graphs = llm.engine._runner._graphs
+
+        assert graphs is not None
+        assert {(False, False), (True, False)} == {key[2:] for key in graphs._graphs}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_recorded_calls_say_what_they_say_one_by_one(
     told: Told, build: Callable[[Path, str], LLM], way: str
