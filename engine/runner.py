@@ -21,7 +21,7 @@ from engine.errors import BadConfig
 from engine.families.protocol import Visual
 from engine.features import FeatureCache
 from engine.graphs import Graphs, Replayed
-from engine.kernels import draw, has_kernels
+from engine.kernels import draw
 from engine.kernels.greedy import argmax
 from engine.kernels.quantised import FP8
 from engine.kernels.rows import copy_
@@ -107,9 +107,7 @@ class Runner:
                 "kv_cache_dtype='fp8' needs Triton's kernels, which do not run here. Leave it out."
             )
         self._argmax = argmax
-        # Without kernels a GPU would sort a vocabulary for each token, however few are drawn from.
-        self.draws = is_cpu or has_kernels(self._no_rows)
-        self._try_step()
+        self._no_logits = self._try_step()
         self._graphs: Graphs | None = None
         self._prefills: Repeats | None = None
         if uses_graphs and self._uses_flash:
@@ -128,15 +126,19 @@ class Runner:
             self._graphs.capture_all()
 
     @torch.inference_mode()
-    def _try_step(self) -> None:
+    def _try_step(self) -> Tensor:
         """
         One step that is nobody's: what does not work at all shows here, and not in every request.
+
+        Returns:
+            (0, vocab): none of the logits, but what they are like.
 
         Raises:
             BadConfig: the text model asks attention for something that is not built.
         """
         table = upload(self._slots.table([], 1), self.device)
-        self._step(table, 1, [0], [1])
+        logits = self._step(table, 1, [0], [1])
+        return logits.new_empty((0, logits.shape[1]))
 
     # --- pictures ----------------------------------------------------------------------------------
 
@@ -347,6 +349,15 @@ class Runner:
         return self._forward(x, table[:-1], context)
 
     # --- tokens ------------------------------------------------------------------------------------
+
+    @property
+    def draws(self) -> bool:
+        """
+        Whether `replay` draws tokens. Asked only when some are to be drawn: see `draw.is_usable`.
+
+        Without the kernel a GPU would sort a vocabulary for each token, however few are drawn from.
+        """
+        return self.device.type == "cpu" or draw.is_usable(self._no_logits)
 
     @torch.inference_mode()
     def replay(

@@ -5,14 +5,16 @@ The order is vLLM's: allowed ids, bias and the mask of `min_tokens`; penalties; 
 top_k; top_p; then the draw. Two things are ours:
 
 - A row's answer depends on that row alone. What a draw is made with is one number, a pure function
-  of the seed, the output's index and the position, computed in integers, so neighbours, the place in
-  the batch and the order of admission change nothing. Weights are summed up in float64, so that the
-  order of sums, in which libraries and kernels differ, decides nothing.
+  of the seed, the output's index and the position, computed in integers, so the place in the batch
+  and the order of admission change nothing. Weights are summed up in float64, so that the order of
+  sums, in which libraries and kernels differ, decides next to nothing. That is all that neighbours
+  change: on a GPU one with penalties or log-probabilities takes the batch along to the kernel for
+  float32, which may group sums in another way.
 - Ties go to the lowest id: in greedy, at the edge of top_k and top_p, and in ranks. So top_k=1 is
   greedy, also where 16-bit logits are full of ties.
 
-What a draw is, once penalties are done, engine/kernels/draw.py says. A GPU with kernels draws there; here
-is the same for a CPU, which looks for the likeliest few before it sorts a whole vocabulary.
+What a draw is, once penalties are done, engine/kernels/draw.py says. A GPU draws there where its kernel
+runs; here is the same for all others, and looks for the likeliest few before it sorts a whole vocabulary.
 
 It refuses to know sequences, tokenizers and stopping: the caller gives views and takes ids.
 
@@ -30,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import draw, has_kernels
+from engine.kernels import draw
 from engine.kernels.greedy import NO_TOKEN, plain_argmax
 from engine.request import ALL, Logprob, SamplingParams
 from engine.uploads import upload
@@ -185,8 +187,8 @@ class Sampler:
             rows: what each row belongs to, in the same order.
 
         Returns:
-            The ids on the device. Nothing has waited for the device, unless it has no kernels and a
-            row has top_p without top_k.
+            The ids on the device. Nothing has waited for the device, unless the kernel that draws is
+            tried for the first time, or does not run there and a row has top_p without top_k.
 
         Raises:
             ValueError: the shapes do not fit each other, which is a bug of the caller.
@@ -195,10 +197,11 @@ class Sampler:
             raise ValueError(
                 f"logits must be ({len(rows)}, {self.vocab_size}), got {tuple(logits.shape)}"
             )
-        if all(is_plain(row.params) for row in rows):
-            return self.sample_plain(logits)
-        if has_kernels(logits) and all(is_simple(row.params, row.position) for row in rows):
-            return Sampled(self._draw_in_kernel(logits, rows))
+        if all(is_simple(row.params, row.position) for row in rows):
+            if all(row.params.greedy for row in rows):
+                return self.sample_plain(logits)
+            if draw.is_usable(logits):
+                return Sampled(self._draw_in_kernel(logits, rows))
         blocks = []
         logprob_groups: list[_LogprobGroup] = []
         num_rows = max(1, MAX_BLOCK_LOGITS // self.vocab_size)
@@ -211,17 +214,17 @@ class Sampler:
         return Sampled(torch.cat(blocks), tuple(logprob_groups))
 
     def sample_plain(self, logits: Tensor) -> Sampled:
-        """For rows whose parameters all are plain (`is_plain`): one argmax, and no rows needed."""
+        """For rows that all are greedy and simple (`is_simple`): one argmax, and no rows needed."""
         # No cast to float32 first: it is exact, so it could not change which is the largest.
         return Sampled(plain_argmax(logits))
 
     def _choose(self, raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """raw: (num_rows, vocab), float32. Returns (num_rows,), int64."""
         logits = _penalise(_restrict(raw, rows), rows)
-        if has_kernels(logits):
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        if drawn and draw.is_usable(logits):
             return self._draw_in_kernel(logits, rows)
         token_ids = plain_argmax(logits)
-        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
         if drawn:
             choice = self._draw(_take(logits, drawn), [rows[i] for i in drawn])
             index = _upload(drawn, self.device)

@@ -10,8 +10,10 @@ Axes: num_rows, vocab. What a row is drawn with stands in a table of integers, s
 take it along: see `table`.
 """
 
+import logging
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ from torch import Tensor
 
 from engine.kernels import has_kernels
 from engine.kernels.greedy import NO_TOKEN, plain_argmax
+from engine.kernels.timing import unless_memory_is_short
+
+logger = logging.getLogger(__name__)
 
 # Rows of a table. Floats stand there as the bits of float64.
 KEY, AT, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(6)
@@ -49,12 +54,16 @@ def numbers(
     A row of `table`, its place AT left at 0.
 
     Args:
-        temperature: 0 for the likeliest.
-        top_k: 0, or more than there are ids, for all.
+        seed: any; modulo 2**64.
+        sample_index: from 0, below 2**64.
+        temperature: 0 for the likeliest, or positive and finite.
+        top_k: from 0; 0, or more than there are ids, for all.
+        top_p: above 0, up to 1, which keeps all.
+        min_p: from 0, which keeps all, up to 1.
     """
     if temperature == 0:
         return GREEDY
-    floats = np.array([temperature, top_p, min_p]).view(np.int64).tolist()
+    floats = np.array([temperature, top_p, min_p], dtype=np.float64).view(np.int64).tolist()
     key = mix_key([seed], [sample_index]).view(np.int64).item()
     return (key, 0, floats[0], min(top_k, _MOST_INT), floats[1], floats[2])
 
@@ -82,7 +91,10 @@ def draw(logits: Tensor, draws: Tensor) -> Tensor:
     A token of each row.
 
     On a GPU the same as on a CPU, but where the drawn number lies within rounding of a border between
-    two tokens, or a sum within rounding of top_p: exponentials differ in their last places.
+    two tokens, a sum within rounding of top_p, or a weight of min_p: exponentials differ in their last
+    places, and a total of weights that pieces of a row were summed up to is off by some 1e-7 of it.
+
+    NOTE: while a CUDA graph is captured, only where `is_usable` was asked before.
 
     Args:
         logits: (num_rows, vocab), any float type.
@@ -91,11 +103,64 @@ def draw(logits: Tensor, draws: Tensor) -> Tensor:
     Returns:
         (num_rows,), int64; `NO_TOKEN` where the largest logit is not finite.
     """
-    if has_kernels(logits):
+    if is_usable(logits):
         from engine.kernels.gpu import draw as kernel
 
         return kernel.draw(logits, draws)
     return plain_draw(logits, draws)
+
+
+def is_usable(logits: Tensor) -> bool:
+    """
+    Whether the kernel runs where these logits live, for their type and vocabulary.
+
+    Asked only when something is to be drawn: the first time on a machine, Triton's compiler takes some
+    three seconds.
+
+    NOTE: the first call for a type and vocabulary must not come while a CUDA graph is captured.
+
+    Args:
+        logits: (num_rows, vocab); none of the numbers is read, so there may be no rows.
+    """
+    if not has_kernels(logits):
+        return False
+    return unless_memory_is_short(
+        lambda: _try(logits.device, logits.dtype, logits.shape[1]), otherwise=False
+    )
+
+
+@cache
+def _try(device: torch.device, dtype: torch.dtype, vocab: int) -> bool:
+    """
+    Draw from rows that leave no choice: greedy, without limits, and with top_k.
+
+    Raises:
+        OutOfMemoryError: so that it is tried again.
+    """
+    cold, single = (
+        numbers(0, 0, temperature=temperature, top_k=top_k, top_p=1.0, min_p=0.0)
+        for temperature, top_k in ((1e-3, 0), (1.0, 1))
+    )
+    rows = [GREEDY, cold, single]
+    try:
+        from engine.kernels.gpu import draw as kernel
+
+        with torch.inference_mode():
+            logits = torch.zeros((len(rows), vocab), dtype=dtype, device=device)
+            logits[:, -1:].fill_(1.0)
+            draws = torch.from_numpy(table(rows, [0] * len(rows), len(rows))).to(device)
+            drawn = kernel.draw(logits, draws).tolist()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
+        logger.warning("draw_kernel_unusable device=%s dtype=%s error=%s", device, dtype, error)
+        return False
+    if drawn != [vocab - 1] * len(rows):
+        logger.warning(
+            "draw_kernel_unusable device=%s dtype=%s error=computes nonsense", device, dtype
+        )
+        return False
+    return True
 
 
 def plain_draw(logits: Tensor, draws: Tensor) -> Tensor:

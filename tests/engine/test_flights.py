@@ -15,6 +15,7 @@ from torch import Tensor
 from engine import LLM, Request, Result, SamplingParams
 from engine.graphs import Replayed
 from engine.kernels.greedy import argmax
+from engine.runner import Runner
 from engine.sampler import Sampled, Sampler
 from engine.uploads import Download
 from tests.engine.conftest import LIMITS
@@ -168,7 +169,7 @@ def test_step_that_fails_after_it_chose_is_repeated_from_the_same_tokens(
         return Sampler.sample(sampler, logits, rows)
 
     monkeypatch.setattr(runner, "replay", replay)
-    monkeypatch.setattr(runner, "draws", False)  # inside of graphs
+    monkeypatch.setattr(Runner, "draws", False)  # inside of graphs
     if fails == "sample":
         monkeypatch.setattr(sampler, "sample", draw_ids)
     else:

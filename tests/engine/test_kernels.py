@@ -6,7 +6,10 @@ them.
 import copy
 import math
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import ModuleType
 from typing import Any, get_args
 
 import pytest
@@ -21,6 +24,7 @@ from engine.kernels import (
     activated,
     activations,
     decode,
+    draw,
     greedy,
     norms,
     pictures,
@@ -31,7 +35,8 @@ from engine.kernels import (
     rope,
     timing,
 )
-from engine.sampler import Sampler
+from engine.request import SamplingParams
+from engine.sampler import Sampler, SamplingRow, draw_numbers
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -451,6 +456,122 @@ def test_questions_have_one_answer_in_each_load() -> None:
             assert timing.ask_once(answer, "a") == 4
         assert timing.ask_once(answer, "a") == 2
     assert timing.ask_once(answer, "a") == 5
+
+
+class Kernel(ModuleType):
+    """What `engine.kernels.gpu.draw` is on a GPU."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__("engine.kernels.gpu.draw")
+        self.num_calls = 0
+        self._call = call
+
+    def draw(self, logits: Tensor, draws: Tensor) -> Tensor:
+        self.num_calls += 1
+        return self._call(logits, draws)
+
+
+@pytest.fixture
+def give_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Kernel]]:
+    """Let tensors of a CPU be drawn from by a kernel like this."""
+
+    def give(call: Callable[[Tensor, Tensor], Tensor]) -> Kernel:
+        kernel = Kernel(call)
+        monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+        monkeypatch.setattr("engine.kernels.gpu.draw", kernel, raising=False)
+        monkeypatch.setattr(draw, "has_kernels", lambda _: True)
+        return kernel
+
+    draw._try.cache_clear()
+    yield give
+    draw._try.cache_clear()
+
+
+def cannot_be_compiled(logits: Tensor, draws: Tensor) -> Tensor:
+    raise RuntimeError(f"ptxas knows no maxnreg: {logits.shape}, {draws.shape}")
+
+
+def takes_the_first(logits: Tensor, _draws: Tensor) -> Tensor:
+    return torch.zeros(len(logits), dtype=torch.int64)
+
+
+ROWS = [
+    SamplingRow(SamplingParams(temperature=0.8, top_k=9), 1, 3),
+    SamplingRow(SamplingParams(temperature=0.0), 2, 3),
+    SamplingRow(SamplingParams(top_p=0.9), 3, 3),
+    SamplingRow(SamplingParams(presence_penalty=0.5), 4, 1, output_token_ids=[7]),
+]
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:3]])
+@pytest.mark.parametrize("breaks", [cannot_be_compiled, takes_the_first])
+def test_where_the_kernel_that_draws_does_not_work_tokens_are_drawn_without_it(
+    give_kernel: Callable[[Any], Kernel], breaks: Any, rows: list[SamplingRow]
+) -> None:
+    logits = 3 * drawn(len(rows), 50)
+    expected = Sampler(50, "cpu").sample(logits, rows).tolist()
+    numbers = [draw_numbers(row.params, row.seed, row.sample_index) for row in rows[:3]]
+    table = torch.from_numpy(draw.table(numbers, [3, 3, 3], 3))
+    kernel = give_kernel(breaks)
+
+    assert not draw.is_usable(logits[:0])
+    assert expected == Sampler(50, "cpu").sample(logits, rows).tolist()
+    assert expected[:3] == draw.draw(logits[:3], table).tolist()
+    assert kernel.num_calls == 1  # that was tried once
+
+
+def test_lack_of_memory_says_nothing_of_the_kernel_that_draws(
+    give_kernel: Callable[[Any], Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_missing = 2
+
+    def draw_later(logits: Tensor, draws: Tensor) -> Tensor:
+        nonlocal num_missing
+        num_missing -= 1
+        if num_missing >= 0:
+            raise torch.OutOfMemoryError
+        return draw.plain_draw(logits, draws)
+
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    give_kernel(draw_later)
+
+    assert not draw.is_usable(drawn(2, 50))
+    assert draw.is_usable(drawn(2, 50))
+
+
+@pytest.mark.parametrize("vocab", [1, 50, 5000])
+def test_the_kernel_draws_wherever_it_works(
+    give_kernel: Callable[[Any], Kernel], vocab: int
+) -> None:
+    logits = 3 * drawn(len(ROWS), vocab)
+    rows = [row if vocab > 7 else replace(row, output_token_ids=()) for row in ROWS]
+    expected = Sampler(vocab, "cpu").sample(logits, rows).tolist()
+    kernel = give_kernel(draw.plain_draw)
+
+    assert draw.is_usable(logits[:0])
+    assert expected == Sampler(vocab, "cpu").sample(logits, rows).tolist()
+    assert expected[:3] == Sampler(vocab, "cpu").sample(logits[:3], rows[:3]).tolist()
+    assert kernel.num_calls == 3
+
+
+def test_greedy_rows_wait_for_no_kernel_that_draws(give_kernel: Callable[[Any], Kernel]) -> None:
+    forms: list[dict[str, Any]] = [
+        {},
+        {"min_tokens": 2},
+        {"logprobs": 1},
+        {"presence_penalty": 1.0},
+    ]
+    rows = [
+        SamplingRow(SamplingParams(temperature=0.0, **form), 1, 3, output_token_ids=[7, 7, 7])
+        for form in forms
+    ]
+    kernel = give_kernel(cannot_be_compiled)
+    sampler = Sampler(50, "cpu")
+
+    sampler.sample(drawn(4, 50), rows)
+    sampler.sample(drawn(2, 50), rows[:2])
+
+    assert kernel.num_calls == 0
 
 
 def test_argmax_is_the_samplers() -> None:

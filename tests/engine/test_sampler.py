@@ -732,6 +732,7 @@ def test_draws_on_a_gpu_equal_those_on_the_cpu() -> None:
     on_gpu = Sampler(1003, "cuda").sample(logits.cuda(), rows)
 
     assert sample_ids(logits, rows) == on_gpu.tolist()
+    assert draw.is_usable(logits.cuda())  # or another way would have drawn them
 
 
 # Log-probabilities
