@@ -3,8 +3,8 @@ Decode steps as CUDA graphs: what takes the host 15 ms to launch, the device is 
 
 A graph is fixed for a number of places and a greatest length, so both are rounded up: places that
 are nobody's read and write scratch. A graph is made when it is first needed, in a moment; where that
-fails, steps are launched one kernel at a time, as on a CPU. Those for lengths up to LEAST_ROWS are
-made at the start.
+fails, steps are launched one kernel at a time, as on a CPU. The plain ones, which keep no logits and
+draw nothing, are made at the start for lengths up to LEAST_ROWS.
 """
 
 from collections.abc import Callable
