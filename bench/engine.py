@@ -23,11 +23,11 @@ import torch
 import transformers
 
 from bench.configs import SHAPES, write_model
-from bench.floors import Asked, count_patches, find_rates, floor
 from bench.peers import Transformers, run_best
 from bench.profiles import profile
 from bench.workloads import WORKLOADS, Prompt, build_prompts, read_work
 from engine import LLM, Request, Result, SamplingParams
+from engine.floors import Asked, count_patches, find_rates, floor
 from engine.meter import Work
 
 WARM_UP_PICTURE = 10**6  # pictures to warm up with have numbers of their own

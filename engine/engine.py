@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import BadConfig, DecodersAway, EngineClosed, EngineError, EngineFailure
+from engine.floors import Asked, find_floors
 from engine.inputs import Request, may_fetch, text_of
 from engine.kernels.greedy import NO_TOKEN
-from engine.meter import Work
+from engine.meter import Usage, Work
 from engine.processor import Prepared, Processor
 from engine.request import FinishReason, Flag, Metrics, Result, SamplingParams, Stamp, find_flags
 from engine.runner import Runner, num_kv_rows
@@ -43,6 +44,7 @@ from engine.sequence import Sequence
 from engine.slabs import NUM_SCRATCH_ROWS, SlabAllocator, round_rows
 from engine.text import Detokenizer, decode_token
 from engine.uploads import Download
+from engine.usage import EngineUsage
 from media.decoder import Decoder, Threads
 from media.errors import DecodersAwayError
 from media.limits import STILL_FORMATS, ImageLimits
@@ -192,6 +194,12 @@ class Engine:
         self._prepared_bytes = 0
         self._usual_tokens = 0.0  # of a prompt, lately
         self.meter = self._runner.meter
+        self._floors = find_floors(
+            checkpoint.config,
+            torch.cuda.get_device_name(checkpoint.device) if is_cuda else checkpoint.device.type,
+            self.max_num_seqs,
+            checkpoint.dtype.itemsize,
+        )
         vocab_size = checkpoint.family.text_config.vocab_size
         self._sampler = Sampler(vocab_size, checkpoint.device)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
@@ -214,9 +222,10 @@ class Engine:
         self._is_closed = False
         self._aborted: deque[int] = deque()  # tickets to drop once the engine is free
         self._idle_since = self._ready_since = self._told_at = time.perf_counter()
-        self._told = self.meter.read()
-        self._waited_for_media_s = 0.0  # since then, with nothing else to do
-        self._num_cached_tokens = 0  # since then, of prompts: not read, but copied
+        self._waited_for_media_s = 0.0  # with nothing else to do
+        self._num_cached_tokens = 0  # of prompts: not read, but copied
+        self._floor_s = 0.0  # of the requests that have finished
+        self._told = self.read_usage()
         row_bytes = checkpoint.kv_shape.row_bytes
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         logger.info(
@@ -233,6 +242,8 @@ class Engine:
             self.max_num_seqs,
             config.encoder_cache_bytes >> 20,
         )
+        if is_cuda and self._floors is None:
+            logger.info("floor_unknown: of this family or this device nobody has worked one out")
 
     # --- the stream ----------------------------------------------------------------------------------
 
@@ -436,29 +447,58 @@ class Engine:
         now = time.perf_counter()
         if not self._scheduler.has_work:
             self._idle_since = now
+            self.meter.read()  # or what ran last would count only once something runs again
         if now - self._told_at >= USAGE_EVERY_S:
             self._tell_usage(now)
 
     def _tell_usage(self, now: float) -> None:
         """Say in the log what the device did since the last time, as shares of that time."""
-        took_s, usage = now - self._told_at, self.meter.read()
+        took_s, usage = now - self._told_at, self._sum_up(self.meter.read())
         used = usage.since(self._told)
-        shares = {work: used.ms[work] / took_s / 1000 for work in Work}
+        of_floor = "" if used.floor_s is None else f" of_floor={used.floor_s / took_s:.3f}"
         logger.info(
             "engine_usage busy=%.3f encode=%.3f prefill=%.3f decode=%.3f waited_for_media=%.3f "
             "patches_s=%d prompt_tokens_s=%d tokens_s=%d cached_tokens_s=%d running=%d waiting=%d "
-            "preparing=%d",
-            sum(shares.values()),
-            *shares.values(),
-            self._waited_for_media_s / took_s,
-            *(used.units[work] / took_s for work in Work),
-            self._num_cached_tokens / took_s,
-            self._scheduler.num_running,
-            self._scheduler.num_waiting,
-            len(self._preparing),
+            "preparing=%d%s",
+            used.busy_s / took_s,
+            used.encode_s / took_s,
+            used.prefill_s / took_s,
+            used.decode_s / took_s,
+            used.waited_for_media_s / took_s,
+            used.num_patches / took_s,
+            used.num_prompt_tokens / took_s,
+            used.num_tokens / took_s,
+            used.num_cached_tokens / took_s,
+            used.num_running,
+            used.num_waiting,
+            used.num_preparing,
+            of_floor,
         )
-        self._told_at, self._told, self._waited_for_media_s = now, usage, 0.0
-        self._num_cached_tokens = 0
+        self._told_at, self._told = now, usage
+
+    def read_usage(self) -> EngineUsage:
+        """
+        What the engine has done since it was made, and what it holds now. For any thread.
+
+        Never waits and never asks the device, so it may lag by the calls that run.
+        """
+        return self._sum_up(self.meter.peek())
+
+    def _sum_up(self, done: Usage) -> EngineUsage:
+        return EngineUsage(
+            encode_s=done.ms[Work.ENCODE] / 1000,
+            prefill_s=done.ms[Work.PREFILL] / 1000,
+            decode_s=done.ms[Work.DECODE] / 1000,
+            num_patches=done.units[Work.ENCODE],
+            num_prompt_tokens=done.units[Work.PREFILL],
+            num_tokens=done.units[Work.DECODE],
+            num_cached_tokens=self._num_cached_tokens,
+            waited_for_media_s=self._waited_for_media_s,
+            floor_s=None if self._floors is None else self._floor_s,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_preparing=len(self._preparing),
+        )
 
     def _collect(self) -> None:
         """Queue what the media threads have prepared."""
@@ -508,6 +548,7 @@ class Engine:
             if ticket.seed is None:  # another draw for each request, the same for the same order
                 ticket.seed = mix_seed(self._config.seed, ticket.number)
         features: dict[int, Tensor] = {}
+        encoded: set[int] = set()
         for index in range(params.n):
             sequence = Sequence(
                 ticket.number,
@@ -520,6 +561,7 @@ class Engine:
                 ),
                 ticket.request.priority,
                 features,
+                encoded,
             )
             ticket.sequences.append(sequence)
             self._scheduler.add(sequence)
@@ -792,7 +834,25 @@ class Engine:
             flags=flags,
             num_cached_tokens=ticket.sequences[0].num_cached,
         )
+        self._count_floor(ticket.sequences, prepared)
         self._hand_back(ticket, result)
+
+    def _count_floor(self, outputs: list[Sequence], prepared: Prepared) -> None:
+        """Add what a request takes at least: its prompt and its pictures once, however many outputs."""
+        if self._floors is None:
+            return
+        first, num_prompt_tokens = outputs[0], len(prepared.token_ids)
+        patches = [
+            num
+            for index in first.encoded
+            for num in self._floors.count_patches(prepared.images[index])
+        ]
+        asked = Asked(patches, num_prompt_tokens, len(first.output_ids), first.num_cached)
+        least_ms = self._floors.of(asked).total + sum(
+            self._floors.decode_ms(num_prompt_tokens, len(other.output_ids))
+            for other in outputs[1:]
+        )
+        self._floor_s += least_ms / 1000
 
     def _fail(self, ticket: _Ticket, error: EngineError) -> None:
         """End a request with an error, and take its other outputs out of the work."""

@@ -146,7 +146,7 @@ class Runner:
         """Give every sequence the features that its prompt's next piece reads, once."""
         # By whose they are and which: outputs of one request share a dict of features.
         missing = {
-            (id(sequence.features), index): (sequence.features, placed.content)
+            (id(sequence.features), index): (sequence, placed.content)
             for sequence in sequences
             for index, placed in enumerate(sequence.prepared.media)
             if index not in sequence.features
@@ -156,15 +156,19 @@ class Runner:
         visuals = [content for _, content in missing.values() if isinstance(content, Visual)]
         encoded = iter(self._encode(visuals))
         # NOTE: only now, so that a call that fails can be repeated.
-        for (_, index), (features, content) in missing.items():
-            features[index] = (
-                content.to(self.device, self.dtype)
-                if isinstance(content, Tensor)
-                else next(encoded)
-            )
+        for (_, index), (sequence, content) in missing.items():
+            if isinstance(content, Tensor):
+                sequence.features[index] = content.to(self.device, self.dtype)
+                continue
+            sequence.features[index], is_fresh = next(encoded)
+            if is_fresh:
+                sequence.encoded.add(index)
 
-    def _encode(self, visuals: Many[Visual]) -> list[Tensor]:
-        """Features of each; equal ones are encoded once, and those in the cache not at all."""
+    def _encode(self, visuals: Many[Visual]) -> list[tuple[Tensor, bool]]:
+        """
+        Features of each, and whether the encoder ran for it: equal ones are encoded once, and those in
+        the cache not at all.
+        """
         known: dict[bytes, Tensor | None] = {}
         unknown: list[Visual] = []
         for visual in visuals:
@@ -191,7 +195,7 @@ class Runner:
         for visual in visuals:
             of_visual = fresh.get(id(visual), None if visual.key is None else known[visual.key])
             assert of_visual is not None, "a picture that is left out would shift all behind it"
-            found.append(of_visual)
+            found.append((of_visual, id(visual) in fresh))
         return found
 
     # --- prompts -----------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ class Sequence:
         seed: of its draws.
         features: (num_tokens, hidden) of each picture or clip, by its place among the prompt's, once
             encoded; one dict for all of a request's outputs, so that it is encoded once.
+        encoded: places of those that the encoder ran for, shared by a request's outputs too; others
+            were kept from before, or are those of another request at the same time.
         is_plain, reads_history: what the sampler asks of its parameters, asked once.
         is_simple_later: so too; whether `is_simple`, once it has min_tokens.
         draw_numbers: what its tokens are drawn with, for `engine.kernels.draw.table`.
@@ -46,6 +48,7 @@ class Sequence:
     detokenizer: Detokenizer
     priority: int = 0
     features: dict[int, Tensor] = field(default_factory=dict)
+    encoded: set[int] = field(default_factory=set)
     is_plain: bool = field(init=False)
     reads_history: bool = field(init=False)
     draw_numbers: Numbers = field(init=False)

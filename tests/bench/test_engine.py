@@ -9,13 +9,13 @@ from transformers import AutoConfig
 
 from bench import engine, phi3_v
 from bench.configs import SHAPES, LlavaShape, build_llava_tokenizer, build_tokenizer, write_model
-from bench.floors import RATES, Asked, count_patches, floor
 from bench.later_qwen import LaterQwenShape
 from bench.profiles import Span, summarise
 from bench.tiled import TiledShape
 from bench.workloads import Line, build_prompts, read_work
 from engine import LLM
 from engine.families.phi3_v_model import Phi3VConfig
+from engine.floors import RATES, Asked, count_patches, floor
 from engine.request import ImageUsed, MediaKind
 from models.train.settings import SPECIAL_TOKENS
 
@@ -107,6 +107,30 @@ def test_floors_of_tiled_models_are_what_the_arithmetic_says(tmp_path: Path) -> 
     assert pytest.approx(9.91e12 / 798e12 * 1000, rel=0.01) == wide.prefill
     # 64 tokens of (24 * 67.1 + 100.7 million) * 2 / 64 bytes, and of 1332 rows of 196,608 bytes
     assert pytest.approx((3.42e9 + 16.76e9) / 3.0e12 * 1000, rel=0.01) == tiles.decode
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("qwen2-vl-2b", (6.280196157593985, 3.3109317472882207, 1.5001447590697674)),
+        ("qwen2.5-vl-3b", (5.870426568822055, 6.927328792380952, 2.4595725891472866)),
+        ("qwen3-vl-2b", (3.2718179499949875, 3.614898492524645, 3.853506639379845)),
+        ("llava-1.5-7b", (3.1107566993216373, 15.969860988685046, 17.009784339844963)),
+        ("phi-3.5-vision", (2.9714677879766076, 9.056835640461154, 12.162881012093024)),
+        ("smolvlm-2.2b", (4.1323873087518805, 4.051720551298246, 6.00917407255814)),
+        ("internvl3-2b", (3.068170168140351, 3.310930738686717, 1.4999507572093023)),
+    ],
+)
+def test_figures_can_be_compared_with_those_of_before(
+    tmp_path: Path, name: str, least: tuple[float, float, float]
+) -> None:
+    kind = Phi3VConfig if name == "phi-3.5-vision" else AutoConfig
+    config = kind.from_pretrained(write_model(name, tmp_path))
+    mixed = [Asked([1564], 421, 64), Asked([576] * 16, 2364, 128), Asked([], 50, 7)] * 30
+    found = floor(config, mixed, 64, RATES["H200"], 2)
+
+    # as printed before an engine added them up itself
+    assert pytest.approx(least, rel=1e-9) == (found.encode, found.prefill, found.decode)
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
