@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 
 from engine.request import CompletionOutput, FinishReason, Result, SamplingParams
+from engine.usage import EngineUsage
 from media.video import measure_clip
 from tasks.broker import open_broker
 from tasks.config import MediaLimits, load_config
@@ -57,6 +58,9 @@ class InstantEngine:
 
     def read_progress(self) -> float:
         return time.monotonic()  # it cannot stall
+
+    def read_usage(self) -> EngineUsage | None:
+        return None
 
     def close(self) -> None:
         pass

@@ -400,6 +400,20 @@ class ServedModel(Base):
     """Of one clip; None: the service sets no limit of its own."""
 
 
+class ServingEngine(Base):
+    """What one worker's engine has done, as the worker said last; `ServedModel` is of all of them."""
+
+    __tablename__ = "serving_engines"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Of the worker among those of the model, from 0: the lowest that was free when it came."""
+    worker: Mapped[str]
+    alive_until: Mapped[float]
+    """When it is taken for gone, unless it says something before: then the number is free."""
+    usage: Mapped[dict[str, Any]]
+
+
 class Webhook(Base):
     """An address that wants to hear when a job ends."""
 

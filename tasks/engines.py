@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine.errors import EngineFailure, ResultError
 from engine.request import Result, SamplingParams
+from engine.usage import EngineUsage
 from media.errors import DecoderFailedError, DecodersAwayError
 from media.limits import IMAGE_LIMITS
 from tasks.config import MediaLimits
@@ -81,6 +82,13 @@ class EnginePort(Protocol):
 
     def read_progress(self) -> float:
         """A number that is another one whenever a prompt got on, in the device or on the way to it."""
+
+    def read_usage(self) -> EngineUsage | None:
+        """
+        What it has done and holds; None of an engine that does not count.
+
+        Never waits, neither for the device nor for whoever uses it.
+        """
 
     def close(self) -> None: ...
 
@@ -181,6 +189,9 @@ class LLMEngine:
 
     def read_progress(self) -> float:
         return self._llm.engine.progress_at_s
+
+    def read_usage(self) -> EngineUsage:
+        return self._llm.engine.read_usage()
 
     def close(self) -> None:
         self._llm.close()

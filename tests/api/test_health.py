@@ -3,15 +3,20 @@
 import asyncio
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from fastapi import FastAPI
 
+from api import metrics
 from api.app import create_app
 from api.config import ApiConfig
-from api.metrics import MAX_AGE_S
+from api.metrics import MAX_AGE_S, Metrics
+from engine.usage import EngineUsage
+from storage import served
 from storage.blobs import FolderBlobs
 from storage.db import Database
 from storage.ids import JobId
@@ -139,6 +144,75 @@ def test_metrics_count_requests_by_route_and_open_work(service: Service, client:
     )
     assert 'darkroom_open_jobs{state="validating"}' in text
     assert "batch_x" not in text
+
+
+def test_metrics_tell_of_the_engines_of_workers_that_are_alive(database: Database) -> None:
+    usage = {
+        "encode_s": 1.5,
+        "prefill_s": 2.0,
+        "decode_s": 4.0,
+        "num_patches": 1564,
+        "num_prompt_tokens": 421,
+        "num_tokens": 64,
+        "num_cached_tokens": 9,
+        "waited_for_media_s": 0.25,
+        "floor_s": 3.5,
+        "num_running": 7,
+        "num_waiting": 6,
+        "num_preparing": 5,
+    }
+    unknown = {**usage, "floor_s": None, "decode_s": 5.0}
+    report_usage(database, "host-17-aa", usage)
+    report_usage(database, "host-18-bb", unknown)
+    report_usage(database, "host-19-cc", usage, alive_s=-1.0)
+    shown = [line for line in expose(database) if line.startswith("darkroom_engine_")]
+    with database.write() as session:
+        for worker in ("host-17-aa", "host-18-bb"):
+            served.leave(session, "M", worker=worker)
+    left = [line for line in expose(database) if line.startswith("darkroom_engine_")]
+
+    assert [
+        'darkroom_engine_seconds_total{model="M",work="encode",worker="0"} 1.5',
+        'darkroom_engine_seconds_total{model="M",work="encode",worker="1"} 1.5',
+        'darkroom_engine_seconds_total{model="M",work="prefill",worker="0"} 2.0',
+        'darkroom_engine_seconds_total{model="M",work="prefill",worker="1"} 2.0',
+        'darkroom_engine_seconds_total{model="M",work="decode",worker="0"} 4.0',
+        'darkroom_engine_seconds_total{model="M",work="decode",worker="1"} 5.0',
+    ] == [line for line in shown if "_engine_seconds" in line]
+    assert [
+        'darkroom_engine_waited_for_media_seconds_total{model="M",worker="0"} 0.25',
+        'darkroom_engine_patches_total{model="M",worker="0"} 1564.0',
+        'darkroom_engine_prompt_tokens_total{model="M",worker="0"} 421.0',
+        'darkroom_engine_tokens_total{model="M",worker="0"} 64.0',
+        'darkroom_engine_floor_seconds_total{model="M",worker="0"} 3.5',
+        'darkroom_engine_running{model="M",worker="0"} 7.0',
+        'darkroom_engine_waiting{model="M",worker="0"} 6.0',
+        'darkroom_engine_preparing{model="M",worker="0"} 5.0',
+    ] == [line for line in shown if "_engine_seconds" not in line and 'worker="0"' in line]
+    assert not any("floor" in line and 'worker="1"' in line for line in shown)
+    assert [] == left
+
+
+def report_usage(
+    database: Database, worker: str, usage: dict[str, Any], alive_s: float = 60.0
+) -> None:
+    with database.write() as session:
+        served.report(session, "M", worker=worker, usage=usage, alive_s=alive_s)
+
+
+def expose(database: Database) -> list[str]:
+    """What a process says that was never asked before."""
+    return Metrics().expose(database).decode().splitlines()
+
+
+def test_names_of_usage_are_those_of_the_engine() -> None:
+    """Storage hands them through, and the API must not import what makes them."""
+    assert {field.name for field in fields(EngineUsage)} == {
+        *metrics._SECONDS,
+        *metrics._TOTALS,
+        *metrics._NOW,
+        "num_cached_tokens",
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Workers of a model have the same limits, and lines are checked with them."""
 
+import threading
+
 import pytest
 
 from storage import served
 from storage.db import Database
 from storage.errors import ServedOtherwiseError
-from storage.served import Served
+from storage.served import Reported, Served
 
+ALIVE_S = 60.0
 FOUR, TWO = Served("M", 4, 1), Served("M", 2, 1)
 
 
@@ -74,3 +77,64 @@ def test_frames_are_a_limit_like_the_others(database: Database) -> None:
     assert sixty == find(database)
     with pytest.raises(ServedOtherwiseError, match=r"image=4, video=1, frames=60, and .* video=1:"):
         register(database, FOUR, worker="b")
+
+
+def report(
+    database: Database, worker: str, tokens: int, *, model: str = "M", alive_s: float = ALIVE_S
+) -> int | None:
+    usage = {"num_tokens": tokens, "floor_s": None}
+    with database.write() as session:
+        return served.report(session, model, worker=worker, usage=usage, alive_s=alive_s)
+
+
+def list_reports(database: Database) -> list[tuple[str, int, int]]:
+    with database.read() as session:
+        reports: list[Reported] = served.list_reports(session)
+    return [(each.model, each.number, each.usage["num_tokens"]) for each in reports]
+
+
+def test_each_worker_keeps_its_number_and_what_it_said_last_stands(database: Database) -> None:
+    numbers = [report(database, "a", 1), report(database, "b", 2)]
+    numbers += [report(database, "c", 3, model="another")]
+    later = [report(database, "b", 20), report(database, "a", 10)]
+
+    assert [0, 1, 0] == numbers
+    assert [None, None] == later
+    assert [("M", 0, 10), ("M", 1, 20), ("another", 0, 3)] == list_reports(database)
+
+
+def test_number_of_one_that_has_left_goes_to_the_next_one(database: Database) -> None:
+    for worker in ("a", "b"):
+        report(database, worker, 1)
+    leave(database, "a")
+    left = list_reports(database)
+
+    assert [("M", 1, 1)] == left
+    assert 0 == report(database, "c", 5)
+    assert [("M", 0, 5), ("M", 1, 1)] == list_reports(database)
+
+
+def test_number_of_one_that_was_killed_is_free_after_a_while(database: Database) -> None:
+    report(database, "a", 1, alive_s=-1.0)
+    report(database, "a", 2, alive_s=-1.0)  # it was late, and nobody has taken its number
+    gone = list_reports(database)
+    number = report(database, "b", 7)
+
+    assert [] == gone
+    assert 0 == number
+    assert 1 == report(database, "a", 3)  # it was not killed after all
+    assert [("M", 0, 7), ("M", 1, 3)] == list_reports(database)
+
+
+def test_workers_that_come_at_once_get_numbers_of_their_own(database: Database) -> None:
+    def come(worker: str) -> None:
+        for tokens in range(8):
+            report(database, worker, tokens)
+
+    threads = [threading.Thread(target=come, args=(f"w{n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [("M", number, 7) for number in range(8)] == list_reports(database)

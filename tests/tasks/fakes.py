@@ -12,6 +12,7 @@ from bench.instant import text_of
 from engine.config import SAMPLING_KEYS, parse_part_options
 from engine.errors import EngineError, EngineFailure, MediaRefused
 from engine.request import CompletionOutput, FinishReason, ImageUsed, MediaKind, Result
+from engine.usage import EngineUsage
 from media.data_url import count_listed_frames, decode_data_url, decode_frames_url
 from media.errors import MediaError
 from media.frames import build_sampling
@@ -78,6 +79,7 @@ class InstantEngine(instant.InstantEngine):
         self.delay_s = delay_s
         self.on_prompt = on_prompt
         self.prompts: list[Prompt] = []
+        self.usage: EngineUsage | None = None
         self.aborted: set[str] = set()
 
     def abort(self, names: Collection[str]) -> None:
@@ -85,6 +87,9 @@ class InstantEngine(instant.InstantEngine):
 
     def read_progress(self) -> float:
         return len(self.prompts)
+
+    def read_usage(self) -> EngineUsage | None:
+        return self.usage
 
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[Result]:
         for prompt in prompts:

@@ -83,11 +83,13 @@ def test_what_an_engine_computes_in_is_said_in_the_stamp() -> None:
     prompts = [Prompt(name, messages, SamplingParams(max_tokens=1)) for name in "ab"]
     with closing(load_engine(options)) as engine:
         first, again = (result for prompt in prompts for result in engine.stream([prompt]))
+        usage = engine.read_usage()
 
     assert first.stamp is not None
     assert ("fp8", "float8_e4m3fn") == (first.stamp.quantization, first.stamp.kv_cache_dtype)
     assert 0 == first.num_cached_tokens
     assert again.num_cached_tokens
+    assert again.num_cached_tokens == usage.num_cached_tokens
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from structlog.testing import capture_logs
 
 from engine.errors import MediaRefused
 from engine.request import ImageUsed, Result, Stamp
+from engine.usage import EngineUsage
 from media.errors import FetchFailedError, FetchTooLargeError, MediaError
 from media.fetched import Fetched, FetchReport
 from media.hosts import say_paused
 from media.limits import FETCH_LIMITS, IMAGE_LIMITS, ImageLimits, VideoLimits
-from storage import items, jobs
+from storage import items, jobs, served
 from storage.blobs import Blobs
 from storage.db import clock
 from storage.errors import (
@@ -489,6 +490,32 @@ def test_engine_stops_working_on_items_that_were_lost(rig: Rig) -> None:
         assert {f"{item}.1" for item in (1, 2)} == engine.aborted
         door.set()
         thread.join()
+
+
+def test_beat_says_what_the_engine_has_done_until_the_worker_leaves(rig: Rig) -> None:
+    engine = InstantEngine()
+    with rig.runner(engine) as runner:
+        runner.beat()
+        before = list_reports(rig)
+        engine.usage = EngineUsage(1.0, 2.0, 3.5, 36, 100, 60, 4, 0.5, None, 3, 2, 1)
+        with capture_logs() as logs:
+            runner.beat()
+            engine.usage = replace(engine.usage, num_tokens=90)
+            runner.beat()
+        (during,) = list_reports(rig)
+
+    assert [] == before  # an engine that does not count
+    assert (MODEL, 0) == (during.model, during.number)
+    assert asdict(engine.usage) == during.usage
+    assert [("w", 0)] == [
+        (log["worker"], log["number"]) for log in logs if log["event"] == "worker_numbered"
+    ]
+    assert [] == list_reports(rig)
+
+
+def list_reports(rig: Rig) -> list[served.Reported]:
+    with rig.stores.database.read() as session:
+        return served.list_reports(session)
 
 
 def test_engine_that_finishes_nothing_is_given_up_and_what_it_had_runs_alone(rig: Rig) -> None:
