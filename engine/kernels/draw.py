@@ -13,7 +13,7 @@ take it along: see `table`.
 import logging
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,16 @@ def numbers(
     """
     if temperature == 0:
         return GREEDY
+    return _numbers(seed, sample_index, temperature, min(top_k, _MOST_INT), top_p, min_p)
+
+
+@lru_cache(1 << 12)  # where rows are drawn outside of the graph, each asks again in every step
+def _numbers(
+    seed: int, sample_index: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Numbers:
     floats = np.array([temperature, top_p, min_p], dtype=np.float64).view(np.int64).tolist()
     key = mix_key([seed], [sample_index]).view(np.int64).item()
-    return (key, 0, floats[0], min(top_k, _MOST_INT), floats[1], floats[2])
+    return (key, 0, floats[0], top_k, floats[1], floats[2])
 
 
 def table(rows: Sequence[Numbers], positions: Sequence[int], num: int) -> npt.NDArray[np.int64]:
