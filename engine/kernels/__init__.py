@@ -22,6 +22,11 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and _has_triton(x.device)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels in Gluon can be tried on a CUDA device: of no other generation are they."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 @cache
 def _has_triton(device: torch.device) -> bool:
     """

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import activations, has_kernels
+from engine.kernels import activations, has_kernels, is_hopper
 from engine.kernels.timing import ask_once, chooses_by_time, time_ms, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ def choose(weight: Tensor, bias: Tensor | None, activation: Activation) -> int:
     if not chooses_by_time():
         return NEVER
     width_out = width // 2 if activation == "silu_mul" else width
-    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if not is_hopper or width_out % ALIGNMENT or depth % ALIGNMENT:
+    if not is_hopper(device) or width_out % ALIGNMENT or depth % ALIGNMENT:
         return NEVER
     if not has_kernels(torch.empty(1, device=device)):
         return NEVER

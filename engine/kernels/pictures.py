@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.kernels import has_kernels
+from engine.kernels import has_kernels, is_hopper
 from engine.kernels.timing import chooses_by_time, time_ms, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def find_cuts(
 @cache
 def _has_hopper(device: torch.device) -> bool:
     """Whether the kernel for Hopper can be tried: it needs Gluon, which is young, of this Triton."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    if not is_hopper(device):
         return False
     try:
         from engine.kernels.gpu import pictures_hopper  # noqa: F401

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import has_kernels
+from engine.kernels import has_kernels, is_hopper
 from engine.kernels.timing import unless_memory_is_short
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,7 @@ def _try(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     Raises:
         OutOfMemoryError: so that it is tried again.
     """
-    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if not is_hopper or not has_kernels(torch.empty(1, device=device)):
+    if not is_hopper(device) or not has_kernels(torch.empty(1, device=device)):
         return False
     try:
         with torch.cuda.device(device), torch.inference_mode():
