@@ -346,6 +346,11 @@ def _attend_decode(
     return torch.cat(attended).reshape(1, num_seqs, heads, dim)
 
 
+def _scale(query: Tensor, scaling: float | None) -> float:
+    """For our kernels, which know no default as torch's do. query: (..., dim)."""
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
+
+
 def _attend_spans(
     query: Tensor,
     keys: Tensor,
@@ -360,7 +365,7 @@ def _attend_spans(
     if context.prefill_kernel is None or window is not None or context.read_rows is not None:
         return _attend_flash(query, keys, values, context, scaling, window)
     assert context.device_spans is not None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = _scale(query, scaling)
     most = context.max_queries or max(context.num_queries)
     return context.prefill_kernel(
         query[0].transpose(0, 1), keys, values, *context.device_spans, most, scale
@@ -418,7 +423,7 @@ def _attend_kernel(
     assert context.decode_kernel is not None
     _, slab_starts, lens = context.device_spans
     queries = query[0].transpose(0, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = _scale(query, scaling)
     most, slab_starts = context.max_rows or max(context.lens), slab_starts[: len(lens)]
     if window is not None and window < most:  # a shorter slab, which begins later
         slab_starts, lens = slab_starts + (lens - window).clamp(min=0), lens.clamp(max=window)
@@ -507,14 +512,14 @@ def _try_attend_batch(
     Returns:
         (pictures, patches, heads, dim); None where they lie otherwise.
     """
-    num, _, size, dim = query.shape
+    num, _, size, _ = query.shape
     by_row = [x.transpose(1, 2) for x in (query, key, value)]
     if any(x.stride(0) != size * x.stride(1) for x in by_row):
         return None
     q, k, v = (x.flatten(0, 1) for x in by_row)
     if not pictures.takes(q, k, v):
         return None
-    scale = dim**-0.5 if scaling is None else scaling
+    scale = _scale(query, scaling)
     starts = context.find_batch_starts(num, size, query.device)
     return pictures.attend(q, k, v, starts, size, scale, cut).view(by_row[0].shape)
 
@@ -527,7 +532,7 @@ def _attend_varlen(
     most = max(num_patches for _, num_patches in context.runs)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if context.cut is not None and pictures.takes(q, k, v):
-        scale = q.shape[2] ** -0.5 if scaling is None else scaling
+        scale = _scale(q, scaling)
         return pictures.attend(q, k, v, context.starts, most, scale, context.cut)[None]
     attended, *_ = torch.ops.aten._flash_attention_forward(
         q,
