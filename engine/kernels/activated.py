@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import activations, has_kernels, is_hopper
-from engine.kernels.timing import ask_once, chooses_by_time, time_ms, unless_memory_is_short
+from engine.kernels.timing import ask_once, chooses_by_time, time_ms
+from engine.kernels.trials import left_out_if_broken, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
 
@@ -146,17 +147,13 @@ def _compare(
     Raises:
         OutOfMemoryError: so that they are compared again.
     """
-    try:
-        with torch.cuda.device(device), torch.inference_mode():
-            weight = torch.randn((width, depth), dtype=dtype, device=device).mul_(depth**-0.5)
-            bias = torch.randn(width, dtype=dtype, device=device) if has_bias else None
-            x = torch.randn((rows, depth), dtype=dtype, device=device)
-            return _time(x, weight, bias, activation)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
-        logger.warning("activated_product_unusable device=%s error=%s", device, error)
-        return math.inf
+    trial = left_out_if_broken("activated_product", device)
+    with trial, torch.cuda.device(device), torch.inference_mode():
+        weight = torch.randn((width, depth), dtype=dtype, device=device).mul_(depth**-0.5)
+        bias = torch.randn(width, dtype=dtype, device=device) if has_bias else None
+        x = torch.randn((rows, depth), dtype=dtype, device=device)
+        return _time(x, weight, bias, activation)
+    return math.inf
 
 
 def _time(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> float:

@@ -10,7 +10,6 @@ Axes: num_rows, vocab. What a row is drawn with stands in a table of integers, s
 take it along: see `table`.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -23,9 +22,7 @@ from torch import Tensor
 
 from engine.kernels import has_kernels
 from engine.kernels.greedy import NO_TOKEN, plain_argmax
-from engine.kernels.timing import unless_memory_is_short
-
-logger = logging.getLogger(__name__)
+from engine.kernels.trials import left_out_if_broken, unless_memory_is_short
 
 # Rows of a table. Floats stand there as the bits of float64.
 KEY, AT, TEMPERATURE, TOP_K, TOP_P, MIN_P = range(6)
@@ -149,25 +146,16 @@ def _try(device: torch.device, dtype: torch.dtype, vocab: int) -> bool:
         for temperature, top_k in ((1e-3, 0), (1.0, 1))
     )
     rows = [GREEDY, cold, single]
-    try:
+    with left_out_if_broken("draw_kernel", device), torch.inference_mode():
         from engine.kernels.gpu import draw as kernel
 
-        with torch.inference_mode():
-            logits = torch.zeros((len(rows), vocab), dtype=dtype, device=device)
-            logits[:, -1:].fill_(1.0)
-            draws = torch.from_numpy(table(rows, [0] * len(rows), len(rows))).to(device)
-            drawn = kernel.draw(logits, draws).tolist()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
-        logger.warning("draw_kernel_unusable device=%s dtype=%s error=%s", device, dtype, error)
-        return False
-    if drawn != [vocab - 1] * len(rows):
-        logger.warning(
-            "draw_kernel_unusable device=%s dtype=%s error=computes nonsense", device, dtype
-        )
-        return False
-    return True
+        logits = torch.zeros((len(rows), vocab), dtype=dtype, device=device)
+        logits[:, -1:].fill_(1.0)
+        draws = torch.from_numpy(table(rows, [0] * len(rows), len(rows))).to(device)
+        if kernel.draw(logits, draws).tolist() != [vocab - 1] * len(rows):
+            raise RuntimeError(f"draws from {vocab} {dtype} are nonsense")
+        return True
+    return False
 
 
 def plain_draw(logits: Tensor, draws: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.kernels import has_kernels, is_hopper
-from engine.kernels.timing import chooses_by_time, time_ms, unless_memory_is_short
+from engine.kernels.timing import chooses_by_time, time_ms
+from engine.kernels.trials import left_out_if_broken, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
 
@@ -167,24 +168,19 @@ def _choose(
     """
     if not has_kernels(torch.empty(1, device=device)):
         return Choice()
-    for cuts in find_cuts(dtype, dim, has_hopper=_has_hopper(device)):
-        try:
+    for cuts in find_cuts(dtype, dim, has_hopper=is_hopper(device)):
+        with left_out_if_broken("pictures_kernel", device):
             choice = _compare(device, dtype, heads, dim, calls, cuts, by_time=by_time)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
-            logger.warning("pictures_kernel_unusable device=%s error=%s", device, error)
-            continue
-        logger.info(
-            "pictures_kernel heads=%s dim=%s own=%s beats_dense=%s windows=%s by_time=%s",
-            heads,
-            dim,
-            choice.own,
-            choice.beats_dense,
-            choice.windows,
-            by_time,
-        )
-        return choice
+            logger.info(
+                "pictures_kernel heads=%s dim=%s own=%s beats_dense=%s windows=%s by_time=%s",
+                heads,
+                dim,
+                choice.own,
+                choice.beats_dense,
+                choice.windows,
+                by_time,
+            )
+            return choice
     return Choice()
 
 
@@ -201,19 +197,6 @@ def find_cuts(
     if has_hopper and dim in HOPPER_DIMS and dtype in (torch.float16, torch.bfloat16):
         ours.insert(0, (*HOPPER_CUTS, *(cut for cut in plain if cut == WINDOW_CUT)))
     return ours
-
-
-@cache
-def _has_hopper(device: torch.device) -> bool:
-    """Whether the kernel for Hopper can be tried: it needs Gluon, which is young, of this Triton."""
-    if not is_hopper(device):
-        return False
-    try:
-        from engine.kernels.gpu import pictures_hopper  # noqa: F401
-    except Exception as error:  # noqa: BLE001 - another version may lack any name of it
-        logger.warning("pictures_kernel_missing device=%s error=%s", device, error)
-        return False
-    return True
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ Axes: T tokens, heads, kv_heads, dim; prompts. K and V of a layer: (rows, kv_hea
 engine/slabs.py shares them out.
 """
 
-import logging
 from collections.abc import Callable
 from functools import cache
 
@@ -14,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import has_kernels, is_hopper
-from engine.kernels.timing import unless_memory_is_short
-
-logger = logging.getLogger(__name__)
+from engine.kernels.trials import left_out_if_broken, unless_memory_is_short
 
 DIMS = (64, 128)  # widths of heads that the kernel takes, in 16 bits
 # Of the comparison at the start: new tokens and rows of each prompt.
@@ -104,21 +101,20 @@ def _try(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     """
     if not is_hopper(device) or not has_kernels(torch.empty(1, device=device)):
         return False
-    try:
-        with torch.cuda.device(device), torch.inference_mode():
-            is_right = _compare(device, dtype, dim)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
-        logger.warning("prompts_kernel_unusable device=%s error=%s", device, error)
-        return False
-    if not is_right:
-        logger.warning("prompts_kernel_unusable device=%s error=computes nonsense", device)
-    return is_right
+    trial = left_out_if_broken("prompts_kernel", device)
+    with trial, torch.cuda.device(device), torch.inference_mode():
+        _compare(device, dtype, dim)
+        return True
+    return False
 
 
-def _compare(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """With torch's, over slabs in falling order between which nothing is a number."""
+def _compare(device: torch.device, dtype: torch.dtype, dim: int) -> None:
+    """
+    With torch's, over slabs in falling order between which nothing is a number.
+
+    Raises:
+        RuntimeError: the kernel computes nonsense.
+    """
     heads, kv_heads = 6, 2
     generator = torch.Generator(device).manual_seed(0)
 
@@ -147,4 +143,5 @@ def _compare(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
         scale=scale, seqused_k=lengths,
     )  # fmt: skip
     actual = attend(query, keys, values, query_starts, slab_starts, lengths, most, scale)
-    return torch.allclose(actual, expected, rtol=APART, atol=APART)
+    if not torch.allclose(actual, expected, rtol=APART, atol=APART):
+        raise RuntimeError(f"heads of {dim} come out as nonsense")

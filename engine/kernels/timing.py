@@ -1,6 +1,5 @@
 """How long kernels take, for those that are chosen by it. Not while a CUDA graph is captured."""
 
-import logging
 import statistics
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -8,8 +7,6 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -55,22 +52,6 @@ def ask_once(call: Callable[..., T], *args: Hashable) -> T:
         answers[question] = call(*args)
     answer: T = answers[question]
     return answer
-
-
-def unless_memory_is_short(call: Callable[[], T], otherwise: T) -> T:
-    """
-    What the call gives; `otherwise` where the device lacks memory even once unused memory is free.
-
-    NOTE: a call that remembers its results must raise then: there may be memory the next time.
-    """
-    for is_last in (False, True):
-        try:
-            return call()
-        except torch.OutOfMemoryError as error:
-            if is_last:
-                logger.warning("kernels_not_compared error=%s", error)
-        torch.cuda.empty_cache()
-    return otherwise
 
 
 def time_ms(call: Callable[[], object]) -> float:

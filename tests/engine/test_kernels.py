@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ from engine.kernels import (
     quantised,
     rope,
     timing,
+    trials,
 )
 from engine.request import SamplingParams
 from engine.sampler import Sampler, SamplingRow, draw_numbers
@@ -335,7 +337,7 @@ def test_comparison_that_lacks_memory_is_tried_again_and_not_remembered(
     def compare_with(missing: int) -> tuple[str, int]:
         nonlocal num_missing, num_calls
         num_missing, num_calls = missing, 0
-        return timing.unless_memory_is_short(compare, "the usual"), num_calls
+        return trials.unless_memory_is_short(compare, "the usual"), num_calls
 
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
 
@@ -368,6 +370,24 @@ def test_kernel_for_hopper_is_tried_first_where_it_runs() -> None:
     assert [pictures.CUTS] == find(torch.bfloat16, 80, has_hopper=False)
     assert not find(torch.bfloat16, 16)
     assert not find(torch.float32, 72)
+
+
+def test_where_the_kernel_for_hopper_breaks_the_plain_ones_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compare(*args: Any, by_time: bool) -> pictures.Choice:
+        *_, cuts = args
+        if cuts[0] in pictures.HOPPER_CUTS:
+            raise ImportError(f"this Gluon has no such name, by_time={by_time}")
+        return pictures.take(cuts)
+
+    for name in ("has_kernels", "is_hopper"):
+        monkeypatch.setattr(pictures, name, lambda _: True)
+    monkeypatch.setattr(pictures, "_compare", compare)
+    choose = partial(pictures._choose.__wrapped__, torch.device("cpu"), torch.bfloat16, 16)
+
+    assert pictures.take(pictures.CUTS) == choose(80, pictures.CALLS, True)
+    assert pictures.Choice() == choose(72, pictures.CALLS, True)
 
 
 def test_a_cpu_has_no_choice_of_kernels() -> None:
