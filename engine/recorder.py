@@ -77,6 +77,7 @@ class Recorder:
         self.is_given_up = False
         self.device = device
         self._name = name
+        self._min_warm_ups = 0
         self._num_resting = 0
         self._inputs = Held(device)
         self._stream: torch.cuda.Stream | None = None
@@ -90,13 +91,16 @@ class Recorder:
 
         Args:
             call: takes the inputs. It reads nothing else that changes, and waits for nothing.
-            num_warm_ups: in which kernels are built and tuned, and workspaces taken.
+            num_warm_ups: in which kernels are built, loaded and tuned. None are needed for a call that
+                was run before with inputs like these; where it cannot be recorded all the same, it is
+                run once first, and so are all others from then on.
         """
         if self.is_given_up:
             return None
         if self._num_resting:
             self._num_resting -= 1
             return None
+        num_warm_ups = max(num_warm_ups, self._min_warm_ups)
         try:
             kept = tuple(self._inputs.hold(place, given) for place, given in enumerate(inputs))
             graph, output = self._record(partial(call, *kept), num_warm_ups)
@@ -104,12 +108,16 @@ class Recorder:
         except Exception as error:
             # The edge of the driver: whatever a kernel does that no graph can hold, or memory.
             is_short = _is_out_of_memory(error)
-            what = "find no memory" if is_short else "were given up"
+            what = "are run first" if num_warm_ups == 0 else "were given up"
+            what = "find no memory" if is_short else what
             logger.warning("%s %s, calls will be slower", self._name, what, exc_info=True)
+        # NOTE: not above, where the error still holds what its call had allocated.
         if is_short:
             self._num_resting = NUM_RESTING
-            # NOTE: not above, where the error still holds what its call had allocated.
             torch.cuda.empty_cache()
+        elif num_warm_ups == 0:
+            self._min_warm_ups = 1
+            return self.try_record(call, *inputs)
         else:
             self.is_given_up = True
         return None
@@ -127,8 +135,8 @@ class Recorder:
             with torch.cuda.stream(self._stream):
                 for _ in range(num_warm_ups):
                     call()
-                self._stream.synchronize()
-                # Media threads go on: only calls of this thread must fit into a graph.
+                # Nothing runs while it is recorded, so nobody waits for what is queued: the device goes
+                # on with that. Media threads go on too: only calls of this thread must fit into a graph.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     output = call()

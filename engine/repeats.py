@@ -92,7 +92,8 @@ class Repeats:
         def call_and_hold(*kept: Tensor) -> Tensor:
             return self._outputs.hold(0, call(*kept))
 
-        repeat = self._recorder.try_record(call_and_hold, *inputs)
+        # It was run when it came before, so that whatever it needs is there.
+        repeat = self._recorder.try_record(call_and_hold, *inputs, num_warm_ups=0)
         if repeat is not None:
             self._graphs[key] = repeat
             if oldest is not None:

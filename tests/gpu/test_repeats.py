@@ -54,6 +54,25 @@ def test_sizes_that_take_turns_do_not_push_each_other_out() -> None:
     assert {2, 3} == recorded[12]
 
 
+def test_what_is_queued_runs_before_what_is_recorded_meanwhile() -> None:
+    """Recording waits for nothing: the device is asleep, and what it will read is not there yet."""
+    repeats = build()
+    weight = torch.randn(64, 64, device="cuda")
+
+    def call(x: Tensor) -> Tensor:
+        return torch.relu(x @ weight)
+
+    inputs, outputs = [], []
+    for number in range(4):
+        torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
+        inputs.append(torch.full((16, 64), float(number), device="cuda") @ weight)
+        outputs.append(repeats.run("x", call, inputs[-1]))
+
+    assert 1 == repeats.num_graphs
+    for x, output in zip(inputs, outputs, strict=True):
+        torch.testing.assert_close(call(x), output)
+
+
 def test_a_call_that_waits_for_the_device_is_run_instead() -> None:
     repeats = build()
     x = torch.ones(4, device="cuda")
