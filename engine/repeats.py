@@ -72,18 +72,23 @@ class Repeats:
         if repeat is None:
             repeat = self._try_record(key, call, inputs)
         if repeat is None:
-            return call(*inputs)
+            output = call(*inputs)
+            self._note_run(key)
+            return output
         self._graphs.move_to_end(key)
         self._last_run[key] = self._num_runs
         return repeat.replay(*inputs).clone()  # the next replay writes over it
+
+    def _note_run(self, key: Hashable) -> None:
+        """Only now that the call has come to its end: all that it launches is built and loaded."""
+        self._seen[key] = None
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
 
     def _try_record(
         self, key: Hashable, call: Call, inputs: tuple[Tensor, ...]
     ) -> Recording[Tensor] | None:
         if key not in self._seen:
-            self._seen[key] = None
-            if len(self._seen) > MAX_SEEN:
-                self._seen.popitem(last=False)
             return None
         oldest = next(iter(self._graphs)) if len(self._graphs) >= self._max_graphs else None
         if oldest is not None and self._num_runs - self._last_run[oldest] < self._min_unused_runs:
@@ -92,7 +97,7 @@ class Repeats:
         def call_and_hold(*kept: Tensor) -> Tensor:
             return self._outputs.hold(0, call(*kept))
 
-        # It was run when it came before, so that whatever it needs is there.
+        # NOTE: no kernel may be loaded while a call is recorded: Triton would never launch it again.
         repeat = self._recorder.try_record(call_and_hold, *inputs, num_warm_ups=0)
         if repeat is not None:
             self._graphs[key] = repeat

@@ -317,3 +317,19 @@ def test_call_that_was_run_before_is_recorded_without_running_it(
     assert ["1 run", "2 run", *run_first, "1 recorded", *then, "2 recorded"] == calls
     assert 2 == repeats.num_graphs
     assert not repeats.are_given_up
+
+
+def test_call_that_failed_when_it_was_run_is_run_again_before_it_is_recorded(hands: Hands) -> None:
+    """It may have ended before all of its kernels were loaded."""
+    repeats, x = Repeats(hands), torch.ones(2)
+
+    def fail(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        repeats.run("x", fail, x)
+    repeats.run("x", double, x)
+    assert 0 == hands.num_tried
+    repeats.run("x", double, x)
+
+    assert 1 == hands.num_tried
