@@ -4,3 +4,7 @@ Triton kernels. Imported on a GPU only; what each means stands with its twin, on
 House rules: offsets into anything that grows with tokens or KV rows are int64; every load and store
 is masked; sums are float32; nothing is autotuned, so nothing is measured while others wait.
 """
+
+import math
+
+LOG2_E = math.log2(math.e)  # exponentials are powers of two, as the device has them

@@ -8,6 +8,7 @@ activates the sums in float32 and stores them by TMA. The groups go on by themse
 ahead: while it activates, the other has the tensor cores.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -24,11 +25,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from engine.kernels import activations
+from engine.kernels.gpu import LOG2_E
+
 QUICK_GELU, GELU_TANH, SILU_MUL = 0, 1, 2  # what happens to the sums
 
 _QUICK_GELU = gl.constexpr(QUICK_GELU)
 _GELU_TANH = gl.constexpr(GELU_TANH)
 _SILU_MUL = gl.constexpr(SILU_MUL)
+_LOG2_E = gl.constexpr(LOG2_E)
+_SLOPE = gl.constexpr(activations.QUICK_GELU)
+_SQRT_2_PI = gl.constexpr(math.sqrt(2 / math.pi))
 _GROUPS = gl.constexpr(2)  # of four warps that multiply
 _ROWS = gl.constexpr(64)  # of a tile, for each of them
 _HALF = gl.constexpr(128)  # columns of a tile, in two halves
@@ -155,15 +162,14 @@ def _sigmoid(exponent):
 @gluon.jit
 def _activate(x, KIND: gl.constexpr):
     if KIND == _QUICK_GELU:
-        x = x * _sigmoid(x * (-1.702 * 1.4426950408889634))
+        x = x * _sigmoid(x * (-_SLOPE * _LOG2_E))
     elif KIND == _GELU_TANH:
         # (1 + tanh(y)) / 2 is sigmoid(2 * y)
-        slope = x * x * (-2 * 1.4426950408889634 * 0.7978845608028654 * 0.044715) + (
-            -2 * 1.4426950408889634 * 0.7978845608028654
-        )
+        scale: gl.constexpr = -2 * _LOG2_E * _SQRT_2_PI
+        slope = x * x * (scale * 0.044715) + scale
         x = x * _sigmoid(x * slope)
     else:
-        x = x * _sigmoid(x * -1.4426950408889634)
+        x = x * _sigmoid(x * -_LOG2_E)
     return x
 
 

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.draw import NUM_COLUMNS
+from engine.kernels.gpu import LOG2_E
 from engine.kernels.greedy import NO_TOKEN
 
-LOG2_E = 1.4426950408889634
 SPAN, NUM_SPANS = 32, 128  # ids of a span, spans of a piece
 # Lowest bits of a float32 that numbers of a type, made wider, have all alike.
 UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+from engine.kernels.gpu import LOG2_E
+
 TILE = 64  # keys of one turn of the loop; 32 and 128 were slower in every cut
 
 

@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-LOG2_E = 1.4426950408889634
+from engine.kernels.gpu import LOG2_E
+
 FAR = gl.constexpr(1 << 30)  # no call has more rows
 QUERIES = gl.constexpr(2)  # places for a group's queries: of this head and of the next
 SHARED_BYTES = 226 << 10  # of a processor for one program, but for its barriers

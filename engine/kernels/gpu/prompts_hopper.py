@@ -19,9 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from engine.kernels.gpu import LOG2_E
 from engine.kernels.gpu.pictures_hopper import (
     FAR,
-    LOG2_E,
     QUERIES,
     REGISTERS,
     _after,

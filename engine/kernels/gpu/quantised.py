@@ -6,10 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.activations import QUICK_GELU
+from engine.kernels.gpu import LOG2_E
 from engine.kernels.quantised import FP8, LEAST_SCALE, MOST
 
 COPY, SILU_MUL, GELU = range(3)
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
