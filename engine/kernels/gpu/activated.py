@@ -9,9 +9,7 @@ ahead: while it activates, the other has the tensor cores.
 """
 
 import math
-from functools import cache
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -27,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import activations
 from engine.kernels.gpu import LOG2_E
+from engine.kernels.gpu.hopper import count_processors
 
 QUICK_GELU, GELU_TANH, SILU_MUL = 0, 1, 2  # what happens to the sums
 
@@ -309,11 +308,6 @@ def _multiply(
     )
 
 
-@cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     """
     Args:
@@ -335,7 +329,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tenso
     tiles = triton.cdiv(num_rows, _GROUPS.value * _ROWS.value) * triton.cdiv(
         len(weight), 2 * _HALF.value
     )
-    _multiply[(min(tiles, _num_processors(x.device)),)](
+    _multiply[(min(tiles, count_processors(x.device)),)](
         _describe(x, [_ROWS.value, _STEP.value], layout),
         _describe(weight, [_HALF.value, _STEP.value], layout),
         _describe(out, [_ROWS.value, _PART.value], layout),

@@ -6,12 +6,8 @@ three groups of four warps, each with 64 query rows, multiply. A group has the n
 computed while it weighs this one's, so that the tensor cores need not wait for exponentials. Heads
 of a picture follow each other in one program: the next head's queries come while this one ends.
 
-Rows of a picture are fetched and stored through descriptors that end where the picture ends: what
-lies behind reads as zeros and is not written. A head is one or two pieces, each a power of two wide.
+A head is one or two pieces, each a power of two wide.
 """
-
-from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -25,32 +21,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.gpu import LOG2_E
-
-FAR = gl.constexpr(1 << 30)  # no call has more rows
-QUERIES = gl.constexpr(2)  # places for a group's queries: of this head and of the next
-SHARED_BYTES = 226 << 10  # of a processor for one program, but for its barriers
-MAX_HEADS = 4  # of one program: more leaves too few of them
-MIN_PROGRAMS = 4  # a processor, before heads are put together
-REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}  # by groups: at the start, of a group, to fetch
+from engine.kernels.gpu.hopper import (
+    QUERIES,
+    REGISTERS,
+    count_heads,
+    count_stages,
+    describe,
+    fetch,
+    make_barriers,
+    next_stage,
+    send,
+)
 
 
 @gluon.jit
 def _fetch(desc, rest_desc, picture, row, head, full, to, rest_to, REST: gl.constexpr):
     """As many rows of one head as there is room for; zeros where the picture has none."""
-    ROWS: gl.constexpr = to.shape[0]
     WIDE: gl.constexpr = to.shape[1]
     start, length = picture
-    mbarrier.expect(full, ROWS * (WIDE + REST) * 2)
-    at = [FAR, start + length, FAR - length + row, head, 0]
-    place = to._reinterpret(desc.dtype, [1, 1, ROWS, 1, WIDE], desc.layout)
-    tma.async_copy_global_to_shared(desc, at, full, place)
+    mbarrier.expect(full, to.shape[0] * (WIDE + REST) * 2)
+    fetch(desc, start, length, row, head, 0, full, to)
     if REST > 0:
-        at_rest = [FAR, start + length, FAR - length + row, head, WIDE]
-        rest_place = rest_to._reinterpret(desc.dtype, [1, 1, ROWS, 1, REST], rest_desc.layout)
-        tma.async_copy_global_to_shared(rest_desc, at_rest, full, rest_place)
+        fetch(rest_desc, start, length, row, head, WIDE, full, rest_to)
 
 
 @gluon.jit
@@ -86,13 +80,7 @@ def _fetch_all(descs, rings, barriers, picture, first, head, num_heads, REST: gl
                 value_desc, value_rest_desc, picture, row, head + turn,
                 value_full.index(stage), value.index(stage), value_rest.index(stage), REST,
             )  # fmt: skip
-            stage, phase = _after(stage, phase, STAGES)
-
-
-@gluon.jit
-def _after(stage, phase, STAGES: gl.constexpr):
-    is_last = stage == STAGES - 1
-    return gl.where(is_last, 0, stage + 1), gl.where(is_last, phase ^ 1, phase)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -142,7 +130,7 @@ def _attend_rows(
                 mbarrier.arrive(key_empty.index(stage), count=1)
                 mbarrier.wait(value_full.index(stage), phase)
                 mbarrier.arrive(value_empty.index(stage), count=1)
-                stage, phase = _after(stage, phase, STAGES)
+                stage, phase = next_stage(stage, phase, STAGES)
     else:
         for turn in range(num_heads):
             place = turn % QUERIES * GROUPS + group
@@ -173,7 +161,7 @@ def _attend_rows(
             mbarrier.wait(value_full.index(stage), phase)
             for _ in range(num_tiles - 1):
                 last_stage = stage
-                stage, phase = _after(stage, phase, STAGES)
+                stage, phase = next_stage(stage, phase, STAGES)
                 mbarrier.wait(key_full.index(stage), phase)
                 score = _score(
                     my_query, my_query_rest, key.index(stage), key_rest.index(stage), nothing, REST,
@@ -215,7 +203,7 @@ def _attend_rows(
                 out_rest = warpgroup_mma_wait(0, deps=[out_rest])
             out = warpgroup_mma_wait(0, deps=[out])
             mbarrier.arrive(value_empty.index(stage), count=1)
-            stage, phase = _after(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
             share = 1.0 / total
             out *= gl.convert_layout(share, gl.SliceLayout(1, out_layout))[:, None]
             # The queries have been read, so what they lie in takes what goes out.
@@ -225,13 +213,9 @@ def _attend_rows(
                 my_query_rest.store(out_rest.to(kind))
             fence_async_shared()
             gl.thread_barrier()
-            at = [FAR, start + length, FAR - length + row, head + turn, 0]
-            whole = my_query._reinterpret(kind, [1, 1, 64, 1, WIDE], out_desc.layout)
-            tma.async_copy_shared_to_global(out_desc, at, whole)
+            send(out_desc, start, length, row, head + turn, 0, my_query)
             if REST > 0:
-                at = [FAR, start + length, FAR - length + row, head + turn, WIDE]
-                whole = my_query_rest._reinterpret(kind, [1, 1, 64, 1, REST], out_rest_desc.layout)
-                tma.async_copy_shared_to_global(out_rest_desc, at, whole)
+                send(out_rest_desc, start, length, row, head + turn, WIDE, my_query_rest)
         tma.store_wait(0)
 
 
@@ -248,28 +232,13 @@ def _attend(
     PLACES: gl.constexpr = QUERIES * GROUPS
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     rest: gl.constexpr = gl.NVMMASharedLayout(REST_BLOCK * 2, 16, rank=2)
-    one: gl.constexpr = mbarrier.MBarrierLayout()
     query = gl.allocate_shared_memory(kind, [PLACES, 64, WIDE], wide)
     query_rest = gl.allocate_shared_memory(kind, [PLACES, 64, REST_BLOCK], rest)
     key = gl.allocate_shared_memory(kind, [STAGES, TILE, WIDE], wide)
     key_rest = gl.allocate_shared_memory(kind, [STAGES, REST_TILE, REST_BLOCK], rest)
     value = gl.allocate_shared_memory(kind, [STAGES, TILE, WIDE], wide)
     value_rest = gl.allocate_shared_memory(kind, [STAGES, REST_TILE, REST_BLOCK], rest)
-    query_full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], one)
-    query_empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], one)
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    for i in gl.static_range(PLACES):
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(query_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(key_empty.index(i), count=GROUPS)
-        mbarrier.init(value_full.index(i), count=1)
-        mbarrier.init(value_empty.index(i), count=GROUPS)
-    fence_async_shared()
+    barriers = make_barriers(PLACES, STAGES, GROUPS)
 
     start = gl.load(starts_ptr + gl.program_id(2))
     length = gl.load(starts_ptr + gl.program_id(2) + 1) - start
@@ -280,7 +249,6 @@ def _attend(
     descs = (query_desc, query_rest_desc, key_desc, key_rest_desc, value_desc, value_rest_desc)
     out_descs = (out_desc, out_rest_desc)
     rings = (query, query_rest, key, key_rest, value, value_rest)
-    barriers = (query_full, query_empty, key_full, key_empty, value_full, value_empty)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -330,10 +298,10 @@ def attend(
     rest = max(16, triton.next_power_of_2(dim - wide)) if dim > wide else 0
     descs = []
     for x, rows in ((query, 64), (key, tile), (value, tile), (out, 64)):
-        first = _describe(x, rows, wide)
-        descs += [first, _describe(x, rows, rest) if rest else first]
+        first = describe(x, rows, wide)
+        descs += [first, describe(x, rows, rest) if rest else first]
     num_rows = groups * 64
-    together = _put_together(heads, triton.cdiv(num_tokens, num_rows), query.device)
+    together = count_heads(heads, triton.cdiv(num_tokens, num_rows), query.device)
     registers, group_registers, fetch_registers = REGISTERS[groups]
     _attend[(triton.cdiv(max_len, num_rows), heads // together, len(starts) - 1)](
         *descs,
@@ -344,53 +312,10 @@ def attend(
         REST=rest,
         GROUPS=groups,
         TILE=tile,
-        STAGES=_count_stages(groups, tile, wide + rest),
+        STAGES=count_stages(groups, tile, wide + rest),
         GROUP_REGISTERS=group_registers,
         FETCH_REGISTERS=fetch_registers,
         num_warps=4,
         maxnreg=registers,
     )
     return out
-
-
-def _count_stages(groups: int, tile: int, width: int) -> int:
-    """Places of the ring: as many as there is room for, and no more than are of use."""
-    left = SHARED_BYTES - 2 * QUERIES.value * groups * 64 * width
-    return min(left // (4 * tile * width), 4 if tile == 128 else 6)
-
-
-def _put_together(heads: int, num_blocks: int, device: torch.device) -> int:
-    """How many heads follow each other in one program, of so many blocks of rows in a call."""
-    enough = MIN_PROGRAMS * _count_processors(device)
-    fitting = (n for n in range(MAX_HEADS, 1, -1) if heads % n == 0)
-    return next((n for n in fitting if num_blocks * heads // n >= enough), 1)
-
-
-@cache
-def _count_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _layout(width: int) -> Any:
-    return gl.NVMMASharedLayout(min(2 * width, 128), 16, rank=5)
-
-
-def _describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """
-    A descriptor of rows of one head, which ends where a picture ends.
-
-    The copy engine knows bounds of the whole tensor only. So rows are counted from FAR before the
-    picture's end, where the bound of their axis is. Two more axes bring that place to where this
-    picture ends: one goes to its end, in rows, and one takes FAR rows off, in addresses that wrap
-    around at 64 bits.
-    """
-    _, heads, dim = x.shape
-    stride = x.stride(0)
-    return TensorDescriptor(
-        x,
-        [0x7FFF0000, 0x7FFF0000, FAR.value, heads, dim],
-        [(1 << 34) - stride, stride, stride, x.stride(1), 1],
-        [1, 1, rows, 1, width],
-        _layout(width),
-    )

@@ -20,14 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from engine.kernels.gpu import LOG2_E
-from engine.kernels.gpu.pictures_hopper import (
-    FAR,
+from engine.kernels.gpu.hopper import (
     QUERIES,
     REGISTERS,
-    _after,
-    _count_stages,
-    _describe,
-    _put_together,
+    count_heads,
+    count_stages,
+    describe,
+    fetch,
+    make_barriers,
+    next_stage,
+    send,
 )
 
 LEAST = gl.constexpr(-1e30)  # the largest score of a row that has seen none yet
@@ -39,17 +41,12 @@ TILE = gl.constexpr(128)
 @gluon.jit
 def _fetch(desc, start, length, row, head, full, to):
     """As many rows of one head as there is room for; zeros where the prompt has none."""
-    ROWS: gl.constexpr = to.shape[0]
-    DIM: gl.constexpr = to.shape[1]
-    mbarrier.expect(full, ROWS * DIM * 2)
-    place = to._reinterpret(desc.dtype, [1, 1, ROWS, 1, DIM], desc.layout)
-    tma.async_copy_global_to_shared(
-        desc, [FAR, start + length, FAR - length + row, head, 0], full, place
-    )
+    mbarrier.expect(full, to.shape[0] * to.shape[1] * 2)
+    fetch(desc, start, length, row, head, 0, full, to)
 
 
 @gluon.jit
-def _fetch_all(descs, rings, barriers, prompt, first, first_head, num_turns, heads_a_kv):  # fmt: skip
+def _fetch_all(descs, rings, barriers, prompt, first, first_head, num_turns, heads_a_kv):
     """The one warp that fetches."""
     query_desc, key_desc, value_desc = descs
     query, key, value = rings
@@ -77,7 +74,7 @@ def _fetch_all(descs, rings, barriers, prompt, first, first_head, num_turns, hea
             _fetch(
                 value_desc, slab, length, row, kv_head, value_full.index(stage), value.index(stage)
             )
-            stage, phase = _after(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -92,7 +89,7 @@ def _next_tile(
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     nothing = gl.zeros([64, TILE], gl.float32, score_layout)
     last_stage = stage
-    stage, phase = _after(stage, phase, STAGES)
+    stage, phase = next_stage(stage, phase, STAGES)
     mbarrier.wait(key_full.index(stage), phase)
     score = warpgroup_mma(
         query, key.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
@@ -157,7 +154,7 @@ def _attend_rows(group, out_desc, rings, barriers, prompt, first, first_head, nu
             mbarrier.arrive(key_empty.index(stage), count=1)
             mbarrier.wait(value_full.index(stage), phase)
             mbarrier.arrive(value_empty.index(stage), count=1)
-            stage, phase = _after(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
         if is_idle:
             tma.store_wait(0)
             mbarrier.arrive(query_empty.index(place_before), count=1, pred=turn > 0)
@@ -197,15 +194,13 @@ def _attend_rows(group, out_desc, rings, barriers, prompt, first, first_head, nu
             out = warpgroup_mma(operand, value.index(stage), out, is_async=True)
             out = warpgroup_mma_wait(0, deps=[out])
             mbarrier.arrive(value_empty.index(stage), count=1)
-            stage, phase = _after(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
             out *= gl.convert_layout(1.0 / total, gl.SliceLayout(1, out_layout))[:, None]
             # The queries have been read, so what they lie in takes what goes out.
             my_query.store(out.to(kind))
             fence_async_shared()
             gl.thread_barrier()
-            at = [FAR, start + num_queries, FAR - num_queries + row, head, 0]
-            going = my_query._reinterpret(kind, [1, 1, 64, 1, DIM], out_desc.layout)
-            tma.async_copy_shared_to_global(out_desc, at, going)
+            send(out_desc, start, num_queries, row, head, 0, my_query)
     tma.store_wait(0)
 
 
@@ -222,25 +217,10 @@ def _attend(
     kind: gl.constexpr = query_desc.dtype
     PLACES: gl.constexpr = QUERIES * GROUPS
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    one: gl.constexpr = mbarrier.MBarrierLayout()
     query = gl.allocate_shared_memory(kind, [PLACES, 64, DIM], layout)
     key = gl.allocate_shared_memory(kind, [STAGES, TILE, DIM], layout)
     value = gl.allocate_shared_memory(kind, [STAGES, TILE, DIM], layout)
-    query_full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], one)
-    query_empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], one)
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    for i in gl.static_range(PLACES):
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(query_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(key_empty.index(i), count=GROUPS)
-        mbarrier.init(value_full.index(i), count=1)
-        mbarrier.init(value_empty.index(i), count=GROUPS)
-    fence_async_shared()
+    barriers = make_barriers(PLACES, STAGES, GROUPS)
 
     sequence = gl.program_id(1)
     start = gl.load(query_starts_ptr + sequence)
@@ -252,7 +232,6 @@ def _attend(
     first_head = gl.program_id(0) * num_turns
     descs = (query_desc, key_desc, value_desc)
     rings = (query, key, value)
-    barriers = (query_full, query_empty, key_full, key_empty, value_full, value_empty)
     gl.warp_specialize(
         [
             (_attend_rows, (gl.to_tensor(0), out_desc, rings, barriers, prompt, first, first_head, num_mine, scale_log2)),
@@ -281,13 +260,13 @@ def attend(
         return out
     groups, tile = GROUPS.value, TILE.value
     num_rows = 64 * groups
-    together = _put_together(heads, triton.cdiv(num_tokens, num_rows), query.device)
+    together = count_heads(heads, triton.cdiv(num_tokens, num_rows), query.device)
     registers, group_registers, fetch_registers = REGISTERS[groups]
     _attend[(heads // together, len(query_starts) - 1, triton.cdiv(max_queries, num_rows))](
-        _describe(query, 64, dim),
-        _describe(keys, tile, dim),
-        _describe(values, tile, dim),
-        _describe(out, 64, dim),
+        describe(query, 64, dim),
+        describe(keys, tile, dim),
+        describe(values, tile, dim),
+        describe(out, 64, dim),
         query_starts,
         slab_starts,
         lens,
@@ -295,7 +274,7 @@ def attend(
         together,
         heads // keys.shape[1],
         DIM=dim,
-        STAGES=_count_stages(groups, tile, dim),
+        STAGES=count_stages(groups, tile, dim),
         GROUP_REGISTERS=group_registers,
         FETCH_REGISTERS=fetch_registers,
         num_warps=4,
