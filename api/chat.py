@@ -96,7 +96,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[dict[str, Any]]
-    usage: dict[str, int]
+    usage: dict[str, Any]
 
 
 _ANSWERS: Final[dict[int | str, dict[str, Any]]] = {

@@ -323,7 +323,7 @@ def _build_counts(job: Job) -> dict[str, int]:
 def _build_usage(job: Job) -> dict[str, Any]:
     return {
         "input_tokens": job.num_prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": job.num_cached_tokens},
         "output_tokens": job.num_completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": job.num_prompt_tokens + job.num_completion_tokens,

@@ -146,7 +146,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The text of one item, and what it took."""
+    """
+    The text of one item, and what it took.
+
+    Args:
+        num_cached_tokens: of the prompt tokens, those that were copied and not read.
+    """
 
     fence: Fence
     text: str
@@ -154,6 +159,7 @@ class Completion:
     num_prompt_tokens: int
     num_completion_tokens: int
     details: Mapping[str, Any] = field(default_factory=dict)
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -536,6 +542,7 @@ def complete(session: Session, completions: Sequence[Completion]) -> Outcome:
             len(ids),
             num_prompt_tokens=sum(one.num_prompt_tokens for one in done),
             num_completion_tokens=sum(one.num_completion_tokens for one in done),
+            num_cached_tokens=sum(one.num_cached_tokens for one in done),
         )
         rows += [
             {
@@ -547,6 +554,7 @@ def complete(session: Session, completions: Sequence[Completion]) -> Outcome:
                 "finish_reason": one.finish_reason,
                 "num_prompt_tokens": one.num_prompt_tokens,
                 "num_completion_tokens": one.num_completion_tokens,
+                "num_cached_tokens": one.num_cached_tokens,
                 "details": dict(one.details),
             }
             for seq, one in zip(seqs, done, strict=True)
@@ -727,6 +735,7 @@ class Ended:
     finish_reason: str | None
     num_prompt_tokens: int | None
     num_completion_tokens: int | None
+    num_cached_tokens: int | None
     details: Mapping[str, Any] | None
     ended_at: float
 
@@ -808,6 +817,7 @@ _ENDED: Final[tuple[Any, ...]] = (
     Result.finish_reason,
     Result.num_prompt_tokens,
     Result.num_completion_tokens,
+    Result.num_cached_tokens,
     func.coalesce(Result.details, Item.error_details),
     Item.ended_at,
 )

@@ -181,6 +181,7 @@ _COUNTERS: Final = (
     "num_expired",
     "num_prompt_tokens",
     "num_completion_tokens",
+    "num_cached_tokens",
     "last_seq",
     "finish_attempt",
 )

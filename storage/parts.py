@@ -42,6 +42,7 @@ class Answer:
     finish_reason: str | None = None
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
+    num_cached_tokens: int = 0
     error_code: str | None = None
     error_message: str | None = None
 
@@ -145,6 +146,7 @@ _ANSWER: Final = (
     Part.finish_reason,
     Part.num_prompt_tokens,
     Part.num_completion_tokens,
+    Part.num_cached_tokens,
     Part.error_code,
     Part.error_message,
 )

@@ -231,6 +231,8 @@ class Job(Base):
     expired_at: Mapped[float | None]
     cancelling_at: Mapped[float | None]
     cancelled_at: Mapped[float | None]
+    num_cached_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Of the prompt tokens, those that were copied from earlier prompts and not read again."""
 
     __table_args__ = (
         UniqueConstraint("tenant_id", "idempotency_key"),
@@ -348,6 +350,7 @@ class Result(Base):
     details: Mapped[dict[str, Any]]
     """Images as they were used, timings, model revision, sampling, seed."""
     created_at: Mapped[float]
+    num_cached_tokens: Mapped[int] = mapped_column(server_default="0")
 
     __table_args__ = (UniqueConstraint("job_id", "seq"),)
 
@@ -378,6 +381,7 @@ class Part(Base):
     error_code: Mapped[str | None]
     """Of a part that failed for good, and has no text."""
     error_message: Mapped[str | None]
+    num_cached_tokens: Mapped[int] = mapped_column(server_default="0")
 
     __table_args__ = (
         CheckConstraint("(text IS NULL) = (error_code IS NOT NULL)", name="text_or_error"),

@@ -123,6 +123,7 @@ def build_completion(job: JobId, model: str, item: Ended) -> dict[str, Any]:
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_completion_tokens,
             "total_tokens": num_prompt_tokens + num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": item.num_cached_tokens or 0},
         },
     }
 

@@ -35,7 +35,7 @@ class Whole:
 
     Args:
         result: of the last prompt, the one that gave the text; None where an earlier lease had it.
-        num_prompt_tokens, num_completion_tokens: of all parts and of the summary.
+        num_prompt_tokens, num_completion_tokens, num_cached_tokens: of all parts and of the summary.
     """
 
     text: str
@@ -44,6 +44,7 @@ class Whole:
     num_parts: int
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Assembly:
         self._num_tokens = [
             sum(answer.num_prompt_tokens for answer in done),
             sum(answer.num_completion_tokens for answer in done),
+            sum(answer.num_cached_tokens for answer in done),
         ]
         self.names: tuple[str, ...] = ()
         """Of the prompts that the engine may hold."""
@@ -161,6 +163,7 @@ class Assembly:
                 finish_reason=str(output.finish_reason or "stop"),
                 num_prompt_tokens=len(result.prompt_token_ids or ()),
                 num_completion_tokens=len(output.token_ids),
+                num_cached_tokens=result.num_cached_tokens or 0,
             )
         else:
             verdict = judge(result.error)
@@ -175,6 +178,7 @@ class Assembly:
     def _count(self, result: Result) -> None:
         self._num_tokens[0] += len(result.prompt_token_ids or ())
         self._num_tokens[1] += len(result.outputs[0].token_ids)
+        self._num_tokens[2] += result.num_cached_tokens or 0
 
     # --- what follows --------------------------------------------------------------------------------
 

@@ -1019,6 +1019,7 @@ def build_completion(ready: Ready, result: Result) -> Completion:
         finish_reason=str(outputs[0].finish_reason or "stop"),
         num_prompt_tokens=len(result.prompt_token_ids or ()),
         num_completion_tokens=sum(len(output.token_ids) for output in outputs),
+        num_cached_tokens=result.num_cached_tokens or 0,
         details={key: value for key, value in _details(ready, result, outputs) if value},
     )
 
@@ -1037,6 +1038,7 @@ def build_whole_completion(assembly: Assembly, whole: Whole) -> Completion:
         finish_reason=whole.finish_reason,
         num_prompt_tokens=whole.num_prompt_tokens,
         num_completion_tokens=whole.num_completion_tokens,
+        num_cached_tokens=whole.num_cached_tokens,
         details={key: value for key, value in details.items() if value},
     )
 

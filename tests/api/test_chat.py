@@ -33,6 +33,8 @@ def test_chat_is_answered_by_a_worker(service: Service, client: Client) -> None:
     assert ("stop", MODEL) == (answer.choices[0].finish_reason, answer.model)
     assert answer.usage is not None
     assert 16 == answer.usage.total_tokens
+    assert answer.usage.prompt_tokens_details is not None
+    assert 3 == answer.usage.prompt_tokens_details.cached_tokens
 
 
 def test_chat_that_is_asked_in_parts_has_them_beside_the_text(

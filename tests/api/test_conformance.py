@@ -110,8 +110,9 @@ def test_batch_goes_from_validating_to_completed(service: Service, client: Clien
     assert ("in_progress", (2, 0, 0)) == (running.status, count(running))
     assert ("completed", (2, 2, 0)) == (done.status, count(done))
     assert done.usage is not None
-    assert (24, 8, 32) == (
+    assert (24, 6, 8, 32) == (
         done.usage.input_tokens,
+        done.usage.input_tokens_details.cached_tokens,
         done.usage.output_tokens,
         done.usage.total_tokens,
     )

@@ -76,7 +76,8 @@ class Worker:
             if b"please fail" in raw:
                 failed.append(Failure(item.fence, "bad_image", "No.", is_transient=False))
             else:
-                done.append(Completion(item.fence, f"text of {item.custom_id}", "stop", 12, 4))
+                text = f"text of {item.custom_id}"
+                done.append(Completion(item.fence, text, "stop", 12, 4, num_cached_tokens=3))
         with self.database.write() as session:
             parts.keep(session, kept)
             items.complete(session, done)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from sqlalchemy import text
 
 from migrations import upgrade as upgrades
 from migrations.upgrade import build_config, check, find_head, find_revision, upgrade
+from storage import items, jobs
 from storage.db import Database
 from storage.errors import DatabaseBusyError, SchemaNewerError, SchemaOutdatedError
 from storage.tables import Base
 from tests.services import PostgreSQL
+from tests.storage.rows import completion, lease, make_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +115,30 @@ def test_downgrade_leaves_nothing_behind(empty_databases: list[Database]) -> Non
         command.downgrade(config, "base")
 
     assert read_schema(untouched) == read_schema(database)
+
+
+def test_results_of_an_older_version_say_that_no_token_was_copied(
+    empty_databases: list[Database],
+) -> None:
+    database = empty_databases[0]
+    upgrade(database)
+    job = make_job(database, 1)
+    (leased,) = lease(database, 1).items
+    with database.write() as session:
+        items.complete(session, [replace(completion(leased.fence), num_cached_tokens=9)])
+
+    config = build_config()
+    with database.engine.execution_options(is_write=True).connect() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0007")
+    upgrade(database)
+
+    with database.read() as session:
+        (ended,) = items.list_by_line(session, job)
+        found = jobs.find(session, job)
+    assert found is not None
+    assert (12, 0) == (ended.num_prompt_tokens, ended.num_cached_tokens)
+    assert (12, 0) == (found.num_prompt_tokens, found.num_cached_tokens)
 
 
 @contextmanager

@@ -179,7 +179,9 @@ class SeeingEngine(InstantEngine):
         else:
             text = "seen " + " ".join(f"{image.width}x{image.height}" for image in images)
         output = CompletionOutput(0, text, (1, 2, 3), finish_reason=FinishReason.STOP)
-        return Result(prompt.name, text, (1,) * 7, outputs=(output,), images=images)
+        return Result(
+            prompt.name, text, (1,) * 7, outputs=(output,), num_cached_tokens=2, images=images
+        )
 
     def _look_at(self, part: Mapping[str, Any]) -> ImageUsed:
         if part["type"].startswith("image"):

@@ -106,13 +106,18 @@ def test_five_minutes_become_thirty_timed_parts_and_a_summary(rig: Rig) -> None:
         assert 10 == part["images"][0]["num_frames"]
     body = line["response"]["body"]
     assert "whole 30" == body["choices"][0]["message"]["content"]
-    assert {"prompt_tokens": 217, "completion_tokens": 93, "total_tokens": 310} == body["usage"]
+    assert {
+        "prompt_tokens": 217,
+        "completion_tokens": 93,
+        "total_tokens": 310,
+        "prompt_tokens_details": {"cached_tokens": 62},
+    } == body["usage"]
     system, asked = engine.prompts[-1].messages
     assert {"role": "system", "content": "Be brief."} == system
     assert "What happens?" in asked["content"]
     assert "\n[0:00 - 0:10] seen from 0 to 9\n[0:10 - 0:20] seen from 10" in asked["content"]
     assert asked["content"].endswith("\n[4:50 - 5:00] seen from 290 to 299")
-    assert 217 == rig.job(job).num_prompt_tokens
+    assert (217, 62) == (rig.job(job).num_prompt_tokens, rig.job(job).num_cached_tokens)
     (media,) = line["media"]
     assert ("video", "data", len(build_clip())) == (
         media["kind"],
@@ -170,6 +175,7 @@ def test_part_that_fails_is_asked_again_alone(rig: Rig) -> None:
     assert ["7", "s1.0"] == engine.names[30:]
     (ended,) = rig.ended(job)
     assert ("whole 30", 2) == (ended.text, ended.attempt)
+    assert (217, 62) == (ended.num_prompt_tokens, ended.num_cached_tokens)
     assert 31 * 7 == ended.num_prompt_tokens
 
 

@@ -52,7 +52,14 @@ from tasks.run import Runner
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
 from tests.storage.rows import let_backoff_end, let_leases_end, put_in_fast_lane
-from tests.tasks.fakes import MODEL, RED_DOT, InstantEngine, RecordingDispatcher, build_request
+from tests.tasks.fakes import (
+    MODEL,
+    RED_DOT,
+    InstantEngine,
+    RecordingDispatcher,
+    SeeingEngine,
+    build_request,
+)
 from tests.waiting import wait_until
 
 NUM_FETCH_THREADS = 4
@@ -186,9 +193,31 @@ def test_job_runs_to_its_artifacts_in_input_order(rig: Rig) -> None:
     assert [f"r-{n}" for n in range(60) if n % 3 == 1] == [line["custom_id"] for line in errors]
     body = output[0]["response"]["body"]
     assert "> one" == body["choices"][0]["message"]["content"]
-    assert {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10} == body["usage"]
+    assert {
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 0},  # an engine that says nothing of it
+    } == body["usage"]
     assert 400 == errors[0]["response"]["status_code"]
     assert "image_unreadable" == errors[0]["response"]["body"]["error"]["code"]
+
+
+def test_prompt_tokens_that_were_copied_are_told_of_each_line_and_of_the_job(rig: Rig) -> None:
+    job = rig.make(
+        build_request("r-1"),
+        build_request("r-2", num_images=1),
+        build_request("r-3", "bad picture"),
+    )
+
+    rig.run(SeeingEngine())
+    finish(rig.stores, job)
+
+    found = rig.job(job)
+    output, _ = read_artifacts(rig, found)
+    usages = [line["response"]["body"]["usage"] for line in output]
+    assert [{"cached_tokens": 2}] * 2 == [usage["prompt_tokens_details"] for usage in usages]
+    assert 4 == found.num_cached_tokens
 
 
 def read_artifacts(rig: Rig, job: Job) -> tuple[list[Any], list[Any]]:
