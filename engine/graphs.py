@@ -4,7 +4,7 @@ Decode steps as CUDA graphs: what takes the host 15 ms to launch, the device is 
 A graph is fixed for a number of places and a greatest length, so both are rounded up: places that
 are nobody's read and write scratch. A graph is made when it is first needed, in a moment; where that
 fails, steps are launched one kernel at a time, as on a CPU. The plain ones, which keep no logits and
-draw nothing, are made at the start for lengths up to LEAST_ROWS.
+draw nothing, are made at the start for lengths up to ROWS_AT_START.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from engine.recorder import Recorder, Recording
 from engine.slots import LEN, NUM_COLUMNS, SLOT, Table
 from engine.uploads import pin
 
+ROWS_AT_START = 4096  # a prompt of large pictures, or of sixteen small ones, and its answer
 LEAST_ROWS = 1024  # greatest lengths are this times a power of four: few graphs for all lengths
 # Runs a step over a table on the device: (table, max_rows) -> logits (num, vocab).
 Step = Callable[[Tensor, int], Tensor]
@@ -105,10 +106,12 @@ class Graphs:
     @torch.inference_mode()
     def capture_all(self) -> None:
         """Make the graphs that nearly all steps need, so that none of them has to wait for its own."""
-        for size in reversed(self._sizes):  # what the largest took, the others use again
-            if not self.are_given_up:
-                most = bucket_rows(self._least_rows, self._max_rows)
-                self._try_capture((size, most, False, False))
+        longest = max(self._least_rows, min(ROWS_AT_START, self._max_rows))
+        for rows in dict.fromkeys((longest, self._least_rows)):
+            most = bucket_rows(rows, self._max_rows)
+            for size in reversed(self._sizes):  # what the largest took, the others use again
+                if not self.are_given_up and (size, most, False, False) not in self._graphs:
+                    self._try_capture((size, most, False, False))
 
     @property
     def num_graphs(self) -> int:
@@ -120,7 +123,7 @@ class Graphs:
         nobody = np.zeros((num_columns, size), dtype=np.int64)
         nobody[SLOT], nobody[LEN] = self._scratch, 1
         run = partial(self._run, max_rows=max_rows, keeps_logits=keeps_logits)
-        recording = self._recorder.try_record(run, torch.from_numpy(nobody), num_warm_ups=2)
+        recording = self._recorder.try_record(run, pin(nobody, self._recorder.device))
         if recording is not None:
             self._graphs[key] = recording
         elif self.are_given_up:

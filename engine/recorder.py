@@ -45,7 +45,7 @@ class Held:
             self._buffers[key] = torch.empty(
                 power_up(number, 1), dtype=given.dtype, device=self._device
             )
-        return self._buffers[key][:number].view(given.shape).copy_(given)
+        return self._buffers[key][:number].view(given.shape).copy_(given, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

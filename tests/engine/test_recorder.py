@@ -181,6 +181,33 @@ def test_steps_go_on_with_the_graphs_that_there_are(hands: Hands) -> None:
     assert not graphs.are_given_up
 
 
+@pytest.mark.parametrize(
+    ("max_rows", "is_fixed", "expected"),
+    [
+        (512, False, {512}),
+        (3000, False, {1024, 3000}),
+        (32_768, False, {1024, 4096}),
+        (32_768, True, {32_768}),
+    ],
+)
+def test_steps_of_usual_lengths_have_their_graphs_at_the_start(
+    hands: Hands, max_rows: int, is_fixed: bool, expected: set[int]
+) -> None:
+    graphs = Graphs(
+        lambda table, _: torch.ones(table.shape[1], 5),
+        lambda logits, _: logits.argmax(1),
+        hands,
+        max_num_seqs=12,
+        max_rows=max_rows,
+        scratch=12,
+        is_fixed=is_fixed,
+    )
+    graphs.capture_all()
+
+    assert expected == {key[1] for key in graphs._graphs}
+    assert len(expected) * (1 if is_fixed else 5) == graphs.num_graphs == hands.num_tried
+
+
 class Allocator:
     """
     In the place of torch's on a GPU: a recording is underway until its end is told, and ending one in
