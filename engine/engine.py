@@ -504,6 +504,8 @@ class Engine:
         """Queue what the media threads have prepared."""
         ready = []
         with self._news:
+            # In the order in which they came: for this one the device has waited longest.
+            oldest = next(iter(self._preparing.values()), None)
             while self._prepared:
                 future = self._prepared.popleft()
                 ticket = self._preparing.pop(future, None)
@@ -513,10 +515,9 @@ class Engine:
         now = time.perf_counter()
         if ready:
             self._last_collected = now
-        if ready and was_idle:
+        if oldest is not None and ready and was_idle:
             self._ready_since = now
-            first = min(ticket.arrived for ticket, _ in ready)
-            self._waited_for_media_s += now - max(self._idle_since, self._told_at, first)
+            self._waited_for_media_s += now - max(self._idle_since, oldest.arrived)
         for ticket, future in ready:
             if was_idle:
                 waited_s = now - max(self._idle_since, ticket.arrived)

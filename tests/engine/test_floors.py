@@ -1,19 +1,23 @@
 """What an engine's finished requests take at least, where that is known."""
 
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from engine import LLM, SamplingParams, engine, floors
+from engine import LLM, Request, SamplingParams, engine, floors
 from engine.floors import Asked, Floors, Rates, count_patches, find_floors
 from engine.request import ImageUsed, MediaKind
 from tests.engine.pictures import CLIP, GREEDY, PICTURE, draw, draw_clip
 
 RATES = Rates(1e9, 1e9)
+LONG_S = 0.3  # next to what these prompts take to be prepared
 
 
 @pytest.fixture
@@ -107,6 +111,29 @@ def test_usage_is_of_all_that_was_done(known: LLM) -> None:
     assert used.busy_s == pytest.approx(used.encode_s + used.prefill_s + used.decode_s)
     assert used.waited_for_media_s > 0
     assert (0, 0, 0) == (used.num_running, used.num_waiting, used.num_preparing)
+
+
+def test_device_waits_for_pictures_that_come_last_too(known: LLM) -> None:
+    before = known.engine.read_usage()
+    was_asked, may_come = threading.Event(), threading.Event()
+
+    def fetch() -> Image.Image:
+        was_asked.set()
+        assert may_come.wait(60)
+        return draw(3)
+
+    def ask() -> Iterator[Request]:
+        yield Request(prompt=PICTURE, params=GREEDY, multi_modal_data={"image": fetch})
+        assert was_asked.wait(60)
+        time.sleep(LONG_S)
+        yield Request(prompt="a", params=GREEDY)
+
+    results = known.stream(ask())
+    next(results)  # of the text, which was ready first
+    may_come.set()
+    list(results)
+
+    assert known.engine.read_usage().since(before).waited_for_media_s > LONG_S
 
 
 def test_nothing_is_said_of_families_and_devices_that_nobody_has_looked_at(llm: LLM) -> None:
