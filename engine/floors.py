@@ -1,8 +1,10 @@
 """
 The least time that prompts can take on a device, from what must be multiplied and read.
 
-Serial: encoder, then prefill, then decode, each at the device's sustained rate, nothing between. It
-knows shapes, and neither torch nor a running engine.
+Serial: encoder, then prefill, then decode, each at the device's sustained rate, nothing between. All
+layers are counted whole, so that figures of all times can be compared; of the last one an engine may
+leave out what nobody reads, a thirtieth of a prefill. It knows shapes, and neither torch nor a
+running engine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,9 @@ class Rates:
 
 # Sustained and not peak: 798 TFLOP/s is the best that products of these shapes reached on an H100
 # at full clocks, and nine tenths of the published bandwidth.
-RATES: Mapping[str, Rates] = {"H100": Rates(798e12, 3.0e12), "H200": Rates(798e12, 4.3e12)}
+H100, H200 = Rates(798e12, 3.0e12), Rates(798e12, 4.3e12)
+# By their whole names: cards that are named alike (PCIe, NVL, GH200, parts by MIG) are others.
+RATES: Mapping[str, Rates] = {"NVIDIA H100 80GB HBM3": H100, "NVIDIA H200": H200}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Floor:
 
 def find_rates(device_name: str) -> Rates | None:
     """What is known of a device; None for those that nobody has looked at."""
-    return next((rates for name, rates in RATES.items() if name in device_name), None)
+    return RATES.get(device_name)
 
 
 class Floors:

@@ -15,7 +15,7 @@ from bench.tiled import TiledShape
 from bench.workloads import Line, build_prompts, read_work
 from engine import LLM
 from engine.families.phi3_v_model import Phi3VConfig
-from engine.floors import RATES, Asked, count_patches, floor
+from engine.floors import H100, H200, Asked, count_patches, floor
 from engine.request import ImageUsed, MediaKind
 from models.train.settings import SPECIAL_TOKENS
 
@@ -25,8 +25,8 @@ def test_floor_of_captions_is_what_the_arithmetic_says(tmp_path: Path) -> None:
     caption = Asked([1564], 421, 64)
     frames = Asked([576] * 16, 2364, 128)
 
-    of_caption = floor(config, [caption] * 1024, 256, RATES["H100"], 2)
-    of_frames = floor(config, [frames] * 192, 192, RATES["H100"], 2)
+    of_caption = floor(config, [caption] * 1024, 256, H100, 2)
+    of_frames = floor(config, [frames] * 192, 192, H100, 2)
 
     # worked out by hand, in milliseconds: 2.40, 1.12 and 12.6, 6.7 TFLOP, 1.60 and 11.0 GB
     assert pytest.approx((3.0, 1.4, 0.53), rel=0.03) == (
@@ -43,7 +43,7 @@ def test_floor_of_captions_is_what_the_arithmetic_says(tmp_path: Path) -> None:
 
 def test_floor_of_llava_is_what_the_arithmetic_says(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(write_model("llava-1.5-7b", tmp_path))
-    least = floor(config, [Asked([576], 603, 64)] * 1024, 256, RATES["H100"], 2)
+    least = floor(config, [Asked([576], 603, 64)] * 1024, 256, H100, 2)
 
     # worked out by hand, in milliseconds: 0.39 and 7.9 TFLOP, 24.6 GB
     assert pytest.approx((0.49, 9.9, 8.2), rel=0.03) == (
@@ -57,7 +57,7 @@ def test_floor_of_phi_counts_every_tile(tmp_path: Path) -> None:
     config = Phi3VConfig.from_pretrained(write_model("phi-3.5-vision", tmp_path))
     image = ImageUsed(0, 640, 480, 4 * 336, 3 * 336, 1921, MediaKind.IMAGE)
     patches = count_patches(config, image)
-    least = floor(config, [Asked(patches, 1950, 64)] * 64, 64, RATES["H100"], 2)
+    least = floor(config, [Asked(patches, 1950, 64)] * 64, 64, H100, 2)
 
     assert [576] * 13 == patches
     # worked out by hand, in milliseconds: 4.84 TFLOP of 13 tiles, 14.9 of the prompt, 57.3 GB
@@ -72,8 +72,8 @@ def test_floors_of_later_generations_are_what_the_arithmetic_says(tmp_path: Path
     windows = AutoConfig.from_pretrained(write_model("qwen2.5-vl-3b", tmp_path / "2.5"))
     deeper = AutoConfig.from_pretrained(write_model("qwen3-vl-2b", tmp_path / "3"))
 
-    of_windows = floor(windows, [Asked([1564], 421, 64)] * 1024, 256, RATES["H100"], 2)
-    of_deeper = floor(deeper, [Asked([1200], 330, 64)] * 1024, 256, RATES["H100"], 2)
+    of_windows = floor(windows, [Asked([1564], 421, 64)] * 1024, 256, H100, 2)
+    of_deeper = floor(deeper, [Asked([1200], 330, 64)] * 1024, 256, H100, 2)
 
     # worked out by hand: 1564 * 32 * 2 * 1280 * (5120 + 10260) = 1.97 TFLOP of layers, 0.065 of
     # attention (4 * 1564 + 28 * 64 patches seen), 0.032 of the merger, 0.002 of the embedding
@@ -94,9 +94,8 @@ def test_floors_of_tiled_models_are_what_the_arithmetic_says(tmp_path: Path) -> 
     assert [729] * 13 == count_patches(smol, of_smol)
     assert [1024] * 13 == count_patches(intern, of_intern)
     assert [1024] == count_patches(intern, single)
-    rates = RATES["H100"]
-    tiles = floor(smol, [Asked([729] * 13, 1300, 64)] * 64, 64, rates, 2)
-    wide = floor(intern, [Asked([1024] * 13, 3400, 64)] * 64, 64, rates, 2)
+    tiles = floor(smol, [Asked([729] * 13, 1300, 64)] * 64, 64, H100, 2)
+    wide = floor(intern, [Asked([1024] * 13, 3400, 64)] * 64, 64, H100, 2)
     # worked out by hand: a tile is 27 layers of 22.2 and 2.45 GFLOP, 3.4 behind them, 1.0 before: 0.670
     assert pytest.approx(13 * 0.670e12 / 798e12 * 1000, rel=0.01) == tiles.encode
     # a tile is 24 layers of 25.8 and 4.30 GFLOP, 3.2 and 1.2 behind them, 1.2 before: 0.728
@@ -127,7 +126,7 @@ def test_figures_can_be_compared_with_those_of_before(
     kind = Phi3VConfig if name == "phi-3.5-vision" else AutoConfig
     config = kind.from_pretrained(write_model(name, tmp_path))
     mixed = [Asked([1564], 421, 64), Asked([576] * 16, 2364, 128), Asked([], 50, 7)] * 30
-    found = floor(config, mixed, 64, RATES["H200"], 2)
+    found = floor(config, mixed, 64, H200, 2)
 
     # as printed before an engine added them up itself
     assert pytest.approx(least, rel=1e-9) == (found.encode, found.prefill, found.decode)

@@ -141,7 +141,8 @@ def test_nothing_is_said_of_families_and_devices_that_nobody_has_looked_at(llm: 
     siglip = SimpleNamespace(model_type="siglip_vision_model")
 
     assert find_floors(config, "NVIDIA H100 80GB HBM3", 4, 2) is not None
-    assert find_floors(config, "cpu", 4, 2) is None
+    for device in ("cpu", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H200 MIG 1g.18gb"):
+        assert find_floors(config, device, 4, 2) is None
     for other in (
         SimpleNamespace(model_type="gemma3"),
         SimpleNamespace(model_type="llava", vision_config=siglip),
