@@ -38,7 +38,7 @@ _SECONDS: Final[Mapping[str, str]] = {
 _TOTALS: Final[Mapping[str, tuple[str, str]]] = {
     "waited_for_media_s": (
         "darkroom_engine_waited_for_media_seconds",
-        "Time in which the device had nothing to do but wait for pictures.",
+        "Time in which the device had nothing to do but wait for pictures that were fetched.",
     ),
     "num_patches": ("darkroom_engine_patches", "Patches of pictures encoded."),
     "num_prompt_tokens": ("darkroom_engine_prompt_tokens", "Prompt tokens read."),
