@@ -649,7 +649,7 @@ class Engine:
         read = [sequence for sequence in sequences if sequence.is_read]
         if not read:
             return read, Sampled(logits.new_empty(0, dtype=torch.int64))
-        return read, self._choose(read, logits)
+        return read, self._choose(read, logits, Work.PREFILL)
 
     def _decode(self, sequences: list[Sequence]) -> tuple[list[Sequence], Sampled]:
         return sequences, self._choose_next(sequences)
@@ -664,14 +664,15 @@ class Engine:
             keeps_logits = not (draws or (are_simple and are_greedy))
         replayed = self._runner.replay(sequences, keeps_logits=keeps_logits, draws=draws)
         if replayed is None:
-            return self._choose(sequences, self._runner.decode(sequences))
+            return self._choose(sequences, self._runner.decode(sequences), Work.DECODE)
         if replayed.logits is None:  # chosen and kept inside the graph
             return Sampled(replayed.token_ids)
-        return self._choose(sequences, replayed.logits)
+        return self._choose(sequences, replayed.logits, Work.DECODE)
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor) -> Sampled:
-        sampled = self._sampler.sample(logits, [s.sampling_row() for s in sequences])
-        self._runner.keep(sequences, sampled.token_ids)
+    def _choose(self, sequences: list[Sequence], logits: Tensor, work: Work) -> Sampled:
+        with self.meter.span(work, 0):
+            sampled = self._sampler.sample(logits, [s.sampling_row() for s in sequences])
+            self._runner.keep(sequences, sampled.token_ids)
         return sampled
 
     def _guarded(

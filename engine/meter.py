@@ -31,7 +31,7 @@ class Usage:
 
     Attributes:
         ms: time spent on each kind of work.
-        calls: how many spans that were.
+        calls: how many spans that were; those of no units go on with the one before.
         units: patches encoded, prompt tokens read, tokens decoded.
     """
 
@@ -58,7 +58,7 @@ class Meter:
         self._calls = dict.fromkeys(Work, 0)
         self._units = dict.fromkeys(Work, 0)
         # Marks whose time has not come yet, in the order of the queue.
-        self._marks: deque[tuple[Work, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._marks: deque[tuple[Work, int, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._spare: list[torch.cuda.Event] = []
 
     @contextmanager
@@ -74,7 +74,7 @@ class Meter:
         yield
         last.record()
         with self._lock:
-            self._marks.append((work, first, last))
+            self._marks.append((work, int(units > 0), first, last))
             self._units[work] += units
             self._settle()
 
@@ -92,7 +92,7 @@ class Meter:
     def _add(self, work: Work, units: int, ms: float) -> None:
         with self._lock:
             self._ms[work] += ms
-            self._calls[work] += 1
+            self._calls[work] += units > 0
             self._units[work] += units
 
     def _mark(self) -> torch.cuda.Event:
@@ -100,8 +100,8 @@ class Meter:
 
     def _settle(self) -> None:
         """Take the marks that the device has passed."""
-        while self._marks and self._marks[0][2].query():  # type: ignore[no-untyped-call]
-            work, first, last = self._marks.popleft()
+        while self._marks and self._marks[0][3].query():  # type: ignore[no-untyped-call]
+            work, calls, first, last = self._marks.popleft()
             self._ms[work] += first.elapsed_time(last)
-            self._calls[work] += 1
+            self._calls[work] += calls
             self._spare += [first, last]

@@ -211,8 +211,9 @@ class Runner:
             np.array([[_copied_from(s)], [_start(s)]]) + np.arange(s.num_cached) for s in sequences
         ]
         sources, targets = upload(np.concatenate(pairs, axis=1), self.device)
-        for rows in (*self._rows.keys, *self._rows.values):
-            copy_(rows, sources, targets)
+        with self.meter.span(Work.PREFILL, 0):
+            for rows in (*self._rows.keys, *self._rows.values):
+                copy_(rows, sources, targets)
 
     @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence]) -> Tensor:

@@ -1,29 +1,55 @@
 """Sums of a device's time."""
 
 import logging
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from engine import LLM, engine
+from engine import LLM, SamplingParams, engine, meter
 from engine.meter import Meter, Work
+from engine.sampler import Sampled, Sampler
 from tests.engine.pictures import PICTURE, draw
 
 
 def test_what_was_done_between_two_looks() -> None:
-    meter = Meter(torch.device("cpu"))
-    with meter.span(Work.ENCODE, 100):
+    sums = Meter(torch.device("cpu"))
+    with sums.span(Work.ENCODE, 100):
         pass
-    before = meter.read()
-    with meter.span(Work.DECODE, 3):
+    before = sums.read()
+    with sums.span(Work.DECODE, 3):
         pass
-    with meter.span(Work.DECODE, 4):
+    with sums.span(Work.DECODE, 4):
         pass
-    used = meter.read().since(before)
+    used = sums.read().since(before)
 
     assert (0, 7) == (used.units[Work.ENCODE], used.units[Work.DECODE])
     assert (0, 2) == (used.calls[Work.ENCODE], used.calls[Work.DECODE])
     assert used.ms[Work.ENCODE] == 0 < used.ms[Work.DECODE]
+
+
+def test_choosing_a_token_is_work_of_the_call_before(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead_s = 0.0
+    sample = Sampler.sample
+
+    def take_long(*given: Any) -> Sampled:
+        nonlocal ahead_s
+        ahead_s += 1000
+        return sample(*given)
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead_s)
+    monkeypatch.setattr(meter, "time", clock)
+    monkeypatch.setattr(Sampler, "sample", take_long)
+    before = llm.engine.meter.read()
+    llm.generate("a", SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+    used = llm.engine.meter.read().since(before)
+
+    assert [1, 3] == [used.ms[work] // 1_000_000 for work in (Work.PREFILL, Work.DECODE)]
+    assert [1, 3] == [used.calls[work] for work in (Work.PREFILL, Work.DECODE)]
 
 
 def test_working_engine_says_what_its_device_does(
