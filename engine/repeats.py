@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.recorder import Held, Recorder, Recording
 
 MAX_GRAPHS = 16  # kept; the one that was not used for longest goes first
-# Runs for which it must not have been used: recording takes as long as several calls, so where
+# Runs for which it must not have been used: recording takes the host longer than a call does, so where
 # more sizes come in turn than are kept, those that are not there are run as they are.
 MIN_UNUSED_RUNS = 100
 MAX_SEEN = 256  # keys remembered of calls that came once
