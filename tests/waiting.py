@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], limit_s: float = 2.0) -> None:
+def wait_until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     """
     Raises:
         AssertionError: it did not become so in time.

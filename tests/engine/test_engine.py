@@ -34,7 +34,7 @@ from tests.engine.pictures import (
     token_ids,
 )
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 ROW_BYTES = 2 * 2 * 2 * 16 * 4  # of the tiny model: keys and values, layers, heads, dim, float32
 
 
@@ -824,7 +824,7 @@ def test_close_ends_what_is_in_flight_with_a_result(tiny_folder: Path) -> None:
 
     stream = llm.stream(source())
     next(stream)
-    assert is_read.wait(10)  # what comes later is refused
+    assert is_read.wait(WAIT_S)  # what comes later is refused
     llm.close()
     errors = [result.error for result in stream]
 

@@ -57,6 +57,9 @@ def test_working_engine_says_what_its_device_does(
 ) -> None:
     llm.reset_mm_cache()  # others have looked at this picture
     monkeypatch.setattr(engine, "USAGE_EVERY_S", 0.0)
+    llm.generate(
+        "x", use_tqdm=False
+    )  # else the first time would begin with what others did long ago
     with caplog.at_level(logging.INFO, logger="engine"):
         llm.generate({"prompt": PICTURE, "multi_modal_data": {"image": draw(1)}}, use_tqdm=False)
     said = [

@@ -13,8 +13,8 @@ import pytest
 from media.limits import FetchLimits
 
 QUICK = FetchLimits(
-    connect_timeout_s=0.5,
-    whole_timeout_s=3.0,
+    connect_timeout_s=10.0,
+    whole_timeout_s=10.0,
     retry_wait_s=0.01,
     max_retry_after_s=1.0,
     min_rate_window_s=0.3,

@@ -68,7 +68,7 @@ T = TypeVar("T")
 
 
 def config_for(
-    *servers: Server, limits: FetchLimits = QUICK, timeout_s: float = 1.0
+    *servers: Server, limits: FetchLimits = QUICK, timeout_s: float = 10.0
 ) -> FetchConfig:
     ports = frozenset({80, 443, *(server.port for server in servers)})
     return FetchConfig(image_fetch_timeout_s=timeout_s, rules=RULES, ports=ports, limits=limits)
@@ -92,7 +92,7 @@ def fetch_from(
     path: str = PATH,
     names: Names | None = None,
     limits: FetchLimits = QUICK,
-    timeout_s: float = 1.0,
+    timeout_s: float = 10.0,
 ) -> tuple[Outcome, Server]:
     """Serve these answers, fetch one path over http, and return how it ended."""
 
@@ -650,7 +650,7 @@ def test_body_above_the_least_rate_may_take_longer_than_the_window() -> None:
 def test_all_tries_together_end_in_time() -> None:
     started = time.monotonic()
     limits = replace(QUICK, whole_timeout_s=0.5, max_tries=100, retry_wait_s=0.05)
-    outcome, _ = fetch_from(answering(status="503 X"), limits=limits)
+    outcome, _ = fetch_from(answering(status="503 X"), limits=limits, timeout_s=0.5)
 
     assert_failed(outcome, FetchTimeoutError, retryable=True)
     assert 0.4 < time.monotonic() - started < SOON_S
@@ -1351,9 +1351,12 @@ def test_old_tls_is_refused(tmp_path: Path) -> None:
 
 def test_plain_server_under_https_is_refused() -> None:
     async def scenario() -> Outcome:
+        limits = replace(
+            QUICK, connect_timeout_s=0.5
+        )  # the server waits for a head that never comes
         async with (
             serve(raw(b"HTTP/1.1 400 No\r\n\r\n")) as server,
-            Fetcher(config_for(server), Names()) as fetcher,
+            Fetcher(config_for(server, limits=limits), Names()) as fetcher,
         ):
             return await outcome_of(fetcher, f"https://pictures.test:{server.port}/")
 

@@ -435,7 +435,7 @@ def empty_pool() -> Iterator[DecoderPool]:
         pool._entry = NEVER_READY
         for pid in pool.pids:
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: pool._num_starts_failed, 10)
+        wait_until(lambda: pool._num_starts_failed)
         yield pool
 
 
@@ -446,13 +446,13 @@ def test_file_waits_while_no_process_starts(
     monkeypatch.setattr(pool_module, "STEADY_S", 1.0)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(empty_pool.decode_image, FILES["JPEG"])
-        wait_until(lambda: empty_pool._num_starts_failed > pool_module.MAX_STARTS_FAILED, 30)
+        wait_until(lambda: empty_pool._num_starts_failed > pool_module.MAX_STARTS_FAILED)
         assert not waiting.done()
 
         empty_pool._entry = BAD_CHILD
 
         assert waiting.result(30).pixels().any()
-    wait_until(lambda: not empty_pool._num_starts_failed, 10)
+    wait_until(lambda: not empty_pool._num_starts_failed)
 
 
 def test_file_waits_for_a_bounded_time(
@@ -464,7 +464,7 @@ def test_file_waits_for_a_bounded_time(
         empty_pool.decode_image(FILES["JPEG"])
 
     empty_pool._entry = BAD_CHILD
-    wait_until(lambda: empty_pool._idle, 30)
+    wait_until(lambda: empty_pool._idle)
     assert empty_pool.decode_image(FILES["JPEG"]).pixels().any()
 
 
@@ -487,12 +487,12 @@ def test_process_that_works_is_waited_for_though_no_other_starts(
         DecoderPool(2, image_limit_s=20.0, entry=BAD_CHILD) as pool,
         ThreadPoolExecutor(2) as threads,
     ):
-        wait_until(lambda: len(pool._idle) == 2, 30)
+        wait_until(lambda: len(pool._idle) == 2)
         pool._entry = NEVER_READY
         hanging = threads.submit(pool.decode_image, b"HANG.")
         wait_until(lambda: len(pool._idle) == 1)
         os.kill(pool._idle[0].process.pid, signal.SIGKILL)
-        wait_until(lambda: pool._num_starts_failed, 10)
+        wait_until(lambda: pool._num_starts_failed)
 
         waiting = threads.submit(pool.decode_image, FILES["JPEG"])
         time.sleep(2 * pool_module.LOOK_S)
@@ -517,7 +517,7 @@ def test_start_that_the_system_refuses_is_tried_again_and_leaves_nothing_open(
         raise RuntimeError if "Thread" in broken else OSError(errno.EMFILE, "none left")
 
     with DecoderPool(1) as pool:
-        wait_until(lambda: len(pool._idle) == 1, 30)
+        wait_until(lambda: len(pool._idle) == 1)
         before = list_open_files()
         with monkeypatch.context() as patched:
             patched.setattr(broken, refuse)
@@ -526,7 +526,7 @@ def test_start_that_the_system_refuses_is_tried_again_and_leaves_nothing_open(
             assert before == list_open_files()
             for pid in pool.pids:
                 os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: pool._num_starts_failed, 30)
+            wait_until(lambda: pool._num_starts_failed)
 
         assert pool.decode_image(FILES["JPEG"]).pixels().any()
 
@@ -561,7 +561,7 @@ def test_process_killed_over_a_file_leaves_it_to_another(bad_pool: DecoderPool) 
 
 def test_processes_that_were_killed_while_idle_cost_no_file() -> None:
     with DecoderPool(4) as pool:
-        wait_until(lambda: len(pool._idle) == 4, 30)
+        wait_until(lambda: len(pool._idle) == 4)
         for child in list(pool._idle):
             child.process.send_signal(signal.SIGKILL)
             os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)

@@ -74,7 +74,7 @@ def test_large_pictures_stay_within_the_bytes_of_the_pool() -> None:
         DecoderPool(NUM_PROCESSES, max_bytes=MAX_BYTES) as pool,
         ThreadPoolExecutor(NUM_PROCESSES + 2) as threads,
     ):
-        wait_until(lambda: len(pool._idle) == NUM_PROCESSES, limit_s=30)
+        wait_until(lambda: len(pool._idle) == NUM_PROCESSES)
         before = read_all(pool)
         with watching(lambda: read_all(pool), seen):
             widths = threads.map(

@@ -1243,7 +1243,7 @@ def test_few_large_ones_hold_up_no_small_one(rig: Rig) -> None:
     with rig.runner(InstantEngine(), fetch=fetch) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 1, limit_s=60)
+        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 1)
         door.set()
         thread.join()
         assert 0 == runner.num_media_bytes
@@ -1300,7 +1300,7 @@ def test_host_that_lets_us_wait_holds_up_no_other_of_its_chunk(rig: Rig) -> None
     with rig.runner(InstantEngine(), fetch=fetch, num_places=NUM_FETCH_THREADS) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 4, limit_s=60)
+        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 4)
         assert {ItemState.COMPLETED: 4, ItemState.LEASED: 12} == rig.count(job)
         door.set()
         thread.join()
@@ -1330,7 +1330,7 @@ def test_slow_host_behind_quick_ones_has_no_more_than_its_share(rig: Rig) -> Non
     with rig.runner(InstantEngine(), fetch=fetch, num_places=most + 1) as runner:
         thread = threading.Thread(target=runner.run_chunk)
         thread.start()
-        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 1, limit_s=60)
+        wait_until(lambda: rig.count(job).get(ItemState.COMPLETED, 0) >= 1)
         door.set()
         thread.join()
 
@@ -1353,10 +1353,10 @@ def test_chat_waits_for_no_picture_of_bulk_work(rig: Rig) -> None:
         threads = [threading.Thread(target=runner.run_chunk) for _ in bulk]
         for thread in threads:
             thread.start()
-        wait_until(lambda: num_waiting >= num_places, limit_s=60)
+        wait_until(lambda: num_waiting >= num_places)
         chat = rig.make_chat("", messages=show("https://host/a"))
         runner.run_chunk(is_fast=True)  # where no stand-in was quicker
-        wait_until(lambda: {ItemState.COMPLETED: 1} == rig.count(chat), limit_s=60)
+        wait_until(lambda: {ItemState.COMPLETED: 1} == rig.count(chat))
         assert [{ItemState.LEASED: 1}] * 4 == [rig.count(job) for job in bulk]
         door.set()
         for thread in threads:

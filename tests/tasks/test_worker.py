@@ -158,11 +158,11 @@ def test_deadline_ends_a_worker_whose_engine_does_not_come_back(
     tmp_path: Path, stores: Stores, config: Config, broker: str
 ) -> None:
     with open_fleet(tmp_path, **settings_of(config, broker, DRAIN_S="1")) as fleet:
-        job = start_slow_job(stores, config, broker, fleet, delay_s=60, num_items=20)
+        job = start_slow_job(stores, config, broker, fleet, delay_s=300, num_items=20)
         worker = fleet.processes[-1]
         worker.send_signal(signal.SIGTERM)
 
-        assert 75 == worker.wait(timeout=20), fleet.logs()  # and the engine takes a minute
+        assert 75 == worker.wait(timeout=120), fleet.logs()  # the engine takes five minutes
 
         assert {ItemState.PENDING: 20} == count(stores, job), fleet.logs()
 
