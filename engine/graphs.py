@@ -29,6 +29,7 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 # Places, greatest length, whether logits are kept, whether tokens are drawn.
 _Key = tuple[int, int, bool, bool]
 _Chosen = tuple[Tensor, Tensor | None]  # token ids, and logits where they are kept
+Graph = Recording[_Chosen]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Graphs:
         self._max_rows = max_rows
         self._least_rows = max_rows if is_fixed else 1
         self._scratch = scratch
-        self._graphs: dict[_Key, Recording[_Chosen]] = {}
+        self._graphs: dict[_Key, Graph] = {}
         self._logits: Tensor | None = None  # one for all graphs that keep them
 
     @property
@@ -88,9 +89,10 @@ class Graphs:
             return None
         return next((size for size in self._sizes if size >= num_seqs), None)
 
-    def replay(self, table: Table, num_seqs: int, *, keeps_logits: bool) -> Replayed | None:
+    def find(self, table: Table, *, keeps_logits: bool) -> Graph | None:
         """
-        Run one step; None where it has to be launched in the ordinary way.
+        The graph of a step, made now where it is the first of its kind; None where there is none, so
+        that the step has to be launched in the ordinary way.
 
         Args:
             table: of `Slots.table`, with as many places as `find_size` said; where tokens are to be
@@ -98,9 +100,13 @@ class Graphs:
         """
         most = bucket_rows(max(self._least_rows, int(table[LEN].max())), self._max_rows)
         key = (table.shape[1], most, keeps_logits, len(table) > NUM_COLUMNS)
-        if key not in self._graphs and not self._try_capture(key):
-            return None
-        token_ids, logits = self._graphs[key].replay(pin(table, self._recorder.device))
+        if key not in self._graphs:
+            self._try_capture(key)
+        return self._graphs.get(key)
+
+    def replay(self, graph: Graph, table: Table, num_seqs: int) -> Replayed:
+        """Run one step, of `find`'s graph for this table."""
+        token_ids, logits = graph.replay(pin(table, self._recorder.device))
         return Replayed(token_ids[:num_seqs], None if logits is None else logits[:num_seqs])
 
     @torch.inference_mode()
@@ -117,7 +123,7 @@ class Graphs:
     def num_graphs(self) -> int:
         return len(self._graphs)
 
-    def _try_capture(self, key: _Key) -> bool:
+    def _try_capture(self, key: _Key) -> None:
         size, max_rows, keeps_logits, draws = key
         num_columns = NUM_COLUMNS + draw.NUM_COLUMNS * draws
         nobody = np.zeros((num_columns, size), dtype=np.int64)
@@ -128,7 +134,6 @@ class Graphs:
             self._graphs[key] = recording
         elif self.are_given_up:
             self._graphs.clear()
-        return recording is not None
 
     def _run(self, table: Tensor, *, max_rows: int, keeps_logits: bool) -> _Chosen:
         choose = self._choose if len(table) == NUM_COLUMNS else self._draw

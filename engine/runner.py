@@ -380,8 +380,11 @@ class Runner:
         if size is None or self._graphs is None:
             return None
         table = self._next_table(sequences, size, draws=draws)
+        graph = self._graphs.find(table, keeps_logits=keeps_logits)
+        if graph is None:
+            return None
         with self.meter.span(Work.DECODE, len(sequences)):
-            return self._graphs.replay(table, len(sequences), keeps_logits=keeps_logits)
+            return self._graphs.replay(graph, table, len(sequences))
 
     def _next_table(self, sequences: Many[Sequence], size: int, *, draws: bool = False) -> Table:
         """

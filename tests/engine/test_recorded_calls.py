@@ -189,6 +189,18 @@ def test_graphs_draw_only_where_somebody_does(
         assert {(False, False), (True, False)} == {key[2:] for key in graphs._graphs}
 
 
+def test_steps_without_a_graph_count_once(told: Told, build: Callable[[Path, str], LLM]) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    with build(told.folder, "whole") as llm:
+        graphs: Any = llm.engine._runner._graphs
+        graphs._graphs.clear()
+        graphs._recorder.error = torch.OutOfMemoryError("CUDA out of memory")
+        llm.generate("x", params, use_tqdm=False)
+
+        assert not graphs.are_given_up
+        assert 4 == llm.engine.read_usage().num_tokens
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_recorded_calls_say_what_they_say_one_by_one(
     told: Told, build: Callable[[Path, str], LLM], way: str

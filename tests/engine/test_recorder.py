@@ -170,13 +170,14 @@ def test_steps_go_on_with_the_graphs_that_there_are(hands: Hands) -> None:
         scratch=4,
     )
     table = torch.ones(NUM_COLUMNS, 2, dtype=torch.int64).numpy()
-    assert graphs.replay(table, 2, keeps_logits=True) is not None
+    assert graphs.find(table, keeps_logits=True) is not None
     hands.error = torch.OutOfMemoryError("CUDA out of memory")
 
-    assert graphs.replay(table[:, :1], 1, keeps_logits=True) is None
+    assert graphs.find(table[:, :1], keeps_logits=True) is None
     table[LEN] = 3
-    replayed = graphs.replay(table, 2, keeps_logits=True)
-    assert replayed is not None
+    graph = graphs.find(table, keeps_logits=True)
+    assert graph is not None
+    replayed = graphs.replay(graph, table, 2)
     assert [[3.0] * 5] * 2 == cast(Tensor, replayed.logits).tolist()
     assert not graphs.are_given_up
 
