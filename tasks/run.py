@@ -769,21 +769,26 @@ class Runner:
             if lost:
                 logger.warning("leases_lost", num_items=len(lost))
                 self._engine.abort({name for f, fence in lost for name in f.list_names(fence)})
-        usage = self._engine.read_usage()
-        number = None
         with self._stores.database.write() as session:
             served.touch(session, self._model, worker=self.worker)
-            if usage is not None:
-                number = served.report(
-                    session,
-                    self._model,
-                    worker=self.worker,
-                    usage=asdict(usage),
-                    alive_s=self._config.lease_s,
-                )
+        self._last_beat = time.monotonic()
+        self._report_usage()  # last of all: whatever goes wrong with it costs no lease
+
+    def _report_usage(self) -> None:
+        """Write down what the engine has done, for metrics."""
+        usage = self._engine.read_usage()
+        if usage is None:
+            return
+        with self._stores.database.write() as session:
+            number = served.report(
+                session,
+                self._model,
+                worker=self.worker,
+                usage=asdict(usage),
+                alive_s=self._config.lease_s,
+            )
         if number is not None:
             logger.info("worker_numbered", worker=self.worker, number=number)
-        self._last_beat = time.monotonic()
 
     # --- commits, called by the committer --------------------------------------------------------------
 

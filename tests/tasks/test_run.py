@@ -542,6 +542,20 @@ def test_beat_says_what_the_engine_has_done_until_the_worker_leaves(rig: Rig) ->
     assert [] == list_reports(rig)
 
 
+def test_worker_whose_engine_cannot_say_what_it_does_goes_on_leasing(rig: Rig) -> None:
+    class Silent(InstantEngine):
+        def read_usage(self) -> EngineUsage | None:
+            raise RuntimeError
+
+    rig.make(build_request("r-1", "text"))
+    with rig.runner(Silent()) as runner:
+        runner._last_beat -= rig.config.lease_s  # it was late before
+        with pytest.raises(RuntimeError):
+            runner.beat()
+
+        assert 1 == runner.run_chunk()
+
+
 def list_reports(rig: Rig) -> list[served.Reported]:
     with rig.stores.database.read() as session:
         return served.list_reports(session)
