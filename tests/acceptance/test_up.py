@@ -99,7 +99,7 @@ def test_chat_is_answered_through_the_queue_and_leaves_no_file(service: Service)
         temperature=0,
         max_tokens=64,
     )
-    wait_until(lambda: service.says("job_ended") >= 2)
+    wait_until(lambda: service.says("job_ended") >= 2, 60)
 
     assert EXPECTED["one.png"] == answer.choices[0].message.content
     assert before == len(service.client.files.list(purpose="batch_output").data)

@@ -114,7 +114,7 @@ def test_every_key_is_one_job_whichever_way_it_came(service: Service, runs: Any)
     num_over_http = sum("cats-" in block.code for block in BLOCKS if block.line in runs)
     expected = num_over_http + len(keys)
 
-    wait_until(lambda: expected <= len(list(service.client.batches.list(limit=100))))
+    wait_until(lambda: expected <= len(list(service.client.batches.list(limit=100))), 60)
     batches = list(service.client.batches.list(limit=100))
 
     assert expected == len(batches)
