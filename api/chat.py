@@ -39,7 +39,6 @@ from api.schemas import CHAT_ENDPOINT, MAX_MODEL_CHARS, ErrorEnvelope, check_tex
 from api.services import Here, Services
 from storage import files, items, jobs, parts
 from storage.errors import StateConflictError, StorageError
-from storage.ids import JobId
 from storage.items import Ended
 from storage.parts import Answer
 from storage.states import TERMINAL_JOB_STATES, ItemState, JobState
@@ -199,7 +198,7 @@ async def _wait_for_answer(
             if left_s <= 0:
                 raise TooSlowError
             await here.watcher.wait(job.id, version, min(left_s, LOOK_S))
-            now, ended, answers = await run_in_threadpool(_read, here, job.id)
+            now, ended, answers = await run_in_threadpool(_read, here, job)
             if ended is not None or now.state in TERMINAL_JOB_STATES:
                 is_over = True
                 return _read_answer(now, ended, answers)
@@ -212,11 +211,10 @@ async def _wait_for_answer(
             await asyncio.shield(run_in_threadpool(_cancel, here, job))
 
 
-def _read(here: Services, job_id: JobId) -> tuple[Job, Ended | None, list[Answer]]:
+def _read(here: Services, job: Job) -> tuple[Job, Ended | None, list[Answer]]:
     with here.database.read() as session:
-        job = jobs.find(session, job_id)
-        assert job is not None, "jobs are not deleted"
-        page = items.list_by_commit(session, job_id, limit=1)
+        job = jobs.get(session, job.tenant_id, job.id)
+        page = items.list_by_commit(session, job.id, limit=1)
         found = parts.list_by_item(session, [ended.item for ended in page])
     # An item that was refused counts when the whole job is settled, as in any batch.
     ended = page[0] if page and job.state is not JobState.VALIDATING else None

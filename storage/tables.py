@@ -249,6 +249,12 @@ class Job(Base):
             "id",
             **_only("priority > -1000"),
         ),
+        Index("ix_jobs_chats", "created_at", **_only("priority = -1000")),
+        # For the row that goes: each database looks whether a job points to it.
+        *(
+            Index(f"ix_jobs_{name}", name, **_only(f"{name} IS NOT NULL"))
+            for name in ("retry_of", "output_file_id", "error_file_id")
+        ),
         Index(
             "ix_jobs_open",
             "state",

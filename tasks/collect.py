@@ -1,7 +1,8 @@
 """
-Blobs that nothing needs any more are removed: those that no row ever named, because a process died
-between the blob and its row, and those of files that were deleted, have expired, or held a request
-that is answered.
+What nothing needs any more is removed: blobs, and chats that ended long ago.
+
+Blobs are those that no row ever named, because a process died between the blob and its row, and those
+of files that were deleted, have expired, or held a request that is answered.
 
 A blob younger than the grace period stays whatever SQL says: its row may be on its way. One process
 collects at a time; two that do it harm nothing.
@@ -13,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from storage import files, locks
+from storage import chats, files, locks
 from storage.errors import StorageError
 from tasks.stores import Stores
 
@@ -21,6 +22,9 @@ logger = structlog.get_logger(__name__)
 
 LOCK: Final = "collect"
 PAGE: Final = 500
+REST_S: Final = 0.05
+"""Between two pages of chats: who else writes to SQLite has its turn."""
+
 FOLLOWER_S: Final = 60.0
 """How often a process looks whether nobody collects any more."""
 
@@ -29,12 +33,16 @@ class Collector:
     """
     Args:
         grace_s: see `DARKROOM_BLOB_GRACE_S`.
+        chat_lifetime_s: see `DARKROOM_CHAT_LIFETIME_S`.
         every_s: from the end of one round to the beginning of the next.
     """
 
-    def __init__(self, stores: Stores, *, grace_s: float, every_s: float) -> None:
+    def __init__(
+        self, stores: Stores, *, grace_s: float, chat_lifetime_s: float, every_s: float
+    ) -> None:
         self._stores = stores
         self._grace_s = grace_s
+        self._chat_lifetime_s = chat_lifetime_s
         self._every_s = every_s
 
     def run(self, stop: threading.Event) -> None:
@@ -44,6 +52,7 @@ class Collector:
                 with locks.hold(self._stores.database, LOCK) as is_ours:
                     while is_ours and not stop.is_set():
                         self.collect(stop)
+                        self.remove_chats(stop)
                         stop.wait(self._every_s)
             except StorageError as error:
                 logger.warning("collect_failed", error=error.code)
@@ -71,4 +80,22 @@ class Collector:
                 break
         if num_removed:
             logger.info("blobs_removed", num_blobs=num_removed)
+        return num_removed
+
+    def remove_chats(self, stop: threading.Event) -> int:
+        """
+        Remove the chats whose life is over, by the page. Returns how many.
+
+        Raises:
+            StorageError: the next round goes on.
+        """
+        num_removed = 0
+        while not stop.wait(REST_S):
+            with self._stores.database.write() as session:
+                num_gone = chats.remove_page(session, older_than_s=self._chat_lifetime_s)
+            num_removed += num_gone
+            if num_gone < chats.PAGE:
+                break
+        if num_removed:
+            logger.info("chats_removed", num_chats=num_removed)
         return num_removed

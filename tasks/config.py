@@ -119,6 +119,7 @@ class Config(BaseSettings):
             one API process holds at a time.
         body_timeout_s: how long the next piece of a body may take to come.
         chat_timeout_s: how long a chat completion may take, its time in the queue included.
+        chat_lifetime_s: how long after its end a chat stays in the database.
         batch_file_lifetime_s: of uploads for jobs that do not say when they expire.
         max_open_items, max_open_bytes: what a tenant may have open at a time where its own row
             does not say; by default as much as there is.
@@ -142,8 +143,9 @@ class Config(BaseSettings):
         send_timeout_s: how long a send to the broker may take before the sweeper has to do it.
         visibility_timeout_s: after which Redis hands out again what a cpu worker took and never
             acknowledged; three times the longest expansion.
-        blob_grace_s, collect_s: blobs that nothing needs are removed when they are so old, and looked
-            for so often. An upload must be over within that time.
+        blob_grace_s: blobs that nothing needs are removed when they are so old. An upload must be over
+            within that time.
+        collect_s: how often blobs that nothing needs, and chats past their life, are looked for.
         ingest_idle_s: after which an entry of the stream is taken from a consumer that is silent.
     """
 
@@ -181,6 +183,7 @@ class Config(BaseSettings):
     max_held_bytes: Count = 256 * MEBIBYTE
     body_timeout_s: Seconds = 60.0
     chat_timeout_s: Seconds = 300.0
+    chat_lifetime_s: int = Field(default=30 * DAY_S, ge=3600)
     batch_file_lifetime_s: int = Field(default=30 * DAY_S, ge=3600)
     max_open_items: Count | None = None
     max_open_bytes: Count | None = None

@@ -193,7 +193,12 @@ def run_cpu_worker(config: Config, broker_url: str, *, env: dict[str, str]) -> E
             with _logged(TaskName.EXPAND, job=job):
                 expand(stores, dispatcher, config, JobId(UUID(job)))
 
-        collector = Collector(stores, grace_s=config.blob_grace_s, every_s=config.collect_s)
+        collector = Collector(
+            stores,
+            grace_s=config.blob_grace_s,
+            chat_lifetime_s=config.chat_lifetime_s,
+            every_s=config.collect_s,
+        )
         lanes = [FastLane(broker_url, EXPAND_LIST, expand_fast) for _ in range(FAST_CPU_THREADS)]
 
         def begin() -> None:

@@ -5,13 +5,15 @@ import socket
 import time
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import httpx2
 import openai
 import pytest
 
-from storage import jobs
-from storage.ids import JobId
+from api.schemas import show_job_id
+from storage import chats, jobs
+from storage.ids import JobId, new_uuid
 from storage.states import JobState
 from tests.api.conftest import Client, Service
 from tests.api.inputs import ENDPOINT
@@ -47,6 +49,26 @@ def test_chat_that_is_asked_in_parts_has_them_beside_the_text(
     assert "text of chat" == answer.choices[0].message.content
     assert answer.model_extra is not None
     assert ["part 1", "part 2"] == [part["text"] for part in answer.model_extra["parts"]]
+
+
+def test_chat_that_was_removed_is_a_404_as_one_that_never_was(
+    service: Service, client: Client
+) -> None:
+    with service.worker.working():
+        answer = client.api.chat.completions.create(model=MODEL, messages=MESSAGES)
+    job = JobId(UUID(answer.id.removeprefix("chatcmpl-")[:32]))
+    service.worker.finish(job)
+    path = f"/v1/batches/{show_job_id(job)}"
+    before = [client.http.get(place).status_code for place in (path, f"{path}/results")]
+    with service.database.write() as session:
+        chats.remove_page(session, older_than_s=-60.0)
+
+    after = [client.http.get(place) for place in (path, f"{path}/results")]
+
+    assert [200, 200] == before
+    assert [404, 404] == [answer.status_code for answer in after]
+    never = client.http.get(f"/v1/batches/{show_job_id(JobId(new_uuid()))}")
+    assert [never.json()] * 2 == [answer.json() for answer in after]
 
 
 def test_chat_is_neither_a_batch_nor_a_file_of_anybody(service: Service, client: Client) -> None:

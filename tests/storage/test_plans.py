@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, text
 
-from storage import files, items, jobs
+from storage import chats, files, items, jobs
 from storage.db import Database, Session
 from storage.ids import TenantId
 from storage.states import ItemState
@@ -225,6 +225,62 @@ def test_lists_and_repeated_submissions_pass_chats_by(postgresql: Database) -> N
     assert 3 <= count_rows_read(postgresql, sent_for_files) <= 10
 
 
+def test_ended_chats_go_without_a_look_at_other_jobs(postgresql: Database) -> None:
+    tenant = make_tenant(postgresql)
+    make_chats(postgresql, tenant, 2 * chats.PAGE)
+    add_ended_jobs(postgresql, tenant, 3000)
+    with postgresql.write() as session:
+        session.execute(
+            text(
+                "UPDATE jobs SET state = 'completed', completed_at = created_at WHERE priority < 0"
+            )
+        )
+        session.execute(text("ANALYZE"))
+
+    with recorded(postgresql, about="jobs") as sent, postgresql.write() as session:
+        walked_before = count_rows_walked(session, "jobs")
+        num_removed = chats.remove_page(session, older_than_s=-60.0)
+        walked_after = count_rows_walked(session, "jobs")
+        session.rollback()  # so that EXPLAIN finds the rows as they were
+
+    assert chats.PAGE == num_removed
+    assert count_rows_read(postgresql, sent[:1]) < 1000
+    # A table this small may be walked once to find a hundred rows, but not once for each of them.
+    assert walked_after - walked_before < 4000
+
+
+def count_rows_walked(session: Session, table: str) -> int:
+    """Those read without an index so far, also by the database when it checks who points to a row."""
+    query = text("SELECT pg_stat_get_xact_tuples_returned(CAST(:table AS regclass))")
+    return int(session.scalar(query, {"table": table}) or 0)
+
+
+def test_sqlite_walks_no_table_for_a_chat_that_goes(sqlite_template: bytes, tmp_path: Path) -> None:
+    (tmp_path / "db").write_bytes(sqlite_template)
+    database = Database(f"sqlite:///{tmp_path / 'db'}")
+    chat: dict[str, Any] = {"priority": jobs.FAST_LANE, "purpose": files.REQUEST_PURPOSE}
+    make_job(database, 1, **chat)
+    with database.write() as session:
+        session.execute(text("UPDATE jobs SET state = 'failed', failed_at = created_at"))
+
+    with recorded(database, about="WHERE") as sent, database.write() as session:
+        num_removed = chats.remove_page(session, older_than_s=-60.0)
+    with database.engine.connect() as connection:
+        plans = [
+            row[3]
+            for statement, parameters in sent
+            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        ]
+        connection.rollback()
+    database.close()
+
+    assert (1, 8) == (num_removed, len(sent))
+    assert [] == [step for step in plans if step.startswith("SCAN")]
+    # Also what it asks itself: whether a job points to what goes.
+    for name in ("retry_of", "input_file_id", "output_file_id", "error_file_id"):
+        assert any(f"ix_jobs_{name} " in step for step in plans), name
+
+
 def test_sqlite_takes_the_indexes_without_chats(sqlite_template: bytes, tmp_path: Path) -> None:
     (tmp_path / "db").write_bytes(sqlite_template)
     database = Database(f"sqlite:///{tmp_path / 'db'}")
@@ -241,6 +297,7 @@ def test_sqlite_takes_the_indexes_without_chats(sqlite_template: bytes, tmp_path
 
     explain("page", lambda session: jobs.list_page(session, tenant), "jobs")
     explain("files", lambda session: files.list_page(session, tenant), "files")
+    explain("chats", lambda session: chats.remove_page(session, older_than_s=0.0), "jobs")
     explain(
         "twin",
         lambda session: jobs.find_twin(
@@ -254,4 +311,5 @@ def test_sqlite_takes_the_indexes_without_chats(sqlite_template: bytes, tmp_path
         "page": "ix_jobs_listed",
         "files": "ix_files_listed",
         "twin": "ix_jobs_twins",
+        "chats": "ix_jobs_chats",
     } == plans

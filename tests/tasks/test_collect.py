@@ -5,7 +5,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from storage import files
+from sqlalchemy import text
+
+from storage import chats, files, jobs
 from storage.errors import BlobMissingError
 from storage.ids import FileId, JobId, TenantId, new_uuid
 from storage.keys import build_file_key, build_output_key
@@ -15,7 +17,7 @@ from tasks.expand import expand
 from tasks.finish import finish
 from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
-from tests.storage.rows import make_tenant
+from tests.storage.rows import make_job, make_tenant
 from tests.tasks.fakes import RecordingDispatcher, build_request
 from tests.tasks.test_run import Rig
 
@@ -24,7 +26,13 @@ OLD_S = -60.0
 
 
 def collect(stores: Stores, grace_s: float = OLD_S) -> int:
-    return Collector(stores, grace_s=grace_s, every_s=1.0).collect()
+    return build_collector(stores, grace_s=grace_s).collect()
+
+
+def build_collector(stores: Stores, **values: float) -> Collector:
+    return Collector(
+        stores, **{"grace_s": OLD_S, "chat_lifetime_s": 3600.0, "every_s": 1.0, **values}
+    )
 
 
 def is_there(stores: Stores, key: str) -> bool:
@@ -104,12 +112,54 @@ def test_blobs_of_files_that_have_expired_go(stores: Stores) -> None:
     assert [False, False, True] == [is_there(stores, key) for key in (gone, answered, kept)]
 
 
+def test_answered_chat_goes_when_its_life_is_over_and_its_blob_with_the_others(
+    stores: Stores, dispatcher: RecordingDispatcher, config: Config
+) -> None:
+    rig = Rig(stores, dispatcher, config)
+    chat = rig.job(rig.make_chat("What is this?"))
+    still_open = build_collector(stores, chat_lifetime_s=OLD_S).remove_chats(threading.Event())
+    rig.run()
+    finish(stores, chat.id)
+    young = build_collector(stores).remove_chats(threading.Event())
+    with stores.database.write() as session:  # as the API marks it
+        session.execute(text("UPDATE files SET purpose = 'request'"))
+
+    old = build_collector(stores, chat_lifetime_s=OLD_S).remove_chats(threading.Event())
+
+    assert (0, 0, 1) == (still_open, young, old)
+    with stores.database.read() as session:
+        assert jobs.find(session, chat.id) is None
+    assert is_there(stores, chat.manifest_key)
+    assert 0 == collect(stores, grace_s=3600.0)
+    assert 1 == collect(stores)
+    assert finish(stores, chat.id) is None, "a message that comes once more"
+    expand(stores, dispatcher, config, chat.id)
+
+
+def test_chats_go_page_after_page_until_the_process_stops(stores: Stores) -> None:
+    tenant = make_tenant(stores.database)
+    for _ in range(chats.PAGE + 1):
+        job = make_job(stores.database, 0, tenant=tenant, is_started=False, priority=jobs.FAST_LANE)
+        with stores.database.write() as session:
+            jobs.reject(session, job, [])
+    collector = build_collector(stores, chat_lifetime_s=OLD_S)
+    stopping = threading.Event()
+    stopping.set()
+
+    assert [0, chats.PAGE + 1, 0] == [
+        collector.remove_chats(stop) for stop in (stopping, threading.Event(), threading.Event())
+    ]
+
+
 def test_one_process_collects_until_it_is_told_to_stop(stores: Stores, tmp_path: Path) -> None:
     keys = [build_file_key(make_tenant(stores.database), FileId(new_uuid())) for _ in range(3)]
     for key in keys:
         stores.blobs.put(key, b"x")
     stop = threading.Event()
-    collector = Collector(stores, grace_s=3600.0, every_s=0.01)
+    chat = make_job(stores.database, 0, is_started=False, priority=jobs.FAST_LANE)
+    with stores.database.write() as session:
+        jobs.reject(session, chat, [])
+    collector = build_collector(stores, grace_s=3600.0, chat_lifetime_s=OLD_S, every_s=0.01)
     thread = threading.Thread(target=collector.run, args=(stop,))
     thread.start()
     for key in keys:  # round after round
@@ -120,3 +170,5 @@ def test_one_process_collects_until_it_is_told_to_stop(stores: Stores, tmp_path:
     thread.join(10)
 
     assert not thread.is_alive()
+    with stores.database.read() as session:
+        assert jobs.find(session, chat) is None

@@ -100,6 +100,7 @@ def test_limits_that_make_no_sense_are_refused(text: str) -> None:
         ("MAX_OPEN_ITEMS", "-1"),
         ("MAX_IMAGE_PIXELS", "0"),
         ("BATCH_FILE_LIFETIME_S", "60"),
+        ("CHAT_LIFETIME_S", "60"),
         ("CHAT_TIMEOUT_S", "inf"),
         ("LIMIT_MM_PER_PROMPT", "picture=1"),
         ("LIMIT_MM_PER_PROMPT", "image=-1"),
