@@ -13,7 +13,6 @@ take it along: see `table`.
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,9 +66,11 @@ def numbers(
 def _numbers(
     seed: int, sample_index: int, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> Numbers:
-    floats = np.array([temperature, top_p, min_p], dtype=np.float64).view(np.int64).tolist()
-    key = mix_key([seed], [sample_index]).view(np.int64).item()
-    return (key, 0, floats[0], top_k, floats[1], floats[2])
+    row = np.zeros(NUM_COLUMNS, dtype=np.int64)
+    row[KEY] = mix_key([seed], [sample_index]).view(np.int64).item()
+    row[TOP_K] = top_k
+    row.view(np.float64)[[TEMPERATURE, TOP_P, MIN_P]] = temperature, top_p, min_p
+    return tuple(row.tolist())
 
 
 def table(rows: Sequence[Numbers], positions: Sequence[int], num: int) -> npt.NDArray[np.int64]:
@@ -161,9 +162,8 @@ def _try(device: torch.device, dtype: torch.dtype, vocab: int) -> bool:
 def plain_draw(logits: Tensor, draws: Tensor) -> Tensor:
     """`draw` in torch alone, as it is meant: all ids are sorted, whatever is asked."""
     vocab = logits.shape[1]
-    logits = (
-        logits.float() + 0.0
-    )  # -0.0 becomes 0.0, of which a stable sort leaves the lower id in front
+    # + 0.0 turns -0.0 into 0.0, of which a stable sort leaves the lower id in front.
+    logits = logits.float() + 0.0
     likeliest = plain_argmax(logits)
     temperature, top_p, min_p = (
         draws[row].contiguous().view(torch.float64)[:, None] for row in (TEMPERATURE, TOP_P, MIN_P)
@@ -204,14 +204,16 @@ def _shift(x: Tensor, by: int) -> Tensor:
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 
-def uniform(seeds: Any, sample_indices: Any, positions: Any) -> npt.NDArray[np.float64]:
+def uniform(
+    seeds: Sequence[int], sample_indices: Sequence[int], positions: Sequence[int]
+) -> npt.NDArray[np.float64]:
     """Numbers strictly between 0 and 1, made of these."""
     key = mix(mix_key(seeds, sample_indices) ^ np.array(positions, dtype=np.uint64))
     bits = (key >> np.uint64(64 - UNIFORM_BITS)).astype(np.float64)
     return (bits + 0.5) * 2.0**-UNIFORM_BITS
 
 
-def mix_key(seeds: Any, sample_indices: Any) -> npt.NDArray[np.uint64]:
+def mix_key(seeds: Sequence[int], sample_indices: Sequence[int]) -> npt.NDArray[np.uint64]:
     """What stays the same of an output's draws. Seeds are taken modulo 2**64."""
     wrapped = np.array([seed & _MASK_64 for seed in seeds], dtype=np.uint64)
     return mix(mix(wrapped) ^ np.array(sample_indices, dtype=np.uint64))

@@ -16,13 +16,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.draw import NUM_COLUMNS
+from engine.kernels.draw import (
+    AT,
+    KEY,
+    MIN_P,
+    NUM_COLUMNS,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    UNIFORM_BITS,
+)
 from engine.kernels.gpu import LOG2_E
 from engine.kernels.greedy import NO_TOKEN
 
 SPAN, NUM_SPANS = 32, 128  # ids of a span, spans of a piece
 # Lowest bits of a float32 that numbers of a type, made wider, have all alike.
 UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+
+_KEY, _AT, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P = map(
+    tl.constexpr, (KEY, AT, TEMPERATURE, TOP_K, TOP_P, MIN_P)
+)
+_UNUSED_UNIFORM_BITS = tl.constexpr(64 - UNIFORM_BITS)
+_UNIFORM_STEP = tl.constexpr(2.0**-UNIFORM_BITS)
 
 
 @triton.jit
@@ -78,7 +93,7 @@ def _look_at_piece(
     at = row * num_pieces + piece
     tl.store(best_ptr + at, best)
     tl.store(index_ptr + at, index)
-    temperature = _float(draws_ptr, 2, num_rows, row).to(tl.float32)
+    temperature = _float(draws_ptr, _TEMPERATURE, num_rows, row).to(tl.float32)
     if temperature > 0:
         largest = tl.where(best == float("-inf"), 0.0, best)
         weights = _weigh(x, largest, LOG2_E / temperature, 0.0).to(tl.float64)
@@ -101,17 +116,29 @@ def _float_of(order, UNUSED: tl.constexpr):
 
 @triton.jit
 def _total(values):
-    return tl.sum(tl.sum(values, axis=1), axis=0)
-
-
-@triton.jit
-def _count_from(x, least):
-    return _total((x >= least).to(tl.int32))
+    if len(values.shape) == 2:
+        values = tl.sum(values, axis=1)
+    return tl.sum(values, axis=0)
 
 
 @triton.jit
 def _weight_from(x, weights, least):
-    return _total(tl.where(x >= least, weights, 0.0))
+    return _total(tl.where(x >= least, weights, 0))
+
+
+@triton.jit
+def _search(x, weights, wanted, low, high, UNUSED: tl.constexpr):
+    """
+    The highest logit from which on all weigh as much as is wanted, as a place in the order of floats.
+
+    weights: of x, or 1 to count. low, high: places of one that is known to be so, and of one that is not.
+    """
+    while high - low > 1:
+        middle = (low + high) >> 1
+        is_low = _weight_from(x, weights, _float_of(middle, UNUSED)) >= wanted
+        low = tl.where(is_low, middle, low)
+        high = tl.where(is_low, high, middle)
+    return low
 
 
 @triton.jit
@@ -132,34 +159,59 @@ def _measure_row(row_ptr, vocab, largest, slope, min_p, least, BLOCK: tl.constex
 
 
 @triton.jit
-def _count_row(row_ptr, vocab, least, low, high, BLOCK: tl.constexpr):
-    """How many of a row are no lower than each of three."""
-    counts = tl.zeros([BLOCK], tl.int32)
-    low_counts = tl.zeros([BLOCK], tl.int32)
-    high_counts = tl.zeros([BLOCK], tl.int32)
+def _sum_row(
+    row_ptr,
+    vocab,
+    largest,
+    slope,
+    min_p,
+    one,
+    two,
+    three,
+    WEIGHS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What those of a row weigh, or how many they are, that are no lower than each of three."""
+    kind: tl.constexpr = tl.float64 if WEIGHS else tl.int32
+    from_one = tl.zeros([BLOCK], kind)
+    from_two = tl.zeros([BLOCK], kind)
+    from_three = tl.zeros([BLOCK], kind)
     for start in tl.range(0, vocab, BLOCK, num_stages=3):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-        low_counts += (x >= low).to(tl.int32)
-        counts += (x >= least).to(tl.int32)
-        high_counts += (x >= high).to(tl.int32)
-    return tl.sum(low_counts, axis=0), tl.sum(counts, axis=0), tl.sum(high_counts, axis=0)
+        weights = _weigh(x, largest, slope, min_p).to(kind) if WEIGHS else 1
+        from_one += tl.where(x >= one, weights, 0)
+        from_two += tl.where(x >= two, weights, 0)
+        from_three += tl.where(x >= three, weights, 0)
+    return tl.sum(from_one, axis=0), tl.sum(from_two, axis=0), tl.sum(from_three, axis=0)
 
 
 @triton.jit
-def _weigh_row(row_ptr, vocab, largest, slope, min_p, least, low, high, BLOCK: tl.constexpr):
-    """The weights of those of a row that are no lower than each of three."""
-    sums = tl.zeros([BLOCK], tl.float64)
-    low_sums = tl.zeros([BLOCK], tl.float64)
-    high_sums = tl.zeros([BLOCK], tl.float64)
-    for start in tl.range(0, vocab, BLOCK, num_stages=3):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-        weights = _weigh(x, largest, slope, min_p).to(tl.float64)
-        low_sums += tl.where(x >= low, weights, 0.0)
-        sums += tl.where(x >= least, weights, 0.0)
-        high_sums += tl.where(x >= high, weights, 0.0)
-    return tl.sum(low_sums, axis=0), tl.sum(sums, axis=0), tl.sum(high_sums, axis=0)
+def _search_row(
+    row_ptr, vocab, largest, slope, min_p, wanted, low, high,
+    WEIGHS: tl.constexpr, UNUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`_search` in a whole row, of which each reading tries three places. WEIGHS: or else counts."""
+    while high - low > 1:
+        step = tl.maximum((high - low) >> 2, 1)
+        one = low + step
+        two = tl.minimum(one + step, high - 1)
+        three = tl.minimum(two + step, high - 1)
+        from_one, from_two, from_three = _sum_row(
+            row_ptr, vocab, largest, slope, min_p, _float_of(one, UNUSED), _float_of(two, UNUSED),
+            _float_of(three, UNUSED), WEIGHS, BLOCK,
+        )  # fmt: skip
+        if from_three >= wanted:
+            low = three
+        elif from_two >= wanted:
+            low = two
+            high = tl.where(three > two, three, high)
+        elif from_one >= wanted:
+            low = one
+            high = tl.where(two > one, two, high)
+        else:
+            high = one
+    return low
 
 
 @triton.jit
@@ -212,14 +264,15 @@ def _choose(
     chosen = tl.min(tl.where(bests == largest, indices, vocab), axis=0)
     is_finite = (largest < float("inf")) & (largest > float("-inf"))
     chosen = tl.where(is_finite, chosen, NONE)
-    temperature = _float(draws_ptr, 2, num_rows, row).to(tl.float32)
+    temperature = _float(draws_ptr, _TEMPERATURE, num_rows, row).to(tl.float32)
     if is_finite & (temperature > 0):
-        top_k = _number(draws_ptr, 3, num_rows, row).to(tl.int32)
-        top_p = _float(draws_ptr, 4, num_rows, row)
-        min_p = _float(draws_ptr, 5, num_rows, row).to(tl.float32)
-        key = _number(draws_ptr, 0, num_rows, row).to(tl.uint64, bitcast=True)
-        at = _number(draws_ptr, 1, num_rows, row).to(tl.uint64, bitcast=True)
-        uniform = ((_mix(key ^ at) >> 16).to(tl.float64) + 0.5) * (1.0 / 281474976710656.0)
+        top_k = _number(draws_ptr, _TOP_K, num_rows, row).to(tl.int32)
+        top_p = _float(draws_ptr, _TOP_P, num_rows, row)
+        min_p = _float(draws_ptr, _MIN_P, num_rows, row).to(tl.float32)
+        key = _number(draws_ptr, _KEY, num_rows, row).to(tl.uint64, bitcast=True)
+        at = _number(draws_ptr, _AT, num_rows, row).to(tl.uint64, bitcast=True)
+        bits = _mix(key ^ at) >> _UNUSED_UNIFORM_BITS
+        uniform = (bits.to(tl.float64) + 0.5) * _UNIFORM_STEP
         slope = LOG2_E / temperature
         sums = tl.load(sum_ptr + row * num_pieces + piece, mask=is_piece, other=0.0)
         sums *= tl.exp2((bests - largest) * slope).to(tl.float64)
@@ -242,16 +295,7 @@ def _choose(
             )
             first = lowest
             if num_tops > NUM_SPANS:
-                low = lowest
-                first = above
-                while first - low > 1:
-                    middle = (low + first) >> 1
-                    is_room = (
-                        tl.sum((tops >= _float_of(middle, UNUSED)).to(tl.int32), axis=0)
-                        <= NUM_SPANS
-                    )
-                    first = tl.where(is_room, middle, first)
-                    low = tl.where(is_room, low, middle)
+                first = _search(tops, 1, NUM_SPANS + 1, lowest, above, UNUSED) + 1
             from_first = _float_of(first, UNUSED)
             is_picked = (tops >= from_first) & (span < num_tops)
             place = tl.cumsum(is_picked.to(tl.int32), axis=0)
@@ -281,13 +325,7 @@ def _choose(
                 if is_all:
                     total = _total(weights)
                 if has_top_k:
-                    bottom = first
-                    high = above
-                    while high - bottom > 1:
-                        middle = (bottom + high) >> 1
-                        is_low = _count_from(x, _float_of(middle, UNUSED)) >= top_k
-                        bottom = tl.where(is_low, middle, bottom)
-                        high = tl.where(is_low, high, middle)
+                    bottom = _search(x, 1, top_k, first, above, UNUSED)
                     least = _float_of(bottom, UNUSED)
                     is_over = x > least
                     ties = top_k - _total(is_over.to(tl.int32))
@@ -298,12 +336,7 @@ def _choose(
                     low = bottom
                     if has_top_k == 0:
                         low = first
-                    high = above
-                    while high - low > 1:
-                        middle = (low + high) >> 1
-                        is_low = _weight_from(x, weights, _float_of(middle, UNUSED)) >= wanted
-                        low = tl.where(is_low, middle, low)
-                        high = tl.where(is_low, high, middle)
+                    low = _search(x, weights, wanted, low, above, UNUSED)
                     least = _float_of(low, UNUSED)
                     over = _total(tl.where(x > least, weights, 0.0))
                     weight = _weigh(least, largest, slope, min_p).to(tl.float64)
@@ -314,42 +347,11 @@ def _choose(
             else:
                 if has_top_k:
                     # As many spans have a logit of this height, at least, as ids are wanted.
-                    bottom = lowest
-                    high = first
-                    low = lowest
-                    up = first
-                    while up - low > 1:
-                        middle = (low + up) >> 1
-                        is_low = (
-                            tl.sum((tops >= _float_of(middle, UNUSED)).to(tl.int32), axis=0)
-                            >= top_k
-                        )
-                        low = tl.where(is_low, middle, low)
-                        up = tl.where(is_low, up, middle)
-                    bottom = low
-                    while high - bottom > 1:
-                        step = tl.maximum((high - bottom) >> 2, 1)
-                        one = bottom + step
-                        two = tl.minimum(one + step, high - 1)
-                        three = tl.minimum(two + step, high - 1)
-                        n_one, n_two, n_three = _count_row(
-                            row_ptr,
-                            vocab,
-                            _float_of(two, UNUSED),
-                            _float_of(one, UNUSED),
-                            _float_of(three, UNUSED),
-                            PIECE,
-                        )
-                        if n_three >= top_k:
-                            bottom = three
-                        elif n_two >= top_k:
-                            bottom = two
-                            high = tl.where(three > two, three, high)
-                        elif n_one >= top_k:
-                            bottom = one
-                            high = tl.where(two > one, two, high)
-                        else:
-                            high = one
+                    bottom = _search(tops, 1, top_k, lowest, first, UNUSED)
+                    bottom = _search_row(
+                        row_ptr, vocab, largest, slope, min_p, top_k, bottom, first, False, UNUSED,
+                        PIECE,
+                    )  # fmt: skip
                     least = _float_of(bottom, UNUSED)
                     num_over, _, over = _measure_row(
                         row_ptr, vocab, largest, slope, min_p, least, PIECE
@@ -370,32 +372,9 @@ def _choose(
                     if (has_top_k == 0) & (weight_seen < wanted):
                         high = first
                     low = tl.minimum(low, high - 1)
-                    while high - low > 1:
-                        step = tl.maximum((high - low) >> 2, 1)
-                        one = low + step
-                        two = tl.minimum(one + step, high - 1)
-                        three = tl.minimum(two + step, high - 1)
-                        w_one, w_two, w_three = _weigh_row(
-                            row_ptr,
-                            vocab,
-                            largest,
-                            slope,
-                            min_p,
-                            _float_of(two, UNUSED),
-                            _float_of(one, UNUSED),
-                            _float_of(three, UNUSED),
-                            PIECE,
-                        )
-                        if w_three >= wanted:
-                            low = three
-                        elif w_two >= wanted:
-                            low = two
-                            high = tl.where(three > two, three, high)
-                        elif w_one >= wanted:
-                            low = one
-                            high = tl.where(two > one, two, high)
-                        else:
-                            high = one
+                    low = _search_row(
+                        row_ptr, vocab, largest, slope, min_p, wanted, low, high, True, UNUSED, PIECE
+                    )  # fmt: skip
                     least = _float_of(low, UNUSED)
                     _, _, over = _measure_row(row_ptr, vocab, largest, slope, min_p, least, PIECE)
                     weight = _weigh(least, largest, slope, min_p).to(tl.float64)

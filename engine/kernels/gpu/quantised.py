@@ -10,6 +10,7 @@ from engine.kernels.gpu import LOG2_E
 from engine.kernels.quantised import FP8, LEAST_SCALE, MOST
 
 COPY, SILU_MUL, GELU = range(3)
+_COPY, _SILU_MUL = tl.constexpr(COPY), tl.constexpr(SILU_MUL)
 
 
 @triton.jit
@@ -17,10 +18,10 @@ def _read(x_ptr, columns, width, KIND: tl.constexpr, SLOPE_LOG2: tl.constexpr):
     """Some columns of a row, activated, in float32; zero behind its end."""
     inside = columns < width
     x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if KIND > 0:
+    if KIND != _COPY:
         # x * sigmoid(slope * x), as one quick division: behind it numbers have 8 bits or fewer.
         x = x / (1.0 + tl.exp2(x * -SLOPE_LOG2))
-    if KIND == 1:
+    if KIND == _SILU_MUL:
         x *= tl.load(x_ptr + width + columns, mask=inside, other=0.0).to(tl.float32)
     return x
 
