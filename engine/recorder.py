@@ -83,6 +83,10 @@ class Recorder:
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
+    def hold(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Copies, where all that is recorded finds its inputs; the next ones are written over them."""
+        return tuple(self._inputs.hold(place, given) for place, given in enumerate(inputs))
+
     def try_record(
         self, call: Callable[..., Output], *inputs: Tensor, num_warm_ups: int = 1
     ) -> Recording[Output] | None:
@@ -92,8 +96,8 @@ class Recorder:
         Args:
             call: takes the inputs. It reads nothing else that changes, and waits for nothing.
             num_warm_ups: in which kernels are built, loaded and tuned. None are needed for a call that
-                was run before with inputs like these; where it cannot be recorded all the same, it is
-                run once first, and so are all others from then on.
+                was run before with inputs that were held; where it cannot be recorded all the same, it
+                is run once first, and so are all others from then on.
         """
         if self.is_given_up:
             return None
@@ -102,7 +106,7 @@ class Recorder:
             return None
         num_warm_ups = max(num_warm_ups, self._min_warm_ups)
         try:
-            kept = tuple(self._inputs.hold(place, given) for place, given in enumerate(inputs))
+            kept = self.hold(*inputs)
             graph, output = self._record(partial(call, *kept), num_warm_ups)
             return Recording(graph, kept, output)
         except Exception as error:

@@ -72,7 +72,9 @@ class Repeats:
         if repeat is None:
             repeat = self._try_record(key, call, inputs)
         if repeat is None:
-            output = call(*inputs)
+            # Inputs are held here too: kernels are built for how the addresses of what they read are
+            # aligned, and those of a recording must have been loaded before.
+            output = call(*(inputs if self.are_given_up else self._recorder.hold(*inputs)))
             self._note_run(key)
             return output
         self._graphs.move_to_end(key)

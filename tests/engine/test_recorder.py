@@ -347,6 +347,23 @@ def test_call_that_was_run_before_is_recorded_without_running_it(
     assert not repeats.are_given_up
 
 
+def test_call_is_run_and_recorded_over_the_same_memory(hands: Hands) -> None:
+    """Kernels are built for the alignment of what they read: one that a caller cut may have another."""
+    repeats = Repeats(hands)
+    addresses: list[int] = []
+
+    def call(x: Tensor) -> Tensor:
+        addresses.append(x.data_ptr())
+        return double(x)
+
+    x = torch.ones(9)
+    for cut in (x[1:], x[:8]):
+        assert [2.0] * 8 == repeats.run("x", call, cut).tolist()
+
+    assert 1 == repeats.num_graphs
+    assert 1 == len(set(addresses))
+
+
 def test_call_that_failed_when_it_was_run_is_run_again_before_it_is_recorded(hands: Hands) -> None:
     """It may have ended before all of its kernels were loaded."""
     repeats, x = Repeats(hands), torch.ones(2)
