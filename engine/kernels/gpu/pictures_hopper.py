@@ -48,10 +48,11 @@ def _fetch(desc, rest_desc, picture, row, head, full, to, rest_to, REST: gl.cons
 
 
 @gluon.jit
-def _fetch_all(descs, rings, barriers, picture, first, head, num_heads, REST: gl.constexpr):
+def _fetch_all(descs, rings, work, REST: gl.constexpr):
     """The one warp that fetches."""
     query_desc, query_rest_desc, key_desc, key_rest_desc, value_desc, value_rest_desc = descs
     query, query_rest, key, key_rest, value, value_rest = rings
+    barriers, picture, first, head, num_heads = work
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     STAGES: gl.constexpr = key.shape[0]
     TILE: gl.constexpr = key.shape[1]
@@ -92,12 +93,11 @@ def _score(query, query_rest, key, key_rest, nothing, REST: gl.constexpr):
 
 
 @gluon.jit
-def _attend_rows(
-    group, descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST: gl.constexpr
-):
+def _attend_rows(group, descs, rings, work, scale_log2, REST: gl.constexpr):
     """One group of four warps: its 64 query rows, of one head after the other."""
     out_desc, out_rest_desc = descs
     query, query_rest, key, key_rest, value, value_rest = rings
+    barriers, picture, first, head, num_heads = work
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     start, length = picture
     WIDE: gl.constexpr = key.shape[2]
@@ -249,27 +249,28 @@ def _attend(
     descs = (query_desc, query_rest_desc, key_desc, key_rest_desc, value_desc, value_rest_desc)
     out_descs = (out_desc, out_rest_desc)
     rings = (query, query_rest, key, key_rest, value, value_rest)
+    work = (barriers, picture, first, head, num_heads)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend_rows, (gl.to_tensor(0), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
-                (_attend_rows, (gl.to_tensor(1), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
-                (_fetch_all, (descs, rings, barriers, picture, first, head, num_heads, REST)),
+                (_attend_rows, (gl.to_tensor(0), out_descs, rings, work, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(1), out_descs, rings, work, scale_log2, REST)),
+                (_fetch_all, (descs, rings, work, REST)),
             ],
             [4, 1],
             [GROUP_REGISTERS, FETCH_REGISTERS],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (_attend_rows, (gl.to_tensor(0), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
-                (_attend_rows, (gl.to_tensor(1), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
-                (_attend_rows, (gl.to_tensor(2), out_descs, rings, barriers, picture, first, head, num_heads, scale_log2, REST)),
-                (_fetch_all, (descs, rings, barriers, picture, first, head, num_heads, REST)),
+                (_attend_rows, (gl.to_tensor(0), out_descs, rings, work, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(1), out_descs, rings, work, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(2), out_descs, rings, work, scale_log2, REST)),
+                (_fetch_all, (descs, rings, work, REST)),
             ],
             [4, 4, 1],
             [GROUP_REGISTERS, GROUP_REGISTERS, FETCH_REGISTERS],
-        )  # fmt: skip
+        )
 
 
 def attend(

@@ -46,10 +46,11 @@ def _fetch(desc, start, length, row, head, full, to):
 
 
 @gluon.jit
-def _fetch_all(descs, rings, barriers, prompt, first, first_head, num_turns, heads_a_kv):
+def _fetch_all(descs, rings, work, heads_a_kv):
     """The one warp that fetches."""
     query_desc, key_desc, value_desc = descs
     query, key, value = rings
+    barriers, prompt, first, first_head, num_turns = work
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     start, num_queries, slab, length = prompt
     STAGES: gl.constexpr = key.shape[0]
@@ -115,9 +116,10 @@ def _next_tile(
 
 
 @gluon.jit
-def _attend_rows(group, out_desc, rings, barriers, prompt, first, first_head, num_turns, scale_log2):  # fmt: skip
+def _attend_rows(group, out_desc, rings, work, scale_log2):
     """One group of four warps: 64 query rows, of one head after the other."""
     query, key, value = rings
+    barriers, prompt, first, first_head, num_turns = work
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     start, num_queries, _slab, length = prompt
     STAGES: gl.constexpr = key.shape[0]
@@ -232,15 +234,16 @@ def _attend(
     first_head = gl.program_id(0) * num_turns
     descs = (query_desc, key_desc, value_desc)
     rings = (query, key, value)
+    work = (barriers, prompt, first, first_head, num_mine)
     gl.warp_specialize(
         [
-            (_attend_rows, (gl.to_tensor(0), out_desc, rings, barriers, prompt, first, first_head, num_mine, scale_log2)),
-            (_attend_rows, (gl.to_tensor(1), out_desc, rings, barriers, prompt, first, first_head, num_mine, scale_log2)),
-            (_fetch_all, (descs, rings, barriers, prompt, first, first_head, num_mine, heads_a_kv)),
+            (_attend_rows, (gl.to_tensor(0), out_desc, rings, work, scale_log2)),
+            (_attend_rows, (gl.to_tensor(1), out_desc, rings, work, scale_log2)),
+            (_fetch_all, (descs, rings, work, heads_a_kv)),
         ],
         [4, 1],
         [GROUP_REGISTERS, FETCH_REGISTERS],
-    )  # fmt: skip
+    )
 
 
 def attend(
