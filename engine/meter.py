@@ -100,8 +100,12 @@ class Meter:
 
     def _settle(self) -> None:
         """Take the marks that the device has passed."""
-        while self._marks and self._marks[0][3].query():  # type: ignore[no-untyped-call]
-            work, calls, first, last = self._marks.popleft()
-            self._ms[work] += first.elapsed_time(last)
-            self._calls[work] += calls
-            self._spare += [first, last]
+        try:
+            while self._marks and self._marks[0][3].query():  # type: ignore[no-untyped-call]
+                work, calls, first, last = self._marks.popleft()
+                self._ms[work] += first.elapsed_time(last)
+                self._calls[work] += calls
+                self._spare += [first, last]
+        except RuntimeError:
+            # The device is lost, as the requests that it ran are told. A sum is no reason to raise.
+            self._marks.clear()

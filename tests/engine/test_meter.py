@@ -52,6 +52,20 @@ def test_choosing_a_token_is_work_of_the_call_before(
     assert [1, 3] == [used.calls[work] for work in (Work.PREFILL, Work.DECODE)]
 
 
+def test_sums_of_a_lost_device_raise_nothing(llm: LLM) -> None:
+    class Lost:
+        def query(self) -> bool:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    lost: Any = Lost()
+    llm.engine.meter._marks.append((Work.DECODE, 1, lost, lost))
+    before = llm.engine.meter.peek()
+    (result,) = llm.generate("a", SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+
+    assert result.error is None
+    assert 3 == llm.engine.meter.read().since(before).calls[Work.DECODE]
+
+
 def test_working_engine_says_what_its_device_does(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
