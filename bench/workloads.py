@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,10 +42,30 @@ class Prompt:
     pictures: tuple[bytes, ...]
 
 
-# Lines that are repeated, and how many prompts a run has.
+def _shuffled(*parts: tuple[int, int]) -> list[Line]:
+    """So many prompts of one small picture with so many tokens, in an order that is always the same."""
+    lines = [Line(((336, 336),), tokens) for num, tokens in parts for _ in range(num)]
+    random.Random(0).shuffle(lines)
+    return lines
+
+
+def _mixed(num: int) -> list[Line]:
+    """Pictures of 256 to 1280 pixels a side with 16 to 256 tokens, all equally likely."""
+    source = random.Random(0)
+    return [
+        Line(((source.randint(256, 1280), source.randint(256, 1280)),), source.randint(16, 256))
+        for _ in range(num)
+    ]
+
+
+# Lines that are repeated, and how many prompts a run has. `tail` and `even` have as many tokens.
 WORKLOADS = {
     "caption": ([Line(((640, 480),), 64)], 1024),
     "frames": ([Line(((336, 336),) * 16, 128)], 192),
+    "large": ([Line(((1024, 768),), 100)], 320),
+    "mixed": (_mixed(1024), 1024),
+    "tail": (_shuffled((2280, 16), (120, 512)), 2400),
+    "even": (_shuffled((480, 40), (1920, 41)), 2400),
 }
 
 

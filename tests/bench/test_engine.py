@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,17 @@ def test_work_may_be_a_file_and_a_bad_line_is_named(tmp_path: Path) -> None:
     assert ([Line(((64, 48),), 3), Line((), 2)], 2) == (lines, num)
     with pytest.raises(ValueError, match="line 2"):
         read_work(str(path))
+
+
+def test_slow_tail_has_the_tokens_of_the_even_work() -> None:
+    (tail, num), (even, same_num) = read_work("tail"), read_work("even")
+
+    assert num == same_num == len(tail) == len(even)
+    assert {16: 0.95, 512: 0.05} == {
+        tokens: count / num for tokens, count in Counter(line.max_tokens for line in tail).items()
+    }
+    assert sum(line.max_tokens for line in tail) == sum(line.max_tokens for line in even)
+    assert {40, 41} == {line.max_tokens for line in even}
 
 
 def test_pictures_of_another_run_are_others() -> None:
