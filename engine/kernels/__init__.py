@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from engine.kernels.trials import left_out_if_broken
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,15 +35,16 @@ def _has_triton(device: torch.device) -> bool:
     Try one kernel: Triton may be missing, or lack the compiler that its launchers need.
 
     NOTE: the first call must not come while a CUDA graph is captured.
+
+    Raises:
+        OutOfMemoryError: which is not remembered, as there may be memory the next time.
     """
     try:
         from engine.kernels.gpu import probe
     except ImportError as error:
         logger.warning("kernels_missing device=%s error=%s", device, error)
         return False
-    try:
+    with left_out_if_broken("kernels", device):
         probe.run(device)
-    except Exception as error:  # noqa: BLE001 - a vendor's compiler: it raises whatever it likes
-        logger.warning("kernels_unusable device=%s error=%s", device, error)
-        return False
-    return True
+        return True
+    return False

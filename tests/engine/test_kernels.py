@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -344,6 +344,30 @@ def test_comparison_that_lacks_memory_is_tried_again_and_not_remembered(
     assert ("compared", 1) == compare_with(0)
     assert ("compared", 2) == compare_with(1)
     assert ("the usual", 2) == compare_with(2)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_remembered"), [(torch.OutOfMemoryError(), False), (OSError("no compiler"), True)]
+)
+def test_device_is_without_kernels_only_where_they_do_not_work(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, is_remembered: bool
+) -> None:
+    ends: list[Exception | None] = [error, None]
+
+    def run(device: torch.device) -> None:
+        end = ends.pop(0)
+        if end is not None:
+            raise end
+
+    monkeypatch.setitem(sys.modules, "engine.kernels.gpu.probe", SimpleNamespace(run=run))
+    kernels._has_triton.cache_clear()
+    try:
+        if not is_remembered:
+            with pytest.raises(torch.OutOfMemoryError):
+                kernels._has_triton(torch.device("cpu"))
+        assert is_remembered is not kernels._has_triton(torch.device("cpu"))
+    finally:
+        kernels._has_triton.cache_clear()
 
 
 def test_kernel_that_gains_little_is_not_used() -> None:
