@@ -47,6 +47,9 @@ class Held:
             )
         return self._buffers[key][:number].view(given.shape).copy_(given, non_blocking=True)
 
+    def clear(self) -> None:
+        self._buffers.clear()
+
 
 @dataclass(frozen=True, slots=True)
 class Recording(Generic[Output]):
@@ -124,6 +127,7 @@ class Recorder:
             return self.try_record(call, *inputs)
         else:
             self.is_given_up = True
+            self._inputs.clear()
         return None
 
     def _record(

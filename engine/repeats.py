@@ -10,6 +10,7 @@ prompts, so that all recordings share them.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor
 
 from engine.recorder import Held, Recorder, Recording
@@ -72,20 +73,26 @@ class Repeats:
         if repeat is None:
             repeat = self._try_record(key, call, inputs)
         if repeat is None:
-            # Inputs are held here too: kernels are built for how the addresses of what they read are
-            # aligned, and those of a recording must have been loaded before.
-            output = call(*(inputs if self.are_given_up else self._recorder.hold(*inputs)))
-            self._note_run(key)
-            return output
+            return self._run(key, call, inputs)
         self._graphs.move_to_end(key)
         self._last_run[key] = self._num_runs
         return repeat.replay(*inputs).clone()  # the next replay writes over it
 
-    def _note_run(self, key: Hashable) -> None:
-        """Only now that the call has come to its end: all that it launches is built and loaded."""
+    def _run(self, key: Hashable, call: Call, inputs: tuple[Tensor, ...]) -> Tensor:
+        # Inputs are held here too: kernels are built for how the addresses of what they read are
+        # aligned, and those of a recording must have been loaded before.
+        try:
+            kept = None if self.are_given_up else self._recorder.hold(*inputs)
+        except torch.OutOfMemoryError:
+            kept = None  # no reason for a call to fail: it is run as it came, and not recorded next
+        if kept is None:
+            return call(*inputs)
+        output = call(*kept)
+        # Only now that the call has come to its end: all that it launches is built and loaded.
         self._seen[key] = None
         if len(self._seen) > MAX_SEEN:
             self._seen.popitem(last=False)
+        return output
 
     def _try_record(
         self, key: Hashable, call: Call, inputs: tuple[Tensor, ...]
@@ -108,4 +115,5 @@ class Repeats:
         elif self.are_given_up:
             self._graphs.clear()
             self._last_run.clear()
+            self._outputs.clear()
         return repeat

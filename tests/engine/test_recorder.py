@@ -378,3 +378,31 @@ def test_call_that_failed_when_it_was_run_is_run_again_before_it_is_recorded(han
     repeats.run("x", double, x)
 
     assert 1 == hands.num_tried
+
+
+def test_call_is_run_as_it_came_where_its_inputs_find_no_memory(
+    hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is not recorded next: its kernels were loaded for other addresses."""
+    repeats = Repeats(hands)
+
+    def hold(*inputs: Tensor) -> tuple[Tensor, ...]:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hands, "hold", hold)
+        run_all(repeats, [10, 10])
+    assert 0 == hands.num_tried
+    run_all(repeats, [10, 10])
+
+    assert 1 == repeats.num_graphs
+
+
+def test_memory_is_held_for_no_recordings_that_were_given_up(hands: Hands) -> None:
+    repeats = Repeats(hands)
+    run_all(repeats, [10, 10])
+    hands.error = RuntimeError("operation not permitted when stream is capturing")
+    run_all(repeats, [20, 20, 30])
+
+    assert repeats.are_given_up
+    assert {} == hands._inputs._buffers == repeats._outputs._buffers
