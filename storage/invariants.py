@@ -98,7 +98,7 @@ CHANGES: Final[Mapping[str, str]] = {
         SELECT seq FROM jobs_log WHERE old_state IN ({_JOB_ENDED}) AND new_state <> old_state
         """,  # noqa: S608 - our own words
     "L7 no part is answered twice under one plan": """
-        SELECT item_id FROM parts_log GROUP BY item_id, number, plan HAVING count(*) > 1
+        SELECT item_id FROM parts_log GROUP BY job_id, item_id, number, plan HAVING count(*) > 1
         """,
 }
 
@@ -138,7 +138,10 @@ _ITEMS_LOG: Final = """
 _JOBS_LOG: Final = (
     "CREATE TABLE jobs_log (seq {serial}, job_id text, old_state text, new_state text)"
 )
-_PARTS_LOG: Final = "CREATE TABLE parts_log (seq {serial}, item_id bigint, number int, plan text)"
+# With its job: SQLite gives the number of the newest item again when that is removed.
+_PARTS_LOG: Final = (
+    "CREATE TABLE parts_log (seq {serial}, job_id text, item_id bigint, number int, plan text)"
+)
 _LOG_ITEM: Final = """
     INSERT INTO items_log (item_id, old_state, new_state, old_attempt, new_attempt, old_lease_id,
                            lease_id, worker, at)
@@ -147,7 +150,8 @@ _LOG_ITEM: Final = """
 _LOG_JOB: Final = """
     INSERT INTO jobs_log (job_id, old_state, new_state) VALUES (NEW.id, OLD.state, NEW.state);"""
 _LOG_PART: Final = """
-    INSERT INTO parts_log (item_id, number, plan) VALUES (NEW.item_id, NEW.number, {plan});"""
+    INSERT INTO parts_log (job_id, item_id, number, plan)
+    SELECT job_id, id, NEW.number, {plan} FROM items WHERE id = NEW.item_id;"""
 
 _LOG_ON_SQLITE: Final = (
     _ITEMS_LOG.format(serial="INTEGER PRIMARY KEY"),

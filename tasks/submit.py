@@ -282,7 +282,7 @@ def _create(
     assert submission.idempotency_key is not None, "without a key every job is new"
     with database.read() as session:
         earlier = jobs.find_by_key(session, tenant, submission.idempotency_key)
-    assert earlier is not None, "jobs are never deleted"
+    assert earlier is not None, "of those with a key none is removed"
     return earlier, False
 
 

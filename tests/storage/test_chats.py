@@ -161,6 +161,15 @@ def test_chats_go_by_the_page_the_oldest_first(database: Database) -> None:
     assert [2, 1, 0] == [remove(database, limit=2) for _ in range(3)]
 
 
+def test_chats_come_and_go_and_none_is_taken_for_an_earlier_one(database: Database) -> None:
+    """SQLite gives the numbers of items again: L7 must hold of the parts all the same."""
+    for _ in range(2):
+        chat = make_chat(database)
+        complete(database, chat)
+        finish(database, chat)
+        assert 1 == remove(database)
+
+
 def test_two_who_remove_do_not_wait_for_each_other(database: Database) -> None:
     if database.engine.dialect.name == "sqlite":
         pytest.skip("every writer is alone there")

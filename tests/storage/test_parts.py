@@ -234,7 +234,7 @@ def test_result_over_all_its_parts_holds_the_invariants(database: Database) -> N
         "UPDATE parts SET attempt = 2 WHERE number = 1",
         "UPDATE parts SET attempt = 0 WHERE number = 1",
         "UPDATE parts SET plan = '1' WHERE number = 1",
-        "INSERT INTO parts_log (item_id, number, plan) SELECT item_id, number, plan FROM parts_log",
+        "INSERT INTO parts_log (job_id, item_id, number, plan) SELECT job_id, item_id, number, plan FROM parts_log",
     ],
 )
 def test_each_harm_to_parts_is_seen(database: Database, harm: str) -> None:
