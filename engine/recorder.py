@@ -85,6 +85,7 @@ class Recorder:
         self._inputs = Held(device)
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._is_pool_kept = False  # by a recording
 
     def hold(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Copies, where all that is recorded finds its inputs; the next ones are written over them."""
@@ -155,6 +156,7 @@ class Recorder:
             raise
         finally:
             main.wait_stream(self._stream)
+        self._is_pool_kept = True
         return graph, output
 
     def _leave_pool(self) -> None:
@@ -164,14 +166,20 @@ class Recorder:
         It does not notice by itself (torch 2.11, `CUDAGraph::capture_end`). While it believes that one
         is underway, `empty_cache` is an error, and what another stream has used never comes back. The
         functions are private to torch, which calls them so in `torch.cuda.use_mem_pool`.
+
+        Nor does it record into a pool that all recordings have left (`create_or_incref_pool`): the one
+        that failed may have been the only one.
         """
         device = torch.cuda.current_device()
         try:
             torch._C._cuda_endAllocateToPool(device, self._pool)
-        except RuntimeError:
-            return  # it had noticed
-        torch._C._cuda_releasePool(device, self._pool)
+        except RuntimeError:  # it had noticed
+            if self._is_pool_kept:
+                return
+        else:
+            torch._C._cuda_releasePool(device, self._pool)
         self._pool = torch.cuda.graph_pool_handle()  # those recorded before keep the old one
+        self._is_pool_kept = False
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -214,6 +214,9 @@ class Allocator:
     In the place of torch's on a GPU: a recording is underway until its end is told, and ending one in
     which a call has failed does not tell it. Calls run where they would be recorded.
 
+    A pool that all recordings have left is not forgotten where memory of it is in use, and no other may
+    be recorded into it.
+
     Attributes:
         num_uses: recordings of each pool that have not been released.
     """
@@ -224,28 +227,16 @@ class Allocator:
         self.num_uses: Counter[int] = Counter()
         self._pools = itertools.count(1)
 
-    def __call__(self) -> "Allocator":
-        """A new graph, stream, or handle of one."""
-        return self
-
     def new_pool(self) -> int:
         return next(self._pools)
 
     def wait_stream(self, stream: object) -> None: ...
 
-    def replay(self) -> None: ...
-
-    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
-        assert "thread_local" == capture_error_mode
+    def begin(self, pool: int) -> None:
         assert pool not in self.underway
+        assert self.num_uses.get(pool) != 0, "INTERNAL ASSERT FAILED"
         self.underway.add(pool)
         self.num_uses[pool] += 1
-
-    def capture_end(self) -> None:
-        (pool,) = self.underway
-        if self.is_broken:
-            raise RuntimeError("operation failed due to a previous error during capture")
-        self.end(0, pool)
 
     def end(self, device: int, pool: int) -> None:
         if pool not in self.underway:
@@ -259,6 +250,31 @@ class Allocator:
         assert not self.underway, "INTERNAL ASSERT FAILED"
 
 
+class CapturedGraph:
+    """In the place of torch's: it uses its pool from the end of its recording until it goes."""
+
+    def __init__(self, allocator: Allocator) -> None:
+        self._allocator = allocator
+        self._has_ended = False
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert "thread_local" == capture_error_mode
+        self._allocator.begin(pool)
+        self._pool = pool
+
+    def capture_end(self) -> None:
+        if self._allocator.is_broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self._allocator.end(0, self._pool)
+        self._has_ended = True
+
+    def replay(self) -> None: ...
+
+    def __del__(self) -> None:
+        if self._has_ended:
+            self._allocator.release(0, self._pool)
+
+
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     fake = Allocator()
@@ -266,7 +282,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
         (torch.cuda, "Stream", lambda device: fake),
         (torch.cuda, "current_stream", lambda device: fake),
         (torch.cuda, "stream", nullcontext),
-        (torch.cuda, "CUDAGraph", fake),
+        (torch.cuda, "CUDAGraph", lambda: CapturedGraph(fake)),
         (torch.cuda, "graph_pool_handle", fake.new_pool),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "empty_cache", fake.empty_cache),
@@ -295,7 +311,8 @@ def test_recording_that_cannot_be_ended_is_not_left_underway(
             raise error
         return 2 * x
 
-    assert ours.try_record(fail, x) is not None
+    recorded = ours.try_record(fail, x)
+    assert recorded is not None
     allocator.is_broken = True
     assert ours.try_record(fail, x) is None
     assert set() == allocator.underway
@@ -315,10 +332,35 @@ def test_call_that_fails_before_it_is_recorded_leaves_the_memory_of_others(
     def fail(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError
 
-    for call in (double, fail, double):
-        ours.try_record(call, x)
+    recorded = [ours.try_record(call, x) for call in (double, fail, double)]
 
+    assert [True, False, True] == [one is not None for one in recorded]
     assert {1: 2} == allocator.num_uses
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_call_that_fails_while_it_is_recorded_is_recorded_later(
+    allocator: Allocator, kind: type[Exception], num_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as the first one, which is alone in its pool; with the others, where there are some."""
+    monkeypatch.setattr(recorder, "NUM_RESTING", 0)
+    monkeypatch.setattr(recorder.logger, "disabled", True)  # a log that is kept keeps the graph
+    ours, x = Recorder(CPU, "calls"), torch.ones(2)
+    before = [ours.try_record(double, x) for _ in range(num_before)]
+    kinds = [kind]
+
+    def fail_once(x: Tensor) -> Tensor:
+        if allocator.underway and kinds:
+            raise kinds.pop()("the recording goes on, and what was allocated stays")
+        return 2 * x
+
+    recorded = [ours.try_record(fail_once, x, num_warm_ups=0) for _ in range(2)]
+
+    assert recorded[1] is not None
+    assert not ours.is_given_up
+    num_recorded = sum(one is not None for one in (*before, *recorded))
+    assert [num_recorded] == [num for num in allocator.num_uses.values() if num]
 
 
 @pytest.mark.parametrize("is_ready", [True, False])
