@@ -51,8 +51,8 @@ class Collector:
             try:
                 with locks.hold(self._stores.database, LOCK) as is_ours:
                     while is_ours and not stop.is_set():
+                        self.remove_chats(stop)  # first: they need no blob store
                         self.collect(stop)
-                        self.remove_chats(stop)
                         stop.wait(self._every_s)
             except StorageError as error:
                 logger.warning("collect_failed", error=error.code)

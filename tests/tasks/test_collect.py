@@ -5,10 +5,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import text
 
 from storage import chats, files, jobs
-from storage.errors import BlobMissingError
+from storage.errors import BlobMissingError, BlobsUnavailableError
 from storage.ids import FileId, JobId, TenantId, new_uuid
 from storage.keys import build_file_key, build_output_key
 from tasks.collect import Collector
@@ -20,6 +21,7 @@ from tasks.submit import parse_submission, submit
 from tests.storage.rows import make_job, make_tenant
 from tests.tasks.fakes import RecordingDispatcher, build_request
 from tests.tasks.test_run import Rig
+from tests.waiting import wait_until
 
 OLD_S = -60.0
 """A grace period that is over for everything, also for what was written a moment ago."""
@@ -149,6 +151,31 @@ def test_chats_go_page_after_page_until_the_process_stops(stores: Stores) -> Non
     assert [0, chats.PAGE + 1, 0] == [
         collector.remove_chats(stop) for stop in (stopping, threading.Event(), threading.Event())
     ]
+
+
+def test_chats_go_while_the_blob_store_is_away(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = make_job(stores.database, 0, is_started=False, priority=jobs.FAST_LANE)
+    with stores.database.write() as session:
+        jobs.reject(session, chat, [])
+    is_asked = threading.Event()
+
+    def sweep(*, older_than_s: float) -> int:
+        is_asked.set()
+        raise BlobsUnavailableError
+
+    monkeypatch.setattr(stores.blobs, "sweep", sweep)
+    stop = threading.Event()
+    collector = build_collector(stores, chat_lifetime_s=OLD_S)
+    thread = threading.Thread(target=collector.run, args=(stop,))
+    thread.start()
+    wait_until(is_asked.is_set)
+    stop.set()
+    thread.join(10)
+
+    with stores.database.read() as session:
+        assert jobs.find(session, chat) is None
 
 
 def test_one_process_collects_until_it_is_told_to_stop(stores: Stores, tmp_path: Path) -> None:
