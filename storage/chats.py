@@ -10,6 +10,7 @@ from typing import Final
 from sqlalchemy import delete, exists, func, literal, select
 from sqlalchemy.orm import Session, aliased
 
+from storage import parts
 from storage.db import clock
 from storage.files import REQUEST_PURPOSE
 from storage.jobs import FAST_LANE
@@ -24,10 +25,11 @@ def remove_page(session: Session, *, older_than_s: float, limit: int = PAGE) -> 
     """
     Remove one page of chats that ended so long ago. One that a later job names stays.
 
-    Those that others hold are skipped, so that two who remove do not wait for each other.
+    Those that others hold are skipped, so that two who remove do not wait for each other. Of chats with
+    very many parts fewer go at a time.
 
     Returns:
-        How many went; fewer than `limit` when no more are left.
+        How many went; 0 when no more are left.
     """
     gone = clock() - older_than_s
     later = aliased(Job)
@@ -47,9 +49,16 @@ def remove_page(session: Session, *, older_than_s: float, limit: int = PAGE) -> 
     ).all()
     if not rows:
         return 0
-    ids = [row.id for row in rows]
-    files = [row.input_file_id for row in rows]
-    items = session.scalars(select(Item.id).where(Item.job_id.in_(ids))).all()
+    found = session.execute(
+        select(Item.id, Item.job_id)
+        .where(Item.job_id.in_([row.id for row in rows]))
+        .order_by(Item.id)
+    ).all()
+    num_fitting = parts.count_fitting(session, [item.id for item in found])
+    later_ones = {item.job_id for item in found[num_fitting:]}
+    items = [item.id for item in found if item.job_id not in later_ones]
+    ids = [row.id for row in rows if row.id not in later_ones]
+    files = [row.input_file_id for row in rows if row.id not in later_ones]
     for table, is_theirs in (
         (Part, Part.item_id.in_(items)),
         (Result, Result.item_id.in_(items)),

@@ -20,7 +20,7 @@ from storage.items import Fence
 from storage.tables import Part
 
 MAX_PARTS_READ: Final = 2000
-"""At a time, where items are read by the page: one of them may have a thousand."""
+"""At a time, where items are read or removed by the page: one of them may have a thousand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def list_by_item(session: Session, ids: Collection[ItemId]) -> dict[ItemId, list
 
 
 def count_fitting(session: Session, ids: Sequence[ItemId]) -> int:
-    """How many of these items, in their order, to read at a time; at least one, if there is one."""
+    """How many of these items, in their order, to take at a time; at least one, if there is one."""
     query = select(Part.item_id, func.count()).where(Part.item_id.in_(ids)).group_by(Part.item_id)
     num_by_item = dict(session.execute(query).all())
     num_parts = 0

@@ -94,7 +94,7 @@ class Collector:
             with self._stores.database.write() as session:
                 num_gone = chats.remove_page(session, older_than_s=self._chat_lifetime_s)
             num_removed += num_gone
-            if num_gone < chats.PAGE:
+            if not num_gone:
                 break
         if num_removed:
             logger.info("chats_removed", num_chats=num_removed)

@@ -161,6 +161,22 @@ def test_chats_go_by_the_page_the_oldest_first(database: Database) -> None:
     assert [2, 1, 0] == [remove(database, limit=2) for _ in range(3)]
 
 
+def test_chats_of_many_parts_go_by_smaller_pages(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "MAX_PARTS_READ", 3)
+    made = [make_chat(database) for _ in range(3)]  # of two parts each
+    for chat in made:
+        complete(database, chat)
+        finish(database, chat)
+
+    assert 1 == remove(database)
+    with database.read() as session:
+        assert made[1:] == list(session.scalars(select(Job.id).order_by(Job.id)))
+    assert [1, 1, 0] == [remove(database) for _ in range(3)]
+    assert {} == count_rows(database)
+
+
 def test_chats_come_and_go_and_none_is_taken_for_an_earlier_one(database: Database) -> None:
     """SQLite gives the numbers of items again: L7 must hold of the parts all the same."""
     for _ in range(2):

@@ -274,7 +274,7 @@ def test_sqlite_walks_no_table_for_a_chat_that_goes(sqlite_template: bytes, tmp_
         connection.rollback()
     database.close()
 
-    assert (1, 8) == (num_removed, len(sent))
+    assert (1, 9) == (num_removed, len(sent))
     assert [] == [step for step in plans if step.startswith("SCAN")]
     # Also what it asks itself: whether a job points to what goes.
     for name in ("retry_of", "input_file_id", "output_file_id", "error_file_id"):
