@@ -119,12 +119,26 @@ def test_packed_products_are_those_of_a_linear(
     shared = products.PackedLinear.find(linear, activation, is_shared=True)
     if packed is None or shared is None:
         pytest.skip("torch has no such products on this processor")
-    for num_rows in (0, 1, 3, 64, 341):
+    for num_rows in (0, 1, 3, 50, 64, 65, 341):
         x = drawn(1, num_rows, 320).to(dtype)
         expected = twin(exact(x.float()))
 
         for product in (packed, shared):
             torch.testing.assert_close(product(x).float(), expected, rtol=rtol, atol=atol)
+
+
+def test_few_rows_are_one_product_however_many() -> None:
+    sizes: list[int] = []
+
+    def call(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return 2 * rows
+
+    for num_rows in (1, 3, 24, 33, 64, 65, 300, 700):
+        x = drawn(num_rows, 5)
+        assert torch.equal(2 * x, products.by_blocks(call, x, 5))
+
+    assert [1, 4, 24, 48, 64, *(64, 1), *(256, 48), *(256, 256, 64, 64, 64)] == sizes
 
 
 def test_small_products_are_not_packed() -> None:
@@ -137,7 +151,8 @@ def test_packed_products_keep_little_of_the_numbers_of_rows_that_they_saw() -> N
     if packed is None:
         pytest.skip("torch has no such products on this processor")
     x = drawn(1023, 512)
-    packed(x[:341])  # a block of each size
+    for size in products.BLOCK_SIZES:
+        packed(x[:size])
     before = read_heap()
     for num_rows in range(600, 700):
         packed(x[:num_rows])
