@@ -113,10 +113,11 @@ class Graphs:
     def capture_all(self) -> None:
         """Make the graphs that nearly all steps need, so that none of them has to wait for its own."""
         longest = max(self._least_rows, min(ROWS_AT_START, self._max_rows))
-        for rows in dict.fromkeys((longest, self._least_rows)):
-            most = bucket_rows(rows, self._max_rows)
+        # Once where both come to the same.
+        buckets = {bucket_rows(rows, self._max_rows): None for rows in (longest, self._least_rows)}
+        for most in buckets:
             for size in reversed(self._sizes):  # what the largest took, the others use again
-                if not self.are_given_up and (size, most, False, False) not in self._graphs:
+                if not self.are_given_up:
                     self._try_capture((size, most, False, False))
 
     @property

@@ -116,8 +116,8 @@ class Recorder:
         except Exception as error:
             # The edge of the driver: whatever a kernel does that no graph can hold, or memory.
             is_short = _is_out_of_memory(error)
-            what = "are run first" if num_warm_ups == 0 else "were given up"
-            what = "find no memory" if is_short else what
+            otherwise = "are run first" if num_warm_ups == 0 else "were given up"
+            what = "find no memory" if is_short else otherwise
             logger.warning("%s %s, calls will be slower", self._name, what, exc_info=True)
         # NOTE: not above, where the error still holds what its call had allocated.
         if is_short:

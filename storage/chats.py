@@ -57,8 +57,8 @@ def remove_page(session: Session, *, older_than_s: float, limit: int = PAGE) -> 
     num_fitting = parts.count_fitting(session, [item.id for item in found])
     later_ones = {item.job_id for item in found[num_fitting:]}
     items = [item.id for item in found if item.job_id not in later_ones]
-    ids = [row.id for row in rows if row.id not in later_ones]
-    files = [row.input_file_id for row in rows if row.id not in later_ones]
+    going = [row for row in rows if row.id not in later_ones]
+    ids, files = [row.id for row in going], [row.input_file_id for row in going]
     for table, is_theirs in (
         (Part, Part.item_id.in_(items)),
         (Result, Result.item_id.in_(items)),
