@@ -47,6 +47,17 @@ def fail_or_skip(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def freeze(process: "subprocess.Popen[Any]") -> None:
+    """
+    Returns when it stands, or has ended.
+
+    The signal alone goes to one of its threads, which stops the others as soon as it runs itself:
+    on a busy machine they answer a request or two before that.
+    """
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
 def find_free_ports(count: int) -> list[int]:
     """
     Ports that nobody has now, below those that the system gives to anyone who asks for any.
@@ -283,7 +294,7 @@ class S3Server:
     def freeze(self) -> None:
         """It takes connections, and never answers."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
+        freeze(self.process)
 
     def thaw(self) -> None:
         assert self.process is not None

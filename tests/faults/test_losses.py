@@ -193,7 +193,9 @@ def test_bucket_that_dies_between_two_parts_of_an_artifact_gets_it_whole_later(
     with pytest.raises(BlobsUnavailableError):
         finish(stores, job)
     s3_server.start()
-    left_open = s3_server.build_client().list_multipart_uploads(Bucket=bucket.bucket)["Uploads"]
+    left_open = s3_server.build_client().list_multipart_uploads(
+        Bucket=bucket.bucket, Prefix=f"{bucket.prefix}/"
+    )["Uploads"]
     state = finish(stores, job)
 
     found = find(database, job)

@@ -24,6 +24,7 @@ from tests.faults.stack import (
     wait_until_begun,
     wait_until_completed,
 )
+from tests.services import freeze
 from tests.tasks.processes import Fleet, open_fleet, wait_until
 
 pytestmark = pytest.mark.services
@@ -55,7 +56,7 @@ def test_frozen_worker_wakes_up_tries_to_commit_and_changes_nothing(
         frozen = fleet.start("gpu", "0.2")
         job = hand_in(stores, broker.url, tmp_path, 40)
         wait_until_begun(stores.database, job, fleet)
-        freeze(frozen, stores.database)
+        freeze_outside(frozen, stores.database)
         num_done = count_items_of(stores.database, frozen, is_completed=True)
         num_held = count_items_of(stores.database, frozen)
         fleet.start("gpu")
@@ -74,7 +75,7 @@ def test_frozen_worker_wakes_up_tries_to_commit_and_changes_nothing(
     assert_output_is_whole(stores, job, 40)
 
 
-def freeze(worker: "subprocess.Popen[bytes]", database: Database) -> None:
+def freeze_outside(worker: "subprocess.Popen[bytes]", database: Database) -> None:
     """
     Between two of its transactions, that is.
 
@@ -82,7 +83,7 @@ def freeze(worker: "subprocess.Popen[bytes]", database: Database) -> None:
     PostgreSQL ends it after a minute.
     """
     for _ in range(100):
-        worker.send_signal(signal.SIGSTOP)
+        freeze(worker)
         if is_free(database):
             return
         worker.send_signal(signal.SIGCONT)

@@ -13,6 +13,7 @@ from storage import items, jobs
 from storage.db import Database
 from storage.ids import JobId
 from storage.tables import Job
+from tests.services import freeze
 from tests.storage.rows import completions, lease, let_backoff_end, make_job
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def test_frozen_worker_that_wakes_up_commits_nothing(database: Database, databas
     assert worker.stdin is not None
     assert worker.stdout is not None
     assert "leased 8" == worker.stdout.readline().strip()
-    worker.send_signal(signal.SIGSTOP)
+    freeze(worker)
     time.sleep(1.1)
     with database.write() as session:
         swept = items.expire_leases(session)
