@@ -38,11 +38,13 @@ from engine.kernels import (
     draw,
     greedy,
     has_kernels,
+    in_one,
     norms,
     pictures,
     prompts,
     quantised,
     rope,
+    rotated,
 )
 from engine.kernels.activated import Activation
 from engine.kernels.pictures import Cut, HopperCut
@@ -231,12 +233,27 @@ def _activated(
     bias = _random(width) if has_bias else None
     name, flops = f"{name} {activation} {rows}", 2 * rows * depth * width
     _line(f"{name} product alone", lambda: F.linear(x, weight, bias), flops=flops)
-    for way, least_rows in (("apart", activated.NEVER), ("in one", 0)):
+    for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):
         run = partial(activated.multiply, x, weight, bias, activation, least_rows)
         _line(f"{name} {way}", run, flops=flops)
         _line(f"{name} {way}, launched", run, flops=flops, in_graph=False)
     least_rows = activated.choose(weight, bias, activation)
-    _print(name=name, least_rows=None if least_rows == activated.NEVER else least_rows)
+    _print(name=name, least_rows=None if least_rows == in_one.NEVER else least_rows)
+
+
+def measure_rotated() -> None:
+    """Queries, keys and values of the encoder, rotated in one kernel with their product and in two."""
+    for rows in (PATCHES, 8192, 2048, 512):
+        x, weight = _random(rows, VISION_WIDTH), _random(3 * VISION_WIDTH, VISION_WIDTH) * 0.03
+        bias, angles = _random(3 * VISION_WIDTH), torch.rand(rows, 80, device="cuda")
+        flops = 2 * rows * weight.numel()
+        name = f"rotated {rows}"
+        _line(f"{name} product alone", partial(F.linear, x, weight, bias), flops=flops)
+        for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):
+            run = partial(rotated.multiply, x, weight, bias, angles, angles, 80, 32, least_rows)
+            _line(f"{name} {way}", run, flops=flops)
+    least_rows = rotated.choose(weight, bias, 80, 32)
+    _print(name="rotated", least_rows=None if least_rows == in_one.NEVER else least_rows)
 
 
 def measure_fp8() -> None:
@@ -621,6 +638,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "draw": measure_draw,
     "merged": measure_merged,
     "activated": measure_activated,
+    "rotated": measure_rotated,
     "layers": measure_layers,
     "fp8": measure_fp8,
     "pictures": measure_pictures,

@@ -44,7 +44,7 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from engine.attention import find_ends
-from engine.kernels import activated, activations, norms, quantised, rope
+from engine.kernels import activated, activations, in_one, norms, quantised, rope, rotated
 from engine.kernels.activated import Activation
 from engine.kernels.products import PackedLinear, by_blocks
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
@@ -238,7 +238,7 @@ def _choose_rows(first: nn.Module, second: nn.Module, activation: Activation) ->
     if not isinstance(first, nn.Linear) or isinstance(second, Fp8Linear):
         return None
     least_rows = activated.choose(first.weight, first.bias, activation)
-    return None if least_rows == activated.NEVER else least_rows
+    return None if least_rows == in_one.NEVER else least_rows
 
 
 def _activate(
@@ -538,6 +538,37 @@ class FusedVisionAttention(nn.Module):
         self.is_causal = False
         self.qkv = _project(attention.qkv, fusions)
         self.out = _project_attended(attention.proj, fusions)
+        self.head_dim: int = attention.head_dim
+        self.least_rows = self._prepare_to_rotate()
+
+    def _prepare_to_rotate(self) -> int | None:
+        """From how many rows on the product rotates what it makes; None where it never does."""
+        if not isinstance(self.qkv, nn.Linear):
+            return None
+        weight, bias = self.qkv.weight, self.qkv.bias
+        of_heads = self.head_dim, 2 * self.num_heads
+        least_rows = rotated.choose(weight, bias, *of_heads)
+        if least_rows == in_one.NEVER:
+            return None
+        for parameter in self.qkv.parameters():
+            parameter.data = rotated.interleave(parameter.data, *of_heads)
+        return least_rows
+
+    def _project(self, x: Tensor | Fp8Rows, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """(T, heads of queries, keys and values, dim), the first two rotated."""
+        num_rotated = 2 * self.num_heads
+        if self.least_rows is None:
+            projected: Tensor = self.qkv(x)
+            heads = projected.view(len(projected), -1, self.head_dim)
+            rope.rotate_(heads[:, :num_rotated], *position_embeddings)
+            return heads
+        assert isinstance(self.qkv, nn.Linear)
+        assert isinstance(x, Tensor)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        projected = rotated.multiply(
+            x, weight, bias, *position_embeddings, self.head_dim, num_rotated, self.least_rows
+        )
+        return projected.view(len(projected), -1, self.head_dim)
 
     def forward(
         self,
@@ -545,12 +576,8 @@ class FusedVisionAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         **kwargs: Any,
     ) -> Tensor:
-        projected = self.qkv(x)
-        heads = projected.view(len(projected), 3 * self.num_heads, -1)
-        rope.rotate_(heads[:, : 2 * self.num_heads], *position_embeddings)
-        query, key, value = (
-            part.transpose(0, 1)[None] for part in heads.split(self.num_heads, dim=1)
-        )
+        heads = self._project(x, position_embeddings)
+        query, key, value = (part.transpose(0, 1)[None] for part in heads.tensor_split(3, dim=1))
         attended = _call_attention(
             self, query, key, value, attention_mask=None, is_causal=False, **kwargs
         )

@@ -12,24 +12,26 @@ from engine.kernels import has_kernels
 from engine.kernels.rows import store_
 
 
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, *, in_pairs: bool = False) -> None:
     """
     Rotate heads by their token's angles, in float32, written over them.
 
     Args:
         heads: (T, heads, dim), dense in dim; a view into the projections is what it is made for.
         cos, sin: (T, half) or wider: columns from half on are not read. Any float type.
+        in_pairs: of heads whose neighbours turn each other, 0 and 1, 2 and 3, and not their halves.
     """
     if has_kernels(heads):
         from engine.kernels.gpu import rope
 
-        rope.rotate_(heads, cos, sin)
+        rope.rotate_(heads, cos, sin, in_pairs=in_pairs)
         return
     half = heads.shape[-1] // 2
     cos, sin = (angles[:, None, :half].float() for angles in (cos, sin))
-    first, second = heads[..., :half].float(), heads[..., half:].float()
+    parts = heads.view(*heads.shape[:-1], *((half, 2) if in_pairs else (2, half)))
+    first, second = (part.float() for part in parts.unbind(-1 if in_pairs else -2))
     rotated = first * cos - second * sin, second * cos + first * sin
-    heads[..., :half], heads[..., half:] = rotated
+    parts.copy_(torch.stack(rotated, dim=-1 if in_pairs else -2))
 
 
 def rotate_and_store_(

@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_window_index
 from engine import fuse
 from engine.attention import VISION_ATTENTION, Ends, TextContext, VisionContext, using
 from engine.fuse import Fusions
-from engine.kernels import activated, products, rope
+from engine.kernels import activated, products, rope, rotated
 from engine.kernels.products import PackedLinear
 from engine.kernels.quantised import Fp8Linear
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
@@ -212,6 +212,26 @@ def test_products_of_many_rows_activate_where_that_was_chosen(
         assert_near(expected, actual)
     kind = "silu_mul" if later_qwen.config.model_type == "qwen2_5_vl" else "gelu_tanh"
     assert {(kind, 8 + 2 * 24 + 60)} == set(seen)
+
+
+def test_encoders_rotate_in_their_products_where_that_was_chosen(
+    qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def multiply(x: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(x))
+        return rotated.multiply(x, *rest)
+
+    monkeypatch.setattr(rotated, "choose", lambda *_: 41)
+    monkeypatch.setattr(rotated, "_multiply_in_one", multiply)
+    fused, later = fused_copy(qwen), fused_copy(later_qwen)
+
+    assert_near(run_vision(qwen), run_vision(fused))
+    assert not seen
+    for expected, actual in zip(run_later_vision(later_qwen), run_later_vision(later), strict=True):
+        assert_near(expected, actual)
+    assert {8 + 2 * 24 + 60} == set(seen)
 
 
 def test_everything_of_qwen2_vl_is_swapped(qwen: Any) -> None:

@@ -27,6 +27,7 @@ from engine.kernels import (
     decode,
     draw,
     greedy,
+    in_one,
     norms,
     pictures,
     pixels,
@@ -34,6 +35,7 @@ from engine.kernels import (
     prompts,
     quantised,
     rope,
+    rotated,
     timing,
     trials,
 )
@@ -213,18 +215,30 @@ def test_rotation_is_that_of_transformers_for_vision() -> None:
     assert torch.equal(expected, heads)
 
 
+def test_rotation_in_pairs_is_that_of_halves_with_the_numbers_in_another_order() -> None:
+    heads, angles = drawn(11, 5, 20), drawn(11, 10, seed=1)
+    pairs = heads.view(11, 5, 2, 10).transpose(-1, -2).flatten(-2)
+    merged = torch.cat([pairs, drawn(11, 2, 20, seed=2)], dim=1)
+
+    rope.rotate_(heads, angles.cos(), angles.sin())
+    rope.rotate_(merged[:, :5], angles.cos(), angles.sin(), in_pairs=True)
+
+    assert torch.equal(heads, merged.view(11, 7, 10, 2)[:, :5].transpose(-1, -2).flatten(-2))
+    assert torch.equal(drawn(11, 2, 20, seed=2), merged[:, 5:])
+
+
 def test_storing_fills_the_rows_of_the_call_and_no_other() -> None:
     merged, angles = drawn(3, 4 + 2 * 2, 16), drawn(3, 8, seed=1)
     keys, values = torch.full((9, 2, 16), 7.0), torch.full((9, 2, 16), 7.0)
     rows = torch.tensor([8, 0, 4])
-    rotated = merged.clone()
-    rope.rotate_(rotated[:, :6], angles.cos(), angles.sin())
+    turned = merged.clone()
+    rope.rotate_(turned[:, :6], angles.cos(), angles.sin())
 
     rope.rotate_and_store_(merged, angles.cos(), angles.sin(), keys, values, rows)
 
-    assert torch.equal(rotated, merged)
-    assert torch.equal(rotated[:, 4:6], keys[rows])
-    assert torch.equal(rotated[:, 6:], values[rows])
+    assert torch.equal(turned, merged)
+    assert torch.equal(turned[:, 4:6], keys[rows])
+    assert torch.equal(turned[:, 6:], values[rows])
     untouched = [1, 2, 3, 5, 6, 7]
     assert keys[untouched].eq(7).all()
     assert values[untouched].eq(7).all()
@@ -455,10 +469,34 @@ def test_activated_products_are_a_product_and_an_activation(
     torch.testing.assert_close(actual, expected[activation])
 
 
-def test_a_cpu_activates_behind_every_product() -> None:
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_rotated_products_give_the_scores_of_a_product_and_a_rotation(has_bias: bool) -> None:
+    x, weight, angles = drawn(7, 48), drawn(5 * 16, 48, seed=1), drawn(7, 8, seed=3)
+    bias = drawn(5 * 16, seed=2) if has_bias else None
+    expected = F.linear(x, weight, bias).view(7, 5, 16)
+    rope.rotate_(expected[:, :4], angles.cos(), angles.sin())  # two heads of queries, two of keys
+
+    actual = rotated.multiply(
+        x,
+        rotated.interleave(weight, 16, 4),
+        None if bias is None else rotated.interleave(bias, 16, 4),
+        angles.cos(),
+        angles.sin(),
+        16,
+        4,
+    ).view(7, 5, 16)
+
+    for one, other in ((0, 2), (1, 3), (1, 2)):
+        scores, expected_scores = (x[:, one] @ x[:, other].T for x in (actual, expected))
+        torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(actual[:, 4], expected[:, 4])
+
+
+def test_a_cpu_goes_on_behind_every_product() -> None:
     weight = drawn(96, 48).bfloat16()
 
-    assert activated.NEVER == activated.choose(weight, None, "silu_mul")
+    assert in_one.NEVER == activated.choose(weight, None, "silu_mul")
+    assert in_one.NEVER == rotated.choose(weight, None, 16, 4)
 
 
 @pytest.mark.parametrize(
@@ -466,11 +504,11 @@ def test_a_cpu_activates_behind_every_product() -> None:
     [
         ({8192: 0.8, 2048: 0.9, 512: 1.1}, 2048),
         ({8192: 0.8, 2048: 0.9, 512: 0.9}, 512),
-        ({8192: 0.98}, activated.NEVER),
-        ({8192: 0.8, 2048: math.inf}, activated.NEVER),
+        ({8192: 0.98}, in_one.NEVER),
+        ({8192: 0.8, 2048: math.inf}, in_one.NEVER),
         ({2048: 0.9, 512: 1.1}, 2048),  # no memory for 8192
         ({512: 0.9}, 512),
-        ({}, activated.NEVER),
+        ({}, in_one.NEVER),
     ],
 )
 def test_activated_products_are_compared_on_calls_for_which_there_is_memory(
@@ -493,7 +531,7 @@ def test_activated_products_are_compared_on_calls_for_which_there_is_memory(
     with timing.choosing(by_time=True):
         assert least_rows == timing.ask_once(activated._choose, *asked)
         num_compared = len(compared)
-        shares.update(dict.fromkeys(activated.ROWS, 0.5))
+        shares.update(dict.fromkeys(in_one.ROWS, 0.5))
 
         # One model's layers are all alike, and the next model's asked anew.
         assert least_rows == timing.ask_once(activated._choose, *asked)

@@ -23,11 +23,13 @@ from engine.kernels import (
     decode,
     draw,
     greedy,
+    in_one,
     norms,
     pictures,
     prompts,
     quantised,
     rope,
+    rotated,
     timing,
 )
 
@@ -189,6 +191,20 @@ def test_rotate(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, repeats
 
     assert_near(copy, merged)
     assert torch.equal(copy[:, heads + kv_heads :], merged[:, heads + kv_heads :].cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(32, 80), (32, 64), (3, 8)])
+def test_rotate_in_pairs(heads: int, dim: int, dtype: torch.dtype) -> None:
+    num_tokens = 5 if IS_INTERPRETED else 1001
+    merged, angles = drawn(num_tokens, heads + 2, dim, dtype=dtype), drawn(num_tokens, dim, seed=4)
+    copy, cos, sin = on_cpu(merged, angles.cos(), angles.sin())
+
+    rope.rotate_(copy[:, :heads], cos, sin, in_pairs=True)
+    kernel("rope").rotate_(merged[:, :heads], angles.cos(), angles.sin(), in_pairs=True)
+
+    assert_near(copy, merged)
+    assert torch.equal(copy[:, heads:], merged[:, heads:].cpu())
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
@@ -469,7 +485,7 @@ def test_without_a_stopwatch_a_choice_is_always_the_same() -> None:
         weight = drawn(5120, 1280, dtype=torch.bfloat16)
 
         assert pictures.take((*pictures.HOPPER_CUTS, pictures.WINDOW_CUT)) == choice
-        assert activated.NEVER == activated.choose(weight, None, "quick_gelu")
+        assert in_one.NEVER == activated.choose(weight, None, "quick_gelu")
 
 
 # Tokens of a call, and rows with what came before them, at and around tiles and groups.
@@ -669,7 +685,7 @@ def test_activated_products_know_nothing_of_what_lies_behind(
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "new_empty", lambda _self, shape: whole[: shape[0]])
         kind = get_args(activated.Activation).index(activation)
-        actual = kernel("activated").multiply(rows, weight, bias, kind)
+        actual = kernel("in_one").multiply_and_activate(rows, weight, bias, kind)
 
     assert (3, 500, width) == expected.shape
     assert torch.equal(whole[1500:], torch.full_like(whole[1500:], 7.0))
@@ -698,6 +714,81 @@ def test_activated_products_in_a_graph(activation: activated.Activation) -> None
         assert torch.equal(run(), captured)
 
 
+# Heads, those that are rotated, numbers in a head, depth; tiles are of 128 rows and 256 columns.
+ROTATED = [
+    (48, 32, 80, 1280),
+    (48, 32, 64, 1024),
+    (20, 16, 128, 1536),
+    (5, 4, 24, 40),
+    (6, 6, 8, 64),
+]
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("angle_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "num_rotated", "dim", "depth"), ROTATED)
+def test_rotated_products(
+    heads: int,
+    num_rotated: int,
+    dim: int,
+    depth: int,
+    angle_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> None:
+    """As a product in float32 and a rotation, with and without a bias."""
+    width = heads * dim
+    weight = (drawn(width, depth, seed=1) * depth**-0.5).to(dtype)
+    for num_rows in (0, 1, 129, 3001):
+        x = drawn(num_rows, depth, dtype=dtype)
+        angles = drawn(num_rows, dim, seed=3) * 9
+        cos, sin = angles.cos().to(angle_dtype), angles.sin().to(angle_dtype)
+        for bias in (None, drawn(width, dtype=dtype, seed=2)):
+            of_heads = cos, sin, dim, num_rotated
+            actual = rotated.multiply(x, weight, bias, *of_heads, 0)
+
+            assert (num_rows, width) == actual.shape
+            assert actual.is_contiguous()
+            if num_rows:
+                exact_bias = None if bias is None else bias.float()
+                expected = rotated.multiply(x.float(), weight.float(), exact_bias, *of_heads)
+                assert_near(expected.to(dtype), actual)
+                assert torch.equal(actual, rotated.multiply(x, weight, bias, *of_heads, 0))
+
+
+@needs_hopper
+def test_rotated_products_know_nothing_of_what_lies_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and angles behind the last row are neither read nor written, and a row's NaN is its own."""
+    weight, bias = (drawn(*shape, dtype=torch.bfloat16) for shape in ((3840, 1280), (3840,)))
+    rows = torch.full((1700, 1280), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    rows[:1500] = drawn(1500, 1280, dtype=torch.bfloat16)
+    rows[507] = float("nan")
+    angles = torch.full((1700, 80), float("nan"), device=DEVICE)
+    angles[:1500] = drawn(1500, 80, seed=3)
+    cos, sin = angles.cos()[:1500], angles.sin()[:1500]
+    whole = torch.full((1700, 3840), 7.0, dtype=torch.bfloat16, device=DEVICE)
+
+    expected = rotated.multiply(rows[:1500], weight, bias, cos, sin, 80, 32, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", lambda _self, shape: whole[: shape[0]])
+        actual = rotated.multiply(rows[:1500], weight, bias, cos, sin, 80, 32, 0)
+
+    assert torch.equal(whole[1500:], torch.full_like(whole[1500:], 7.0))
+    assert [507] == actual.isnan().any(dim=1).nonzero().flatten().tolist()
+    assert torch.equal(expected.nan_to_num(), actual.nan_to_num())
+
+
+@needs_hopper
+def test_a_choice_of_rotated_products_is_made_for_each_shape() -> None:
+    weight = torch.empty(3840, 1280, dtype=torch.bfloat16, device=DEVICE)
+    least_rows = rotated.choose(weight, None, 80, 32)
+    print(least_rows)
+
+    assert least_rows in (*in_one.ROWS, in_one.NEVER)
+    assert in_one.NEVER == rotated.choose(weight.float(), None, 80, 32)
+    assert in_one.NEVER == rotated.choose(weight[:36, :36], None, 6, 4)
+
+
 @needs_hopper
 def test_a_choice_of_activated_products_is_made_for_each_shape() -> None:
     for activation in get_args(activated.Activation):
@@ -705,9 +796,9 @@ def test_a_choice_of_activated_products_is_made_for_each_shape() -> None:
         least_rows = activated.choose(weight, None, activation)
         print(activation, least_rows)
 
-        assert least_rows in activated.ROWS
-        assert activated.NEVER == activated.choose(weight.float(), None, activation)
-        assert activated.NEVER == activated.choose(weight[:36, :36], None, activation)
+        assert least_rows in in_one.ROWS
+        assert in_one.NEVER == activated.choose(weight.float(), None, activation)
+        assert in_one.NEVER == activated.choose(weight[:36, :36], None, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

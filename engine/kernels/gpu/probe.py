@@ -1,6 +1,6 @@
 """
 Whether kernels work here: some of each kind are run once on a few numbers and compared with their
-twins. Not those for fp8, angles and pixels; pictures.py, prompts.py, activated.py and draw.py try their
+twins. Not those for fp8, angles and pixels; pictures.py, prompts.py, in_one.py and draw.py try their
 own before they use them.
 
 Triton may lack a compiler for its launchers, or meet a device that it does not know. It is better

@@ -22,6 +22,7 @@ def _rotate(
     num_rotated,
     kv_heads,
     HALF: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
     STORES: tl.constexpr,
     CLAMP: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
@@ -35,14 +36,17 @@ def _rotate(
     sin = tl.load(sin_ptr + token * angle_stride + column, mask=angle_inside, other=0.0)
     cos, sin = cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
     inside = (head < num_rotated)[:, None] & angle_inside[None, :]
-    at = heads_ptr + token * token_stride + head[:, None] * head_stride + column[None, :]
+    # Numbers that turn each other are neighbours, or half a head apart.
+    STEP: tl.constexpr = 2 if IN_PAIRS else 1
+    APART: tl.constexpr = 1 if IN_PAIRS else HALF
+    at = heads_ptr + token * token_stride + head[:, None] * head_stride + STEP * column[None, :]
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + APART, mask=inside, other=0.0).to(tl.float32)
     kind = heads_ptr.dtype.element_ty
     new_first = (first * cos - second * sin).to(kind)
     new_second = (second * cos + first * sin).to(kind)
     tl.store(at, new_first, mask=inside)
-    tl.store(at + HALF, new_second, mask=inside)
+    tl.store(at + APART, new_second, mask=inside)
     if STORES:
         row = tl.load(rows_ptr + token).to(tl.int64)
         kv_kind = keys_ptr.dtype.element_ty
@@ -98,9 +102,9 @@ def _look_up(
     tl.store(sin_ptr + token * half + column, sin, mask=inside)
 
 
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, *, in_pairs: bool = False) -> None:
     """heads: (T, heads, dim), rotated in place."""
-    _launch(heads, heads.shape[1], cos, sin, heads, heads, heads, stores=False)
+    _launch(heads, heads.shape[1], cos, sin, heads, heads, heads, in_pairs=in_pairs, stores=False)
 
 
 def rotate_and_store_(
@@ -111,7 +115,7 @@ def rotate_and_store_(
     assert values.is_contiguous()
     assert keys.dtype == values.dtype
     num_rotated = heads.shape[1] - keys.shape[1]
-    _launch(heads, num_rotated, cos, sin, keys, values, write_rows, stores=True)
+    _launch(heads, num_rotated, cos, sin, keys, values, write_rows, in_pairs=False, stores=True)
 
 
 def _launch(
@@ -123,6 +127,7 @@ def _launch(
     values: Tensor,
     write_rows: Tensor,
     *,
+    in_pairs: bool,
     stores: bool,
 ) -> None:
     num_tokens, _, dim = heads.shape
@@ -145,6 +150,7 @@ def _launch(
         num_rotated,
         keys.shape[1] if stores else 0,
         HALF=dim // 2,
+        IN_PAIRS=in_pairs,
         STORES=stores,
         CLAMP=MOST if keys.dtype == FP8 else 0.0,
         HEADS_BLOCK=heads_block,

@@ -1,11 +1,13 @@
 """
-A matrix product whose result is activated on its way out, for Hopper: rows (M, K) by weights (N, K).
+A matrix product whose result is activated, or rotated, on its way out, for Hopper: rows (M, K) by
+weights (N, K).
 
 A block of threads stays on each multiprocessor and takes tiles of the result in turn, ordered so that
 those in work at a time share rows and weights in the L2 cache. One warp of it loads, by TMA, into a
 ring of stages; each of two groups of four warps multiplies 64 rows of the tile by all 256 columns,
 activates the sums in float32 and stores them by TMA. The groups go on by themselves, one some steps
-ahead: while it activates, the other has the tensor cores.
+ahead: while it activates, the other has the tensor cores. Sums that rotate each other are neighbours,
+and so in one thread.
 """
 
 import math
@@ -27,11 +29,12 @@ from engine.kernels import activations
 from engine.kernels.gpu import LOG2_E
 from engine.kernels.gpu.hopper import count_processors
 
-QUICK_GELU, GELU_TANH, SILU_MUL = 0, 1, 2  # what happens to the sums
+QUICK_GELU, GELU_TANH, SILU_MUL, ROTATE = range(4)  # what happens to the sums
 
 _QUICK_GELU = gl.constexpr(QUICK_GELU)
 _GELU_TANH = gl.constexpr(GELU_TANH)
 _SILU_MUL = gl.constexpr(SILU_MUL)
+_ROTATE = gl.constexpr(ROTATE)
 _LOG2_E = gl.constexpr(LOG2_E)
 _SLOPE = gl.constexpr(activations.QUICK_GELU)
 _SQRT_2_PI = gl.constexpr(math.sqrt(2 / math.pi))
@@ -173,6 +176,23 @@ def _activate(x, KIND: gl.constexpr):
 
 
 @gluon.jit
+def _rotate(x, row, column, angles, DIM: gl.constexpr):
+    """Columns 2 j and 2 j + 1 of each head by angle j of their row, up to the last of such heads."""
+    cos_ptr, sin_ptr, stride, num_rows, num_rotated = angles
+    ROWS: gl.constexpr = x.shape[0]
+    PAIRS: gl.constexpr = x.shape[1] // 2
+    first, second = x.reshape([ROWS, PAIRS, 2]).split()
+    layout: gl.constexpr = first.type.layout
+    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    columns = column + 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(0, layout))
+    at = gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns % DIM // 2, 0)
+    inside = gl.expand_dims(rows < num_rows, 1) & gl.expand_dims(columns < num_rotated, 0)
+    cos = gl.load(cos_ptr + at, mask=inside, other=1.0).to(gl.float32)
+    sin = gl.load(sin_ptr + at, mask=inside, other=0.0).to(gl.float32)
+    return gl.join(first * cos - second * sin, second * cos + first * sin).reshape(x.shape)
+
+
+@gluon.jit
 def _load_bias(ptr, first, width, GATED: gl.constexpr, layout: gl.constexpr):
     """Of a tile's 256 columns; a gated tile's are 128 of gates and 128 of the rest."""
     columns = gl.arange(0, 2 * _HALF, layout=gl.SliceLayout(0, layout))
@@ -196,7 +216,9 @@ def _put(out_desc, x, buffers, index: gl.constexpr, row, column):
 @gluon.jit
 def _multiply_group(
     tensors,
+    angles,
     KIND: gl.constexpr,
+    DIM: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     GROUP: gl.constexpr,
     LEAD: gl.constexpr,
@@ -254,7 +276,10 @@ def _multiply_group(
         else:
             parts = (a, b, c, d)
             for part in gl.static_range(4):
-                x = _activate(parts[part], KIND)
+                if KIND == _ROTATE:
+                    x = _rotate(parts[part], row, column, angles, DIM)
+                else:
+                    x = _activate(parts[part], KIND)
                 _put(out_desc, x, out_buffers, 2 * GROUP + part % 2, row, column)
                 column += _PART
     tma.store_wait(pendings=0)
@@ -266,10 +291,15 @@ def _multiply(
     weight_desc,
     out_desc,
     bias_ptr,
+    cos_ptr,
+    sin_ptr,
     num_rows,
     num_steps,
     width,
+    angle_stride,
+    num_rotated,
     KIND: gl.constexpr,
+    DIM: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     LEAD: gl.constexpr,
 ):
@@ -297,10 +327,11 @@ def _multiply(
     counts = (num_steps, num_down, num_across, width)
     rings = (x_desc, weight_desc, x_ring, weight_halves)
     tensors = (out_desc, bias_ptr, x_ring, weight_ring, out_buffers, bars, counts)
+    angles = (cos_ptr, sin_ptr, angle_stride, num_rows, num_rotated)
     gl.warp_specialize(
         [
-            (_multiply_group, (tensors, KIND, HAS_BIAS, 0, LEAD)),
-            (_multiply_group, (tensors, KIND, HAS_BIAS, 1, LEAD)),
+            (_multiply_group, (tensors, angles, KIND, DIM, HAS_BIAS, 0, LEAD)),
+            (_multiply_group, (tensors, angles, KIND, DIM, HAS_BIAS, 1, LEAD)),
             (_load, (rings, bars, counts, GATED)),
         ],
         [4, 1],  # warps, of all but the first
@@ -308,7 +339,7 @@ def _multiply(
     )
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def multiply_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     """
     Args:
         x: (M, K), dense, bfloat16 or float16; K a multiple of 8, as TMA wants rows aligned.
@@ -319,11 +350,52 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tenso
     Returns:
         (M, N), or (M, N / 2) for SILU_MUL; its width is a multiple of 8 too.
     """
-    num_rows, depth = x.shape
     width = len(weight) // 2 if kind == SILU_MUL else len(weight)
-    out = x.new_empty((num_rows, width))
+    out = x.new_empty((len(x), width))
+    _launch(x, weight, bias, out, kind)
+    return out
+
+
+def multiply_and_rotate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    dim: int,
+    num_rotated: int,
+) -> Tensor:
+    """
+    Args:
+        x, weight, bias: as of `multiply_and_activate`.
+        cos, sin: (M, at least dim / 2), any float type, dense in the last axis and of equal strides.
+        dim: of a head, whose numbers 2 j and 2 j + 1 turn by angle j.
+        num_rotated: columns of the result that are such heads; those behind them stay.
+
+    Returns:
+        (M, N).
+    """
+    assert cos.stride() == sin.stride()
+    assert cos.stride(1) == 1
+    out = x.new_empty((len(x), len(weight)))
+    _launch(x, weight, bias, out, ROTATE, cos, sin, dim, num_rotated)
+    return out
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    kind: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    dim: int = 2,
+    num_rotated: int = 0,
+) -> None:
+    num_rows, depth = x.shape
     if not num_rows:
-        return out
+        return
     num_steps = triton.cdiv(depth, _STEP.value)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     tiles = triton.cdiv(num_rows, _GROUPS.value * _ROWS.value) * triton.cdiv(
@@ -334,16 +406,20 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tenso
         _describe(weight, [_HALF.value, _STEP.value], layout),
         _describe(out, [_ROWS.value, _PART.value], layout),
         out if bias is None else bias,
+        out if cos is None else cos,
+        out if sin is None else sin,
         num_rows,
         num_steps,
-        width,
+        out.shape[1],
+        0 if cos is None else cos.stride(0),
+        num_rotated,
         KIND=kind,
+        DIM=dim,
         HAS_BIAS=bias is not None,
         LEAD=min(_LEAD, num_steps),
         num_warps=4,
         maxnreg=168,
     )
-    return out
 
 
 def _describe(x: Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
