@@ -9,6 +9,7 @@ sweep of how decode attention is cut into tiles and splits, and whole layers bef
 import argparse
 import copy
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -229,31 +230,48 @@ def measure_activated() -> None:
 def _activated(
     name: str, activation: Activation, rows: int, depth: int, width: int, *, has_bias: bool
 ) -> None:
-    x, weight = _random(rows, depth), _random(width, depth) * depth**-0.5
-    bias = _random(width) if has_bias else None
+    shape = rows, depth, width
+    x, linear = in_one.draw(torch.device("cuda"), *shape, dtype=torch.bfloat16, has_bias=has_bias)
     name, flops = f"{name} {activation} {rows}", 2 * rows * depth * width
-    _line(f"{name} product alone", lambda: F.linear(x, weight, bias), flops=flops)
+    _line(f"{name} product alone", lambda: linear(x), flops=flops)
     for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):
-        run = partial(activated.multiply, x, weight, bias, activation, least_rows)
+        run = partial(activated.multiply, x, linear, activation, least_rows)
         _line(f"{name} {way}", run, flops=flops)
         _line(f"{name} {way}, launched", run, flops=flops, in_graph=False)
-    least_rows = activated.choose(weight, bias, activation)
-    _print(name=name, least_rows=None if least_rows == in_one.NEVER else least_rows)
+    _print_choice(name, activated.choose(linear, activation))
+    if activation == "silu_mul":
+        return
+    rows_in_fp8, small = in_one.draw_in_fp8(torch.device("cuda"), *shape, has_bias=has_bias)
+    bound = activated.Bound.find(small)
+    name = f"{name} fp8"
+    _line(f"{name} product alone", lambda: small(rows_in_fp8), flops=flops)
+    for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):
+        args = rows_in_fp8, small, activation, bound, least_rows
+        _line(f"{name} {way}", partial(activated.multiply_in_fp8, *args), flops=flops)
+    _print_choice(name, activated.choose(small, activation))
 
 
 def measure_rotated() -> None:
     """Queries, keys and values of the encoder, rotated in one kernel with their product and in two."""
-    for rows in (PATCHES, 8192, 2048, 512):
-        x, weight = _random(rows, VISION_WIDTH), _random(3 * VISION_WIDTH, VISION_WIDTH) * 0.03
-        bias, angles = _random(3 * VISION_WIDTH), torch.rand(rows, 80, device="cuda")
-        flops = 2 * rows * weight.numel()
-        name = f"rotated {rows}"
-        _line(f"{name} product alone", partial(F.linear, x, weight, bias), flops=flops)
-        for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):
-            run = partial(rotated.multiply, x, weight, bias, angles, angles, 80, 32, least_rows)
-            _line(f"{name} {way}", run, flops=flops)
-    least_rows = rotated.choose(weight, bias, 80, 32)
-    _print(name="rotated", least_rows=None if least_rows == in_one.NEVER else least_rows)
+    ways: dict[str, Callable[..., Any]] = {
+        "bf16": partial(in_one.draw, dtype=DTYPE),
+        "fp8": in_one.draw_in_fp8,
+    }
+    for name, prepare in ways.items():
+        for rows in (PATCHES, 8192, 2048, 512):
+            shape = rows, VISION_WIDTH, 3 * VISION_WIDTH
+            x, linear = prepare(torch.device("cuda"), *shape, has_bias=True)
+            angles = torch.rand(rows, 80, device="cuda")
+            flops = 2 * math.prod(shape)
+            _line(f"rotated {name} {rows} product alone", partial(linear, x), flops=flops)
+            for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):
+                run = partial(rotated.multiply, x, linear, angles, angles, 80, 32, least_rows)
+                _line(f"rotated {name} {rows} {way}", run, flops=flops)
+        _print_choice(f"rotated {name}", rotated.choose(linear, 80, 32))
+
+
+def _print_choice(name: str, least_rows: int) -> None:
+    _print(name=name, least_rows=None if least_rows == in_one.NEVER else least_rows)
 
 
 def measure_fp8() -> None:

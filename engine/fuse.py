@@ -233,20 +233,39 @@ def _leave(x: Tensor, delta: Tensor, is_last: bool) -> Tensor | Carried:
     return delta.add_(x) if is_last else Carried(x, delta)
 
 
-def _choose_rows(first: nn.Module, second: nn.Module, activation: Activation) -> int | None:
-    """From how many rows on a product activates by itself; None where it is none of the plain ones."""
-    if not isinstance(first, nn.Linear) or isinstance(second, Fp8Linear):
-        return None
-    least_rows = activated.choose(first.weight, first.bias, activation)
-    return None if least_rows == in_one.NEVER else least_rows
+class Activated(nn.Module):
+    """
+    A product and its activation.
 
+    Args:
+        linear: plain, in fp8, or packed without an activation of its own.
+        reader: the product that reads the result; in fp8, where it multiplies that.
+    """
 
-def _activate(
-    linear: nn.Module, x: Tensor | Fp8Rows, activation: Activation, least_rows: int
-) -> Tensor:
-    assert isinstance(linear, nn.Linear)
-    assert isinstance(x, Tensor)
-    return activated.multiply(x, linear.weight, linear.bias, activation, least_rows)
+    def __init__(self, linear: nn.Module, reader: nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self.linear, self.activation = linear, activation
+        self.gives_fp8 = isinstance(reader, Fp8Linear)
+        self.least_rows, self.bound = in_one.NEVER, None
+        if self.gives_fp8 == isinstance(linear, Fp8Linear):
+            self.least_rows = activated.choose(linear, activation)
+        if isinstance(linear, Fp8Linear) and self.least_rows != in_one.NEVER:
+            self.bound = activated.Bound.find(linear)
+
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor | Fp8Rows:
+        """(..., depth) -> (..., width), half as wide where half of it are gates."""
+        if self.least_rows == in_one.NEVER:
+            activate = activated.activate_in_fp8 if self.gives_fp8 else activated.activate
+            return activate(self.linear(x), self.activation)
+        if isinstance(self.linear, nn.Linear):
+            assert isinstance(x, Tensor)
+            return activated.multiply(x, self.linear, self.activation, self.least_rows)
+        assert isinstance(self.linear, Fp8Linear)
+        assert self.bound is not None
+        rows = x if isinstance(x, Fp8Rows) else quantised.quantise(x)
+        return activated.multiply_in_fp8(
+            rows, self.linear, self.activation, self.bound, self.least_rows
+        )
 
 
 class GatedMLP(nn.Module):
@@ -263,24 +282,16 @@ class GatedMLP(nn.Module):
             missing = -down.in_features % EVEN_WIDTH
             merged = merge_linears([_widen(x, missing) for x in (mlp.gate_proj, mlp.up_proj)])
             down = _widen(down, missing, reads=True)
-        self.gate_up = _project(merged, fusions)
+        self.reader = _project(merged, fusions)
         self.down = _project(down, fusions)
+        self.inner = Activated(self.reader, self.down, "silu_mul")
         self.width = down.out_features
-        self.least_rows = _choose_rows(self.gate_up, self.down, "silu_mul")
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
-        if isinstance(self.gate_up, PackedLinear):
+        if isinstance(self.reader, PackedLinear):
             assert isinstance(x, Tensor)
-            return by_blocks(self._multiply, x, self.width)
-        return self._multiply(x)
-
-    def _multiply(self, x: Tensor | Fp8Rows) -> Tensor:
-        if self.least_rows is not None:
-            return self.down(_activate(self.gate_up, x, "silu_mul", self.least_rows))  # type: ignore[no-any-return]
-        gate_up = self.gate_up(x)
-        if isinstance(self.down, Fp8Linear):
-            return self.down(quantised.silu_mul(gate_up))  # type: ignore[no-any-return]
-        return self.down(activations.silu_mul(gate_up))  # type: ignore[no-any-return]
+            return by_blocks(lambda rows: self.down(self.inner(rows)), x, self.width)
+        return self.down(self.inner(x))  # type: ignore[no-any-return]
 
 
 class QuickGELUMLP(nn.Module):
@@ -291,37 +302,23 @@ class QuickGELUMLP(nn.Module):
 
     def __init__(self, up: nn.Linear, down: nn.Linear, fusions: Fusions) -> None:
         super().__init__()
-        self.up: nn.Linear | Fp8Linear | PackedLinear
+        self.reader: nn.Linear | Fp8Linear | PackedLinear
+        self.inner: Activated | PackedLinear
         self.width = down.out_features
-        self.activates_in_up = False
-        self.least_rows: int | None = None
         if fusions.packs and up.weight.dtype == torch.float32:  # 16 bits would round the slope in
             packed = PackedLinear.find(_scale(up, self.slope), self.packed_as)
             if packed is not None:
-                self.activates_in_up = True
-                self.up = packed
+                self.reader = self.inner = packed
                 self.down = _project(_scale(down, 1 / self.slope, has_bias=False), fusions)
                 return
-        self.up, self.down = _project(up, fusions), _project(down, fusions)
-        self.least_rows = _choose_rows(self.up, self.down, self.activation)
+        self.reader, self.down = _project(up, fusions), _project(down, fusions)
+        self.inner = Activated(self.reader, self.down, self.activation)
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
-        if self.activates_in_up:
+        if isinstance(self.inner, PackedLinear):
             assert isinstance(x, Tensor)
-            return by_blocks(lambda rows: self.down(self.up(rows)), x, self.width)
-        if self.least_rows is not None:
-            return self.down(_activate(self.up, x, self.activation, self.least_rows))  # type: ignore[no-any-return]
-        inner = self.up(x)
-        if isinstance(self.down, Fp8Linear):
-            return self.down(self.quantise(inner))  # type: ignore[no-any-return]
-        return self.down(self.activate_(inner))  # type: ignore[no-any-return]
-
-    def activate_(self, inner: Tensor) -> Tensor:
-        return activations.quick_gelu_(inner)
-
-    def quantise(self, inner: Tensor) -> Tensor | Fp8Rows:
-        """Activated, as the second product reads it in fp8."""
-        return quantised.quick_gelu(inner)
+            return by_blocks(lambda rows: self.down(self.inner(rows)), x, self.width)
+        return self.down(self.inner(x))  # type: ignore[no-any-return]
 
 
 class GELUTanhMLP(QuickGELUMLP):
@@ -329,12 +326,6 @@ class GELUTanhMLP(QuickGELUMLP):
 
     activation = "gelu_tanh"
     packed_as, slope = "gelu", 1.0
-
-    def activate_(self, inner: Tensor) -> Tensor:
-        return F.gelu(inner, approximate="tanh")
-
-    def quantise(self, inner: Tensor) -> Tensor | Fp8Rows:
-        return self.activate_(inner)
 
 
 class ErfGELU(nn.Module):
@@ -477,7 +468,7 @@ class FusedDecoderLayer(nn.Module):
         self.attention = FusedTextAttention(layer.self_attn, fusions)
         self.mlp = GatedMLP(layer.mlp, fusions)
         self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.qkv)
-        self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.gate_up)
+        self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.reader)
         self.is_last = is_last  # of fused ones: a plain tensor
         self.gives_ends = False  # of all: its result is cut to what the call wants
 
@@ -536,37 +527,29 @@ class FusedVisionAttention(nn.Module):
         self.num_heads: int = attention.num_heads
         self.num_key_value_groups = 1
         self.is_causal = False
-        self.qkv = _project(attention.qkv, fusions)
+        qkv = _project(attention.qkv, fusions)
+        assert not isinstance(qkv, PackedLinear)
+        self.qkv = qkv
         self.out = _project_attended(attention.proj, fusions)
         self.head_dim: int = attention.head_dim
-        self.least_rows = self._prepare_to_rotate()
+        # From how many rows on the product rotates what it makes. Its heads may then be interleaved,
+        # also where it makes fewer.
+        self.least_rows = rotated.choose(self.qkv, self.head_dim, 2 * self.num_heads)
+        if self.least_rows != in_one.NEVER:
+            rotated.interleave_(self.qkv, self.head_dim, 2 * self.num_heads)
 
-    def _prepare_to_rotate(self) -> int | None:
-        """From how many rows on the product rotates what it makes; None where it never does."""
-        if not isinstance(self.qkv, nn.Linear):
-            return None
-        weight, bias = self.qkv.weight, self.qkv.bias
-        of_heads = self.head_dim, 2 * self.num_heads
-        least_rows = rotated.choose(weight, bias, *of_heads)
-        if least_rows == in_one.NEVER:
-            return None
-        for parameter in self.qkv.parameters():
-            parameter.data = rotated.interleave(parameter.data, *of_heads)
-        return least_rows
-
-    def _project(self, x: Tensor | Fp8Rows, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    def _make_heads(
+        self, x: Tensor | Fp8Rows, position_embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """(T, heads of queries, keys and values, dim), the first two rotated."""
         num_rotated = 2 * self.num_heads
-        if self.least_rows is None:
+        if self.least_rows == in_one.NEVER:
             projected: Tensor = self.qkv(x)
             heads = projected.view(len(projected), -1, self.head_dim)
             rope.rotate_(heads[:, :num_rotated], *position_embeddings)
             return heads
-        assert isinstance(self.qkv, nn.Linear)
-        assert isinstance(x, Tensor)
-        weight, bias = self.qkv.weight, self.qkv.bias
         projected = rotated.multiply(
-            x, weight, bias, *position_embeddings, self.head_dim, num_rotated, self.least_rows
+            x, self.qkv, *position_embeddings, self.head_dim, num_rotated, self.least_rows
         )
         return projected.view(len(projected), -1, self.head_dim)
 
@@ -576,7 +559,7 @@ class FusedVisionAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         **kwargs: Any,
     ) -> Tensor:
-        heads = self._project(x, position_embeddings)
+        heads = self._make_heads(x, position_embeddings)
         query, key, value = (part.transpose(0, 1)[None] for part in heads.tensor_split(3, dim=1))
         attended = _call_attention(
             self, query, key, value, attention_mask=None, is_causal=False, **kwargs
@@ -596,7 +579,7 @@ class FusedVisionBlock(nn.Module):
         self.mlp = mlp
         norm = FusedLayerNorm if isinstance(block.norm1, nn.LayerNorm) else FusedRMSNorm
         self.attention_norm = norm(block.norm1, self.attention.qkv)
-        self.mlp_norm = norm(block.norm2, mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up)
+        self.mlp_norm = norm(block.norm2, mlp.reader)
         self.is_last = is_last  # or its result is looked at: a plain tensor
 
     def forward(

@@ -3,39 +3,41 @@ A matrix product and the activation of what it gives; see engine/kernels/in_one.
 """
 
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.kernels import activations, in_one
+from engine.kernels import activations, in_one, quantised
+from engine.kernels.quantised import FP8, MOST, Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once
 
 Activation = Literal["quick_gelu", "gelu_tanh", "silu_mul"]
 
+NAME = "activated_product"
+SURE = 1.01  # bounds are raised by so much, as sums are rounded
+
 
 def multiply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: Activation,
-    least_rows: int = in_one.NEVER,
+    x: Tensor, linear: nn.Linear, activation: Activation, least_rows: int = in_one.NEVER
 ) -> Tensor:
     """
     Args:
         x: (..., depth), dense.
-        weight: (width, depth), dense. For silu_mul its first half makes gates, the second what they
-            gate.
-        bias: (width,).
-        least_rows: of all of x, from which our kernel does it, as `choose` says for this weight.
+        linear: depth -> width. For silu_mul its first half makes gates, the second what they gate.
+        least_rows: of all of x, from which our kernel does it, as `choose` says for this product.
 
     Returns:
         (..., width), or (..., width / 2) for silu_mul.
     """
     if x.numel() >= least_rows * x.shape[-1]:
-        return _multiply_in_one(x, weight, bias, activation)
-    product = F.linear(x, weight, bias)
+        return _multiply_in_one(x, linear, activation)
+    return activate(linear(x), activation)
+
+
+def activate(product: Tensor, activation: Activation) -> Tensor:
+    """Whether `product` is written over is left open."""
     if activation == "silu_mul":
         return activations.silu_mul(product)
     if activation == "quick_gelu":
@@ -43,21 +45,85 @@ def multiply(
     return F.gelu(product, approximate="tanh")
 
 
-def _multiply_in_one(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
-) -> Tensor:
+def activate_in_fp8(product: Tensor, activation: Activation) -> Fp8Rows:
+    """`activate`, with scales by the largest number of each row."""
+    if activation == "silu_mul":
+        return quantised.silu_mul(product)
+    if activation == "quick_gelu":
+        return quantised.quick_gelu(product)
+    return quantised.quantise(activate(product, activation))
+
+
+def _multiply_in_one(x: Tensor, linear: nn.Linear, activation: Activation) -> Tensor:
     from engine.kernels.gpu import in_one as gpu
 
-    kind = {
-        "quick_gelu": gpu.QUICK_GELU,
-        "gelu_tanh": gpu.GELU_TANH,
-        "silu_mul": gpu.SILU_MUL,
-    }[activation]
-    rows = gpu.multiply_and_activate(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, kind)
-    return rows.view(*x.shape[:-1], rows.shape[1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    kind = _find_kind(activation)
+    out = gpu.multiply_and_activate(rows, linear.weight, linear.bias, kind)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
-def choose(weight: Tensor, bias: Tensor | None, activation: Activation) -> int:
+def _find_kind(activation: Activation) -> int:
+    """As engine/kernels/gpu/in_one.py numbers them."""
+    return get_args(Activation).index(activation)
+
+
+class Bound(NamedTuple):
+    """
+    The scale of a row of a product in fp8 before there is any result: that of the row that is
+    multiplied times `share`, plus `rest`.
+    """
+
+    share: float
+    rest: float
+
+    @classmethod
+    def find(cls, linear: Fp8Linear) -> "Bound":
+        """
+        No number of a row is more than MOST of its scale, so no sum is more than as many times what the
+        weights of its output add up to; and no GELU is further from zero than what it is of.
+
+        Most are a hundred times smaller, which costs them nothing: numbers in fp8 are as exact over
+        seven powers of two more. Of what is gated, a product of two, the bound would be too far off.
+        """
+        sums = (linear.weight.float().abs() * linear.scales).sum(1)
+        rest = 0.0 if linear.bias is None else linear.bias.abs().max().item() / MOST
+        return cls(sums.max().item() * SURE, rest * SURE)
+
+
+def multiply_in_fp8(
+    rows: Fp8Rows,
+    linear: Fp8Linear,
+    activation: Activation,
+    bound: Bound,
+    least_rows: int = in_one.NEVER,
+) -> Fp8Rows:
+    """
+    `multiply` from fp8 to fp8: where our kernel does it with scales by the bound, elsewhere by the
+    largest number of each row.
+
+    Args:
+        activation: a GELU.
+        bound: of the linear.
+    """
+    if len(rows.scales) >= least_rows:
+        return _multiply_in_one_in_fp8(rows, linear, activation, bound)
+    return activate_in_fp8(linear(rows), activation)
+
+
+def _multiply_in_one_in_fp8(
+    rows: Fp8Rows, linear: Fp8Linear, activation: Activation, bound: Bound
+) -> Fp8Rows:
+    from engine.kernels.gpu import in_one as gpu
+
+    flat = Fp8Rows(rows.values.flatten(0, -2), rows.scales)
+    kind = _find_kind(activation)
+    values = gpu.multiply_and_activate_in_fp8(flat, linear.rows, linear.bias, kind, bound)
+    scales = rows.scales * bound.share + bound.rest
+    return Fp8Rows(values.view(*rows.values.shape[:-1], -1), scales)
+
+
+def choose(linear: nn.Module, activation: Activation) -> int:
     """
     Compare the two ways, once for each device and shape.
 
@@ -68,13 +134,17 @@ def choose(weight: Tensor, bias: Tensor | None, activation: Activation) -> int:
     Returns:
         How many rows a call must have for our kernel to be the faster one; in_one.NEVER where it is not.
     """
-    width, depth = weight.shape
-    width_out = width // 2 if activation == "silu_mul" else width
-    if not in_one.is_possible(weight.device, weight.dtype, width_out, depth):
+    if not isinstance(linear, nn.Linear | Fp8Linear):
         return in_one.NEVER
-    return ask_once(
-        _choose, weight.device, weight.dtype, activation, width, depth, bias is not None
-    )
+    weight, (width, depth) = linear.weight, linear.weight.shape
+    if activation == "silu_mul":
+        if weight.dtype == FP8:
+            return in_one.NEVER
+        width //= 2
+    if not in_one.is_possible(weight.device, weight.dtype, width, depth):
+        return in_one.NEVER
+    has_bias = linear.bias is not None
+    return ask_once(_choose, weight.device, weight.dtype, activation, *weight.shape, has_bias)
 
 
 def _choose(
@@ -85,7 +155,7 @@ def _choose(
     depth: int,
     has_bias: bool,
 ) -> int:
-    name = f"activated_product activation={activation} width={width} depth={depth}"
+    name = f"{NAME} dtype={dtype} activation={activation} width={width} depth={depth}"
     compare = partial(_compare, device, dtype, activation, width, depth, has_bias)
     return in_one.choose_rows(name, compare)
 
@@ -103,9 +173,14 @@ def _compare(
     """`in_one.time_share` of so many rows."""
 
     def build() -> partial[Tensor]:
-        weight = torch.randn((width, depth), dtype=dtype, device=device).mul_(depth**-0.5)
-        bias = torch.randn(width, dtype=dtype, device=device) if has_bias else None
-        x = torch.randn((rows, depth), dtype=dtype, device=device)
-        return partial(multiply, x, weight, bias, activation)
+        x, linear = in_one.draw(device, rows, depth, width, dtype=dtype, has_bias=has_bias)
+        return partial(multiply, x, linear, activation)
 
-    return in_one.time_share("activated_product", device, build)
+    def build_in_fp8() -> partial[Fp8Rows]:
+        x, linear = in_one.draw_in_fp8(device, rows, depth, width, has_bias=has_bias)
+        return partial(multiply_in_fp8, x, linear, activation, Bound.find(linear))
+
+    if dtype == FP8:
+        apart = in_one.APART_IN_FP8
+        return in_one.time_share(NAME, device, build_in_fp8, Fp8Rows.read, apart)
+    return in_one.time_share(NAME, device, build, lambda product: product)

@@ -13,38 +13,59 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.kernels import has_kernels, is_hopper
+from engine.kernels.quantised import FP8, Fp8Linear, Fp8Rows, quantise
 from engine.kernels.timing import chooses_by_time, time_ms
 from engine.kernels.trials import left_out_if_broken, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 NEVER = sys.maxsize  # no call has so many rows
 ROWS = (8192, 2048, 512)  # of calls on which the two ways are compared, most first
 BETTER = 0.97  # of the other's time: less is no reason to leave what is known
 APART = 0.03  # of two results in 16 bits, to one more than their size
-ALIGNMENT = 8  # numbers of 16 bits at whose multiples rows begin, for the copy engine
+APART_IN_FP8 = 0.1  # of two in fp8, with scales of their own
+ALIGNMENT = 16  # bytes at whose multiples rows begin, for the copy engine
 
 
-def is_possible(device: torch.device, dtype: torch.dtype, width: int, depth: int) -> bool:
+def is_possible(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
     """
     Whether to compare at all. Where kernels are not chosen by time, ours is not used.
 
     Args:
-        width: of the result.
+        dtype: of what is multiplied.
+        widths: of its rows and of those of the result.
     """
     return (
         device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
+        and dtype in (torch.bfloat16, torch.float16, FP8)
         and chooses_by_time()
         and is_hopper(device)
-        and width % ALIGNMENT == depth % ALIGNMENT == 0
+        and not any(width * dtype.itemsize % ALIGNMENT for width in widths)
         and has_kernels(torch.empty(1, device=device))
     )
+
+
+def draw(
+    device: torch.device, rows: int, depth: int, width: int, *, dtype: torch.dtype, has_bias: bool
+) -> tuple[Tensor, nn.Linear]:
+    """Rows and a product to compare the two ways on."""
+    linear = nn.Linear(depth, width, bias=has_bias, dtype=dtype, device=device)
+    return torch.randn((rows, depth), dtype=dtype, device=device), linear
+
+
+def draw_in_fp8(
+    device: torch.device, rows: int, depth: int, width: int, *, has_bias: bool
+) -> tuple[Fp8Rows, Fp8Linear]:
+    x, linear = draw(device, rows, depth, width, dtype=torch.bfloat16, has_bias=has_bias)
+    return quantise(x), Fp8Linear(linear)
 
 
 def choose_rows(name: str, compare: Callable[[int], float]) -> int:
@@ -75,7 +96,11 @@ def choose_rows(name: str, compare: Callable[[int], float]) -> int:
 
 
 def time_share(
-    name: str, device: torch.device, build: Callable[[], Callable[[int], Tensor]]
+    name: str,
+    device: torch.device,
+    build: Callable[[], Callable[[int], T]],
+    read: Callable[[T], Tensor],
+    apart: float = APART,
 ) -> float:
     """
     How long our kernel takes, as a share of the other way's time; infinity where it does not work.
@@ -83,13 +108,15 @@ def time_share(
     Args:
         build: makes random inputs on the current device; what it gives computes them, in one if
             they have as many rows as it is told.
+        read: the numbers of a result.
+        apart: how far two of them may be, to one more than their size.
 
     Raises:
         OutOfMemoryError: so that they are compared again.
     """
     with left_out_if_broken(name, device), torch.cuda.device(device), torch.inference_mode():
         run = build()
-        if not torch.allclose(run(0), run(NEVER), rtol=APART, atol=APART):
+        if not torch.allclose(read(run(0)), read(run(NEVER)), rtol=apart, atol=apart):
             raise RuntimeError("it computes nonsense")
         return time_ms(lambda: run(0)) / time_ms(lambda: run(NEVER))
     return math.inf

@@ -35,6 +35,10 @@ class Fp8Rows(NamedTuple):
     values: Tensor
     scales: Tensor
 
+    def read(self) -> Tensor:
+        """(num_rows, width): what they are, in float32."""
+        return self.values.flatten(0, -2).float() * self.scales
+
 
 def can_multiply(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products in fp8 run here: on Ada, Hopper or later, between layers in bfloat16."""
@@ -138,6 +142,11 @@ class Fp8Linear(nn.Module):
         """None where the widths do not allow it."""
         fits = linear.in_features % STEP == 0 and linear.out_features % STEP == 0
         return cls(linear) if fits else None
+
+    @property
+    def rows(self) -> Fp8Rows:
+        """Of the weight, each with the scale of its output."""
+        return Fp8Rows(self.weight, self.scales)
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         rows = x if isinstance(x, Fp8Rows) else quantise(x)

@@ -10,17 +10,18 @@ them changes.
 from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.kernels import in_one, rope
+from engine.kernels.quantised import FP8, Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once
+
+NAME = "rotated_product"
 
 
 def multiply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    x: Tensor | Fp8Rows,
+    linear: nn.Linear | Fp8Linear,
     cos: Tensor,
     sin: Tensor,
     dim: int,
@@ -29,29 +30,27 @@ def multiply(
 ) -> Tensor:
     """
     Args:
-        x: (T, depth), dense.
-        weight: (width, depth), dense and interleaved.
-        bias: (width,), likewise.
+        x: (T, depth), dense; of an Fp8Linear in fp8.
+        linear: interleaved.
         cos, sin: (T, dim / 2) or wider: columns from there on are not read. Of equal strides.
         dim: of a head.
         num_heads: how many of them are rotated, the first ones.
-        least_rows: from which on our kernel does it, as `choose` says for this weight.
+        least_rows: from which on our kernel does it, as `choose` says for this product.
 
     Returns:
         (T, width).
     """
-    if len(x) >= least_rows:
-        return _multiply_in_one(x, weight, bias, cos, sin, dim, num_heads)
-    product = F.linear(x, weight, bias)
+    if len(cos) >= least_rows:
+        return _multiply_in_one(x, linear, cos, sin, dim, num_heads)
+    product: Tensor = linear(x)
     heads = product.view(len(product), -1, dim)[:, :num_heads]
     rope.rotate_(heads, cos, sin, in_pairs=True)
     return product
 
 
 def _multiply_in_one(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    x: Tensor | Fp8Rows,
+    linear: nn.Linear | Fp8Linear,
     cos: Tensor,
     sin: Tensor,
     dim: int,
@@ -59,19 +58,24 @@ def _multiply_in_one(
 ) -> Tensor:
     from engine.kernels.gpu import in_one as gpu
 
-    return gpu.multiply_and_rotate(x.contiguous(), weight, bias, cos, sin, dim, num_heads * dim)
+    of_heads = cos, sin, dim, num_heads * dim
+    if isinstance(linear, Fp8Linear):
+        assert isinstance(x, Fp8Rows)
+        return gpu.multiply_and_rotate(x, linear.rows, linear.bias, *of_heads)
+    assert isinstance(x, Tensor)
+    return gpu.multiply_and_rotate(x.contiguous(), linear.weight, linear.bias, *of_heads)
 
 
-def interleave(rows: Tensor, dim: int, num_heads: int) -> Tensor:
-    """
-    A weight or bias, (width, ...), whose first heads' rows go 0, dim / 2, 1, dim / 2 + 1, … now.
-    """
-    heads, rest = rows.tensor_split([num_heads * dim])
-    pairs = heads.view(num_heads, 2, dim // 2, *rows.shape[1:]).transpose(1, 2)
-    return torch.cat([pairs.flatten(0, 2), rest])
+def interleave_(linear: nn.Linear | Fp8Linear, dim: int, num_heads: int) -> None:
+    """Of the first heads, let the results go 0, dim / 2, 1, dim / 2 + 1, … from now on."""
+    for part in (*linear.parameters(), *linear.buffers()):
+        by_byte = part.data.view(torch.uint8) if part.dtype == FP8 else part.data
+        heads, rest = by_byte.tensor_split([num_heads * dim])
+        pairs = heads.view(num_heads, 2, dim // 2, *part.shape[1:]).transpose(1, 2)
+        part.data = torch.cat([pairs.flatten(0, 2), rest]).view(part.dtype)
 
 
-def choose(weight: Tensor, bias: Tensor | None, dim: int, num_heads: int) -> int:
+def choose(linear: nn.Linear | Fp8Linear, dim: int, num_heads: int) -> int:
     """
     Compare the two ways, once for each device and shape.
 
@@ -82,12 +86,11 @@ def choose(weight: Tensor, bias: Tensor | None, dim: int, num_heads: int) -> int
     Returns:
         How many rows a call must have for our kernel to be the faster one; in_one.NEVER where it is not.
     """
-    width, depth = weight.shape
+    weight, (width, depth) = linear.weight, linear.weight.shape
     if dim % 2 or not in_one.is_possible(weight.device, weight.dtype, width, depth):
         return in_one.NEVER
-    return ask_once(
-        _choose, weight.device, weight.dtype, dim, num_heads, width, depth, bias is not None
-    )
+    has_bias = linear.bias is not None
+    return ask_once(_choose, weight.device, weight.dtype, dim, num_heads, width, depth, has_bias)
 
 
 def _choose(
@@ -99,7 +102,7 @@ def _choose(
     depth: int,
     has_bias: bool,
 ) -> int:
-    name = f"rotated_product heads={num_heads} dim={dim} width={width} depth={depth}"
+    name = f"{NAME} dtype={dtype} heads={num_heads} dim={dim} width={width} depth={depth}"
     return in_one.choose_rows(
         name, partial(_compare, device, dtype, dim, num_heads, width, depth, has_bias)
     )
@@ -119,10 +122,10 @@ def _compare(
     """`in_one.time_share` of so many rows."""
 
     def build() -> partial[Tensor]:
-        weight = torch.randn((width, depth), dtype=dtype, device=device).mul_(depth**-0.5)
-        bias = torch.randn(width, dtype=dtype, device=device) if has_bias else None
-        x = torch.randn((rows, depth), dtype=dtype, device=device)
+        draw = in_one.draw_in_fp8 if dtype == FP8 else partial(in_one.draw, dtype=dtype)
+        x, linear = draw(device, rows, depth, width, has_bias=has_bias)
         angles = torch.rand((rows, dim // 2), device=device).mul_(7.0)
-        return partial(multiply, x, weight, bias, angles.cos(), angles.sin(), dim, num_heads)
+        cos, sin = angles.cos(), angles.sin()
+        return partial(multiply, x, linear, cos, sin, dim, num_heads)
 
-    return in_one.time_share("rotated_product", device, build)
+    return in_one.time_share(NAME, device, build, lambda product: product)

@@ -27,9 +27,9 @@ from transformers.vision_utils import get_vision_window_index
 from engine import fuse
 from engine.attention import VISION_ATTENTION, Ends, TextContext, VisionContext, using
 from engine.fuse import Fusions
-from engine.kernels import activated, products, rope, rotated
+from engine.kernels import activated, products, quantised, rope, rotated
 from engine.kernels.products import PackedLinear
-from engine.kernels.quantised import Fp8Linear
+from engine.kernels.quantised import Fp8Linear, Fp8Rows
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
 from tests.engine.tiny_qwen import (
     QWEN2_5_VL,
@@ -190,11 +190,9 @@ def test_products_of_many_rows_activate_where_that_was_chosen(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    def multiply(
-        x: Tensor, weight: Tensor, bias: Tensor | None, activation: activated.Activation
-    ) -> Tensor:
+    def multiply(x: Tensor, linear: nn.Linear, activation: activated.Activation) -> Tensor:
         seen.append((activation, x.numel() // x.shape[-1]))
-        return activated.multiply(x, weight, bias, activation)
+        return activated.multiply(x, linear, activation)
 
     monkeypatch.setattr(activated, "choose", lambda *_: NUM_TOKENS)
     monkeypatch.setattr(activated, "_multiply_in_one", multiply)
@@ -219,9 +217,9 @@ def test_encoders_rotate_in_their_products_where_that_was_chosen(
 ) -> None:
     seen: list[int] = []
 
-    def multiply(x: Tensor, *rest: Any) -> Tensor:
+    def multiply(x: Tensor, linear: nn.Linear, *rest: Any) -> Tensor:
         seen.append(len(x))
-        return rotated.multiply(x, *rest)
+        return rotated.multiply(x, linear, *rest)
 
     monkeypatch.setattr(rotated, "choose", lambda *_: 41)
     monkeypatch.setattr(rotated, "_multiply_in_one", multiply)
@@ -427,6 +425,38 @@ def test_fp8_stays_near(qwen: Any) -> None:
         assert torch.cosine_similarity(exact.flatten(), found.flatten(), dim=0) > 0.9
 
 
+def test_encoders_in_fp8_activate_and_rotate_in_their_products_where_that_was_chosen(
+    qwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With scales that are known before there is a result, as far off as those by its largest number."""
+    seen: set[str] = set()
+
+    def activate(
+        rows: Fp8Rows, linear: Fp8Linear, activation: activated.Activation, bound: activated.Bound
+    ) -> Fp8Rows:
+        seen.add(activation)
+        inner = activated.activate(linear(rows).float(), activation)
+        scales = rows.scales * bound.share + bound.rest
+        assert (inner.abs() <= scales * quantised.MOST).all()
+        return Fp8Rows((inner / scales).to(quantised.FP8), scales)
+
+    def rotate(x: Fp8Rows, linear: Fp8Linear, *rest: Any) -> Tensor:
+        seen.add("rotated")
+        return rotated.multiply(x, linear, *rest)
+
+    exact, apart = run_vision(qwen), run_vision(fused_copy(qwen, Fusions(fp8=True)))
+    monkeypatch.setattr(activated, "choose", lambda *_: 1)
+    monkeypatch.setattr(rotated, "choose", lambda *_: 1)
+    monkeypatch.setattr(activated, "_multiply_in_one_in_fp8", activate)
+    monkeypatch.setattr(rotated, "_multiply_in_one", rotate)
+
+    in_one = run_vision(fused_copy(qwen, Fusions(text=False, fp8=True)))
+
+    assert {"quick_gelu", "rotated"} == seen
+    assert not torch.equal(apart, in_one)
+    assert (in_one - exact).norm() < 1.2 * (apart - exact).norm()
+
+
 @pytest.mark.parametrize(("width", "kind"), [(48, Fp8Linear), (40, nn.Linear)])
 def test_fp8_passes_over_widths_that_it_cannot_multiply(width: int, kind: type[nn.Module]) -> None:
     torch.manual_seed(1)
@@ -445,7 +475,7 @@ def test_fp8_passes_over_widths_that_it_cannot_multiply(width: int, kind: type[n
     found = model.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).last_hidden_state
 
     mlp: Any = model.model.layers[0].mlp
-    assert isinstance(mlp.gate_up, kind)
+    assert isinstance(mlp.reader, kind)
     assert isinstance(mlp.down, kind)
     assert isinstance(model.model.layers[0].attention.out, nn.Linear)  # too narrow for a pass
     assert (found - exact).norm() < 0.1 * exact.norm()

@@ -41,6 +41,7 @@ from engine.kernels import (
 )
 from engine.request import SamplingParams
 from engine.sampler import Sampler, SamplingRow, draw_numbers
+from tests.engine.linears import as_linear
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -464,7 +465,7 @@ def test_activated_products_are_a_product_and_an_activation(
         "silu_mul": F.silu(gate) * up,
     }
 
-    actual = activated.multiply(x, weight, bias, activation)
+    actual = activated.multiply(x, as_linear(weight, bias), activation)
 
     torch.testing.assert_close(actual, expected[activation])
 
@@ -476,15 +477,9 @@ def test_rotated_products_give_the_scores_of_a_product_and_a_rotation(has_bias: 
     expected = F.linear(x, weight, bias).view(7, 5, 16)
     rope.rotate_(expected[:, :4], angles.cos(), angles.sin())  # two heads of queries, two of keys
 
-    actual = rotated.multiply(
-        x,
-        rotated.interleave(weight, 16, 4),
-        None if bias is None else rotated.interleave(bias, 16, 4),
-        angles.cos(),
-        angles.sin(),
-        16,
-        4,
-    ).view(7, 5, 16)
+    linear = as_linear(weight, bias)
+    rotated.interleave_(linear, 16, 4)
+    actual = rotated.multiply(x, linear, angles.cos(), angles.sin(), 16, 4).view(7, 5, 16)
 
     for one, other in ((0, 2), (1, 3), (1, 2)):
         scores, expected_scores = (x[:, one] @ x[:, other].T for x in (actual, expected))
@@ -492,11 +487,49 @@ def test_rotated_products_give_the_scores_of_a_product_and_a_rotation(has_bias: 
     torch.testing.assert_close(actual[:, 4], expected[:, 4])
 
 
-def test_a_cpu_goes_on_behind_every_product() -> None:
-    weight = drawn(96, 48).bfloat16()
+def test_products_in_fp8_are_interleaved_with_their_scales() -> None:
+    x, angles = drawn(7, 48), drawn(7, 8, seed=3)
+    linear = as_linear(drawn(5 * 16, 48, seed=1), drawn(5 * 16, seed=2))
+    small = quantised.Fp8Linear(linear)
+    rotated.interleave_(linear, 16, 4)
+    expected = quantised.Fp8Linear(linear)
 
-    assert in_one.NEVER == activated.choose(weight, None, "silu_mul")
-    assert in_one.NEVER == rotated.choose(weight, None, 16, 4)
+    rotated.interleave_(small, 16, 4)
+
+    of_heads = angles.cos(), angles.sin(), 16, 4
+    rows = quantised.quantise(x)
+    assert torch.equal(
+        rotated.multiply(rows, expected, *of_heads), rotated.multiply(rows, small, *of_heads)
+    )
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_tanh"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_bounds_of_products_in_fp8_hold_and_are_near_enough(
+    activation: activated.Activation, has_bias: bool
+) -> None:
+    """Also where a row has a number far from all others, or is along a weight."""
+    linear = as_linear(drawn(96, 48, seed=1), drawn(96, seed=2) * 30 if has_bias else None)
+    x = drawn(40, 48)
+    x[3, 7], x[4] = 1e4, linear.weight[5] * 50
+    x[5] = 0.0
+    small, rows = quantised.Fp8Linear(linear), quantised.quantise(x)
+    exact = activated.activate(small(rows).float(), activation)
+    bound = activated.Bound.find(small)
+    scales = rows.scales * bound.share + bound.rest
+
+    assert (exact.abs() <= scales * quantised.MOST).all()
+    found = quantised.Fp8Rows((exact / scales).to(quantised.FP8), scales).read()
+    for read, most in ((found, 0.04), (quantised.quantise(exact).read(), 0.035)):
+        assert ((read - exact).norm(dim=1) <= most * exact.norm(dim=1)).all()
+
+
+def test_a_cpu_goes_on_behind_every_product() -> None:
+    linear = as_linear(drawn(96, 48).bfloat16())
+
+    for kind in (linear, quantised.Fp8Linear(linear)):
+        assert in_one.NEVER == activated.choose(kind, "quick_gelu")
+        assert in_one.NEVER == rotated.choose(kind, 16, 4)
 
 
 @pytest.mark.parametrize(

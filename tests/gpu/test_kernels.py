@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.kernels import (
     activated,
@@ -32,6 +32,7 @@ from engine.kernels import (
     rotated,
     timing,
 )
+from tests.engine.linears import as_linear
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -482,10 +483,10 @@ def test_hopper_has_a_kernel_of_its_own(heads: int, dim: int, patches: int) -> N
 def test_without_a_stopwatch_a_choice_is_always_the_same() -> None:
     with timing.choosing(by_time=False):
         choice = pictures.choose(torch.device("cuda"), torch.bfloat16, 16, 80)
-        weight = drawn(5120, 1280, dtype=torch.bfloat16)
+        linear = as_linear(drawn(5120, 1280, dtype=torch.bfloat16))
 
         assert pictures.take((*pictures.HOPPER_CUTS, pictures.WINDOW_CUT)) == choice
-        assert in_one.NEVER == activated.choose(weight, None, "quick_gelu")
+        assert in_one.NEVER == activated.choose(linear, "quick_gelu")
 
 
 # Tokens of a call, and rows with what came before them, at and around tiles and groups.
@@ -656,15 +657,16 @@ def test_activated_products(
         bias = drawn(width, dtype=dtype, seed=2) if has_bias else None
         for num_rows in (0, 1, 129, 3001):
             x = drawn(num_rows, depth, dtype=dtype)
-            actual = activated.multiply(x, weight, bias, activation, least_rows=0)
+            linear = as_linear(weight, bias)
+            actual = activated.multiply(x, linear, activation, least_rows=0)
 
             assert (num_rows, width // (1 + (activation == "silu_mul"))) == actual.shape
             assert actual.is_contiguous()
             if num_rows:
-                exact_bias = None if bias is None else bias.float()
-                expected = activated.multiply(x.float(), weight.float(), exact_bias, activation)
+                exact = as_linear(weight.float(), None if bias is None else bias.float())
+                expected = activated.multiply(x.float(), exact, activation)
                 assert_near(expected.to(dtype), actual)
-                again = activated.multiply(x, weight, bias, activation, least_rows=0)
+                again = activated.multiply(x, linear, activation, least_rows=0)
                 assert torch.equal(actual, again)
 
 
@@ -681,7 +683,7 @@ def test_activated_products_know_nothing_of_what_lies_behind(
     whole = torch.full((1700, width), 7.0, dtype=torch.bfloat16, device=DEVICE)
     rows = torch.cat([x.flatten(0, 1), x.new_full((200, 1280), float("nan"))])[:1500]
 
-    expected = activated.multiply(x, weight, bias, activation, least_rows=0)
+    expected = activated.multiply(x, as_linear(weight, bias), activation, least_rows=0)
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "new_empty", lambda _self, shape: whole[: shape[0]])
         kind = get_args(activated.Activation).index(activation)
@@ -696,11 +698,11 @@ def test_activated_products_know_nothing_of_what_lies_behind(
 @needs_hopper
 @pytest.mark.parametrize("activation", get_args(activated.Activation))
 def test_activated_products_in_a_graph(activation: activated.Activation) -> None:
-    weight = drawn(5120, 1280, dtype=torch.bfloat16) * 0.03
+    linear = as_linear(drawn(5120, 1280, dtype=torch.bfloat16) * 0.03)
     x = drawn(3001, 1280, dtype=torch.bfloat16)
 
     def run() -> Tensor:
-        return activated.multiply(x, weight, None, activation, least_rows=0)
+        return activated.multiply(x, linear, activation, least_rows=0)
 
     run()
     torch.cuda.synchronize()
@@ -741,37 +743,42 @@ def test_rotated_products(
     weight = (drawn(width, depth, seed=1) * depth**-0.5).to(dtype)
     for num_rows in (0, 1, 129, 3001):
         x = drawn(num_rows, depth, dtype=dtype)
-        angles = drawn(num_rows, dim, seed=3) * 9
-        cos, sin = angles.cos().to(angle_dtype), angles.sin().to(angle_dtype)
+        of_heads = (*draw_angles(num_rows, dim, angle_dtype), dim, num_rotated)
         for bias in (None, drawn(width, dtype=dtype, seed=2)):
-            of_heads = cos, sin, dim, num_rotated
-            actual = rotated.multiply(x, weight, bias, *of_heads, 0)
+            linear = as_linear(weight, bias)
+            actual = rotated.multiply(x, linear, *of_heads, 0)
 
             assert (num_rows, width) == actual.shape
             assert actual.is_contiguous()
             if num_rows:
-                exact_bias = None if bias is None else bias.float()
-                expected = rotated.multiply(x.float(), weight.float(), exact_bias, *of_heads)
-                assert_near(expected.to(dtype), actual)
-                assert torch.equal(actual, rotated.multiply(x, weight, bias, *of_heads, 0))
+                exact = as_linear(weight.float(), None if bias is None else bias.float())
+                assert_near(rotated.multiply(x.float(), exact, *of_heads).to(dtype), actual)
+                assert torch.equal(actual, rotated.multiply(x, linear, *of_heads, 0))
+
+
+def draw_angles(num: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (num, dim) each: twice over, as transformers has them."""
+    angles = drawn(num, dim // 2, seed=3).repeat(1, 2) * 9
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @needs_hopper
 def test_rotated_products_know_nothing_of_what_lies_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and angles behind the last row are neither read nor written, and a row's NaN is its own."""
-    weight, bias = (drawn(*shape, dtype=torch.bfloat16) for shape in ((3840, 1280), (3840,)))
+    linear = as_linear(*(drawn(*s, dtype=torch.bfloat16) for s in ((3840, 1280), (3840,))))
     rows = torch.full((1700, 1280), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     rows[:1500] = drawn(1500, 1280, dtype=torch.bfloat16)
     rows[507] = float("nan")
+    x = rows[:1500]
     angles = torch.full((1700, 80), float("nan"), device=DEVICE)
     angles[:1500] = drawn(1500, 80, seed=3)
-    cos, sin = angles.cos()[:1500], angles.sin()[:1500]
+    of_heads = angles.cos()[:1500], angles.sin()[:1500], 80, 32
     whole = torch.full((1700, 3840), 7.0, dtype=torch.bfloat16, device=DEVICE)
 
-    expected = rotated.multiply(rows[:1500], weight, bias, cos, sin, 80, 32, 0)
+    expected = rotated.multiply(x, linear, *of_heads, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", lambda _self, shape: whole[: shape[0]])
-        actual = rotated.multiply(rows[:1500], weight, bias, cos, sin, 80, 32, 0)
+        patch.setattr(Tensor, "new_empty", lambda _self, shape, **_: whole[: shape[0]])
+        actual = rotated.multiply(x, linear, *of_heads, 0)
 
     assert torch.equal(whole[1500:], torch.full_like(whole[1500:], 7.0))
     assert [507] == actual.isnan().any(dim=1).nonzero().flatten().tolist()
@@ -779,26 +786,80 @@ def test_rotated_products_know_nothing_of_what_lies_behind(monkeypatch: pytest.M
 
 
 @needs_hopper
-def test_a_choice_of_rotated_products_is_made_for_each_shape() -> None:
-    weight = torch.empty(3840, 1280, dtype=torch.bfloat16, device=DEVICE)
-    least_rows = rotated.choose(weight, None, 80, 32)
-    print(least_rows)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("heads", "num_rotated", "dim", "depth"), ROTATED[:3])
+def test_rotated_products_in_fp8(
+    heads: int, num_rotated: int, dim: int, depth: int, has_bias: bool
+) -> None:
+    """As torch's product in fp8 and a rotation; sums in the tensor cores have some 14 bits."""
+    width = heads * dim
+    bias = drawn(width, dtype=torch.bfloat16, seed=2) if has_bias else None
+    linear = as_linear((drawn(width, depth, seed=1) * depth**-0.5).bfloat16(), bias)
+    small = quantised.Fp8Linear(linear)
+    for num_rows in (1, 129, 3001):
+        x = quantised.quantise(drawn(num_rows, depth, dtype=torch.bfloat16))
+        of_heads = (*draw_angles(num_rows, dim), dim, num_rotated)
+        actual = rotated.multiply(x, small, *of_heads, 0)
+        exact = as_linear(small.rows.read(), None if bias is None else bias.float())
+        expected = rotated.multiply(x.read(), exact, *of_heads)
 
-    assert least_rows in (*in_one.ROWS, in_one.NEVER)
-    assert in_one.NEVER == rotated.choose(weight.float(), None, 80, 32)
-    assert in_one.NEVER == rotated.choose(weight[:36, :36], None, 6, 4)
+        assert torch.bfloat16 == actual.dtype
+        torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)
+        assert torch.equal(actual, rotated.multiply(x, small, *of_heads, 0))
+
+
+@needs_hopper
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_tanh"])
+def test_activated_products_in_fp8(activation: activated.Activation, has_bias: bool) -> None:
+    """As near to exact ones as a result is whose scales are by its largest numbers."""
+    for width, depth in ((5120, 1280), (4304, 1152), (48, 48)):
+        bias = drawn(width, dtype=torch.bfloat16, seed=2) if has_bias else None
+        small = quantised.Fp8Linear(
+            as_linear((drawn(width, depth, seed=1) * depth**-0.5).bfloat16(), bias)
+        )
+        bound = activated.Bound.find(small)
+        exact = as_linear(small.rows.read(), None if bias is None else bias.float())
+        for num_rows in (1, 129, 3001):
+            x = quantised.quantise(drawn(num_rows, depth, dtype=torch.bfloat16))
+            args = x, small, activation, bound
+            actual, apart = (activated.multiply_in_fp8(*args, rows) for rows in (0, in_one.NEVER))
+            expected = activated.multiply(x.read(), exact, activation)
+
+            assert apart.values.shape == actual.values.shape
+            assert apart.scales.shape == actual.scales.shape
+            for found in (actual, apart):
+                assert (found.read() - expected).norm() < 0.05 * expected.norm()
+            again = activated.multiply_in_fp8(*args, 0)
+            assert torch.equal(actual.read(), again.read())
+
+
+@needs_hopper
+def test_a_choice_of_rotated_products_is_made_for_each_shape() -> None:
+    linear = nn.Linear(1280, 3840, dtype=torch.bfloat16, device=DEVICE)
+    for kind in (linear, quantised.Fp8Linear(linear)):
+        least_rows = rotated.choose(kind, 80, 32)
+        print(type(kind).__name__, least_rows)
+
+        assert least_rows in (*in_one.ROWS, in_one.NEVER)
+    assert in_one.NEVER == rotated.choose(nn.Linear(1280, 3840, device=DEVICE), 80, 32)
+    narrow = nn.Linear(36, 36, dtype=torch.bfloat16, device=DEVICE)
+    assert in_one.NEVER == rotated.choose(narrow, 6, 4)
 
 
 @needs_hopper
 def test_a_choice_of_activated_products_is_made_for_each_shape() -> None:
     for activation in get_args(activated.Activation):
-        weight = torch.empty(17_920, 1536, dtype=torch.bfloat16, device=DEVICE)
-        least_rows = activated.choose(weight, None, activation)
-        print(activation, least_rows)
+        linear = nn.Linear(1536, 17_920, bias=False, dtype=torch.bfloat16, device=DEVICE)
+        least_rows = activated.choose(linear, activation)
+        in_fp8 = activated.choose(quantised.Fp8Linear(linear), activation)
+        print(activation, least_rows, in_fp8)
 
         assert least_rows in in_one.ROWS
-        assert in_one.NEVER == activated.choose(weight.float(), None, activation)
-        assert in_one.NEVER == activated.choose(weight[:36, :36], None, activation)
+        assert (activation == "silu_mul") <= (in_fp8 == in_one.NEVER)
+        assert in_one.NEVER == activated.choose(nn.Linear(1536, 64, device=DEVICE), activation)
+        narrow = nn.Linear(36, 36, dtype=torch.bfloat16, device=DEVICE)
+        assert in_one.NEVER == activated.choose(narrow, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,6 @@
 """
 A matrix product whose result is activated, or rotated, on its way out, for Hopper: rows (M, K) by
-weights (N, K).
+weights (N, K), in 16 bits or in fp8.
 
 A block of threads stays on each multiprocessor and takes tiles of the result in turn, ordered so that
 those in work at a time share rows and weights in the L2 cache. One warp of it loads, by TMA, into a
@@ -12,6 +12,7 @@ and so in one thread.
 
 import math
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -28,8 +29,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from engine.kernels import activations
 from engine.kernels.gpu import LOG2_E
 from engine.kernels.gpu.hopper import count_processors
+from engine.kernels.quantised import Fp8Rows
 
 QUICK_GELU, GELU_TANH, SILU_MUL, ROTATE = range(4)  # what happens to the sums
+LINE = 128  # bytes of the depth in a stage
 
 _QUICK_GELU = gl.constexpr(QUICK_GELU)
 _GELU_TANH = gl.constexpr(GELU_TANH)
@@ -42,7 +45,7 @@ _GROUPS = gl.constexpr(2)  # of four warps that multiply
 _ROWS = gl.constexpr(64)  # of a tile, for each of them
 _HALF = gl.constexpr(128)  # columns of a tile, in two halves
 _PART = gl.constexpr(64)  # columns that are activated and stored at a time
-_STEP = gl.constexpr(64)  # of the depth, in a stage
+_LINE_BITS = gl.constexpr(8 * LINE)
 _STAGES = gl.constexpr(4)  # of the ring
 _LEAD = 3  # steps by which the first group starts ahead
 _TILE_GROUP = gl.constexpr(8)  # rows of tiles that are in work at a time
@@ -78,9 +81,8 @@ def _load(rings, bars, counts, GATED: gl.constexpr):
     x_desc, weight_desc, x_ring, weight_ring = rings
     full, empty, _lead = bars
     num_steps, num_down, num_across, width = counts
-    BYTES: gl.constexpr = (
-        (_GROUPS * _ROWS + 2 * _HALF) * _STEP * x_desc.dtype.primitive_bitwidth // 8
-    )
+    STEP: gl.constexpr = x_ring.shape[2]
+    BYTES: gl.constexpr = (_GROUPS * _ROWS + 2 * _HALF) * _LINE_BITS // 8
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     for tile in range(gl.program_id(0), num_down * num_across, gl.num_programs(0)):
@@ -93,7 +95,7 @@ def _load(rings, bars, counts, GATED: gl.constexpr):
             first = across * (2 * _HALF)
             other = first + _HALF
         for step in range(num_steps):
-            at = step * _STEP
+            at = step * STEP
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES)
@@ -193,6 +195,32 @@ def _rotate(x, row, column, angles, DIM: gl.constexpr):
 
 
 @gluon.jit
+def _unscale(x, row, column, scales, HAS_BIAS: gl.constexpr):
+    """Sums of numbers in fp8 by the scales of their row and of their column, and a bias."""
+    row_ptr, column_ptr, bias_ptr, num_rows, width, _bound = scales
+    layout: gl.constexpr = x.type.layout
+    rows = row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
+    columns = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
+    of_row = gl.load(row_ptr + rows, mask=rows < num_rows, other=0.0)
+    of_column = gl.load(column_ptr + columns, mask=columns < width, other=0.0)
+    x = x * gl.expand_dims(of_row, 1) * gl.expand_dims(of_column, 0)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + columns, mask=columns < width, other=0.0)
+        x = x + gl.expand_dims(bias.to(gl.float32), 0)
+    return x
+
+
+@gluon.jit
+def _rescale(x, row, scales):
+    """By what a row's result, no larger than a share of its scale and a rest, fits into fp8."""
+    row_ptr, _column_ptr, _bias_ptr, num_rows, _width, bound = scales
+    share, rest = bound
+    rows = row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
+    of_row = gl.load(row_ptr + rows, mask=rows < num_rows, other=1.0)
+    return x * gl.expand_dims(1.0 / (of_row * share + rest), 1)
+
+
+@gluon.jit
 def _load_bias(ptr, first, width, GATED: gl.constexpr, layout: gl.constexpr):
     """Of a tile's 256 columns; a gated tile's are 128 of gates and 128 of the rest."""
     columns = gl.arange(0, 2 * _HALF, layout=gl.SliceLayout(0, layout))
@@ -217,6 +245,7 @@ def _put(out_desc, x, buffers, index: gl.constexpr, row, column):
 def _multiply_group(
     tensors,
     angles,
+    scales,
     KIND: gl.constexpr,
     DIM: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -228,8 +257,10 @@ def _multiply_group(
     num_steps, num_down, num_across, width = counts
     GATED: gl.constexpr = KIND == _SILU_MUL
     WIDTH: gl.constexpr = _HALF if GATED else 2 * _HALF  # columns of the result in a tile
+    BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
+    SCALED: gl.constexpr = BITS == 8
     layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * _HALF, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * _HALF, 256 // BITS]
     )
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -258,13 +289,13 @@ def _multiply_group(
         # The bias is fetched while the last products are under way.
         row = down * (_GROUPS * _ROWS) + GROUP * _ROWS
         column = across * WIDTH
-        if HAS_BIAS:
+        if HAS_BIAS and not SCALED:
             bias = _load_bias(bias_ptr, column, width, GATED, layout)
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(empty.index(_before(stage)))
 
         sums = acc
-        if HAS_BIAS:
+        if HAS_BIAS and not SCALED:
             sums = sums + gl.expand_dims(bias.to(gl.float32), 0)
         left, right = _halve(sums)
         a, b = _halve(left)
@@ -276,10 +307,15 @@ def _multiply_group(
         else:
             parts = (a, b, c, d)
             for part in gl.static_range(4):
-                if KIND == _ROTATE:
-                    x = _rotate(parts[part], row, column, angles, DIM)
+                x = parts[part]
+                if SCALED:
+                    x = _unscale(x, row, column, scales, HAS_BIAS)
+                if KIND == _ROTATE:  # noqa: SIM108 - known before it is compiled
+                    x = _rotate(x, row, column, angles, DIM)
                 else:
-                    x = _activate(parts[part], KIND)
+                    x = _activate(x, KIND)
+                if out_desc.dtype.primitive_bitwidth == 8:
+                    x = _rescale(x, row, scales)
                 _put(out_desc, x, out_buffers, 2 * GROUP + part % 2, row, column)
                 column += _PART
     tma.store_wait(pendings=0)
@@ -293,11 +329,15 @@ def _multiply(
     bias_ptr,
     cos_ptr,
     sin_ptr,
+    row_scales_ptr,
+    column_scales_ptr,
     num_rows,
     num_steps,
     width,
     angle_stride,
     num_rotated,
+    share,
+    rest,
     KIND: gl.constexpr,
     DIM: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -306,9 +346,10 @@ def _multiply(
     """width: of the result; a gated product's weights are twice as many."""
     GATED: gl.constexpr = KIND == _SILU_MUL
     dtype: gl.constexpr = x_desc.dtype
-    x_ring = gl.allocate_shared_memory(dtype, [_STAGES * _GROUPS, _ROWS, _STEP], x_desc.layout)
-    weight_ring = gl.allocate_shared_memory(dtype, [_STAGES, 2 * _HALF, _STEP], weight_desc.layout)
-    weight_halves = weight_ring._reinterpret(dtype, [2 * _STAGES, _HALF, _STEP], weight_desc.layout)
+    STEP: gl.constexpr = _LINE_BITS // dtype.primitive_bitwidth
+    x_ring = gl.allocate_shared_memory(dtype, [_STAGES * _GROUPS, _ROWS, STEP], x_desc.layout)
+    weight_ring = gl.allocate_shared_memory(dtype, [_STAGES, 2 * _HALF, STEP], weight_desc.layout)
+    weight_halves = weight_ring._reinterpret(dtype, [2 * _STAGES, _HALF, STEP], weight_desc.layout)
     out_buffers = gl.allocate_shared_memory(
         out_desc.dtype, [2 * _GROUPS, _ROWS, _PART], out_desc.layout
     )
@@ -328,10 +369,11 @@ def _multiply(
     rings = (x_desc, weight_desc, x_ring, weight_halves)
     tensors = (out_desc, bias_ptr, x_ring, weight_ring, out_buffers, bars, counts)
     angles = (cos_ptr, sin_ptr, angle_stride, num_rows, num_rotated)
+    scales = (row_scales_ptr, column_scales_ptr, bias_ptr, num_rows, width, (share, rest))
     gl.warp_specialize(
         [
-            (_multiply_group, (tensors, angles, KIND, DIM, HAS_BIAS, 0, LEAD)),
-            (_multiply_group, (tensors, angles, KIND, DIM, HAS_BIAS, 1, LEAD)),
+            (_multiply_group, (tensors, angles, scales, KIND, DIM, HAS_BIAS, 0, LEAD)),
+            (_multiply_group, (tensors, angles, scales, KIND, DIM, HAS_BIAS, 1, LEAD)),
             (_load, (rings, bars, counts, GATED)),
         ],
         [4, 1],  # warps, of all but the first
@@ -356,9 +398,30 @@ def multiply_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, kind: 
     return out
 
 
+def multiply_and_activate_in_fp8(
+    rows: Fp8Rows, weight: Fp8Rows, bias: Tensor | None, kind: int, bound: tuple[float, float]
+) -> Tensor:
+    """
+    Args:
+        rows: (M, K), dense, with a scale for each row; K and N multiples of 16.
+        weight: (N, K), likewise.
+        bias: (N,) or None.
+        kind: QUICK_GELU or GELU_TANH.
+        bound: what the scale of a row is times the first, plus the second, is the scale of its
+            result.
+
+    Returns:
+        (M, N) in fp8, without those scales.
+    """
+    out = rows.values.new_empty((len(rows.values), len(weight.values)))
+    scales = rows.scales, weight.scales
+    _launch(rows.values, weight.values, bias, out, kind, scales=scales, bound=bound)
+    return out
+
+
 def multiply_and_rotate(
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | Fp8Rows,
+    weight: Tensor | Fp8Rows,
     bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
@@ -367,18 +430,35 @@ def multiply_and_rotate(
 ) -> Tensor:
     """
     Args:
-        x, weight, bias: as of `multiply_and_activate`.
+        x, weight, bias: as of `multiply_and_activate`, or both of the first in fp8.
         cos, sin: (M, at least dim / 2), any float type, dense in the last axis and of equal strides.
         dim: of a head, whose numbers 2 j and 2 j + 1 turn by angle j.
         num_rotated: columns of the result that are such heads; those behind them stay.
 
     Returns:
-        (M, N).
+        (M, N), of fp8 in bfloat16.
     """
     assert cos.stride() == sin.stride()
     assert cos.stride(1) == 1
-    out = x.new_empty((len(x), len(weight)))
-    _launch(x, weight, bias, out, ROTATE, cos, sin, dim, num_rotated)
+    scales = None
+    if isinstance(x, Fp8Rows):
+        assert isinstance(weight, Fp8Rows)
+        scales = x.scales, weight.scales
+        x, weight = x.values, weight.values
+    assert isinstance(weight, Tensor)
+    dtype = x.dtype if scales is None else torch.bfloat16
+    out = x.new_empty((len(x), len(weight)), dtype=dtype)
+    _launch(
+        x,
+        weight,
+        bias,
+        out,
+        ROTATE,
+        angles=(cos, sin),
+        dim=dim,
+        num_rotated=num_rotated,
+        scales=scales,
+    )
     return out
 
 
@@ -388,31 +468,38 @@ def _launch(
     bias: Tensor | None,
     out: Tensor,
     kind: int,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    *,
+    angles: tuple[Tensor, Tensor] | None = None,
     dim: int = 2,
     num_rotated: int = 0,
+    scales: tuple[Tensor, Tensor] | None = None,
+    bound: tuple[float, float] = (1.0, 0.0),
 ) -> None:
     num_rows, depth = x.shape
     if not num_rows:
         return
-    num_steps = triton.cdiv(depth, _STEP.value)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    step = LINE // x.itemsize
+    num_steps = triton.cdiv(depth, step)
     tiles = triton.cdiv(num_rows, _GROUPS.value * _ROWS.value) * triton.cdiv(
         len(weight), 2 * _HALF.value
     )
+    cos, sin = angles or (out, out)
+    row_scales, column_scales = scales or (out, out)
     _multiply[(min(tiles, count_processors(x.device)),)](
-        _describe(x, [_ROWS.value, _STEP.value], layout),
-        _describe(weight, [_HALF.value, _STEP.value], layout),
-        _describe(out, [_ROWS.value, _PART.value], layout),
+        _describe(x, _ROWS.value, step),
+        _describe(weight, _HALF.value, step),
+        _describe(out, _ROWS.value, _PART.value),
         out if bias is None else bias,
-        out if cos is None else cos,
-        out if sin is None else sin,
+        cos,
+        sin,
+        row_scales,
+        column_scales,
         num_rows,
         num_steps,
         out.shape[1],
-        0 if cos is None else cos.stride(0),
+        cos.stride(0) if angles else 0,
         num_rotated,
+        *bound,
         KIND=kind,
         DIM=dim,
         HAS_BIAS=bias is not None,
@@ -422,5 +509,8 @@ def _launch(
     )
 
 
-def _describe(x: Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
+def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=columns * x.itemsize, element_bitwidth=8 * x.itemsize, rank=2
+    )
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
