@@ -239,10 +239,8 @@ def _activated(
         _line(f"{name} {way}", run, flops=flops)
         _line(f"{name} {way}, launched", run, flops=flops, in_graph=False)
     _print_choice(name, activated.choose(linear, activation))
-    if activation == "silu_mul":
-        return
     rows_in_fp8, small = in_one.draw_in_fp8(torch.device("cuda"), *shape, has_bias=has_bias)
-    bound = activated.Bound.find(small)
+    bound = activated.find_bound(small, activation)
     name = f"{name} fp8"
     _line(f"{name} product alone", lambda: small(rows_in_fp8), flops=flops)
     for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):

@@ -250,7 +250,7 @@ class Activated(nn.Module):
         if self.gives_fp8 == isinstance(linear, Fp8Linear):
             self.least_rows = activated.choose(linear, activation)
         if isinstance(linear, Fp8Linear) and self.least_rows != in_one.NEVER:
-            self.bound = activated.Bound.find(linear)
+            self.bound = activated.find_bound(linear, activation)
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor | Fp8Rows:
         """(..., depth) -> (..., width), half as wide where half of it are gates."""
@@ -261,7 +261,6 @@ class Activated(nn.Module):
             assert isinstance(x, Tensor)
             return activated.multiply(x, self.linear, self.activation, self.least_rows)
         assert isinstance(self.linear, Fp8Linear)
-        assert self.bound is not None
         rows = x if isinstance(x, Fp8Rows) else quantised.quantise(x)
         return activated.multiply_in_fp8(
             rows, self.linear, self.activation, self.bound, self.least_rows

@@ -17,6 +17,7 @@ Activation = Literal["quick_gelu", "gelu_tanh", "silu_mul"]
 
 NAME = "activated_product"
 SURE = 1.01  # bounds are raised by so much, as sums are rounded
+MOST_SPREAD = 8.0  # of the sum of an output's weights, as a share of what evenly large ones have
 
 
 def multiply(
@@ -70,41 +71,51 @@ def _find_kind(activation: Activation) -> int:
 
 class Bound(NamedTuple):
     """
-    The scale of a row of a product in fp8 before there is any result: that of the row that is
-    multiplied times `share`, plus `rest`.
+    The scale of a row of a GELU in fp8 before there is any result: that of the row that is multiplied
+    times `share`, plus `rest`.
     """
 
     share: float
     rest: float
 
     @classmethod
-    def find(cls, linear: Fp8Linear) -> "Bound":
+    def find(cls, linear: Fp8Linear) -> "Bound | None":
         """
         No number of a row is more than MOST of its scale, so no sum is more than as many times what the
         weights of its output add up to; and no GELU is further from zero than what it is of.
 
         Most are a hundred times smaller, which costs them nothing: numbers in fp8 are as exact over
-        seven powers of two more. Of what is gated, a product of two, the bound would be too far off.
+        seven powers of two more.
+
+        Returns:
+            None where one output's weights are so much larger than others' that it would cost these.
         """
-        sums = (linear.weight.float().abs() * linear.scales).sum(1)
+        weight = linear.rows.read()
+        share = weight.abs().sum(1).max().item()
+        if share > MOST_SPREAD * weight.shape[1] ** 0.5 * weight.norm(dim=1).median().item():
+            return None
         rest = 0.0 if linear.bias is None else linear.bias.abs().max().item() / MOST
-        return cls(sums.max().item() * SURE, rest * SURE)
+        return cls(share * SURE, rest * SURE)
+
+
+def find_bound(linear: Fp8Linear, activation: Activation) -> Bound | None:
+    """None for what is gated, too: of a product of two, bounds would be too far off."""
+    return None if activation == "silu_mul" else Bound.find(linear)
 
 
 def multiply_in_fp8(
     rows: Fp8Rows,
     linear: Fp8Linear,
     activation: Activation,
-    bound: Bound,
+    bound: Bound | None,
     least_rows: int = in_one.NEVER,
 ) -> Fp8Rows:
     """
-    `multiply` from fp8 to fp8: where our kernel does it with scales by the bound, elsewhere by the
+    `multiply` from fp8 to fp8: of a GELU that our kernel does with scales by the bound, elsewhere by the
     largest number of each row.
 
     Args:
-        activation: a GELU.
-        bound: of the linear.
+        bound: of the linear, for a GELU.
     """
     if len(rows.scales) >= least_rows:
         return _multiply_in_one_in_fp8(rows, linear, activation, bound)
@@ -112,15 +123,17 @@ def multiply_in_fp8(
 
 
 def _multiply_in_one_in_fp8(
-    rows: Fp8Rows, linear: Fp8Linear, activation: Activation, bound: Bound
+    rows: Fp8Rows, linear: Fp8Linear, activation: Activation, bound: Bound | None
 ) -> Fp8Rows:
     from engine.kernels.gpu import in_one as gpu
 
+    shape = rows.values.shape[:-1]
     flat = Fp8Rows(rows.values.flatten(0, -2), rows.scales)
     kind = _find_kind(activation)
-    values = gpu.multiply_and_activate_in_fp8(flat, linear.rows, linear.bias, kind, bound)
-    scales = rows.scales * bound.share + bound.rest
-    return Fp8Rows(values.view(*rows.values.shape[:-1], -1), scales)
+    out = gpu.multiply_and_activate_in_fp8(flat, linear.rows, linear.bias, kind, bound)
+    if bound is None:
+        return quantised.quantise(out.view(*shape, -1))
+    return Fp8Rows(out.view(*shape, -1), rows.scales * bound.share + bound.rest)
 
 
 def choose(linear: nn.Module, activation: Activation) -> int:
@@ -138,10 +151,10 @@ def choose(linear: nn.Module, activation: Activation) -> int:
         return in_one.NEVER
     weight, (width, depth) = linear.weight, linear.weight.shape
     if activation == "silu_mul":
-        if weight.dtype == FP8:
-            return in_one.NEVER
         width //= 2
     if not in_one.is_possible(weight.device, weight.dtype, width, depth):
+        return in_one.NEVER
+    if isinstance(linear, Fp8Linear) and activation != "silu_mul" and not Bound.find(linear):
         return in_one.NEVER
     has_bias = linear.bias is not None
     return ask_once(_choose, weight.device, weight.dtype, activation, *weight.shape, has_bias)
@@ -178,7 +191,7 @@ def _compare(
 
     def build_in_fp8() -> partial[Fp8Rows]:
         x, linear = in_one.draw_in_fp8(device, rows, depth, width, has_bias=has_bias)
-        return partial(multiply_in_fp8, x, linear, activation, Bound.find(linear))
+        return partial(multiply_in_fp8, x, linear, activation, find_bound(linear, activation))
 
     if dtype == FP8:
         apart = in_one.APART_IN_FP8

@@ -515,13 +515,23 @@ def test_bounds_of_products_in_fp8_hold_and_are_near_enough(
     x[5] = 0.0
     small, rows = quantised.Fp8Linear(linear), quantised.quantise(x)
     exact = activated.activate(small(rows).float(), activation)
-    bound = activated.Bound.find(small)
+    bound = activated.find_bound(small, activation)
+    assert bound is not None
     scales = rows.scales * bound.share + bound.rest
 
     assert (exact.abs() <= scales * quantised.MOST).all()
     found = quantised.Fp8Rows((exact / scales).to(quantised.FP8), scales).read()
     for read, most in ((found, 0.04), (quantised.quantise(exact).read(), 0.035)):
         assert ((read - exact).norm(dim=1) <= most * exact.norm(dim=1)).all()
+
+
+def test_no_bound_where_one_output_would_cost_the_others_their_last_bits() -> None:
+    weight = drawn(96, 48)
+    weight[7] *= 6
+    assert activated.Bound.find(quantised.Fp8Linear(as_linear(weight))) is not None
+    weight[7] *= 6
+    assert activated.Bound.find(quantised.Fp8Linear(as_linear(weight))) is None
+    assert activated.find_bound(quantised.Fp8Linear(as_linear(drawn(96, 48))), "silu_mul") is None
 
 
 def test_a_cpu_goes_on_behind_every_product() -> None:

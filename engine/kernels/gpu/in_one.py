@@ -195,17 +195,21 @@ def _rotate(x, row, column, angles, DIM: gl.constexpr):
 
 
 @gluon.jit
-def _unscale(x, row, column, scales, HAS_BIAS: gl.constexpr):
-    """Sums of numbers in fp8 by the scales of their row and of their column, and a bias."""
+def _unscale(x, row, column, offset, scales, HAS_BIAS: gl.constexpr):
+    """
+    Sums of numbers in fp8 by the scales of their row and of their weight, and a bias.
+
+    offset: of the weight that makes a column, behind the one of this number.
+    """
     row_ptr, column_ptr, bias_ptr, num_rows, width, _bound = scales
     layout: gl.constexpr = x.type.layout
     rows = row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
     columns = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
     of_row = gl.load(row_ptr + rows, mask=rows < num_rows, other=0.0)
-    of_column = gl.load(column_ptr + columns, mask=columns < width, other=0.0)
+    of_column = gl.load(column_ptr + offset + columns, mask=columns < width, other=0.0)
     x = x * gl.expand_dims(of_row, 1) * gl.expand_dims(of_column, 0)
     if HAS_BIAS:
-        bias = gl.load(bias_ptr + columns, mask=columns < width, other=0.0)
+        bias = gl.load(bias_ptr + offset + columns, mask=columns < width, other=0.0)
         x = x + gl.expand_dims(bias.to(gl.float32), 0)
     return x
 
@@ -301,15 +305,22 @@ def _multiply_group(
         a, b = _halve(left)
         c, d = _halve(right)
         if GATED:
-            _put(out_desc, _activate(a, KIND) * c, out_buffers, 2 * GROUP, row, column)
-            column += _PART
-            _put(out_desc, _activate(b, KIND) * d, out_buffers, 2 * GROUP + 1, row, column)
+            gates, gated = (a, b), (c, d)
+            for part in gl.static_range(2):
+                gate, x = gates[part], gated[part]
+                if SCALED:
+                    gate = _unscale(gate, row, column, 0, scales, HAS_BIAS)
+                    x = _unscale(x, row, column, width, scales, HAS_BIAS)
+                _put(
+                    out_desc, _activate(gate, KIND) * x, out_buffers, 2 * GROUP + part, row, column
+                )
+                column += _PART
         else:
             parts = (a, b, c, d)
             for part in gl.static_range(4):
                 x = parts[part]
                 if SCALED:
-                    x = _unscale(x, row, column, scales, HAS_BIAS)
+                    x = _unscale(x, row, column, 0, scales, HAS_BIAS)
                 if KIND == _ROTATE:  # noqa: SIM108 - known before it is compiled
                     x = _rotate(x, row, column, angles, DIM)
                 else:
@@ -399,21 +410,29 @@ def multiply_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, kind: 
 
 
 def multiply_and_activate_in_fp8(
-    rows: Fp8Rows, weight: Fp8Rows, bias: Tensor | None, kind: int, bound: tuple[float, float]
+    rows: Fp8Rows,
+    weight: Fp8Rows,
+    bias: Tensor | None,
+    kind: int,
+    bound: tuple[float, float] | None = None,
 ) -> Tensor:
     """
     Args:
         rows: (M, K), dense, with a scale for each row; K and N multiples of 16.
-        weight: (N, K), likewise.
+        weight: (N, K), likewise, for SILU_MUL as of `multiply_and_activate`.
         bias: (N,) or None.
-        kind: QUICK_GELU or GELU_TANH.
+        kind: QUICK_GELU, GELU_TANH or SILU_MUL.
         bound: what the scale of a row is times the first, plus the second, is the scale of its
-            result.
+            result. Not for SILU_MUL.
 
     Returns:
-        (M, N) in fp8, without those scales.
+        (M, N) in fp8, without those scales. Without a bound in bfloat16; (M, N / 2) for SILU_MUL.
     """
-    out = rows.values.new_empty((len(rows.values), len(weight.values)))
+    assert bound is None or kind != SILU_MUL
+    width = len(weight.values) // 2 if kind == SILU_MUL else len(weight.values)
+    dtype = torch.bfloat16 if bound is None else rows.values.dtype
+    out = rows.values.new_empty((len(rows.values), width), dtype=dtype)
+    bound = bound or (1.0, 0.0)
     scales = rows.scales, weight.scales
     _launch(rows.values, weight.values, bias, out, kind, scales=scales, bound=bound)
     return out
