@@ -36,6 +36,7 @@ from engine.attention import (
 from engine.kernels import (
     activated,
     activations,
+    added,
     draw,
     greedy,
     has_kernels,
@@ -266,6 +267,28 @@ def measure_rotated() -> None:
                 run = partial(rotated.multiply, x, linear, angles, angles, 80, 32, least_rows)
                 _line(f"rotated {name} {rows} {way}", run, flops=flops)
         _print_choice(f"rotated {name}", rotated.choose(linear, 80, 32))
+
+
+def measure_added() -> None:
+    """Products that end half a layer, and the norm behind them, in which one or the other adds."""
+    for name, shape, is_rms in (
+        ("encoder out", (PATCHES, VISION_WIDTH, VISION_WIDTH), False),
+        ("encoder down", (PATCHES, VISION_MLP, VISION_WIDTH), False),
+        ("text out", (PREFILL, TEXT_WIDTH, TEXT_WIDTH), True),
+        ("text down", (PREFILL, TEXT_MLP, TEXT_WIDTH), True),
+        ("LLaVA out", (8192, 4096, 4096), True),
+        ("LLaVA down", (8192, 11_008, 4096), True),
+    ):
+        dtypes = ((DTYPE, False), (DTYPE, True), (quantised.FP8, True))
+        for dtype, gives_fp8 in dtypes:
+            run, linear = added.draw(
+                torch.device("cuda"), dtype, *shape, not is_rms, is_rms, gives_fp8
+            )
+            way = f"added {name} {dtype} {'fp8' if gives_fp8 else '16 bits'} behind"
+            flops = 2 * math.prod(shape)
+            _line(f"{way} norm adds", partial(run, in_one.NEVER), flops=flops)
+            _line(f"{way} in one", partial(run, 0), flops=flops)
+            _print_choice(way, added.choose(linear, is_rms=is_rms, gives_fp8=gives_fp8))
 
 
 def _print_choice(name: str, least_rows: int) -> None:
@@ -655,6 +678,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "merged": measure_merged,
     "activated": measure_activated,
     "rotated": measure_rotated,
+    "added": measure_added,
     "layers": measure_layers,
     "fp8": measure_fp8,
     "pictures": measure_pictures,

@@ -44,7 +44,7 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from engine.attention import find_ends
-from engine.kernels import activated, activations, in_one, norms, quantised, rope, rotated
+from engine.kernels import activated, activations, added, in_one, norms, quantised, rope, rotated
 from engine.kernels.activated import Activation
 from engine.kernels.products import PackedLinear, by_blocks
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
@@ -78,7 +78,7 @@ class Fusions:
 
 
 class Carried(NamedTuple):
-    """Between two fused layers: what the next one's first norm will add up, of one shape."""
+    """Between two halves of fused layers: what the next norm will add up, of one shape."""
 
     x: Tensor
     delta: Tensor
@@ -229,8 +229,35 @@ def _enter(
     return arriving, norm(arriving)
 
 
-def _leave(x: Tensor, delta: Tensor, is_last: bool) -> Tensor | Carried:
-    return delta.add_(x) if is_last else Carried(x, delta)
+class Adding(nn.Module):
+    """
+    The product that ends half a layer, and its addition to what the half began with.
+
+    Args:
+        norm: one like that behind it, which adds where the product does not.
+    """
+
+    def __init__(self, linear: nn.Module, norm: FusedRMSNorm | FusedLayerNorm) -> None:
+        super().__init__()
+        self.linear = linear
+        self.least_rows = added.choose(
+            linear,
+            is_rms=isinstance(norm, FusedRMSNorm),
+            gives_fp8=norm.pieces is quantised,
+        )
+
+    def forward(self, inner: Tensor | Fp8Rows, x: Tensor) -> Tensor | Carried:
+        """inner: (..., depth). x: (..., width)."""
+        if x.numel() < self.least_rows * x.shape[-1]:
+            return Carried(x, self.linear(inner))
+        assert isinstance(self.linear, nn.Linear | Fp8Linear)
+        return added.multiply(inner, self.linear, x)
+
+
+def _leave(ending: Tensor | Carried, is_last: bool) -> Tensor | Carried:
+    if is_last and isinstance(ending, Carried):
+        return ending.delta.add_(ending.x)
+    return ending
 
 
 class Activated(nn.Module):
@@ -327,6 +354,15 @@ class GELUTanhMLP(QuickGELUMLP):
     packed_as, slope = "gelu", 1.0
 
 
+def _run_mlp(
+    mlp: GatedMLP | QuickGELUMLP, end: Adding, normed: Tensor | Fp8Rows, x: Tensor
+) -> Tensor | Carried:
+    """The second half of a layer. Packed products go block by block, both of them."""
+    if isinstance(mlp.reader, PackedLinear):
+        return Carried(x, mlp(normed))
+    return end(mlp.inner(normed), x)  # type: ignore[no-any-return]
+
+
 class ErfGELU(nn.Module):
     """Of any number of rows, without a kernel for each."""
 
@@ -401,7 +437,7 @@ class HeadNorms(nn.Module):
 
 class FusedTextAttention(nn.Module):
     """
-    Attention of a text layer on one row of tokens, (1, T, width).
+    Attention of a text layer on one row of tokens, (1, T, width), but for its last product, `out`.
 
     Of Qwen3 too, which norms each head of queries and keys before it is rotated.
     """
@@ -455,8 +491,7 @@ class FusedTextAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attended = attended.reshape(1, len(heads), -1)
-        return self.out(attended)  # type: ignore[no-any-return]
+        return attended.reshape(1, len(heads), -1)
 
 
 class FusedDecoderLayer(nn.Module):
@@ -468,6 +503,8 @@ class FusedDecoderLayer(nn.Module):
         self.mlp = GatedMLP(layer.mlp, fusions)
         self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.qkv)
         self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.reader)
+        self.attention_end = Adding(self.attention.out, self.mlp_norm)
+        self.mlp_end = Adding(self.mlp.down, self.attention_norm)
         self.is_last = is_last  # of fused ones: a plain tensor
         self.gives_ends = False  # of all: its result is cut to what the call wants
 
@@ -484,13 +521,13 @@ class FusedDecoderLayer(nn.Module):
         if past_key_values is not None:
             raise ValueError("a fused layer keeps no cache: call the model with use_cache=False")
         x, normed = _enter(self.attention_norm, hidden_states)
-        delta = self.attention(normed, position_embeddings, attention_mask, **kwargs)
+        attended = self.attention(normed, position_embeddings, attention_mask, **kwargs)
         ends = find_ends() if self.gives_ends else None
         if ends is not None:
             # Keys and values of all tokens have been kept; of the others nobody reads more.
-            x, delta = ends.cut(x), ends.cut(delta)
-        normed = self.mlp_norm.add_(delta, x)
-        return _leave(delta, self.mlp(normed), self.is_last)
+            x, attended = ends.cut(x), ends.cut(attended)
+        x, normed = _enter(self.mlp_norm, self.attention_end(attended, x))
+        return _leave(_run_mlp(self.mlp, self.mlp_end, normed, x), self.is_last)
 
 
 def _fuse_decoder_layer(layer: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
@@ -517,7 +554,7 @@ def _fuse_rotary(rotary: Any, fusions: Fusions, _is_last: bool) -> nn.Module | N
 
 
 class FusedVisionAttention(nn.Module):
-    """Attention of a Qwen-VL encoder block on packed patches, (T, width)."""
+    """Attention of a Qwen-VL encoder block on packed patches, (T, width), but for its last product."""
 
     def __init__(self, attention: Any, fusions: Fusions) -> None:
         super().__init__()
@@ -563,8 +600,7 @@ class FusedVisionAttention(nn.Module):
         attended = _call_attention(
             self, query, key, value, attention_mask=None, is_causal=False, **kwargs
         )
-        attended = attended.reshape(len(heads), -1)
-        return self.out(attended)  # type: ignore[no-any-return]
+        return attended.reshape(len(heads), -1)
 
 
 class FusedVisionBlock(nn.Module):
@@ -579,6 +615,8 @@ class FusedVisionBlock(nn.Module):
         norm = FusedLayerNorm if isinstance(block.norm1, nn.LayerNorm) else FusedRMSNorm
         self.attention_norm = norm(block.norm1, self.attention.qkv)
         self.mlp_norm = norm(block.norm2, mlp.reader)
+        self.attention_end = Adding(self.attention.out, self.mlp_norm)
+        self.mlp_end = Adding(mlp.down, self.attention_norm)
         self.is_last = is_last  # or its result is looked at: a plain tensor
 
     def forward(
@@ -597,9 +635,9 @@ class FusedVisionBlock(nn.Module):
             "max_length_k": max_seqlen,
         }
         x, normed = _enter(self.attention_norm, hidden_states)
-        delta = self.attention(normed, position_embeddings, **kwargs)
-        normed = self.mlp_norm.add_(delta, x)
-        return _leave(delta, self.mlp(normed), self.is_last)
+        attended = self.attention(normed, position_embeddings, **kwargs)
+        x, normed = _enter(self.mlp_norm, self.attention_end(attended, x))
+        return _leave(_run_mlp(self.mlp, self.mlp_end, normed, x), self.is_last)
 
 
 class FusedCLIPAttention(nn.Module):

@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_window_index
 from engine import fuse
 from engine.attention import VISION_ATTENTION, Ends, TextContext, VisionContext, using
 from engine.fuse import Fusions
-from engine.kernels import activated, products, quantised, rope, rotated
+from engine.kernels import activated, added, products, quantised, rope, rotated
 from engine.kernels.products import PackedLinear
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
@@ -230,6 +230,37 @@ def test_encoders_rotate_in_their_products_where_that_was_chosen(
     for expected, actual in zip(run_later_vision(later_qwen), run_later_vision(later), strict=True):
         assert_near(expected, actual)
     assert {8 + 2 * 24 + 60} == set(seen)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_halves_of_layers_are_added_in_their_products_where_that_was_chosen(
+    qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch, fp8: bool
+) -> None:
+    seen: list[int] = []
+
+    def multiply(inner: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear, x: Tensor) -> Tensor:
+        seen.append(x.numel() // x.shape[-1])
+        added_up: Tensor = x + linear(inner)
+        return added_up
+
+    fusions = Fusions(fp8=fp8)
+    text, vision = run_text(fused_copy(qwen, fusions)), run_vision(fused_copy(qwen, fusions))
+    later = run_later_vision(fused_copy(later_qwen, fusions))
+    monkeypatch.setattr(added, "choose", lambda *_, **__: NUM_TOKENS)
+    monkeypatch.setattr(added, "multiply", multiply)
+    fused = fused_copy(qwen, fusions)
+
+    assert_near(text, run_text(fused))
+    assert [NUM_TOKENS] * 2 * qwen.config.text_config.num_hidden_layers == seen
+    seen.clear()
+    run_text(fused, NUM_TOKENS - 1)
+    assert not seen
+    assert_near(vision, run_vision(fused))
+    assert [40] * 2 * qwen.config.vision_config.depth == seen
+    for expected, actual in zip(
+        later, run_later_vision(fused_copy(later_qwen, fusions)), strict=True
+    ):
+        assert_near(expected, actual)
 
 
 def test_everything_of_qwen2_vl_is_swapped(qwen: Any) -> None:

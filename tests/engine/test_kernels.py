@@ -24,6 +24,7 @@ from engine import kernels
 from engine.kernels import (
     activated,
     activations,
+    added,
     decode,
     draw,
     greedy,
@@ -540,6 +541,7 @@ def test_a_cpu_goes_on_behind_every_product() -> None:
     for kind in (linear, quantised.Fp8Linear(linear)):
         assert in_one.NEVER == activated.choose(kind, "quick_gelu")
         assert in_one.NEVER == rotated.choose(kind, 16, 4)
+        assert in_one.NEVER == added.choose(kind, is_rms=True, gives_fp8=False)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from engine.kernels import (
     activated,
     activations,
+    added,
     decode,
     draw,
     greedy,
@@ -832,6 +833,59 @@ def test_activated_products_in_fp8(activation: activated.Activation, has_bias: b
                 assert (found.read() - expected).norm() < 0.05 * expected.norm()
             again = activated.multiply_in_fp8(*args, 0)
             assert torch.equal(actual.read(), again.read())
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_added_products(has_bias: bool, dtype: torch.dtype) -> None:
+    """At widths that tiles do not divide; what is behind the last row is not written."""
+    for width, depth in ((1280, 5120), (1152, 4304), (48, 40)):
+        weight = (drawn(width, depth, seed=1) * depth**-0.5).to(dtype)
+        bias = drawn(width, dtype=dtype, seed=2) if has_bias else None
+        linear = as_linear(weight, bias)
+        exact = as_linear(weight.float(), None if bias is None else bias.float())
+        for num_rows in (0, 1, 129, 3001):
+            inner, x = drawn(1, num_rows, depth, dtype=dtype), drawn(1, num_rows, width, seed=4)
+            x = x.to(dtype)
+            before = x.clone()
+            actual = added.multiply(inner, linear, x)
+
+            assert x.shape == actual.shape
+            assert torch.equal(before, x)
+            assert_near((x.float() + exact(inner.float())).to(dtype), actual)
+            assert torch.equal(actual, added.multiply(inner, linear, x))
+
+
+@needs_hopper
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_added_products_in_fp8(has_bias: bool) -> None:
+    for width, depth in ((1280, 5120), (1152, 4320), (96, 48)):
+        bias = drawn(width, dtype=torch.bfloat16, seed=2) if has_bias else None
+        linear = as_linear((drawn(width, depth, seed=1) * depth**-0.5).bfloat16(), bias)
+        small = quantised.Fp8Linear(linear)
+        exact = as_linear(small.rows.read(), None if bias is None else bias.float())
+        for num_rows in (1, 129, 3001):
+            inner = drawn(num_rows, depth, dtype=torch.bfloat16)
+            rows = quantised.quantise(inner)
+            x = drawn(num_rows, width, seed=4, dtype=torch.bfloat16)
+            actual = added.multiply(rows, small, x)
+
+            expected = x.float() + exact(rows.read())
+            torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)
+            assert torch.equal(actual, added.multiply(inner, small, x))
+
+
+@needs_hopper
+def test_a_choice_of_added_products_is_made_for_each_shape() -> None:
+    for width, depth in ((1280, 1280), (1280, 5120), (1536, 8960)):
+        linear = nn.Linear(depth, width, dtype=torch.bfloat16, device=DEVICE)
+        for kind in (linear, quantised.Fp8Linear(linear)):
+            for gives_fp8 in (False, True):
+                least_rows = added.choose(kind, is_rms=False, gives_fp8=gives_fp8)
+                print(type(kind).__name__, width, depth, gives_fp8, least_rows)
+
+                assert least_rows in (*in_one.ROWS, in_one.NEVER)
 
 
 @needs_hopper

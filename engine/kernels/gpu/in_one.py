@@ -1,5 +1,5 @@
 """
-A matrix product whose result is activated, or rotated, on its way out, for Hopper: rows (M, K) by
+A matrix product whose result is activated, rotated or added on its way out, for Hopper: rows (M, K) by
 weights (N, K), in 16 bits or in fp8.
 
 A block of threads stays on each multiprocessor and takes tiles of the result in turn, ordered so that
@@ -31,13 +31,14 @@ from engine.kernels.gpu import LOG2_E
 from engine.kernels.gpu.hopper import count_processors
 from engine.kernels.quantised import Fp8Rows
 
-QUICK_GELU, GELU_TANH, SILU_MUL, ROTATE = range(4)  # what happens to the sums
+QUICK_GELU, GELU_TANH, SILU_MUL, ROTATE, ADD = range(5)  # what happens to the sums
 LINE = 128  # bytes of the depth in a stage
 
 _QUICK_GELU = gl.constexpr(QUICK_GELU)
 _GELU_TANH = gl.constexpr(GELU_TANH)
 _SILU_MUL = gl.constexpr(SILU_MUL)
 _ROTATE = gl.constexpr(ROTATE)
+_ADD = gl.constexpr(ADD)
 _LOG2_E = gl.constexpr(LOG2_E)
 _SLOPE = gl.constexpr(activations.QUICK_GELU)
 _SQRT_2_PI = gl.constexpr(math.sqrt(2 / math.pi))
@@ -225,6 +226,18 @@ def _rescale(x, row, scales):
 
 
 @gluon.jit
+def _add(x, row, column, stream):
+    """What stands in the stream in these places."""
+    stream_ptr, num_rows, width = stream
+    layout: gl.constexpr = x.type.layout
+    rows = row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
+    columns = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
+    at = gl.expand_dims(rows.to(gl.int64) * width, 1) + gl.expand_dims(columns, 0)
+    inside = gl.expand_dims(rows < num_rows, 1) & gl.expand_dims(columns < width, 0)
+    return x + gl.load(stream_ptr + at, mask=inside, other=0.0).to(gl.float32)
+
+
+@gluon.jit
 def _load_bias(ptr, first, width, GATED: gl.constexpr, layout: gl.constexpr):
     """Of a tile's 256 columns; a gated tile's are 128 of gates and 128 of the rest."""
     columns = gl.arange(0, 2 * _HALF, layout=gl.SliceLayout(0, layout))
@@ -248,8 +261,7 @@ def _put(out_desc, x, buffers, index: gl.constexpr, row, column):
 @gluon.jit
 def _multiply_group(
     tensors,
-    angles,
-    scales,
+    behind,
     KIND: gl.constexpr,
     DIM: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -257,6 +269,7 @@ def _multiply_group(
     LEAD: gl.constexpr,
 ):
     out_desc, bias_ptr, x_ring, weight_ring, out_buffers, bars, counts = tensors
+    angles, scales, stream = behind
     full, empty, lead = bars
     num_steps, num_down, num_across, width = counts
     GATED: gl.constexpr = KIND == _SILU_MUL
@@ -321,8 +334,10 @@ def _multiply_group(
                 x = parts[part]
                 if SCALED:
                     x = _unscale(x, row, column, 0, scales, HAS_BIAS)
-                if KIND == _ROTATE:  # noqa: SIM108 - known before it is compiled
+                if KIND == _ROTATE:
                     x = _rotate(x, row, column, angles, DIM)
+                elif KIND == _ADD:
+                    x = _add(x, row, column, stream)
                 else:
                     x = _activate(x, KIND)
                 if out_desc.dtype.primitive_bitwidth == 8:
@@ -338,6 +353,7 @@ def _multiply(
     weight_desc,
     out_desc,
     bias_ptr,
+    stream_ptr,
     cos_ptr,
     sin_ptr,
     row_scales_ptr,
@@ -381,10 +397,11 @@ def _multiply(
     tensors = (out_desc, bias_ptr, x_ring, weight_ring, out_buffers, bars, counts)
     angles = (cos_ptr, sin_ptr, angle_stride, num_rows, num_rotated)
     scales = (row_scales_ptr, column_scales_ptr, bias_ptr, num_rows, width, (share, rest))
+    behind = (angles, scales, (stream_ptr, num_rows, width))
     gl.warp_specialize(
         [
-            (_multiply_group, (tensors, angles, scales, KIND, DIM, HAS_BIAS, 0, LEAD)),
-            (_multiply_group, (tensors, angles, scales, KIND, DIM, HAS_BIAS, 1, LEAD)),
+            (_multiply_group, (tensors, behind, KIND, DIM, HAS_BIAS, 0, LEAD)),
+            (_multiply_group, (tensors, behind, KIND, DIM, HAS_BIAS, 1, LEAD)),
             (_load, (rings, bars, counts, GATED)),
         ],
         [4, 1],  # warps, of all but the first
@@ -459,14 +476,8 @@ def multiply_and_rotate(
     """
     assert cos.stride() == sin.stride()
     assert cos.stride(1) == 1
-    scales = None
-    if isinstance(x, Fp8Rows):
-        assert isinstance(weight, Fp8Rows)
-        scales = x.scales, weight.scales
-        x, weight = x.values, weight.values
-    assert isinstance(weight, Tensor)
-    dtype = x.dtype if scales is None else torch.bfloat16
-    out = x.new_empty((len(x), len(weight)), dtype=dtype)
+    x, weight, scales = _take_apart(x, weight)
+    out = x.new_empty((len(x), len(weight)), dtype=x.dtype if scales is None else torch.bfloat16)
     _launch(
         x,
         weight,
@@ -481,6 +492,35 @@ def multiply_and_rotate(
     return out
 
 
+def multiply_and_add(
+    x: Tensor | Fp8Rows, weight: Tensor | Fp8Rows, bias: Tensor | None, stream: Tensor
+) -> Tensor:
+    """
+    Args:
+        x, weight, bias: as of `multiply_and_activate`, or both of the first in fp8.
+        stream: (M, N), dense, in 16 bits; what is added.
+
+    Returns:
+        (M, N), as the stream.
+    """
+    assert stream.is_contiguous()
+    x, weight, scales = _take_apart(x, weight)
+    out = torch.empty_like(stream)
+    _launch(x, weight, bias, out, ADD, stream=stream, scales=scales)
+    return out
+
+
+def _take_apart(
+    x: Tensor | Fp8Rows, weight: Tensor | Fp8Rows
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """What is multiplied, and the scales of both where they are in fp8."""
+    if isinstance(x, Fp8Rows):
+        assert isinstance(weight, Fp8Rows)
+        return x.values, weight.values, (x.scales, weight.scales)
+    assert isinstance(weight, Tensor)
+    return x, weight, None
+
+
 def _launch(
     x: Tensor,
     weight: Tensor,
@@ -488,6 +528,7 @@ def _launch(
     out: Tensor,
     kind: int,
     *,
+    stream: Tensor | None = None,
     angles: tuple[Tensor, Tensor] | None = None,
     dim: int = 2,
     num_rotated: int = 0,
@@ -509,6 +550,7 @@ def _launch(
         _describe(weight, _HALF.value, step),
         _describe(out, _ROWS.value, _PART.value),
         out if bias is None else bias,
+        out if stream is None else stream,
         cos,
         sin,
         row_scales,
