@@ -8,6 +8,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -40,6 +41,7 @@ from engine.kernels import (
     timing,
     trials,
 )
+from engine.kernels.quantised import Fp8Rows
 from engine.request import SamplingParams
 from engine.sampler import Sampler, SamplingRow, draw_numbers
 from tests.engine.linears import as_linear
@@ -583,6 +585,67 @@ def test_activated_products_are_compared_on_calls_for_which_there_is_memory(
         assert num_compared == len(compared)
     with timing.choosing(by_time=True):
         assert timing.ask_once(activated._choose, *asked) == 512
+
+
+def sum_exactly(x: Tensor | Fp8Rows, linear: Any, *, has_bias: bool) -> Tensor:
+    """The product in float32, which nobody has rounded."""
+    rows = x.read().view(x.values.shape) if isinstance(x, Fp8Rows) else x.float()
+    weight = linear.rows.read() if isinstance(linear, quantised.Fp8Linear) else linear.weight
+    return F.linear(rows, weight.float(), linear.bias.float() if has_bias else None)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, quantised.FP8])
+@pytest.mark.parametrize("product", [*get_args(activated.Activation), "rotated", "added"])
+def test_products_in_one_pass_their_comparisons_if_they_are_right_and_not_without_a_bias(
+    monkeypatch: pytest.MonkeyPatch, product: str, dtype: torch.dtype, is_right: bool
+) -> None:
+    """With stand-ins for the kernels that round once, as these do."""
+    sum_up = partial(sum_exactly, has_bias=is_right)
+
+    def activate(x: Tensor, linear: nn.Linear, activation: activated.Activation) -> Tensor:
+        return activated.activate(sum_up(x, linear), activation).to(x.dtype)
+
+    def activate_in_fp8(
+        x: Fp8Rows, linear: Any, activation: activated.Activation, bound: activated.Bound | None
+    ) -> Fp8Rows:
+        exact = activated.activate(sum_up(x, linear), activation)
+        if bound is None:
+            return quantised.quantise(exact.bfloat16())
+        scales = x.scales * bound.share + bound.rest
+        return Fp8Rows((exact / scales).to(quantised.FP8), scales)
+
+    def rotate(
+        x: Tensor | Fp8Rows, linear: Any, cos: Tensor, sin: Tensor, dim: int, num_heads: int
+    ) -> Tensor:
+        exact = sum_up(x, linear)
+        rope.rotate_(exact.view(len(cos), -1, dim)[:, :num_heads], cos, sin, in_pairs=True)
+        return exact.bfloat16()
+
+    monkeypatch.setattr(activated, "_multiply_in_one", activate)
+    monkeypatch.setattr(activated, "_multiply_in_one_in_fp8", activate_in_fp8)
+    monkeypatch.setattr(rotated, "_multiply_in_one", rotate)
+    monkeypatch.setattr(
+        added, "multiply", lambda x, linear, stream: (stream + sum_up(x, linear)).to(stream.dtype)
+    )
+    monkeypatch.setattr(in_one, "time_ms", lambda _call: 1.0)
+    monkeypatch.setattr("torch.cuda.device", lambda _device: nullcontext())
+    torch.manual_seed(0)
+    asked: Any = torch.device("cpu"), dtype
+    for rows in (500, 3):
+        match product:
+            case "rotated":
+                shares = [rotated._compare.__wrapped__(*asked, 80, 10, 15 * 80, 2048, True, rows)]
+            case "added":
+                shares = [
+                    added._compare.__wrapped__(*asked, 1280, 2048, True, is_rms, gives_fp8, rows)
+                    for is_rms in (True, False)
+                    for gives_fp8 in (True, False)
+                ]
+            case _:
+                shares = [activated._compare.__wrapped__(*asked, product, 1280, 2048, True, rows)]
+
+        assert {1.0 if is_right else math.inf} == set(shares)
 
 
 def test_questions_have_one_answer_in_each_load() -> None:

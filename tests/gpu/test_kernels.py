@@ -877,7 +877,9 @@ def test_added_products_in_fp8(has_bias: bool) -> None:
 
 
 @needs_hopper
-def test_a_choice_of_added_products_is_made_for_each_shape() -> None:
+def test_a_choice_of_added_products_is_made_for_each_shape(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     for width, depth in ((1280, 1280), (1280, 5120), (1536, 8960)):
         linear = nn.Linear(depth, width, dtype=torch.bfloat16, device=DEVICE)
         for kind in (linear, quantised.Fp8Linear(linear)):
@@ -886,10 +888,13 @@ def test_a_choice_of_added_products_is_made_for_each_shape() -> None:
                 print(type(kind).__name__, width, depth, gives_fp8, least_rows)
 
                 assert least_rows in (*in_one.ROWS, in_one.NEVER)
+    assert "unusable" not in caplog.text
 
 
 @needs_hopper
-def test_a_choice_of_rotated_products_is_made_for_each_shape() -> None:
+def test_a_choice_of_rotated_products_is_made_for_each_shape(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     linear = nn.Linear(1280, 3840, dtype=torch.bfloat16, device=DEVICE)
     for kind in (linear, quantised.Fp8Linear(linear)):
         least_rows = rotated.choose(kind, 80, 32)
@@ -899,10 +904,13 @@ def test_a_choice_of_rotated_products_is_made_for_each_shape() -> None:
     assert in_one.NEVER == rotated.choose(nn.Linear(1280, 3840, device=DEVICE), 80, 32)
     narrow = nn.Linear(36, 36, dtype=torch.bfloat16, device=DEVICE)
     assert in_one.NEVER == rotated.choose(narrow, 6, 4)
+    assert "unusable" not in caplog.text
 
 
 @needs_hopper
-def test_a_choice_of_activated_products_is_made_for_each_shape() -> None:
+def test_a_choice_of_activated_products_is_made_for_each_shape(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     for activation in get_args(activated.Activation):
         linear = nn.Linear(1536, 17_920, bias=False, dtype=torch.bfloat16, device=DEVICE)
         least_rows = activated.choose(linear, activation)
@@ -914,6 +922,7 @@ def test_a_choice_of_activated_products_is_made_for_each_shape() -> None:
         assert in_one.NEVER == activated.choose(nn.Linear(1536, 64, device=DEVICE), activation)
         narrow = nn.Linear(36, 36, dtype=torch.bfloat16, device=DEVICE)
         assert in_one.NEVER == activated.choose(narrow, activation)
+    assert "unusable" not in caplog.text
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
