@@ -38,6 +38,7 @@ from engine.kernels import (
     activations,
     added,
     draw,
+    folded,
     greedy,
     has_kernels,
     in_one,
@@ -289,6 +290,29 @@ def measure_added() -> None:
             _line(f"{way} norm adds", partial(run, in_one.NEVER), flops=flops)
             _line(f"{way} in one", partial(run, 0), flops=flops)
             _print_choice(way, added.choose(linear, is_rms=is_rms, gives_fp8=gives_fp8))
+
+
+def measure_folded() -> None:
+    """Two products and the norm between them: a pass of its own, or left to the products."""
+    device, usual = torch.device("cuda"), in_one.ROWS[-1]
+    turned = folded.Behind(dim=80, num_heads=32, least_rows=usual)
+    gelu = folded.Behind("quick_gelu", least_rows=usual)
+    gated = folded.Behind("silu_mul", least_rows=usual)
+    for name, rows, widths, behind, is_rms in (
+        ("encoder down, qkv", PATCHES, (VISION_MLP, VISION_WIDTH, 3 * VISION_WIDTH), turned, False),
+        ("encoder out, up", PATCHES, (VISION_WIDTH, VISION_WIDTH, VISION_MLP), gelu, False),
+        ("text down, qkv", PREFILL, (TEXT_MLP, TEXT_WIDTH, 2048), folded.Behind(), True),
+        ("text out, gates", PREFILL, (TEXT_WIDTH, TEXT_WIDTH, 2 * TEXT_MLP), gated, True),
+        ("LLaVA down, qkv", 8192, (11_008, 4096, 12_288), folded.Behind(), True),
+        ("LLaVA out, gates", 8192, (4096, 4096, 22_016), gated, True),
+    ):
+        depth, width, out = widths
+        first, second = (depth, width, not is_rms), (out, not is_rms)
+        flops = 2 * rows * width * (depth + out)
+        for way, added_rows in (("norm adds", in_one.NEVER), ("product adds", 0)):
+            run = folded.draw(device, DTYPE, first, second, behind, is_rms, added_rows, rows)
+            _line(f"{name} {way}", partial(run, in_one.NEVER), flops=flops)
+        _line(f"{name} folded", partial(run, 0), flops=flops)
 
 
 def _print_choice(name: str, least_rows: int) -> None:
@@ -679,6 +703,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "activated": measure_activated,
     "rotated": measure_rotated,
     "added": measure_added,
+    "folded": measure_folded,
     "layers": measure_layers,
     "fp8": measure_fp8,
     "pictures": measure_pictures,

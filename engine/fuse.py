@@ -44,8 +44,19 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from engine.attention import find_ends
-from engine.kernels import activated, activations, added, in_one, norms, quantised, rope, rotated
+from engine.kernels import (
+    activated,
+    activations,
+    added,
+    folded,
+    in_one,
+    norms,
+    quantised,
+    rope,
+    rotated,
+)
 from engine.kernels.activated import Activation
+from engine.kernels.folded import Behind, Folded, Summed
 from engine.kernels.products import PackedLinear, by_blocks
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
 
@@ -220,13 +231,23 @@ class FusedLayerNorm(nn.Module):
         return self.pieces.add_layer_norm_(delta, x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
 
 
-def _enter(
-    norm: FusedRMSNorm | FusedLayerNorm, arriving: Tensor | Carried
-) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """A layer's input, whole, and its norm."""
+Arriving = Tensor | Carried | Summed  # from one half of a layer to the next
+Normed = Tensor | Fp8Rows | Summed  # to a product; of the last, which it norms itself
+
+
+def _enter(norm: FusedRMSNorm | FusedLayerNorm, arriving: Arriving) -> tuple[Tensor, Normed]:
+    """A half's input, whole, and its norm."""
     if isinstance(arriving, Carried):
         return arriving.delta, norm.add_(arriving.delta, arriving.x)
+    if isinstance(arriving, Summed):
+        return arriving.x, arriving
     return arriving, norm(arriving)
+
+
+def _leave(ending: Arriving, is_last: bool) -> Arriving:
+    if not is_last or isinstance(ending, Tensor):
+        return ending
+    return ending.x if isinstance(ending, Summed) else ending.delta.add_(ending.x)
 
 
 class Adding(nn.Module):
@@ -245,19 +266,19 @@ class Adding(nn.Module):
             is_rms=isinstance(norm, FusedRMSNorm),
             gives_fp8=norm.pieces is quantised,
         )
+        self.least_folded = in_one.NEVER  # rows from which on the norm is left to what is behind it
 
-    def forward(self, inner: Tensor | Fp8Rows, x: Tensor) -> Tensor | Carried:
+    def forward(self, inner: Tensor | Fp8Rows, x: Tensor) -> Arriving:
         """inner: (..., depth). x: (..., width)."""
-        if x.numel() < self.least_rows * x.shape[-1]:
-            return Carried(x, self.linear(inner))
-        assert isinstance(self.linear, nn.Linear | Fp8Linear)
-        return added.multiply(inner, self.linear, x)
-
-
-def _leave(ending: Tensor | Carried, is_last: bool) -> Tensor | Carried:
-    if is_last and isinstance(ending, Carried):
-        return ending.delta.add_(ending.x)
-    return ending
+        num_rows = x.numel() // x.shape[-1]
+        if num_rows >= self.least_folded:
+            assert isinstance(self.linear, nn.Linear)
+            assert isinstance(inner, Tensor)
+            return folded.multiply_and_sum_up(inner, self.linear, x)
+        if num_rows >= self.least_rows:
+            assert isinstance(self.linear, nn.Linear | Fp8Linear)
+            return added.multiply(inner, self.linear, x)
+        return Carried(x, self.linear(inner))
 
 
 class Activated(nn.Module):
@@ -274,13 +295,21 @@ class Activated(nn.Module):
         self.linear, self.activation = linear, activation
         self.gives_fp8 = isinstance(reader, Fp8Linear)
         self.least_rows, self.bound = in_one.NEVER, None
+        self.folded: Folded | None = None
         if self.gives_fp8 == isinstance(linear, Fp8Linear):
             self.least_rows = activated.choose(linear, activation)
         if isinstance(linear, Fp8Linear) and self.least_rows != in_one.NEVER:
             self.bound = activated.find_bound(linear, activation)
 
-    def forward(self, x: Tensor | Fp8Rows) -> Tensor | Fp8Rows:
+    @property
+    def behind(self) -> Behind:
+        return Behind(self.activation, least_rows=self.least_rows)
+
+    def forward(self, x: Normed) -> Tensor | Fp8Rows:
         """(..., depth) -> (..., width), half as wide where half of it are gates."""
+        if isinstance(x, Summed):
+            assert self.folded is not None
+            return self.folded.activate(x, self.activation)
         if self.least_rows == in_one.NEVER:
             activate = activated.activate_in_fp8 if self.gives_fp8 else activated.activate
             return activate(self.linear(x), self.activation)
@@ -354,13 +383,37 @@ class GELUTanhMLP(QuickGELUMLP):
     packed_as, slope = "gelu", 1.0
 
 
-def _run_mlp(
-    mlp: GatedMLP | QuickGELUMLP, end: Adding, normed: Tensor | Fp8Rows, x: Tensor
-) -> Tensor | Carried:
+def _run_mlp(mlp: GatedMLP | QuickGELUMLP, end: Adding, normed: Normed, x: Tensor) -> Arriving:
     """The second half of a layer. Packed products go block by block, both of them."""
     if isinstance(mlp.reader, PackedLinear):
         return Carried(x, mlp(normed))
     return end(mlp.inner(normed), x)  # type: ignore[no-any-return]
+
+
+def _fold(
+    end: Adding,
+    norm: FusedRMSNorm | FusedLayerNorm,
+    reader: "Activated | FusedTextAttention | FusedVisionAttention",
+) -> None:
+    """
+    Leave a norm to the products before and behind it, in large calls, if that is faster.
+
+    Its weight and bias go into the product behind it then, in all calls.
+    """
+    linear, is_rms = reader.linear, isinstance(norm, FusedRMSNorm)
+    if not (isinstance(end.linear, nn.Linear) and isinstance(linear, nn.Linear)):
+        return
+    least_rows = folded.choose(
+        end.linear, linear, reader.behind, is_rms=is_rms, least_added=end.least_rows
+    )
+    if least_rows == in_one.NEVER:
+        return
+    folded.fold_(linear, norm.weight, norm.bias if isinstance(norm, FusedLayerNorm) else None)
+    norm.weight = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
+    if isinstance(norm, FusedLayerNorm):
+        norm.bias = nn.Parameter(torch.zeros_like(norm.bias), requires_grad=False)
+    reader.folded = Folded(linear, norm.eps, is_rms=is_rms)
+    end.least_folded = least_rows
 
 
 class ErfGELU(nn.Module):
@@ -458,18 +511,25 @@ class FusedTextAttention(nn.Module):
             merged = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
         num_queries = attention.o_proj.in_features
         self.kv_heads: int = (merged.out_features - num_queries) // 2 // self.head_dim
-        self.qkv = _project(merged, fusions)
+        self.linear = _project(merged, fusions)
+        self.folded: Folded | None = None
         self.out = _project_attended(attention.o_proj, fusions)
         self.head_norms = HeadNorms(attention) if hasattr(attention, "q_norm") else None
 
+    @property
+    def behind(self) -> Behind:
+        return Behind()
+
     def forward(
         self,
-        x: Tensor | Fp8Rows,
+        x: Normed,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
-        projected = self.qkv(x)
+        product = self.folded if isinstance(x, Summed) else self.linear
+        assert product is not None
+        projected = product(x)
         heads = projected.view(projected.shape[1], -1, self.head_dim)
         if self.head_norms is not None:
             self.head_norms(heads[:, : -self.kv_heads])
@@ -501,23 +561,27 @@ class FusedDecoderLayer(nn.Module):
         super().__init__()
         self.attention = FusedTextAttention(layer.self_attn, fusions)
         self.mlp = GatedMLP(layer.mlp, fusions)
-        self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.qkv)
+        self.attention_norm = FusedRMSNorm(layer.input_layernorm, self.attention.linear)
         self.mlp_norm = FusedRMSNorm(layer.post_attention_layernorm, self.mlp.reader)
         self.attention_end = Adding(self.attention.out, self.mlp_norm)
         self.mlp_end = Adding(self.mlp.down, self.attention_norm)
+        _fold(self.attention_end, self.mlp_norm, self.mlp.inner)
+        _fold(
+            self.mlp_end, self.attention_norm, self.attention
+        )  # of the layer behind, which is alike
         self.is_last = is_last  # of fused ones: a plain tensor
         self.gives_ends = False  # of all: its result is cut to what the call wants
 
     def forward(
         self,
-        hidden_states: Tensor | Carried,
+        hidden_states: Arriving,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: None = None,
         use_cache: bool | None = False,
         position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor | Carried:
+    ) -> Arriving:
         if past_key_values is not None:
             raise ValueError("a fused layer keeps no cache: call the model with use_cache=False")
         x, normed = _enter(self.attention_norm, hidden_states)
@@ -563,35 +627,40 @@ class FusedVisionAttention(nn.Module):
         self.num_heads: int = attention.num_heads
         self.num_key_value_groups = 1
         self.is_causal = False
-        qkv = _project(attention.qkv, fusions)
-        assert not isinstance(qkv, PackedLinear)
-        self.qkv = qkv
+        linear = _project(attention.qkv, fusions)
+        assert not isinstance(linear, PackedLinear)
+        self.linear = linear
+        self.folded: Folded | None = None
         self.out = _project_attended(attention.proj, fusions)
         self.head_dim: int = attention.head_dim
         # From how many rows on the product rotates what it makes. Its heads may then be interleaved,
         # also where it makes fewer.
-        self.least_rows = rotated.choose(self.qkv, self.head_dim, 2 * self.num_heads)
+        self.least_rows = rotated.choose(linear, self.head_dim, 2 * self.num_heads)
         if self.least_rows != in_one.NEVER:
-            rotated.interleave_(self.qkv, self.head_dim, 2 * self.num_heads)
+            rotated.interleave_(linear, self.head_dim, 2 * self.num_heads)
 
-    def _make_heads(
-        self, x: Tensor | Fp8Rows, position_embeddings: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    @property
+    def behind(self) -> Behind:
+        return Behind(dim=self.head_dim, num_heads=2 * self.num_heads, least_rows=self.least_rows)
+
+    def _make_heads(self, x: Normed, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """(T, heads of queries, keys and values, dim), the first two rotated."""
         num_rotated = 2 * self.num_heads
-        if self.least_rows == in_one.NEVER:
-            projected: Tensor = self.qkv(x)
+        of_heads = *position_embeddings, self.head_dim, num_rotated
+        if isinstance(x, Summed):
+            assert self.folded is not None
+            projected = self.folded.rotate(x, *of_heads)
+        elif self.least_rows != in_one.NEVER:
+            projected = rotated.multiply(x, self.linear, *of_heads, self.least_rows)
+        else:
+            projected = self.linear(x)
             heads = projected.view(len(projected), -1, self.head_dim)
             rope.rotate_(heads[:, :num_rotated], *position_embeddings)
-            return heads
-        projected = rotated.multiply(
-            x, self.qkv, *position_embeddings, self.head_dim, num_rotated, self.least_rows
-        )
         return projected.view(len(projected), -1, self.head_dim)
 
     def forward(
         self,
-        x: Tensor | Fp8Rows,
+        x: Normed,
         position_embeddings: tuple[Tensor, Tensor],
         **kwargs: Any,
     ) -> Tensor:
@@ -613,20 +682,24 @@ class FusedVisionBlock(nn.Module):
         self.attention = FusedVisionAttention(block.attn, fusions)
         self.mlp = mlp
         norm = FusedLayerNorm if isinstance(block.norm1, nn.LayerNorm) else FusedRMSNorm
-        self.attention_norm = norm(block.norm1, self.attention.qkv)
+        self.attention_norm = norm(block.norm1, self.attention.linear)
         self.mlp_norm = norm(block.norm2, mlp.reader)
         self.attention_end = Adding(self.attention.out, self.mlp_norm)
         self.mlp_end = Adding(mlp.down, self.attention_norm)
+        if isinstance(mlp.inner, Activated):
+            _fold(self.attention_end, self.mlp_norm, mlp.inner)
+        if self.attention.least_rows != in_one.NEVER:  # what is folded rotates
+            _fold(self.mlp_end, self.attention_norm, self.attention)
         self.is_last = is_last  # or its result is looked at: a plain tensor
 
     def forward(
         self,
-        hidden_states: Tensor | Carried,
+        hidden_states: Arriving,
         cu_seqlens: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         max_seqlen: int | None = None,
         **kwargs: Any,
-    ) -> Tensor | Carried:
+    ) -> Arriving:
         # As transformers' own block hands them on; the attention function may know better.
         kwargs |= {
             "cu_seq_lens_q": cu_seqlens,

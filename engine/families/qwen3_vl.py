@@ -30,7 +30,8 @@ from engine.families.qwen2_vl import (
     patch_positions,
 )
 from engine.families.resizing import check_aspect
-from engine.fuse import Carried
+from engine.fuse import Arriving, Carried
+from engine.kernels.folded import Summed
 
 HALF = (0.5, 0.5, 0.5)
 USUAL_CLIP_AREA = AreaLimits(128 * 32 * 32, 768 * 32 * 32)  # all frames of a clip together
@@ -174,8 +175,14 @@ class Qwen3VL(Qwen2VL):
         return torch.cat([seen.pooler_output, *seen.deepstack_features], dim=-1)
 
 
-def _add_extra(layer: int, _module: Any, _inputs: Any, output: Tensor | Carried) -> None:
+def _add_extra(layer: int, _module: Any, _inputs: Any, output: Arriving) -> Tensor | None:
+    """A hook: what it returns, if anything, is the layer's result instead."""
     extra = find_extra(layer)
-    if extra is not None:
-        total = output.delta if isinstance(output, Carried) else output
-        total += extra
+    if extra is None:
+        return None
+    if isinstance(output, Carried):
+        output.delta.add_(extra)
+        return None
+    # What a row of the sum added up to is no longer true.
+    total = output.x if isinstance(output, Summed) else output
+    return total.add_(extra)

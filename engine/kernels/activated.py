@@ -59,12 +59,12 @@ def _multiply_in_one(x: Tensor, linear: nn.Linear, activation: Activation) -> Te
     from engine.kernels.gpu import in_one as gpu
 
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    kind = _find_kind(activation)
+    kind = find_kind(activation)
     out = gpu.multiply_and_activate(rows, linear.weight, linear.bias, kind)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
-def _find_kind(activation: Activation) -> int:
+def find_kind(activation: Activation) -> int:
     """As engine/kernels/gpu/in_one.py numbers them."""
     return get_args(Activation).index(activation)
 
@@ -129,7 +129,7 @@ def _multiply_in_one_in_fp8(
 
     shape = rows.values.shape[:-1]
     flat = Fp8Rows(rows.values.flatten(0, -2), rows.scales)
-    kind = _find_kind(activation)
+    kind = find_kind(activation)
     out = gpu.multiply_and_activate_in_fp8(flat, linear.rows, linear.bias, kind, bound)
     if bound is None:
         return quantised.quantise(out.view(*shape, -1))

@@ -34,8 +34,12 @@ def multiply(inner: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear, x: Tensor) 
         flat = Fp8Rows(rows.values.flatten(0, -2), rows.scales)
         return gpu.multiply_and_add(flat, linear.rows, bias, stream).view(x.shape)
     assert isinstance(inner, Tensor)
-    flat_inner = inner.reshape(-1, inner.shape[-1]).contiguous()
-    return gpu.multiply_and_add(flat_inner, linear.weight, bias, stream).view(x.shape)
+    return gpu.multiply_and_add(flatten(inner), linear.weight, bias, stream).view(x.shape)
+
+
+def flatten(inner: Tensor) -> Tensor:
+    """(..., depth) -> (rows, depth), dense."""
+    return inner.reshape(-1, inner.shape[-1]).contiguous()
 
 
 def choose(linear: nn.Module, *, is_rms: bool, gives_fp8: bool) -> int:
@@ -90,8 +94,8 @@ def _compare(
     """`in_one.time_share` of so many rows."""
 
     def build() -> partial[Tensor | Fp8Rows]:
-        run, _ = draw(device, dtype, rows, depth, width, has_bias, is_rms, gives_fp8)
-        return run
+        drawn, _ = draw(device, dtype, rows, depth, width, has_bias, is_rms, gives_fp8)
+        return drawn
 
     apart = in_one.APART_IN_FP8 if gives_fp8 else in_one.APART
     return in_one.time_share(NAME, device, build, _read, apart)
@@ -118,10 +122,10 @@ def draw(
     x = torch.randn((rows, width), dtype=plain, device=device)
     # Of other norms the results are so large that their last places are further apart.
     weight, bias = x.new_ones(width), None if is_rms else x.new_zeros(width)
-    return partial(_run, inner, linear, x, weight, bias, gives_fp8), linear
+    return partial(run, inner, linear, x, weight, bias, gives_fp8), linear
 
 
-def _run(
+def run(
     inner: Tensor | Fp8Rows,
     linear: nn.Linear | Fp8Linear,
     x: Tensor,

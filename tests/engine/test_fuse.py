@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_window_index
 from engine import fuse
 from engine.attention import VISION_ATTENTION, Ends, TextContext, VisionContext, using
 from engine.fuse import Fusions
-from engine.kernels import activated, added, products, quantised, rope, rotated
+from engine.kernels import activated, added, folded, products, quantised, rope, rotated
 from engine.kernels.products import PackedLinear
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
@@ -261,6 +261,45 @@ def test_halves_of_layers_are_added_in_their_products_where_that_was_chosen(
         later, run_later_vision(fused_copy(later_qwen, fusions)), strict=True
     ):
         assert_near(expected, actual)
+
+
+def test_norms_are_left_to_the_products_around_them_where_that_was_chosen(
+    qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def multiply(inner: Tensor, linear: nn.Linear, x: Tensor) -> folded.Summed:
+        seen.append(x.numel() // x.shape[-1])
+        return folded_before(inner, linear, x)
+
+    folded_before = folded.multiply_and_sum_up
+    draw_norms(qwen)
+    draw_norms(later_qwen)
+    monkeypatch.setattr(rotated, "choose", lambda *_: 10**6)
+    monkeypatch.setattr(folded, "choose", lambda *_, **__: NUM_TOKENS)
+    monkeypatch.setattr(folded, "multiply_and_sum_up", multiply)
+    fused, later = fused_copy(qwen), fused_copy(later_qwen)
+    num_layers = qwen.config.text_config.num_hidden_layers
+    depth = qwen.config.vision_config.depth
+
+    assert_near(run_text(qwen), run_text(fused))
+    assert [NUM_TOKENS] * 2 * num_layers == seen
+    assert_near(run_vision(qwen), run_vision(fused))
+    assert [40] * 2 * depth == seen[2 * num_layers :]
+    seen.clear()
+    assert_near(run_text(qwen, NUM_TOKENS - 1), run_text(fused, NUM_TOKENS - 1))
+    assert not seen
+    for expected, actual in zip(run_later_vision(later_qwen), run_later_vision(later), strict=True):
+        assert_near(expected, actual)
+    assert {8 + 2 * 24 + 60} == set(seen)
+    assert_near(run_text(later_qwen), run_text(later))
+
+
+def draw_norms(model: nn.Module) -> None:
+    """Weights and biases that are not those of a norm that nobody has trained."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.rand_like(parameter) + 0.5 * name.endswith("weight")
 
 
 def test_everything_of_qwen2_vl_is_swapped(qwen: Any) -> None:

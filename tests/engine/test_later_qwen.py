@@ -4,6 +4,7 @@ Qwen2.5-VL and Qwen3-VL against transformers: sizes, patches, windows, positions
 Each with two shapes of tiny random weights, float32 on a CPU.
 """
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from engine.families.protocol import AreaLimits, Description, ImageTooNarrowErro
 from engine.families.qwen2_5_vl import find_windows
 from engine.families.qwen2_vl import MERGE, Grid, Qwen2VL, cut_on_device
 from engine.families.qwen3_vl import clip_size, find_taps
+from engine.kernels import folded, rotated
 from engine.kernels.pictures import Choice, Cut
 from engine.reference import Reference
 from media.decoded import Frames
@@ -106,6 +108,19 @@ def test_random_weights_answer_as_the_reference_in_any_order(folder: Path, llm: 
 
     assert any(mixed.videos for mixed in asked)
     check_all_ways(llm, Reference(folder), asked, ignore_eos=True)
+
+
+def test_norms_that_products_do_afterwards_leave_answers_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first layers' results have something added (deepstack)."""
+    monkeypatch.setattr(rotated, "choose", lambda *_: 10**6)
+    monkeypatch.setattr(folded, "choose", lambda *_, **__: 2)
+    asked = mixed_requests(6, "folded", with_times=HAS_SECONDS)
+    llm = LLM(str(folder), limit_mm_per_prompt={"image": 8}, max_num_seqs=24)
+
+    with contextlib.closing(llm):
+        check_all_ways(llm, Reference(folder), asked, ignore_eos=True)
 
 
 def test_features_answer_in_the_place_of_their_picture(llm: LLM) -> None:

@@ -23,6 +23,7 @@ from engine.kernels import (
     added,
     decode,
     draw,
+    folded,
     greedy,
     in_one,
     norms,
@@ -874,6 +875,89 @@ def test_added_products_in_fp8(has_bias: bool) -> None:
             expected = x.float() + exact(rows.read())
             torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)
             assert torch.equal(actual, added.multiply(inner, small, x))
+
+
+# Of the product behind a norm: what it does, and its width; the norm is 1280 or 1536 wide.
+FOLDED = [
+    (folded.Behind("quick_gelu"), 5120),
+    (folded.Behind("gelu_tanh"), 4304),
+    (folded.Behind("silu_mul"), 6848),
+    (folded.Behind(dim=80, num_heads=32), 3840),
+    (folded.Behind(), 2048),
+]
+
+
+def run_folded(
+    product: folded.Folded,
+    summed: folded.Summed,
+    behind: folded.Behind,
+    angles: tuple[Tensor, Tensor],
+) -> Tensor:
+    if behind.num_heads:
+        return product.rotate(summed, *angles, behind.dim, behind.num_heads)
+    if behind.activation is not None:
+        return product.activate(summed, behind.activation)
+    found: Tensor = product(summed)
+    return found
+
+
+@needs_hopper
+@pytest.mark.parametrize("is_rms", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("behind", "width"), FOLDED)
+def test_folded_norms(behind: folded.Behind, width: int, has_bias: bool, is_rms: bool) -> None:
+    """Two products and the norm between them are near the same in float32, by the plain forms."""
+    for depth, inner_width in ((1280, 5120), (1536, 1536)):
+        first = as_linear(
+            (drawn(depth, inner_width, seed=1) * inner_width**-0.5).bfloat16(),
+            drawn(depth, seed=2, dtype=torch.bfloat16) if has_bias else None,
+        )
+        second = as_linear(
+            (drawn(width, depth, seed=3) * depth**-0.5).bfloat16(),
+            drawn(width, seed=4, dtype=torch.bfloat16) if has_bias else None,
+        )
+        product = folded.Folded(second, 1e-6, is_rms=is_rms)
+        exact = folded.Folded(
+            as_linear(*(x.float().cpu() for x in second.parameters())), 1e-6, is_rms=is_rms
+        )
+        for num_rows in (1, 129, 3001):
+            inner = drawn(num_rows, inner_width, dtype=torch.bfloat16)
+            # Rows of other sizes, and whose mean is not zero.
+            x = (
+                drawn(num_rows, depth, seed=5)
+                * torch.arange(1, num_rows + 1, device=DEVICE)[:, None]
+            )
+            x = (x % 50 + 3).bfloat16()
+            summed = folded.multiply_and_sum_up(inner, first, x)
+            angles = draw_angles(num_rows, behind.dim or 8)
+            actual = run_folded(product, summed, behind, angles)
+
+            assert torch.equal(added.multiply(inner, first, x), summed.x)
+            parts = F.pad(summed.x.float(), (0, -depth % 256)).view(num_rows, -1, 256)
+            for found, expected in zip(
+                summed.totals, (parts.sum(-1), parts.square().sum(-1)), strict=True
+            ):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+            rows = summed.x.float().cpu()
+            whole = folded.Summed(rows, torch.stack([rows.sum(1), rows.square().sum(1)])[..., None])
+            wanted = run_folded(exact, whole, behind, (angles[0].cpu(), angles[1].cpu()))
+            torch.testing.assert_close(actual.float().cpu(), wanted, rtol=0.02, atol=0.02)
+            assert torch.equal(actual, run_folded(product, summed, behind, angles))
+
+
+@needs_hopper
+@pytest.mark.parametrize(("behind", "width"), FOLDED)
+def test_a_choice_of_folded_norms_is_made_for_each_shape(behind: folded.Behind, width: int) -> None:
+    first, second = (
+        nn.Linear(*widths, dtype=torch.bfloat16, device=DEVICE)
+        for widths in ((5120, 1280), (1280, width))
+    )
+    for is_rms in (True, False):
+        usual = in_one.NEVER
+        least_rows = folded.choose(first, second, behind, is_rms=is_rms, least_added=usual)
+        print(behind, is_rms, least_rows)
+
+        assert least_rows in (*in_one.ROWS, in_one.NEVER)
 
 
 @needs_hopper

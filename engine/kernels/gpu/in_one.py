@@ -11,6 +11,7 @@ and so in one thread.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -31,7 +32,11 @@ from engine.kernels.gpu import LOG2_E
 from engine.kernels.gpu.hopper import count_processors
 from engine.kernels.quantised import Fp8Rows
 
-QUICK_GELU, GELU_TANH, SILU_MUL, ROTATE, ADD = range(5)  # what happens to the sums
+if TYPE_CHECKING:
+    from engine.kernels.folded import Norm
+
+QUICK_GELU, GELU_TANH, SILU_MUL, ROTATE, ADD, NOTHING = range(6)  # what happens to the sums
+RMS_NORM, LAYER_NORM = 1, 2  # of the rows that were multiplied, done afterwards
 LINE = 128  # bytes of the depth in a stage
 
 _QUICK_GELU = gl.constexpr(QUICK_GELU)
@@ -39,6 +44,8 @@ _GELU_TANH = gl.constexpr(GELU_TANH)
 _SILU_MUL = gl.constexpr(SILU_MUL)
 _ROTATE = gl.constexpr(ROTATE)
 _ADD = gl.constexpr(ADD)
+_NOTHING = gl.constexpr(NOTHING)
+_LAYER_NORM = gl.constexpr(LAYER_NORM)
 _LOG2_E = gl.constexpr(LOG2_E)
 _SLOPE = gl.constexpr(activations.QUICK_GELU)
 _SQRT_2_PI = gl.constexpr(math.sqrt(2 / math.pi))
@@ -238,6 +245,55 @@ def _add(x, row, column, stream):
 
 
 @gluon.jit
+def _add_up(total, squares, x):
+    """Of each row, as `_keep_totals` keeps them."""
+    return total + gl.sum(x, axis=1), squares + gl.sum(x * x, axis=1)
+
+
+@gluon.jit
+def _keep_totals(total, squares, row, across, num_across, num_rows, totals_ptr):
+    """Of the columns of a tile: what they add up to, and their squares; (2, rows, tiles across)."""
+    rows = row + gl.arange(0, total.shape[0], layout=total.type.layout)
+    at = totals_ptr + rows * num_across + across
+    gl.store(at, total, mask=rows < num_rows)
+    gl.store(at + num_rows * num_across, squares, mask=rows < num_rows)
+
+
+@gluon.jit
+def _find_norms(row, norms, NORM: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
+    """Of each row that was multiplied: its mean, zero where it is not taken off, and 1 / its size."""
+    totals_ptr, _sums_ptr, _bias_ptr, num_parts, num_rows, depth, eps = norms
+    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    at = totals_ptr + rows * num_parts
+    mean = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    squares = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    for part in range(num_parts):
+        squares += gl.load(at + num_rows * num_parts + part, mask=rows < num_rows, other=0.0)
+        if NORM == _LAYER_NORM:
+            mean += gl.load(at + part, mask=rows < num_rows, other=0.0)
+    mean = mean / depth
+    return mean, gl.rsqrt(squares / depth - mean * mean + eps)
+
+
+@gluon.jit
+def _normalise(
+    x, column, offset, width, mean, scale, norms, NORM: gl.constexpr, HAS_BIAS: gl.constexpr
+):
+    """What the normed row would have made of these sums."""
+    _totals_ptr, sums_ptr, bias_ptr, _num_parts, _num_rows, _depth, _eps = norms
+    layout: gl.constexpr = x.type.layout
+    columns = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
+    if NORM == _LAYER_NORM:
+        sums = gl.load(sums_ptr + offset + columns, mask=columns < width, other=0.0)
+        x = x - gl.expand_dims(mean, 1) * gl.expand_dims(sums, 0)
+    x = x * gl.expand_dims(scale, 1)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + offset + columns, mask=columns < width, other=0.0)
+        x = x + gl.expand_dims(bias.to(gl.float32), 0)
+    return x
+
+
+@gluon.jit
 def _load_bias(ptr, first, width, GATED: gl.constexpr, layout: gl.constexpr):
     """Of a tile's 256 columns; a gated tile's are 128 of gates and 128 of the rest."""
     columns = gl.arange(0, 2 * _HALF, layout=gl.SliceLayout(0, layout))
@@ -263,13 +319,15 @@ def _multiply_group(
     tensors,
     behind,
     KIND: gl.constexpr,
+    NORM: gl.constexpr,
+    KEEPS_TOTALS: gl.constexpr,
     DIM: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     GROUP: gl.constexpr,
     LEAD: gl.constexpr,
 ):
     out_desc, bias_ptr, x_ring, weight_ring, out_buffers, bars, counts = tensors
-    angles, scales, stream = behind
+    angles, scales, stream, norms = behind
     full, empty, lead = bars
     num_steps, num_down, num_across, width = counts
     GATED: gl.constexpr = KIND == _SILU_MUL
@@ -306,17 +364,20 @@ def _multiply_group(
         # The bias is fetched while the last products are under way.
         row = down * (_GROUPS * _ROWS) + GROUP * _ROWS
         column = across * WIDTH
-        if HAS_BIAS and not SCALED:
+        if HAS_BIAS and not SCALED and NORM == 0:
             bias = _load_bias(bias_ptr, column, width, GATED, layout)
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(empty.index(_before(stage)))
 
         sums = acc
-        if HAS_BIAS and not SCALED:
+        if HAS_BIAS and not SCALED and NORM == 0:
             sums = sums + gl.expand_dims(bias.to(gl.float32), 0)
         left, right = _halve(sums)
         a, b = _halve(left)
         c, d = _halve(right)
+        part_layout: gl.constexpr = a.type.layout
+        if NORM:
+            mean, scale = _find_norms(row, norms, NORM, _ROWS, part_layout)
         if GATED:
             gates, gated = (a, b), (c, d)
             for part in gl.static_range(2):
@@ -324,26 +385,39 @@ def _multiply_group(
                 if SCALED:
                     gate = _unscale(gate, row, column, 0, scales, HAS_BIAS)
                     x = _unscale(x, row, column, width, scales, HAS_BIAS)
+                if NORM:
+                    of_norm = (width, mean, scale, norms)
+                    gate = _normalise(gate, column, 0, *of_norm, NORM, HAS_BIAS)
+                    x = _normalise(x, column, width, *of_norm, NORM, HAS_BIAS)
                 _put(
                     out_desc, _activate(gate, KIND) * x, out_buffers, 2 * GROUP + part, row, column
                 )
                 column += _PART
         else:
             parts = (a, b, c, d)
+            if KEEPS_TOTALS:
+                total = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, part_layout))
+                squares = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, part_layout))
             for part in gl.static_range(4):
                 x = parts[part]
                 if SCALED:
                     x = _unscale(x, row, column, 0, scales, HAS_BIAS)
+                if NORM:
+                    x = _normalise(x, column, 0, width, mean, scale, norms, NORM, HAS_BIAS)
                 if KIND == _ROTATE:
                     x = _rotate(x, row, column, angles, DIM)
                 elif KIND == _ADD:
                     x = _add(x, row, column, stream)
-                else:
+                elif KIND != _NOTHING:
                     x = _activate(x, KIND)
+                if KEEPS_TOTALS:
+                    total, squares = _add_up(total, squares, x.to(out_desc.dtype).to(gl.float32))
                 if out_desc.dtype.primitive_bitwidth == 8:
                     x = _rescale(x, row, scales)
                 _put(out_desc, x, out_buffers, 2 * GROUP + part % 2, row, column)
                 column += _PART
+            if KEEPS_TOTALS:
+                _keep_totals(total, squares, row, across, num_across, stream[1], norms[0])
     tma.store_wait(pendings=0)
 
 
@@ -358,6 +432,8 @@ def _multiply(
     sin_ptr,
     row_scales_ptr,
     column_scales_ptr,
+    totals_ptr,
+    weight_sums_ptr,
     num_rows,
     num_steps,
     width,
@@ -365,7 +441,12 @@ def _multiply(
     num_rotated,
     share,
     rest,
+    num_parts,
+    depth,
+    eps,
     KIND: gl.constexpr,
+    NORM: gl.constexpr,
+    KEEPS_TOTALS: gl.constexpr,
     DIM: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     LEAD: gl.constexpr,
@@ -397,11 +478,12 @@ def _multiply(
     tensors = (out_desc, bias_ptr, x_ring, weight_ring, out_buffers, bars, counts)
     angles = (cos_ptr, sin_ptr, angle_stride, num_rows, num_rotated)
     scales = (row_scales_ptr, column_scales_ptr, bias_ptr, num_rows, width, (share, rest))
-    behind = (angles, scales, (stream_ptr, num_rows, width))
+    norms = (totals_ptr, weight_sums_ptr, bias_ptr, num_parts, num_rows, depth, eps)
+    behind = (angles, scales, (stream_ptr, num_rows, width), norms)
     gl.warp_specialize(
         [
-            (_multiply_group, (tensors, behind, KIND, DIM, HAS_BIAS, 0, LEAD)),
-            (_multiply_group, (tensors, behind, KIND, DIM, HAS_BIAS, 1, LEAD)),
+            (_multiply_group, (tensors, behind, KIND, NORM, KEEPS_TOTALS, DIM, HAS_BIAS, 0, LEAD)),
+            (_multiply_group, (tensors, behind, KIND, NORM, KEEPS_TOTALS, DIM, HAS_BIAS, 1, LEAD)),
             (_load, (rings, bars, counts, GATED)),
         ],
         [4, 1],  # warps, of all but the first
@@ -409,20 +491,30 @@ def _multiply(
     )
 
 
-def multiply_and_activate(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, norm: "Norm | None" = None) -> Tensor:
+    """`multiply_and_activate` without an activation."""
+    out = x.new_empty((len(x), len(weight)))
+    _launch(x, weight, bias, out, NOTHING, norm=norm)
+    return out
+
+
+def multiply_and_activate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, norm: "Norm | None" = None
+) -> Tensor:
     """
     Args:
         x: (M, K), dense, bfloat16 or float16; K a multiple of 8, as TMA wants rows aligned.
         weight: (N, K), dense, as x. For SILU_MUL the first half of it makes gates.
         bias: (N,) or None.
         kind: QUICK_GELU, GELU_TANH or SILU_MUL.
+        norm: of x, with which the sums are normed instead.
 
     Returns:
         (M, N), or (M, N / 2) for SILU_MUL; its width is a multiple of 8 too.
     """
     width = len(weight) // 2 if kind == SILU_MUL else len(weight)
     out = x.new_empty((len(x), width))
-    _launch(x, weight, bias, out, kind)
+    _launch(x, weight, bias, out, kind, norm=norm)
     return out
 
 
@@ -463,10 +555,11 @@ def multiply_and_rotate(
     sin: Tensor,
     dim: int,
     num_rotated: int,
+    norm: "Norm | None" = None,
 ) -> Tensor:
     """
     Args:
-        x, weight, bias: as of `multiply_and_activate`, or both of the first in fp8.
+        x, weight, bias, norm: as of `multiply_and_activate`, or both of the first in fp8.
         cos, sin: (M, at least dim / 2), any float type, dense in the last axis and of equal strides.
         dim: of a head, whose numbers 2 j and 2 j + 1 turn by angle j.
         num_rotated: columns of the result that are such heads; those behind them stay.
@@ -488,17 +581,24 @@ def multiply_and_rotate(
         dim=dim,
         num_rotated=num_rotated,
         scales=scales,
+        norm=norm,
     )
     return out
 
 
 def multiply_and_add(
-    x: Tensor | Fp8Rows, weight: Tensor | Fp8Rows, bias: Tensor | None, stream: Tensor
+    x: Tensor | Fp8Rows,
+    weight: Tensor | Fp8Rows,
+    bias: Tensor | None,
+    stream: Tensor,
+    totals: Tensor | None = None,
 ) -> Tensor:
     """
     Args:
         x, weight, bias: as of `multiply_and_activate`, or both of the first in fp8.
         stream: (M, N), dense, in 16 bits; what is added.
+        totals: (2, M, `count_tiles` of N), float32, written over: what the result's rows add up to
+            in each tile, and their squares.
 
     Returns:
         (M, N), as the stream.
@@ -506,8 +606,13 @@ def multiply_and_add(
     assert stream.is_contiguous()
     x, weight, scales = _take_apart(x, weight)
     out = torch.empty_like(stream)
-    _launch(x, weight, bias, out, ADD, stream=stream, scales=scales)
+    _launch(x, weight, bias, out, ADD, stream=stream, scales=scales, totals=totals)
     return out
+
+
+def count_tiles(width: int) -> int:
+    """Across a result that is not gated."""
+    return triton.cdiv(width, 2 * _HALF.value)
 
 
 def _take_apart(
@@ -534,15 +639,19 @@ def _launch(
     num_rotated: int = 0,
     scales: tuple[Tensor, Tensor] | None = None,
     bound: tuple[float, float] = (1.0, 0.0),
+    totals: Tensor | None = None,
+    norm: "Norm | None" = None,
 ) -> None:
     num_rows, depth = x.shape
     if not num_rows:
         return
     step = LINE // x.itemsize
     num_steps = triton.cdiv(depth, step)
-    tiles = triton.cdiv(num_rows, _GROUPS.value * _ROWS.value) * triton.cdiv(
-        len(weight), 2 * _HALF.value
-    )
+    tiles = triton.cdiv(num_rows, _GROUPS.value * _ROWS.value) * count_tiles(len(weight))
+    norm_kind, sums = 0, None
+    if norm is not None:
+        totals, sums = norm.totals, norm.weight_sums
+        norm_kind = RMS_NORM if sums is None else LAYER_NORM
     cos, sin = angles or (out, out)
     row_scales, column_scales = scales or (out, out)
     _multiply[(min(tiles, count_processors(x.device)),)](
@@ -555,13 +664,20 @@ def _launch(
         sin,
         row_scales,
         column_scales,
+        out if totals is None else totals,
+        out if sums is None else sums,
         num_rows,
         num_steps,
         out.shape[1],
         cos.stride(0) if angles else 0,
         num_rotated,
         *bound,
+        1 if totals is None else totals.shape[2],
+        depth,
+        0.0 if norm is None else norm.eps,
         KIND=kind,
+        NORM=norm_kind,
+        KEEPS_TOTALS=totals is not None and norm is None,
         DIM=dim,
         HAS_BIAS=bias is not None,
         LEAD=min(_LEAD, num_steps),
