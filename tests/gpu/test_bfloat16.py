@@ -7,7 +7,9 @@ ten that the other side holds likeliest.
 """
 
 import json
+import math
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 
 from engine import LLM, Request, Result, SamplingParams
 from engine.config import BUNDLED_FOLDER
+from engine.kernels import in_one
 from engine.reference import Reference
 from tests.engine.mixed import Mixed, mixed_requests
 from tests.engine.tiny import write_tiny_qwen2_vl
@@ -106,6 +109,32 @@ def test_bundled_model_stays_close_to_the_reference() -> None:
     counts = compare(llm, reference, mixed_requests(300), ignore_eos=False)
 
     print(json.dumps({"bundled model, 300 requests": counts}))
+    assert num_apart(counts) == 0
+
+
+@pytest.mark.skipif(
+    not (BUNDLED_FOLDER / "model.safetensors").is_file(), reason="the bundled weights are missing"
+)
+def test_products_that_go_on_with_their_sums_stay_close_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Activate, rotate, add and norm: in every call, though so few rows would not pay."""
+    shares: list[float] = []
+
+    def use_always(_name: str, compare: Callable[[int], float]) -> int:
+        shares.append(compare(512))
+        return 1
+
+    monkeypatch.setattr(in_one, "choose_rows", use_always)
+    llm = LLM("darkroom-tiny", device="cuda", limit_mm_per_prompt={"image": 8})
+    if not shares:
+        pytest.skip("products of our own are for Hopper")
+    reference = Reference(BUNDLED_FOLDER, dtype=torch.bfloat16, device="cuda")
+
+    counts = compare(llm, reference, mixed_requests(60), ignore_eos=False)
+
+    print(json.dumps({"in one, 60 requests": counts}))
+    assert math.inf not in shares
     assert num_apart(counts) == 0
 
 
