@@ -10,7 +10,7 @@ W (x - mean) / size = (W x - mean * sums of W) / size.
 
 import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -92,12 +92,12 @@ class Folded(nn.Module):
         """The plain form of what kernels do with their sums."""
         x, weight, bias, norm = self._take(summed)
         mean, squares = norm.totals.sum(-1)[..., None] / x.shape[1]
-        exact = F.linear(x, weight).float()
+        exact = F.linear(x.float(), weight.float())
         if norm.weight_sums is None:
             mean = torch.zeros_like(mean)
         else:
             exact = exact - mean * norm.weight_sums
-        exact = exact * torch.rsqrt(squares - mean.square() + norm.eps)
+        exact = exact * torch.rsqrt((squares - mean.square()).clamp(min=0.0) + norm.eps)
         if bias is not None:
             exact = exact + bias.float()
         return _shape(summed, exact.to(x.dtype))
@@ -214,6 +214,7 @@ def _choose(
     return in_one.choose_rows(name, compare)
 
 
+@cache
 def _compare(
     device: torch.device,
     dtype: torch.dtype,
@@ -225,7 +226,6 @@ def _compare(
     rows: int,
 ) -> float:
     """`in_one.time_share` of so many rows."""
-
     build = partial(draw, device, dtype, end, reader, behind, is_rms, least_added, rows)
     return in_one.time_share(NAME, device, build, lambda product: product)
 
@@ -251,6 +251,7 @@ def draw(
     inner, first = in_one.draw(device, rows, depth, width, dtype=dtype, has_bias=has_bias)
     width_out, has_bias = reader
     x, second = in_one.draw(device, rows, width, width_out, dtype=dtype, has_bias=has_bias)
+    x += torch.randn((rows, 1), dtype=dtype, device=device)  # means that are missed if they stay
     weight, bias = torch.rand((2, width), dtype=dtype, device=device)
     norm = weight, None if is_rms else bias
     twin = copy.deepcopy(second)

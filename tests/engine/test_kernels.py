@@ -28,6 +28,7 @@ from engine.kernels import (
     added,
     decode,
     draw,
+    folded,
     greedy,
     in_one,
     norms,
@@ -646,6 +647,45 @@ def test_products_in_one_pass_their_comparisons_if_they_are_right_and_not_withou
                 shares = [activated._compare.__wrapped__(*asked, product, 1280, 2048, True, rows)]
 
         assert {1.0 if is_right else math.inf} == set(shares)
+
+
+@pytest.mark.parametrize("fault", [None, "bias", "mean"])
+@pytest.mark.parametrize(
+    "behind",
+    [folded.Behind("quick_gelu"), folded.Behind("silu_mul"), folded.Behind(dim=80, num_heads=10)],
+)
+def test_folded_norms_pass_their_comparison_if_they_are_right(
+    monkeypatch: pytest.MonkeyPatch, behind: folded.Behind, fault: str | None
+) -> None:
+    take = folded.Folded._take
+
+    def take_what_is_left(
+        product: folded.Folded, summed: folded.Summed
+    ) -> tuple[Tensor, Tensor, Tensor | None, folded.Norm]:
+        x, weight, bias, norm = take(product, summed)
+        sums = None if fault == "mean" else norm.weight_sums
+        return x, weight, None if fault == "bias" else bias, norm._replace(weight_sums=sums)
+
+    monkeypatch.setattr(folded.Folded, "_take", take_what_is_left)
+    monkeypatch.setattr(in_one, "time_ms", lambda _call: 1.0)
+    monkeypatch.setattr("torch.cuda.device", lambda _device: nullcontext())
+    torch.manual_seed(0)
+    asked: Any = torch.device("cpu"), torch.bfloat16, (2048, 1280, True), (15 * 80, True), behind
+
+    share = folded._compare.__wrapped__(*asked, False, in_one.NEVER, 200)
+
+    assert (math.inf if fault else 1.0) == share
+
+
+def test_rows_of_equal_numbers_are_normed_too() -> None:
+    """Their squares, rounded, may add up to less than their mean would have it."""
+    linear = as_linear(drawn(8, 1280))
+    rows = torch.linspace(1, 1000, 64)[:, None].expand(-1, 1280)
+    totals = torch.stack([rows.sum(1), rows.square().sum(1)])[..., None]
+
+    found = folded.Folded(linear, 1e-6, is_rms=False)(folded.Summed(rows.contiguous(), totals))
+
+    assert found.isfinite().all()
 
 
 def test_questions_have_one_answer_in_each_load() -> None:

@@ -947,7 +947,9 @@ def test_folded_norms(behind: folded.Behind, width: int, has_bias: bool, is_rms:
 
 @needs_hopper
 @pytest.mark.parametrize(("behind", "width"), FOLDED)
-def test_a_choice_of_folded_norms_is_made_for_each_shape(behind: folded.Behind, width: int) -> None:
+def test_a_choice_of_folded_norms_is_made_for_each_shape(
+    behind: folded.Behind, width: int, caplog: pytest.LogCaptureFixture
+) -> None:
     first, second = (
         nn.Linear(*widths, dtype=torch.bfloat16, device=DEVICE)
         for widths in ((5120, 1280), (1280, width))
@@ -958,6 +960,7 @@ def test_a_choice_of_folded_norms_is_made_for_each_shape(behind: folded.Behind, 
         print(behind, is_rms, least_rows)
 
         assert least_rows in (*in_one.ROWS, in_one.NEVER)
+    assert "unusable" not in caplog.text
 
 
 @needs_hopper

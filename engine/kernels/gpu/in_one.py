@@ -272,7 +272,8 @@ def _find_norms(row, norms, NORM: gl.constexpr, ROWS: gl.constexpr, layout: gl.c
         if NORM == _LAYER_NORM:
             mean += gl.load(at + part, mask=rows < num_rows, other=0.0)
     mean = mean / depth
-    return mean, gl.rsqrt(squares / depth - mean * mean + eps)
+    # Of a row of equal numbers the difference may be rounded below zero.
+    return mean, gl.rsqrt(gl.maximum(squares / depth - mean * mean, 0.0) + eps)
 
 
 @gluon.jit
