@@ -48,6 +48,7 @@ from engine.kernels import (
     quantised,
     rope,
     rotated,
+    split,
 )
 from engine.kernels.activated import Activation
 from engine.kernels.pictures import Cut, HopperCut
@@ -315,6 +316,22 @@ def measure_folded() -> None:
         _line(f"{name} folded", partial(run, 0), flops=flops)
 
 
+def measure_split() -> None:
+    """Products of few rows with the addition and norm behind them: whole and in parts."""
+    for name, depth, width in (
+        ("text down", TEXT_MLP, TEXT_WIDTH),
+        ("text out", TEXT_WIDTH, TEXT_WIDTH),
+        ("LLaVA down", 11_008, 4096),
+        ("LLaVA out", 4096, 4096),
+    ):
+        for rows in (512, 448, 256, 128, 64, 16):
+            run, linear = split.draw(torch.device("cuda"), DTYPE, depth, width, rows)
+            flops, moved = 2 * rows * depth * width, 2 * width * depth
+            _line(f"{name} {rows} whole", partial(run, in_one.NEVER), flops=flops, moved=moved)
+            _line(f"{name} {rows} in parts", partial(run, 0), flops=flops, moved=moved)
+        _print(name=name, rows=split.choose(linear))
+
+
 def _print_choice(name: str, least_rows: int) -> None:
     _print(name=name, least_rows=None if least_rows == in_one.NEVER else least_rows)
 
@@ -498,13 +515,13 @@ def _decode(
     _line(f"decode {name} flash", flash, moved=moved)
     small = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
     best: tuple[float, dict[str, Any]] | None = None
-    for split, tile, warps, stages in SWEEP:
+    for rows_apart, tile, warps, stages in SWEEP:
         how = {"tile": tile, "num_warps": warps, "num_stages": stages}
         run = partial(
-            attend, query, keys, values, start, length, bound, scale, split,
+            attend, query, keys, values, start, length, bound, scale, rows_apart,
             tile=tile, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        facts: dict[str, Any] = {"split": split, **how}
+        facts: dict[str, Any] = {"split": rows_apart, **how}
         took = _line(f"decode {name} kernel", run, moved=moved, facts=facts)
         if took is None:
             continue
@@ -704,6 +721,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "rotated": measure_rotated,
     "added": measure_added,
     "folded": measure_folded,
+    "split": measure_split,
     "layers": measure_layers,
     "fp8": measure_fp8,
     "pictures": measure_pictures,

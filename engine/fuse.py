@@ -54,6 +54,7 @@ from engine.kernels import (
     quantised,
     rope,
     rotated,
+    split,
 )
 from engine.kernels.activated import Activation
 from engine.kernels.folded import Behind, Folded, Summed
@@ -93,6 +94,13 @@ class Carried(NamedTuple):
 
     x: Tensor
     delta: Tensor
+
+
+class InParts(NamedTuple):
+    """Carried, of a product that is still in parts, (parts, rows, width) in float32."""
+
+    x: Tensor
+    parts: Tensor
 
 
 def apply(model: nn.Module, fusions: Fusions | None = None) -> Counter[str]:
@@ -214,6 +222,10 @@ class FusedRMSNorm(nn.Module):
         """Of delta + x; delta keeps the sum."""
         return self.pieces.add_rms_norm_(delta, x, self.weight, self.eps)  # type: ignore[no-any-return]
 
+    def add_parts(self, parts: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x and what stands in parts, (parts, rows, width): their sum, and that of the sum."""
+        return norms.add_parts_rms_norm(parts, x, self.weight, self.eps)
+
 
 class FusedLayerNorm(nn.Module):
     """LayerNorm, as FusedRMSNorm."""
@@ -231,7 +243,7 @@ class FusedLayerNorm(nn.Module):
         return self.pieces.add_layer_norm_(delta, x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
 
 
-Arriving = Tensor | Carried | Summed  # from one half of a layer to the next
+Arriving = Tensor | Carried | InParts | Summed  # from one half of a layer to the next
 Normed = Tensor | Fp8Rows | Summed  # to a product; of the last, which it norms itself
 
 
@@ -239,15 +251,22 @@ def _enter(norm: FusedRMSNorm | FusedLayerNorm, arriving: Arriving) -> tuple[Ten
     """A half's input, whole, and its norm."""
     if isinstance(arriving, Carried):
         return arriving.delta, norm.add_(arriving.delta, arriving.x)
+    if isinstance(arriving, InParts):
+        assert isinstance(norm, FusedRMSNorm)
+        return norm.add_parts(arriving.parts, arriving.x)
     if isinstance(arriving, Summed):
         return arriving.x, arriving
     return arriving, norm(arriving)
 
 
-def _leave(ending: Arriving, is_last: bool) -> Arriving:
-    if not is_last or isinstance(ending, Tensor):
-        return ending
-    return ending.x if isinstance(ending, Summed) else ending.delta.add_(ending.x)
+def leave(ending: Arriving) -> Tensor:
+    """What arrives, as one tensor, which nobody else has."""
+    if isinstance(ending, Carried):
+        return ending.delta.add_(ending.x)
+    if isinstance(ending, InParts):
+        total = ending.x.float() + ending.parts.sum(0).view(ending.x.shape)
+        return total.to(ending.x.dtype)
+    return ending.x if isinstance(ending, Summed) else ending
 
 
 class Adding(nn.Module):
@@ -267,6 +286,8 @@ class Adding(nn.Module):
             gives_fp8=norm.pieces is quantised,
         )
         self.least_folded = in_one.NEVER  # rows from which on the norm is left to what is behind it
+        is_plain = isinstance(norm, FusedRMSNorm) and norm.pieces is norms
+        self.split = split.choose(linear) if is_plain else split.NEVER
 
     def forward(self, inner: Tensor | Fp8Rows, x: Tensor) -> Arriving:
         """inner: (..., depth). x: (..., width)."""
@@ -278,6 +299,10 @@ class Adding(nn.Module):
         if num_rows >= self.least_rows:
             assert isinstance(self.linear, nn.Linear | Fp8Linear)
             return added.multiply(inner, self.linear, x)
+        if self.split.has(num_rows):
+            assert isinstance(self.linear, nn.Linear)
+            assert isinstance(inner, Tensor)
+            return InParts(x, split.multiply(inner, self.linear.weight))
         return Carried(x, self.linear(inner))
 
 
@@ -591,7 +616,8 @@ class FusedDecoderLayer(nn.Module):
             # Keys and values of all tokens have been kept; of the others nobody reads more.
             x, attended = ends.cut(x), ends.cut(attended)
         x, normed = _enter(self.mlp_norm, self.attention_end(attended, x))
-        return _leave(_run_mlp(self.mlp, self.mlp_end, normed, x), self.is_last)
+        ending = _run_mlp(self.mlp, self.mlp_end, normed, x)
+        return leave(ending) if self.is_last else ending
 
 
 def _fuse_decoder_layer(layer: Any, fusions: Fusions, is_last: bool) -> nn.Module | None:
@@ -710,7 +736,8 @@ class FusedVisionBlock(nn.Module):
         x, normed = _enter(self.attention_norm, hidden_states)
         attended = self.attention(normed, position_embeddings, **kwargs)
         x, normed = _enter(self.mlp_norm, self.attention_end(attended, x))
-        return _leave(_run_mlp(self.mlp, self.mlp_end, normed, x), self.is_last)
+        ending = _run_mlp(self.mlp, self.mlp_end, normed, x)
+        return leave(ending) if self.is_last else ending
 
 
 class FusedCLIPAttention(nn.Module):

@@ -30,8 +30,7 @@ from engine.families.qwen2_vl import (
     patch_positions,
 )
 from engine.families.resizing import check_aspect
-from engine.fuse import Arriving, Carried
-from engine.kernels.folded import Summed
+from engine.fuse import Arriving, Carried, leave
 
 HALF = (0.5, 0.5, 0.5)
 USUAL_CLIP_AREA = AreaLimits(128 * 32 * 32, 768 * 32 * 32)  # all frames of a clip together
@@ -183,6 +182,4 @@ def _add_extra(layer: int, _module: Any, _inputs: Any, output: Arriving) -> Tens
     if isinstance(output, Carried):
         output.delta.add_(extra)
         return None
-    # What a row of the sum added up to is no longer true.
-    total = output.x if isinstance(output, Summed) else output
-    return total.add_(extra)
+    return leave(output).add_(extra)

@@ -31,6 +31,23 @@ def add_rms_norm_(delta: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tenso
     return rms_norm(delta.add_(x), weight, eps)
 
 
+def add_parts_rms_norm(
+    parts: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """
+    The sum of `x` and of all parts, (parts, rows, width) in float32, and the sum's RMSNorm.
+
+    Returns:
+        Two of (..., width), as x.
+    """
+    if has_kernels(x):
+        from engine.kernels.gpu import norms
+
+        return norms.add_parts_norm(parts, x, weight, None, eps)
+    total = (x.float() + parts.sum(0).view(x.shape)).to(x.dtype)
+    return total, rms_norm(total, weight, eps)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(..., width) -> (..., width)."""
     if has_kernels(x):

@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_window_index
 from engine import fuse
 from engine.attention import VISION_ATTENTION, Ends, TextContext, VisionContext, using
 from engine.fuse import Fusions
-from engine.kernels import activated, added, folded, products, quantised, rope, rotated
+from engine.kernels import activated, added, folded, products, quantised, rope, rotated, split
 from engine.kernels.products import PackedLinear
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
@@ -261,6 +261,29 @@ def test_halves_of_layers_are_added_in_their_products_where_that_was_chosen(
         later, run_later_vision(fused_copy(later_qwen, fusions)), strict=True
     ):
         assert_near(expected, actual)
+
+
+def test_products_of_few_rows_stay_in_parts_where_that_was_chosen(
+    qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(x.numel() // x.shape[-1])
+        return split_before(x, weight)
+
+    split_before = split.multiply
+    monkeypatch.setattr(split, "choose", lambda _: split.Span(1, NUM_TOKENS))
+    monkeypatch.setattr(split, "multiply", multiply)
+    fused, later = fused_copy(qwen), fused_copy(later_qwen)
+
+    assert_near(run_text(qwen), run_text(fused))
+    assert [NUM_TOKENS] * 2 * qwen.config.text_config.num_hidden_layers == seen
+    seen.clear()
+    assert_near(run_text(qwen, NUM_TOKENS + 1), run_text(fused, NUM_TOKENS + 1))
+    assert not seen
+    assert_near(run_text(qwen, 1), run_text(fused, 1))
+    assert_near(run_text(later_qwen), run_text(later))
 
 
 def test_norms_are_left_to_the_products_around_them_where_that_was_chosen(

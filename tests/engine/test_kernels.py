@@ -39,6 +39,7 @@ from engine.kernels import (
     quantised,
     rope,
     rotated,
+    split,
     timing,
     trials,
 )
@@ -538,6 +539,37 @@ def test_no_bound_where_one_output_would_cost_the_others_their_last_bits() -> No
     assert activated.find_bound(quantised.Fp8Linear(as_linear(drawn(96, 48))), "silu_mul") is None
 
 
+def test_products_in_parts_add_up_and_so_do_their_norms() -> None:
+    inner, weight, x = drawn(2, 7, 64), drawn(48, 64, seed=1), drawn(2, 7, 48, seed=2)
+    norm = drawn(48, seed=3)
+
+    parts = split.multiply(inner, weight)
+    total, normed = norms.add_parts_rms_norm(parts, x, norm, 1e-6)
+
+    assert (14, 48) == parts.shape[1:]
+    torch.testing.assert_close(total, x + inner @ weight.T)
+    torch.testing.assert_close(normed, norms.rms_norm(total, norm, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("shares", "span"),
+    [
+        ({512: 0.8, 256: 0.8, 128: 1.1}, (129, 512)),
+        ({512: 1.1, 256: 0.9, 128: 0.9, 64: 0.9, 16: 0.9}, (1, 256)),
+        ({512: 1.1, 256: 0.9, 128: 1.0, 64: 0.5}, (129, 256)),
+        ({512: 1.1, 256: 1.1, 128: 1.1, 64: 1.1, 16: 1.1}, (1, 0)),
+        ({512: math.inf}, (1, 0)),
+        ({512: 0.5, 256: math.inf}, (257, 512)),
+    ],
+)
+def test_products_are_split_for_the_numbers_of_rows_with_which_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, shares: dict[int, float], span: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(split, "_compare", lambda *args: shares[args[-1]])
+
+    assert split.Span(*span) == split._choose(torch.device("cpu"), torch.bfloat16, 8960, 1536)
+
+
 def test_a_cpu_goes_on_behind_every_product() -> None:
     linear = as_linear(drawn(96, 48).bfloat16())
 
@@ -545,6 +577,7 @@ def test_a_cpu_goes_on_behind_every_product() -> None:
         assert in_one.NEVER == activated.choose(kind, "quick_gelu")
         assert in_one.NEVER == rotated.choose(kind, 16, 4)
         assert in_one.NEVER == added.choose(kind, is_rms=True, gives_fp8=False)
+        assert split.NEVER == split.choose(kind)
 
 
 @pytest.mark.parametrize(

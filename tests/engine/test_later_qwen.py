@@ -46,7 +46,7 @@ from engine.families.protocol import AreaLimits, Description, ImageTooNarrowErro
 from engine.families.qwen2_5_vl import find_windows
 from engine.families.qwen2_vl import MERGE, Grid, Qwen2VL, cut_on_device
 from engine.families.qwen3_vl import clip_size, find_taps
-from engine.kernels import folded, rotated
+from engine.kernels import folded, rotated, split
 from engine.kernels.pictures import Choice, Cut
 from engine.reference import Reference
 from media.decoded import Frames
@@ -110,12 +110,13 @@ def test_random_weights_answer_as_the_reference_in_any_order(folder: Path, llm: 
     check_all_ways(llm, Reference(folder), asked, ignore_eos=True)
 
 
-def test_norms_that_products_do_afterwards_leave_answers_as_they_are(
+def test_norms_left_to_products_and_products_in_parts_leave_answers_as_they_are(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the first layers' results have something added (deepstack)."""
     monkeypatch.setattr(rotated, "choose", lambda *_: 10**6)
-    monkeypatch.setattr(folded, "choose", lambda *_, **__: 2)
+    monkeypatch.setattr(folded, "choose", lambda *_, **__: 20)
+    monkeypatch.setattr(split, "choose", lambda _: split.Span(1, 19))
     asked = mixed_requests(6, "folded", with_times=HAS_SECONDS)
     llm = LLM(str(folder), limit_mm_per_prompt={"image": 8}, max_num_seqs=24)
 

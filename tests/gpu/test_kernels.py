@@ -175,6 +175,48 @@ def test_quick_gelu(width: int, dtype: torch.dtype) -> None:
         assert_near(expected, x)
 
 
+# Rows, depth and width of products in parts: tiles are of 64 rows, 128 columns and 64 of the depth.
+SPLIT = [(1, 128, 48), (5, 320, 136)]
+if not IS_INTERPRETED:
+    SPLIT += [(1, 8960, 1536), (64, 8960, 1536), (65, 8960, 1536), (448, 8960, 1536)]
+    SPLIT += [(512, 1536, 1536), (130, 11_008, 4096), (7, 4096, 4096), (300, 64, 24)]
+
+
+@pytest.mark.parametrize(("num_rows", "depth", "width"), SPLIT)
+@pytest.mark.parametrize("dtype", [HALF, torch.float16])
+def test_products_in_parts(
+    num_rows: int, depth: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if IS_INTERPRETED:
+        monkeypatch.setattr("engine.kernels.gpu.split.count_processors", lambda _: 8)
+    x = drawn(num_rows, depth, dtype=dtype)
+    weight = (drawn(width, depth, seed=1) * depth**-0.5).to(dtype)
+
+    parts = kernel("split").multiply(x, weight)
+
+    assert torch.float32 == parts.dtype
+    assert (num_rows, width) == parts.shape[1:]
+    assert len(parts) <= 16
+    torch.testing.assert_close(parts.sum(0), x.float() @ weight.float().T, rtol=1e-3, atol=1e-3)
+    assert torch.equal(parts, kernel("split").multiply(x, weight))
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("num_rows", NUM_ROWS[:3])
+def test_norms_of_what_stands_in_parts(num_rows: int, width: int, num_parts: int) -> None:
+    x, weight = drawn(num_rows, width, dtype=torch.bfloat16), drawn(width, seed=1)
+    parts, before = drawn(num_parts, num_rows, width, seed=2), x.clone()
+    on_host = on_cpu(parts, x, weight.bfloat16())
+    expected = norms.add_parts_rms_norm(on_host[0], on_host[1], on_host[2], 1e-6)
+
+    actual = kernel("norms").add_parts_norm(parts, x, weight.bfloat16(), None, 1e-6)
+
+    assert torch.equal(before, x)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_near(theirs, ours)
+
+
 HEADS = [(4, 2, 16), (12, 2, 128), (32, 32, 128), (16, 16, 80), (6, 1, 64), (3, 3, 8)]
 
 

@@ -16,6 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from engine.kernels.gpu.processors import count_processors
+
 FAR = gl.constexpr(1 << 30)  # no call has more rows
 QUERIES = gl.constexpr(2)  # places for a group's queries: of this head and of the next
 SHARED_BYTES = 226 << 10  # of a processor for one program, but for its barriers
@@ -109,8 +111,3 @@ def count_heads(heads: int, num_blocks: int, device: torch.device) -> int:
     enough = MIN_PROGRAMS * count_processors(device)
     fitting = (n for n in range(MAX_HEADS, 1, -1) if heads % n == 0)
     return next((n for n in fitting if num_blocks * heads // n >= enough), 1)
-
-
-@cache
-def count_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

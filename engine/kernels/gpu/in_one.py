@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import activations
 from engine.kernels.gpu import LOG2_E
-from engine.kernels.gpu.hopper import count_processors
+from engine.kernels.gpu.processors import count_processors
 from engine.kernels.quantised import Fp8Rows
 
 if TYPE_CHECKING:

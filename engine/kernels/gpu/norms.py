@@ -8,17 +8,20 @@ from torch import Tensor
 from engine.kernels.quantised import FP8, LEAST_SCALE, MOST
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["eps", "num_rows"])
 def _norm(
     x_ptr,
     delta_ptr,
+    parts_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
     scales_ptr,
+    num_rows,
     width,
     eps,
     ADDS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     CENTRES: tl.constexpr,
     QUANTISES: tl.constexpr,
     MOST: tl.constexpr,
@@ -32,7 +35,11 @@ def _norm(
     kind = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
-        x += tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if NUM_PARTS == 0:
+            x += tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(NUM_PARTS):
+            parts_at = (row + part * num_rows) * width + columns
+            x += tl.load(parts_ptr + parts_at, mask=inside, other=0.0)
         total = x.to(delta_ptr.dtype.element_ty)
         tl.store(delta_ptr + at, total, mask=inside)
         x = total.to(tl.float32)  # what the next layer will add to
@@ -65,6 +72,16 @@ def add_norm_(delta: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps
     out = torch.empty_like(delta)
     _launch(x.contiguous(), delta, weight, bias, out, None, eps, adds=True)
     return out
+
+
+def add_parts_norm(
+    parts: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum of x and of what stands in parts, (parts, rows, width), float32; and its norm."""
+    x = x.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _launch(x, total, weight, bias, out, None, eps, adds=True, parts=parts)
+    return total, out
 
 
 def norm_in_fp8(
@@ -102,6 +119,7 @@ def _launch(
     eps: float,
     *,
     adds: bool,
+    parts: Tensor | None = None,
 ) -> None:
     assert delta.is_contiguous()
     assert x.shape == delta.shape
@@ -113,13 +131,16 @@ def _launch(
     _norm[(num_rows,)](
         x,
         delta,
+        x if parts is None else parts,
         weight,
         weight if bias is None else bias,
         out,
         weight if scales is None else scales,
+        num_rows,
         width,
         eps,
         ADDS=adds,
+        NUM_PARTS=0 if parts is None else len(parts),
         CENTRES=bias is not None,
         QUANTISES=scales is not None,
         MOST=MOST,

@@ -1,0 +1,83 @@
+"""A product in parts of its depth: one program a tile and part."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.gpu.processors import count_processors
+
+TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 64
+PROGRAMS = 2  # a processor
+MAX_PARTS = 16
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _multiply(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    num_rows,
+    width,
+    depth,
+    part_depth,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    # Programs beside each other share weights, of which there are more.
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    part = tl.program_id(2)
+    first = part * part_depth
+    step = tl.arange(0, STEP)
+    # What lies behind the end reads the last row, and is not written.
+    x_row = tl.minimum(row, num_rows - 1).to(tl.int64)
+    weight_row = tl.minimum(column, width - 1).to(tl.int64)
+    x_at = x_ptr + x_row[:, None] * depth + (first + step)[None, :]
+    weight_at = weight_ptr + weight_row[:, None] * depth + (first + step)[None, :]
+    acc = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
+    for _ in range(part_depth // STEP):
+        acc = tl.dot(tl.load(x_at), tl.trans(tl.load(weight_at)), acc)
+        x_at += STEP
+        weight_at += STEP
+    at = (part.to(tl.int64) * num_rows + row[:, None]) * width + column[None, :]
+    tl.store(out_ptr + at, acc, mask=(row < num_rows)[:, None] & (column < width)[None, :])
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """
+    Args:
+        x: (rows, depth), dense, 16 bits; depth a multiple of STEP.
+        weight: (width, depth), dense, as x.
+
+    Returns:
+        (parts, rows, width), float32.
+    """
+    num_rows, depth = x.shape
+    width = len(weight)
+    down, across = triton.cdiv(num_rows, TILE_ROWS), triton.cdiv(width, TILE_COLUMNS)
+    num_parts = _count_parts(depth // STEP, down * across, x.device)
+    out = torch.empty((num_parts, num_rows, width), dtype=torch.float32, device=x.device)
+    if num_rows:
+        _multiply[(down, across, num_parts)](
+            x,
+            weight,
+            out,
+            num_rows,
+            width,
+            depth,
+            depth // num_parts,
+            TILE_ROWS=TILE_ROWS,
+            TILE_COLUMNS=TILE_COLUMNS,
+            STEP=STEP,
+            num_warps=4,
+            num_stages=4,
+        )
+    return out
+
+
+def _count_parts(num_steps: int, num_tiles: int, device: torch.device) -> int:
+    """Equally deep ones, as many as give all processors work."""
+    wanted = min(MAX_PARTS, PROGRAMS * count_processors(device) // max(1, num_tiles))
+    return next(n for n in range(max(1, wanted), 0, -1) if num_steps % n == 0)
