@@ -2,8 +2,8 @@
 Swaps the layers of a loaded model for ones that pass over memory less often; weights stay.
 
 Queries, keys and values come from one matrix product, gates and what they gate from another; norms
-take the addition before them along, and large products the activation behind them; rotary positions
-are read from a table and applied in place. `engine/kernels` has the pieces. What a layer computes does
+take the addition before them along, and large products what is behind them, on GPUs that can; rotary
+positions are read from a table and applied in place. `engine/kernels` has the pieces. What a layer computes does
 not change: tests/engine/test_fuse.py compares each with the one it replaces.
 
 Products in fp8 are an option, and the one thing here that changes the numbers.
@@ -385,7 +385,8 @@ class QuickGELUMLP(nn.Module):
         self.reader: nn.Linear | Fp8Linear | PackedLinear
         self.inner: Activated | PackedLinear
         self.width = down.out_features
-        if fusions.packs and up.weight.dtype == torch.float32:  # 16 bits would round the slope in
+        may_scale = up.weight.dtype == torch.float32  # 16 bits would round the slope in
+        if fusions.packs and may_scale and not fusions.fp8:
             packed = PackedLinear.find(_scale(up, self.slope), self.packed_as)
             if packed is not None:
                 self.reader = self.inner = packed
