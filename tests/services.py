@@ -47,15 +47,15 @@ def fail_or_skip(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def freeze(process: "subprocess.Popen[Any]") -> None:
+def freeze(pid: int) -> None:
     """
-    Returns when it stands, or has ended.
+    Stop a child of this process. Returns when it stands, or has ended.
 
     The signal alone goes to one of its threads, which stops the others as soon as it runs itself:
     on a busy machine they answer a request or two before that.
     """
-    process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def find_free_ports(count: int) -> list[int]:
@@ -294,7 +294,7 @@ class S3Server:
     def freeze(self) -> None:
         """It takes connections, and never answers."""
         assert self.process is not None
-        freeze(self.process)
+        freeze(self.process.pid)
 
     def thaw(self) -> None:
         assert self.process is not None

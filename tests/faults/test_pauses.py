@@ -83,7 +83,7 @@ def freeze_outside(worker: "subprocess.Popen[bytes]", database: Database) -> Non
     PostgreSQL ends it after a minute.
     """
     for _ in range(100):
-        freeze(worker)
+        freeze(worker.pid)
         if is_free(database):
             return
         worker.send_signal(signal.SIGCONT)

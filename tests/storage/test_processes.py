@@ -81,7 +81,7 @@ def test_frozen_worker_that_wakes_up_commits_nothing(database: Database, databas
     assert worker.stdin is not None
     assert worker.stdout is not None
     assert "leased 8" == worker.stdout.readline().strip()
-    freeze(worker)
+    freeze(worker.pid)
     time.sleep(1.1)
     with database.write() as session:
         swept = items.expire_leases(session)

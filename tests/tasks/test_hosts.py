@@ -33,10 +33,19 @@ from tasks.stores import Stores
 from tasks.submit import parse_submission, submit
 from tasks.worker import ExitCode
 from tests.media.servers import Answer, Server, answering, serve
+from tests.services import freeze
 from tests.tasks.fakes import build_request
+from tests.tasks.host_client import PATIENCE_S
 from tests.tasks.processes import open_fleet
 
 PICTURE = answering(b"\xff\xd8\xff")
+TIMEOUT_S = hosts.TIMEOUT_S
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that answers late counts as away only in tests that take it away."""
+    monkeypatch.setattr(hosts, "TIMEOUT_S", PATIENCE_S)
 
 
 async def fetch_in(
@@ -126,22 +135,22 @@ def test_turn_of_a_worker_that_died_is_free_in_the_end(broker: str) -> None:
         dead = RedisLimits(broker, max_connections=1, max_rate=100, held_s=1.0)
         alive = RedisLimits(broker, max_connections=1, max_rate=100, held_s=1.0)
         held = dead.turn("pictures.test")
-        await held.__aenter__()
         started = time.monotonic()
+        await held.__aenter__()
         async with alive.turn("pictures.test"):
             waited_s = time.monotonic() - started
         await dead.aclose()
         await alive.aclose()
         return waited_s
 
-    assert 0.5 < asyncio.run(scenario()) < 30
+    assert 0.9 < asyncio.run(scenario()) < 30
 
 
 def test_fast_lane_waits_for_no_turn_that_bulk_work_holds(broker: str) -> None:
     async def scenario() -> None:
         bulk = RedisLimits(broker, max_connections=2, max_rate=4)
         chat = RedisLimits(broker, max_connections=2, max_rate=4)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             async with bulk.turn("pictures.test"):
                 waiting = [asyncio.create_task(take(bulk)) for _ in range(8)]
                 await asyncio.sleep(0.2)
@@ -163,14 +172,14 @@ def test_fast_lane_waits_for_no_turn_that_bulk_work_holds(broker: str) -> None:
 def frozen(broker: str) -> Iterator[None]:
     with build_client(broker) as client:
         pid = int(client.info("server")["process_id"])
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
 
 
-async def fetch_alone(broker: str, server: Server, *, num: int = 20) -> str:
+async def fetch_alone(broker: str, server: Server, *, num: int) -> str:
     config = FetchConfig(
         rules=AddressRules(allowed_networks=(ip_network("127.0.0.1/32"),)),
         ports=frozenset({server.port}),
@@ -191,10 +200,14 @@ async def fetch_alone(broker: str, server: Server, *, num: int = 20) -> str:
 
 
 @pytest.mark.parametrize("how", ["gone", "frozen"])
-def test_fetching_never_waits_for_a_broker_that_is_away(broker: str, how: str) -> None:
+def test_fetching_never_waits_for_a_broker_that_is_away(
+    broker: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "TIMEOUT_S", TIMEOUT_S)
+
     async def scenario(url: str) -> str:
         async with serve(PICTURE) as server:
-            return await fetch_alone(url, server)
+            return await fetch_alone(url, server, num=60)
 
     started = time.monotonic()
     if how == "gone":
@@ -204,13 +217,14 @@ def test_fetching_never_waits_for_a_broker_that_is_away(broker: str, how: str) -
             end = asyncio.run(scenario(broker))
 
     assert "fetched" == end
-    assert time.monotonic() - started < 10  # at one a second it would be 20
+    assert time.monotonic() - started < 30  # at one a second it would be 60
 
 
 def test_turn_that_ended_while_the_broker_was_away_is_free_when_it_is_back(
     broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "AWAY_S", 2.0)
+    monkeypatch.setattr(hosts, "TIMEOUT_S", 2.0)
 
     async def scenario() -> float:
         ours = RedisLimits(broker, max_connections=1, max_rate=100)
@@ -229,22 +243,19 @@ def test_turn_that_ended_while_the_broker_was_away_is_free_when_it_is_back(
     assert asyncio.run(scenario()) < 30  # whoever held it and died would keep it for 60
 
 
-def test_fetch_that_is_given_up_while_turns_are_taken_back_loses_none(
-    broker: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hosts, "TIMEOUT_S", 30.0)
-
+def test_fetch_that_is_given_up_while_turns_are_taken_back_loses_none(broker: str) -> None:
     async def scenario() -> float:
         ours = RedisLimits(broker, max_connections=1, max_rate=100)
         others = RedisLimits(broker, max_connections=1, max_rate=100)
-        is_over = asyncio.Event()
+        is_begun, is_over = asyncio.Event(), asyncio.Event()
 
         async def fetch() -> None:
             async with ours.turn("pictures.test"):
+                is_begun.set()
                 await is_over.wait()
 
         fetching = asyncio.create_task(fetch())
-        await asyncio.sleep(0.2)
+        await is_begun.wait()
         await ours._client.connection_pool.disconnect()  # or the broker would hear of it later
         with frozen(broker):
             is_over.set()
@@ -314,13 +325,10 @@ def test_worker_that_is_told_to_stop_gives_up_what_it_fetches(
             silent.settimeout(120)
             connection, _ = silent.accept()  # it is on its way, and never comes
             worker.send_signal(signal.SIGTERM)
-            started = time.monotonic()
-            code = worker.wait(60)
-            waited_s = time.monotonic() - started
+            code = worker.wait(120)  # the fetch alone would take 600
             connection.close()
 
     assert code in (ExitCode.DRAINED, ExitCode.DEADLINE)
-    assert waited_s < 20  # the fetch alone would have taken 30
     with stores.database.read() as session:
         (item,) = session.scalars(select(Item).where(Item.job_id == job))
         assert (ItemState.PENDING, 0) == (item.state, item.charged)
