@@ -8,8 +8,8 @@ from storage.db import Database
 
 pytestmark = pytest.mark.services
 
-END_OTHERS = text(
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+END_OTHERS = text(  # returns when they have ended
+    "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity "
     "WHERE datname = current_database() AND pid <> pg_backend_pid()"
 )
 

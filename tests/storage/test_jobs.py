@@ -2,13 +2,13 @@
 
 import hashlib
 import threading
-import time
 import traceback
 from typing import Any
 
 import pytest
 import structlog.testing
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from storage import events, files, items, jobs, tenants
 from storage.db import HEAD, Database
@@ -534,6 +534,14 @@ def test_refused_statement_is_logged_without_what_the_client_wrote(database: Dat
     assert "SECRET" not in trace + str(logs)
 
 
+def end_connection(database: Database, session: Session) -> None:
+    """Returns when the server's process of this session has ended."""
+    pid = session.scalars(text("SELECT pg_backend_pid()")).one()
+    with database.write() as other:
+        end = text("SELECT pg_terminate_backend(:pid, 60000)")
+        assert other.scalar(end, {"pid": pid})
+
+
 def test_connection_lost_at_the_commit_leaves_the_outcome_open_and_the_pool_usable(
     database: Database,
 ) -> None:
@@ -541,10 +549,7 @@ def test_connection_lost_at_the_commit_leaves_the_outcome_open_and_the_pool_usab
         pytest.skip("SQLite has no connection to lose")
     with pytest.raises(CommitUnknownError), database.write() as session:  # noqa: PT012 - the block is the subject
         tenants.get_or_create(session, "tenant")
-        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
-        with database.write() as other:
-            other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-        time.sleep(0.1)
+        end_connection(database, session)
 
     database.ping()
 
@@ -555,10 +560,7 @@ def test_connection_lost_before_the_commit_changes_nothing(database: Database) -
     job = make_job(database, 0, is_started=False)
 
     with pytest.raises(DatabaseUnavailableError), database.write() as session:  # noqa: PT012 - the block is the subject
-        pid = session.scalars(text("SELECT pg_backend_pid()")).one()
-        with database.write() as other:
-            other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-        time.sleep(0.1)
+        end_connection(database, session)
         items.insert_page(session, job, new_items(2), after_line=0, expanded_bytes=200)
 
     assert 0 == find(database, job).num_expanded
