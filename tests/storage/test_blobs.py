@@ -519,7 +519,7 @@ def test_server_that_is_gone_or_silent_may_come_back(s3_server: S3Server, bucket
             s3_server, endpoint_url=f"http://127.0.0.1:{find_free_ports(1)[0]}", max_tries=1
         )
     )
-    silent = S3Blobs(build_config(s3_server, read_timeout_s=0.2, max_tries=1))
+    silent = S3Blobs(build_config(s3_server, read_timeout_s=2.0, max_tries=1))
 
     for way in list_ways(gone):
         with pytest.raises(BlobsUnavailableError):
@@ -531,6 +531,7 @@ def test_server_that_is_gone_or_silent_may_come_back(s3_server: S3Server, bucket
                 way()
     finally:
         s3_server.thaw()
+    bucket.ping()  # it takes its time to come back
     silent.put("again", b"bytes")
 
     assert b"bytes" == silent.read("again")

@@ -22,7 +22,7 @@ NUM_KILLS = 8
 
 
 def start_worker(
-    url: str, *, chunk: int = 16, lease_s: float = 0.4, is_stepped: bool = False
+    url: str, *, chunk: int = 16, lease_s: float = 2.0, is_stepped: bool = False
 ) -> subprocess.Popen[str]:
     words = [url, str(chunk), str(lease_s), *(["stepped"] if is_stepped else [])]
     return subprocess.Popen(
