@@ -1,6 +1,5 @@
 """One API process on SQLite and one on PostgreSQL for all tests; each test is a tenant of its own."""
 
-import ssl
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from storage import invariants, tenants
 from storage.blobs import FolderBlobs
 from storage.db import Database
 from storage.ids import TenantId
+from tests import asking
 from tests.api.server import PEPPER
 from tests.api.worker import Worker
 from tests.services import PostgreSQL, find_free_ports, postgresql_server
@@ -26,7 +26,6 @@ __all__ = ["postgresql_server", "postgresql_template", "sqlite_template"]
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120.0
-TLS = ssl.create_default_context()  # never used, yet each client would read all certificates
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended"
         try:
-            if httpx2.get(url, trust_env=False).status_code == 200:
+            if asking.get(url).status_code == 200:
                 return
         except httpx2.TransportError:
             time.sleep(0.05)
@@ -175,15 +174,15 @@ def open_client(service: Service, tenant: str, **limits: int) -> Iterator[Client
             base_url=f"{service.url}/v1",
             api_key=key,
             max_retries=2,
-            timeout=60.0,
-            http_client=openai.DefaultHttpxClient(verify=TLS, trust_env=False),
+            timeout=asking.ANSWER_S,
+            http_client=openai.DefaultHttpxClient(verify=asking.TLS, trust_env=False),
             _strict_response_validation=True,
         ) as api,
         httpx2.Client(
             base_url=service.url,
             headers={"authorization": f"Bearer {key}"},
-            timeout=60.0,
-            verify=TLS,
+            timeout=asking.ANSWER_S,
+            verify=asking.TLS,
             trust_env=False,
         ) as http,
     ):

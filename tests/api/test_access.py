@@ -9,6 +9,7 @@ import pytest
 
 from api.config import ApiConfig, BadApiConfigError, check_binding
 from storage import tenants
+from tests import asking
 from tests.api.conftest import Client, Service, start_service
 from tests.api.inputs import build_line, submit
 from tests.api.server import PEPPER
@@ -25,7 +26,7 @@ def open_service(
 
 
 def get(service: Service, path: str = "/v1/batches", **headers: str) -> httpx2.Response:
-    return httpx2.get(f"{service.url}{path}", headers=headers, trust_env=False)
+    return asking.get(f"{service.url}{path}", headers=headers)
 
 
 def test_revoked_key_is_refused_at_once(service: Service, client: Client) -> None:

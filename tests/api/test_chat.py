@@ -7,7 +7,6 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
-import httpx2
 import openai
 import pytest
 
@@ -15,6 +14,7 @@ from api.schemas import show_job_id
 from storage import chats, jobs
 from storage.ids import JobId, new_uuid
 from storage.states import JobState
+from tests import asking
 from tests.api.conftest import Client, Service
 from tests.api.inputs import ENDPOINT
 from tests.api.server import CHAT_TIMEOUT_S, MODEL
@@ -98,7 +98,7 @@ def test_stream_holds_the_same_answer(service: Service, client: Client) -> None:
 def test_description_tells_of_both_forms_and_of_an_answer_that_never_comes(
     service: Service,
 ) -> None:
-    described = httpx2.get(f"{service.url}/openapi.json", trust_env=False).json()
+    described = asking.get(f"{service.url}/openapi.json").json()
     answers = described["paths"][ENDPOINT]["post"]["responses"]
 
     assert {"application/json", "text/event-stream"} == set(answers["200"]["content"])

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx2
 import pytest
 
+from tests import asking
 from tests.api.conftest import Client, Service
 
 FUZZ_S = round(60 * float(os.environ.get("DARKROOM_FUZZ_MINUTES", "0")))
@@ -22,8 +22,8 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 def test_description_is_shown_and_names_every_route(service: Service) -> None:
-    described = httpx2.get(f"{service.url}/openapi.json", trust_env=False)
-    page = httpx2.get(f"{service.url}/docs", trust_env=False)
+    described = asking.get(f"{service.url}/openapi.json")
+    page = asking.get(f"{service.url}/docs")
 
     assert 200 == page.status_code
     assert 200 == described.status_code
@@ -45,13 +45,13 @@ def test_description_is_shown_and_names_every_route(service: Service) -> None:
 
 
 def test_page_of_the_description_loads_nothing_from_elsewhere(service: Service) -> None:
-    page = httpx2.get(f"{service.url}/docs", trust_env=False).text
+    page = asking.get(f"{service.url}/docs").text
     places = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", page)
 
     assert 3 <= len(places)
     for place in places:
         assert place.startswith("/"), place
-        assert 200 == httpx2.get(service.url + place, trust_env=False).status_code
+        assert 200 == asking.get(service.url + place).status_code
 
 
 @pytest.mark.timeout(FUZZ_S + 300)

@@ -21,6 +21,7 @@ from storage.blobs import FolderBlobs
 from storage.db import Database
 from storage.ids import JobId
 from tasks.config import load_config
+from tests import asking
 from tests.api.conftest import Client, Service
 from tests.api.inputs import ENDPOINT, build_line, submit
 from tests.waiting import wait_until
@@ -50,8 +51,8 @@ def database(sqlite_template: bytes, tmp_path: Path) -> Database:
 
 
 def test_live_and_ready_server_says_so(service: Service) -> None:
-    alive = httpx2.get(f"{service.url}/healthz", trust_env=False)
-    ready = httpx2.get(f"{service.url}/readyz", trust_env=False)
+    alive = asking.get(f"{service.url}/healthz")
+    ready = asking.get(f"{service.url}/readyz")
 
     assert {"status": "alive"} == alive.json()
     assert {"database": "ok", "blobs": "ok"} == ready.json()["checks"]
@@ -133,7 +134,7 @@ def test_metrics_count_requests_by_route_and_open_work(service: Service, client:
     client.http.get("/v1/batches/batch_x")
 
     def read() -> str:
-        return httpx2.get(f"{service.url}/metrics", trust_env=False).text
+        return asking.get(f"{service.url}/metrics").text
 
     # Somebody may have asked a moment ago: then open work is what it was.
     wait_until(lambda: "darkroom_open_jobs{" in read(), limit_s=4 * MAX_AGE_S)
@@ -241,9 +242,7 @@ def test_metrics_are_for_the_networks_that_were_named(
 
 
 def test_metrics_are_not_for_those_behind_a_proxy(service: Service) -> None:
-    answer = httpx2.get(
-        f"{service.url}/metrics", headers={"x-forwarded-for": "10.0.0.7"}, trust_env=False
-    )
+    answer = asking.get(f"{service.url}/metrics", headers={"x-forwarded-for": "10.0.0.7"})
 
     assert 403 == answer.status_code
 

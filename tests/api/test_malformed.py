@@ -9,6 +9,7 @@ from uuid import uuid4
 import httpx2
 import pytest
 
+from tests import asking
 from tests.api.conftest import Client, Service, open_client
 from tests.api.inputs import ENDPOINT, build_jsonl, build_line, submit, upload
 from tests.api.server import MAX_BODY_BYTES, MAX_FILE_BYTES, MODEL
@@ -529,22 +530,20 @@ def check_envelope(answer: httpx2.Response) -> dict[str, Any]:
 def test_request_without_a_valid_key_is_refused(service: Service, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header}
     for path in ("/v1/batches", "/v1/files", "/v1/models", f"/v1/batches/batch_{uuid4().hex}"):
-        answer = httpx2.get(service.url + path, headers=headers, trust_env=False)
+        answer = asking.get(service.url + path, headers=headers)
 
         assert 401 == answer.status_code
         check_envelope(answer)
 
 
 def test_key_in_the_query_string_is_none(service: Service, client: Client) -> None:
-    answer = httpx2.get(f"{service.url}/v1/batches?api_key={client.key}", trust_env=False)
+    answer = asking.get(f"{service.url}/v1/batches?api_key={client.key}")
 
     assert 401 == answer.status_code
 
 
 def test_body_of_a_stranger_is_not_read(service: Service) -> None:
-    answer = httpx2.post(
-        f"{service.url}/v1/batches", content=b" " * (MAX_BODY_BYTES + 1), trust_env=False
-    )
+    answer = asking.post(f"{service.url}/v1/batches", content=b" " * (MAX_BODY_BYTES + 1))
 
     assert 401 == answer.status_code
 

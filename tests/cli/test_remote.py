@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -19,6 +18,7 @@ from typer.testing import CliRunner, Result
 from api.schemas import parse_job_id
 from cli.main import app
 from storage.ids import JobId
+from tests import asking
 from tests.api.conftest import (
     Client,
     Service,
@@ -106,10 +106,9 @@ def test_running_batch_shows_what_there_is_and_is_cancelled(
     (tmp_path / "in.jsonl").write_bytes(build_jsonl(build_line(1), build_line(2)))
     words = ("submit", str(tmp_path / "in.jsonl"), "--key", "k")
     batch = run(sqlite_service, client, *words).stdout.strip()
-    again = httpx2.get(  # the same batch, by its own server
+    again = asking.get(  # the same batch, by its own server
         f"{sqlite_service.url}/v1/batches/{batch}",
         headers={"authorization": f"Bearer {client.key}"},
-        trust_env=False,
     ).json()["id"]
     job = client.api.batches.retrieve(batch)
     sqlite_service.worker.expand(_job_of(job.id))

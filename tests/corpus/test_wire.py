@@ -18,6 +18,7 @@ import httpx2
 import pytest
 
 from storage import tenants
+from tests import asking
 from tests.api.conftest import Client, Service, open_client, start_service
 from tests.api.inputs import build_jsonl, build_line, submit, upload
 from tests.api.server import PEPPER
@@ -145,14 +146,12 @@ def ask_for_a_strangers(api: Api) -> Answer:
 
 def ask_with_key(key: str) -> Callable[[Api], Answer]:
     headers = {"authorization": f"Bearer {key}"}
-    return lambda api: answer_of(
-        httpx2.get(api.service.url + BATCHES, headers=headers, trust_env=False)
-    )
+    return lambda api: answer_of(asking.get(api.service.url + BATCHES, headers=headers))
 
 
 def ask_with_key_in_the_query(api: Api) -> Answer:
     url = f"{api.service.url}{BATCHES}?api_key={api.client.key}"
-    return answer_of(httpx2.get(url, trust_env=False))
+    return answer_of(asking.get(url))
 
 
 def ask_with_an_expired_key(api: Api) -> Answer:

@@ -27,6 +27,7 @@ from tasks.config import load_config
 from tasks.finish import finish
 from tasks.ingest import STREAM
 from tasks.stores import Stores, open_blobs
+from tests import asking
 from tests.faults.stack import (
     Broker,
     assert_output_is_whole,
@@ -273,7 +274,7 @@ def test_job_whose_api_was_killed_before_it_sent_the_message_is_found(
     with open_fleet(tmp_path, **settings_of(tmp_path, broker)) as fleet:
         url, api = start_api(fleet, "dies")
         with pytest.raises(httpx2.TransportError):
-            httpx2.post(f"{url}/v1/batches", json=body, headers=headers, trust_env=False)
+            asking.post(f"{url}/v1/batches", json=body, headers=headers)
         assert -9 == api.wait(timeout=60)
         job = list_jobs(database)[0]
         with build_client(broker.url) as client:
@@ -283,7 +284,7 @@ def test_job_whose_api_was_killed_before_it_sent_the_message_is_found(
         cpu, worker = fleet.start("cpu"), fleet.start("gpu")
         url, api = start_api(fleet)
         wait_until_completed(database, job, fleet)
-        again = httpx2.post(f"{url}/v1/batches", json=body, headers=headers, trust_env=False)
+        again = asking.post(f"{url}/v1/batches", json=body, headers=headers)
         num_resent = sum(fleet.count_logged(one, "sent_again") for one in (cpu, worker))
         codes = stop(fleet, cpu, worker)
 
@@ -304,7 +305,7 @@ def start_api(fleet: Fleet, *words: str) -> "tuple[str, subprocess.Popen[bytes]]
 
 def answers(url: str) -> bool:
     try:
-        return httpx2.get(url, trust_env=False).status_code == 200
+        return asking.get(url).status_code == 200
     except httpx2.TransportError:
         return False
 
@@ -375,15 +376,13 @@ def test_full_disk_refuses_an_upload_that_may_come_again(
         url, api = start_api(fleet)
 
         def send() -> httpx2.Response:
-            return httpx2.post(
-                f"{url}/v1/files", data={"purpose": "batch"}, files=upload, trust_env=False
-            )
+            return asking.post(f"{url}/v1/files", data={"purpose": "batch"}, files=upload)
 
         with full_disk(api.pid, 6_000_000):
             refused = send()
             left = list((tmp_path / "blobs").rglob("*"))
         taken = send()
-        found = httpx2.get(f"{url}/v1/files/{taken.json()['id']}/content", trust_env=False)
+        found = asking.get(f"{url}/v1/files/{taken.json()['id']}/content")
 
     assert 503 == refused.status_code
     assert "blobs_unavailable" == refused.json()["error"]["code"]
