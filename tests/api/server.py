@@ -25,7 +25,7 @@ MAX_FILE_BYTES: Final = 4 * 1024 * 1024
 MAX_BATCH_BYTES: Final = 2 * 1024 * 1024
 MAX_BATCH_LINES: Final = 200
 MAX_BODY_BYTES: Final = 1024 * 1024
-CHAT_TIMEOUT_S: Final = 4.0
+CHAT_TIMEOUT_S: Final = 10.0
 
 
 def main(database_url: str, blobs_folder: str, port: str, *words: str) -> None:

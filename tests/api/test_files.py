@@ -2,7 +2,6 @@
 
 import resource
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from api.multipart import clean_filename
 from tests.api.conftest import Client, Service, open_client, start_service
 from tests.api.inputs import upload
 from tests.api.server import MAX_FILE_BYTES
+from tests.waiting import wait_until
 
 FORM = {"content-type": "multipart/form-data; boundary=b"}
 PURPOSE = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
@@ -65,15 +65,11 @@ def test_upload_that_breaks_off_leaves_nothing(service: Service, client: Client)
     )
     with socket.create_connection((str(place.hostname), place.port or 0)) as connection:
         connection.sendall(head.encode() + PURPOSE + FILE + b"x" * 2 * MEBIBYTE)
-        time.sleep(0.3)
+        wait_until(lambda: list_unfinished(service))
         num_unfinished = len(list_unfinished(service))
 
-    deadline = time.monotonic() + 60
-    while list_unfinished(service) and time.monotonic() < deadline:
-        time.sleep(0.02)
-
+    wait_until(lambda: not list_unfinished(service))
     assert 1 == num_unfinished
-    assert [] == list_unfinished(service)
     assert [] == list_blobs(service, client)
     assert [] == client.api.files.list().data
 
