@@ -277,7 +277,7 @@ class S3Server:
                 stderr=log,
             )
         deadline = time.monotonic() + READY_S
-        client = self.build_client()
+        client = self.build_client(read_timeout_s=10.0)
         while not self._has_bucket(client):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
@@ -310,7 +310,7 @@ class S3Server:
     def make_prefix(self) -> str:
         return f"test-{next(self._numbers)}"
 
-    def build_client(self) -> Any:
+    def build_client(self, read_timeout_s: float = 60.0) -> Any:
         """boto's own, for what a test does behind Darkroom's back."""
         import boto3
         from botocore.config import Config
@@ -321,7 +321,9 @@ class S3Server:
             region_name=self.region,
             aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
-            config=Config(retries={"total_max_attempts": 1}, connect_timeout=1, read_timeout=10),
+            config=Config(
+                retries={"total_max_attempts": 1}, connect_timeout=10, read_timeout=read_timeout_s
+            ),
         )
 
     def _has_bucket(self, client: Any) -> bool:

@@ -43,7 +43,7 @@ from tests.media.servers import (
 from tests.services import S3Server
 
 LIMITS = ImageLimits(max_bytes=100_000)
-FETCHING = FetchConfig(image_fetch_timeout_s=1.0, limits=QUICK)
+FETCHING = FetchConfig(image_fetch_timeout_s=30.0, limits=replace(QUICK, min_rate_window_s=2.0))
 JPEG = b"\xff\xd8\xff" + bytes(2000) + b"\xff\xd9"
 KEYS = {"media": ("an id", "a secret of media")}
 
