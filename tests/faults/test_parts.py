@@ -139,7 +139,7 @@ def build_settings(folder: Path, database_url: str, broker: Broker) -> dict[str,
         "DATABASE_URL": database_url,
         "REDIS_URL": broker.url,
         "CHUNK_ITEMS": "2",
-        "LEASE_S": "2",
+        "LEASE_S": "6",  # on a busy machine a beat comes late, and a lost lease is an attempt more
         "HEARTBEAT_S": "0.5",
         "SWEEP_S": "0.5",
     }

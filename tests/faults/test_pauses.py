@@ -50,7 +50,8 @@ def settings_of(home: Path, database_url: str, broker: Broker, **more: str) -> d
 def test_frozen_worker_wakes_up_tries_to_commit_and_changes_nothing(
     tmp_path: Path, stores: Stores, database_url: str, broker: Broker
 ) -> None:
-    settings = settings_of(tmp_path, database_url, broker, LEASE_S="1.5", HEARTBEAT_S="0.5")
+    # So long that what it holds can be counted before others have it.
+    settings = settings_of(tmp_path, database_url, broker, LEASE_S="6", HEARTBEAT_S="0.5")
     with open_fleet(tmp_path, **settings) as fleet:
         fleet.start("cpu")
         frozen = fleet.start("gpu", "0.2")
