@@ -125,7 +125,7 @@ def test_send_without_a_broker_fails_soon_and_in_silence() -> None:
     assert 0 == dispatcher.send_permits("m", 5)
     assert dispatcher.count_queued("m") is None
 
-    assert time.monotonic() - started < 10.0
+    assert time.monotonic() - started < 30.0
     dispatcher.close()
 
 

@@ -172,7 +172,7 @@ def test_chats_go_while_the_blob_store_is_away(
     thread.start()
     wait_until(is_asked.is_set)
     stop.set()
-    thread.join(10)
+    thread.join(60)
 
     with stores.database.read() as session:
         assert jobs.find(session, chat) is None
@@ -194,7 +194,7 @@ def test_one_process_collects_until_it_is_told_to_stop(stores: Stores, tmp_path:
         while is_there(stores, key):
             assert thread.is_alive()
     stop.set()
-    thread.join(10)
+    thread.join(60)
 
     assert not thread.is_alive()
     with stores.database.read() as session:

@@ -34,7 +34,6 @@ __all__ = ["rig"]
 
 clips = pytest.importorskip("tests.media.clips")
 
-pytestmark = pytest.mark.timeout(120)
 
 # What has nothing to do with SQL of its own is tried on one of the two databases.
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
