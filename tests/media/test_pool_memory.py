@@ -71,7 +71,7 @@ def test_large_pictures_stay_within_the_bytes_of_the_pool() -> None:
     seen: list[int] = []
 
     with (
-        DecoderPool(NUM_PROCESSES, max_bytes=MAX_BYTES) as pool,
+        DecoderPool(NUM_PROCESSES, max_bytes=MAX_BYTES, image_limit_s=120.0) as pool,
         ThreadPoolExecutor(NUM_PROCESSES + 2) as threads,
     ):
         wait_until(lambda: len(pool._idle) == NUM_PROCESSES)
