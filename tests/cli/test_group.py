@@ -25,8 +25,12 @@ while len(told) < int(sys.argv[3]):
 """
 
 
+def build(*members: Member) -> Group:
+    return Group(dict(os.environ), command=(sys.executable, "-c"), members=list(members))
+
+
 def run(*members: Member) -> tuple[ExitCode, Group]:
-    group = Group(dict(os.environ), command=(sys.executable, "-c"), members=list(members))
+    group = build(*members)
     return group.run(stop_within_s=10_000.0), group
 
 
@@ -86,10 +90,11 @@ def test_who_has_ended_is_reported_and_started_again(
 
 def test_who_lets_others_go_first_is_started_so(tmp_path: Path) -> None:
     found = tmp_path / "found"
-    program = "import os, pathlib, sys, time; time.sleep(0.2); "
+    program = "import os, pathlib, sys, time; end = time.monotonic() + 30\n"
+    program += "while os.nice(0) == int(sys.argv[2]) and time.monotonic() < end: time.sleep(0.01)\n"
     program += "pathlib.Path(sys.argv[1]).write_text(str(os.nice(0))); raise SystemExit(2)"
 
-    run(Member("it", (program, str(found)), niceness=5))
+    run(Member("it", (program, str(found), str(os.nice(0))), niceness=5))
 
     assert os.nice(0) + 5 == int(found.read_text())
 
@@ -177,11 +182,12 @@ def test_who_does_not_come_to_an_end_is_hurried_and_then_killed(
         wait_for(is_told)
         press_ctrl_c()
         if num_needed > 2:
-            time.sleep(0.3)  # or two signals may count as one
+            wait_until(lambda: group.num_asked == 2)  # or two signals may count as one
             press_ctrl_c()
 
+    group = build(Member("it", (STUBBORN, str(is_up), str(is_told), str(num_needed))))
     thread = in_thread(stop)
-    code, group = run(Member("it", (STUBBORN, str(is_up), str(is_told), str(num_needed))))
+    code = group.run(stop_within_s=10_000.0)
     thread.join()
 
     assert ExitCode.DONE == code
