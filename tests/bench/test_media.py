@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("httpcore2")  # or there is one way less
 
 
+@pytest.mark.timeout(600)  # it starts many processes, each with all that it compares
 def test_each_way_is_timed_and_compared() -> None:
     command = [
         "-m",
@@ -24,7 +25,7 @@ def test_each_way_is_timed_and_compared() -> None:
     ]
 
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, *command], capture_output=True, text=True, check=True, timeout=500
     )
 
     lines = [json.loads(line) for line in done.stdout.splitlines()]
