@@ -161,7 +161,7 @@ def ask_with_an_expired_key(api: Api) -> Answer:
     return ask_with_key(key)(api)
 
 
-def say(api: Api, *pieces: bytes, timeout_s: float = 5.0) -> Answer:
+def say(api: Api, *pieces: bytes, timeout_s: float = asking.ANSWER_S) -> Answer:
     """Write these on a connection, and read one answer; status 0 where there is none."""
     port = int(api.service.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
@@ -195,7 +195,7 @@ def hang_up_in_an_upload(api: Api) -> Answer:
         api, "POST", FILES, "Content-Type: multipart/form-data; boundary=b", "Content-Length: 99999"
     )
     port = int(api.service.url.rsplit(":", 1)[1])
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=asking.ANSWER_S) as connection:
         connection.sendall(head + part("purpose", b"batch") + b"--b\r\nContent-Disp")
     return 0, ""
 
@@ -203,7 +203,7 @@ def hang_up_in_an_upload(api: Api) -> Answer:
 def hang_up_in_a_stream(api: Api) -> Answer:
     batch = submit(api.client, build_line(1)).id
     port = int(api.service.url.rsplit(":", 1)[1])
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=asking.ANSWER_S) as connection:
         connection.sendall(head_of(api, "GET", f"{BATCHES}/{batch}?wait=60"))
     return 0, ""
 
