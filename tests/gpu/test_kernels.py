@@ -882,7 +882,7 @@ def test_activated_products_in_fp8(activation: activated.Activation, has_bias: b
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_added_products(has_bias: bool, dtype: torch.dtype) -> None:
-    """At widths that tiles do not divide; what is behind the last row is not written."""
+    """At widths that tiles do not divide."""
     for width, depth in ((1280, 5120), (1152, 4304), (48, 40)):
         weight = (drawn(width, depth, seed=1) * depth**-0.5).to(dtype)
         bias = drawn(width, dtype=dtype, seed=2) if has_bias else None
@@ -898,6 +898,65 @@ def test_added_products(has_bias: bool, dtype: torch.dtype) -> None:
             assert torch.equal(before, x)
             assert_near((x.float() + exact(inner.float())).to(dtype), actual)
             assert torch.equal(actual, added.multiply(inner, linear, x))
+
+
+@needs_hopper
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_added_products_know_nothing_of_what_lies_behind(
+    in_fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows behind the last row are neither read nor written, and a row's NaN is its own."""
+    linear = as_linear(*(drawn(*s, dtype=torch.bfloat16) for s in ((1152, 1280), (1152,))))
+    rows, stream = (
+        torch.full((1700, width), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        for width in (1280, 1152)
+    )
+    rows[:1500] = drawn(1500, 1280, dtype=torch.bfloat16, seed=1)
+    stream[:1500] = drawn(1500, 1152, dtype=torch.bfloat16, seed=2)
+    stream[507] = float("nan")
+    product = quantised.Fp8Linear(linear) if in_fp8 else linear
+    whole = torch.full((1700, 1152), 7.0, dtype=torch.bfloat16, device=DEVICE)
+
+    expected = added.multiply(rows[:1500], product, stream[:1500])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda x: whole[: len(x)])
+        actual = added.multiply(rows[:1500], product, stream[:1500])
+
+    assert torch.equal(whole[1500:], torch.full_like(whole[1500:], 7.0))
+    assert [507] == actual.isnan().any(dim=1).nonzero().flatten().tolist()
+    assert torch.equal(expected.nan_to_num(), actual.nan_to_num())
+
+
+@needs_hopper
+def test_activated_products_in_fp8_know_nothing_of_what_lies_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As others; results are in fp8, whose tiles are half as wide in memory."""
+    small = quantised.Fp8Linear(
+        as_linear(*(drawn(*s, dtype=torch.bfloat16) for s in ((4304, 1280), (4304,))))
+    )
+    rows = drawn(1500, 1280, dtype=torch.bfloat16, seed=1)
+    rows[507] = float("nan")
+    x, whole = quantised.quantise(rows), torch.full((1700, 4304), 7, dtype=torch.uint8).to(DEVICE)
+    bound = activated.find_bound(small, "gelu_tanh")
+
+    def run() -> Tensor:
+        return activated.multiply_in_fp8(x, small, "gelu_tanh", bound, 0).values
+
+    expected = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Tensor,
+            "new_empty",
+            lambda _self, shape, dtype: whole[: shape[0]].view(dtype),
+        )
+        actual = run()
+
+    assert torch.equal(whole[1500:], torch.full_like(whole[1500:], 7))
+    assert torch.equal(expected.view(torch.uint8), actual.view(torch.uint8))
+    others = torch.arange(1500, device=DEVICE) != 507
+    assert actual[507].float().isnan().all()
+    assert actual.float()[others].isfinite().all()
 
 
 @needs_hopper

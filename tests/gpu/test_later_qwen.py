@@ -176,6 +176,7 @@ def test_random_weights_stay_close_to_the_reference(tmp_path: Path, name: str) -
     assert num_apart(counts) == 0
 
 
+@pytest.mark.usefixtures("in_one_always")
 @pytest.mark.parametrize("num_equal", [0, 12])
 def test_pictures_look_the_same_in_a_replay(folder: Path, num_equal: int) -> None:
     config = EngineConfig(model=str(folder), dtype="bfloat16", device="cuda")
