@@ -88,11 +88,13 @@ class Bound(NamedTuple):
         seven powers of two more.
 
         Returns:
-            None where one output's weights are so much larger than others' that it would cost these.
+            None where one output's weights are so much larger than others' that it would cost these,
+            and where all are zero.
         """
         weight = linear.rows.read()
         share = weight.abs().sum(1).max().item()
-        if share > MOST_SPREAD * weight.shape[1] ** 0.5 * weight.norm(dim=1).median().item():
+        even = weight.shape[1] ** 0.5 * weight.norm(dim=1).median().item()
+        if not 0 < share <= MOST_SPREAD * even:
             return None
         rest = 0.0 if linear.bias is None else linear.bias.abs().max().item() / MOST
         return cls(share * SURE, rest * SURE)

@@ -536,6 +536,7 @@ def test_no_bound_where_one_output_would_cost_the_others_their_last_bits() -> No
     assert activated.Bound.find(quantised.Fp8Linear(as_linear(weight))) is not None
     weight[7] *= 6
     assert activated.Bound.find(quantised.Fp8Linear(as_linear(weight))) is None
+    assert activated.Bound.find(quantised.Fp8Linear(as_linear(torch.zeros(96, 48)))) is None
     assert activated.find_bound(quantised.Fp8Linear(as_linear(drawn(96, 48))), "silu_mul") is None
 
 
