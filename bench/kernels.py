@@ -324,12 +324,15 @@ def measure_split() -> None:
         ("LLaVA down", 11_008, 4096),
         ("LLaVA out", 4096, 4096),
     ):
-        for rows in (512, 448, 256, 128, 64, 16):
-            run, linear = split.draw(torch.device("cuda"), DTYPE, depth, width, rows)
-            flops, moved = 2 * rows * depth * width, 2 * width * depth
-            _line(f"{name} {rows} whole", partial(run, in_one.NEVER), flops=flops, moved=moved)
-            _line(f"{name} {rows} in parts", partial(run, 0), flops=flops, moved=moved)
-        _print(name=name, rows=split.choose(linear))
+        for dtype in (DTYPE, quantised.FP8):
+            gives_fp8 = dtype == quantised.FP8
+            for rows in (512, 448, 256, 128, 64, 16):
+                run, linear = split.draw(torch.device("cuda"), dtype, depth, width, gives_fp8, rows)
+                flops, moved = 2 * rows * depth * width, linear.weight.nbytes
+                way = f"{name} {dtype} {rows}"
+                _line(f"{way} whole", partial(run, in_one.NEVER), flops=flops, moved=moved)
+                _line(f"{way} in parts", partial(run, 0), flops=flops, moved=moved)
+            _print(name=f"{name} {dtype}", rows=split.choose(linear, gives_fp8=gives_fp8))
 
 
 def _print_choice(name: str, least_rows: int) -> None:

@@ -222,9 +222,9 @@ class FusedRMSNorm(nn.Module):
         """Of delta + x; delta keeps the sum."""
         return self.pieces.add_rms_norm_(delta, x, self.weight, self.eps)  # type: ignore[no-any-return]
 
-    def add_parts(self, parts: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def add_parts(self, parts: Tensor, x: Tensor) -> tuple[Tensor, Tensor | Fp8Rows]:
         """Of x and what stands in parts, (parts, rows, width): their sum, and that of the sum."""
-        return norms.add_parts_rms_norm(parts, x, self.weight, self.eps)
+        return self.pieces.add_parts_rms_norm(parts, x, self.weight, self.eps)  # type: ignore[no-any-return]
 
 
 class FusedLayerNorm(nn.Module):
@@ -280,14 +280,10 @@ class Adding(nn.Module):
     def __init__(self, linear: nn.Module, norm: FusedRMSNorm | FusedLayerNorm) -> None:
         super().__init__()
         self.linear = linear
-        self.least_rows = added.choose(
-            linear,
-            is_rms=isinstance(norm, FusedRMSNorm),
-            gives_fp8=norm.pieces is quantised,
-        )
+        is_rms, gives_fp8 = isinstance(norm, FusedRMSNorm), norm.pieces is quantised
+        self.least_rows = added.choose(linear, is_rms=is_rms, gives_fp8=gives_fp8)
+        self.split = split.choose(linear, gives_fp8=gives_fp8) if is_rms else split.NEVER
         self.least_folded = in_one.NEVER  # rows from which on the norm is left to what is behind it
-        is_plain = isinstance(norm, FusedRMSNorm) and norm.pieces is norms
-        self.split = split.choose(linear) if is_plain else split.NEVER
 
     def forward(self, inner: Tensor | Fp8Rows, x: Tensor) -> Arriving:
         """inner: (..., depth). x: (..., width)."""
@@ -300,9 +296,8 @@ class Adding(nn.Module):
             assert isinstance(self.linear, nn.Linear | Fp8Linear)
             return added.multiply(inner, self.linear, x)
         if self.split.has(num_rows):
-            assert isinstance(self.linear, nn.Linear)
-            assert isinstance(inner, Tensor)
-            return InParts(x, split.multiply(inner, self.linear.weight))
+            assert isinstance(self.linear, nn.Linear | Fp8Linear)
+            return InParts(x, split.multiply(inner, self.linear))
         return Carried(x, self.linear(inner))
 
 

@@ -98,7 +98,7 @@ def _compare(
         return drawn
 
     apart = in_one.APART_IN_FP8 if gives_fp8 else in_one.APART
-    return in_one.time_share(NAME, device, build, _read, apart)
+    return in_one.time_share(NAME, device, build, read, apart)
 
 
 def draw(
@@ -147,5 +147,6 @@ def run(
     return normed
 
 
-def _read(rows: Tensor | Fp8Rows) -> Tensor:
+def read(rows: Tensor | Fp8Rows) -> Tensor:
+    """The numbers of what a norm gives."""
     return rows.read() if isinstance(rows, Fp8Rows) else rows

@@ -80,6 +80,19 @@ def add_rms_norm_(delta: Tensor, x: Tensor, weight: Tensor, eps: float) -> Fp8Ro
     return quantise(norms.add_rms_norm_(delta, x, weight, eps))
 
 
+def add_parts_rms_norm(
+    parts: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Fp8Rows]:
+    """As `norms.add_parts_rms_norm`."""
+    if has_kernels(x):
+        from engine.kernels.gpu import norms as gpu_norms
+
+        total, normed = gpu_norms.add_parts_norm_in_fp8(parts, x, weight, None, eps)
+        return total, Fp8Rows(*normed)
+    total, plain = norms.add_parts_rms_norm(parts, x, weight, eps)
+    return total, quantise(plain)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Fp8Rows:
     """As `norms.layer_norm`."""
     if has_kernels(x):

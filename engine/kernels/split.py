@@ -10,12 +10,14 @@ them up. Whether that is faster than the vendor's product depends on the shape, 
 import logging
 import math
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from engine.kernels import has_kernels, in_one, norms
+from engine.kernels import has_kernels, in_one, norms, quantised
+from engine.kernels.added import read
+from engine.kernels.quantised import FP8, Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once, chooses_by_time
 from engine.kernels.trials import unless_memory_is_short
 
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "split_product"
 ROWS = (512, 256, 128, 64, 16)  # of calls on which the two ways are compared
-STEP = 64  # numbers of the depth; a weight that it does not divide is not split
+STEP_BYTES = 128  # of the depth; a weight whose rows it does not divide is not split
 EPS = 1e-6
 
 
@@ -40,51 +42,58 @@ class Span(NamedTuple):
 NEVER = Span(1, 0)
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
+def multiply(x: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear) -> Tensor:
     """
     Args:
-        x: (..., depth), 16 bits.
-        weight: (width, depth), dense, as x; depth a multiple of STEP.
+        x: (..., depth), 16 bits; of an Fp8Linear perhaps in fp8.
+        linear: without a bias; depth a multiple of STEP_BYTES in numbers.
 
     Returns:
         (parts, rows, width), float32: what adds up to the product.
     """
+    scales: tuple[Tensor, Tensor] | None = None
+    if isinstance(linear, Fp8Linear):
+        small = x if isinstance(x, Fp8Rows) else quantised.quantise(x)
+        scales, x = (small.scales, linear.scales), small.values
+    assert isinstance(x, Tensor)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if has_kernels(x):
         from engine.kernels.gpu import split
 
-        return split.multiply(rows, weight)
-    half = rows.shape[1] // 2
-    return torch.stack(
-        [
-            rows[:, :half].float() @ weight[:, :half].float().T,
-            rows[:, half:].float() @ weight[:, half:].float().T,
-        ]
-    )
+        return split.multiply(rows, linear.weight, *(scales or ()))
+    halves = zip(rows.tensor_split(2, 1), linear.weight.tensor_split(2, 1), strict=True)
+    parts = torch.stack([half.float() @ of_half.float().T for half, of_half in halves])
+    return parts if scales is None else parts * scales[0] * scales[1].T
 
 
-def choose(linear: nn.Module) -> Span:
+def choose(linear: nn.Module, *, gives_fp8: bool) -> Span:
     """
     Compare the two ways, each with the addition and RMSNorm behind it, once for each device and shape.
 
     NOTE: not while a CUDA graph is captured.
+
+    Args:
+        gives_fp8: of that norm.
     """
-    if not isinstance(linear, nn.Linear) or linear.bias is not None:
+    if not isinstance(linear, nn.Linear | Fp8Linear) or linear.bias is not None:
         return NEVER
-    device, dtype = linear.weight.device, linear.weight.dtype
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    weight, (width, depth) = linear.weight, linear.weight.shape
+    device, dtype = weight.device, weight.dtype
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16, FP8):
         return NEVER
-    if not chooses_by_time() or linear.in_features % STEP or linear.out_features % 8:
+    if not chooses_by_time() or depth * dtype.itemsize % STEP_BYTES or width % 8:
         return NEVER
     if not has_kernels(torch.empty(1, device=device)):
         return NEVER
-    return ask_once(_choose, device, dtype, linear.in_features, linear.out_features)
+    return ask_once(_choose, device, dtype, depth, width, gives_fp8)
 
 
-def _choose(device: torch.device, dtype: torch.dtype, depth: int, width: int) -> Span:
+def _choose(
+    device: torch.device, dtype: torch.dtype, depth: int, width: int, gives_fp8: bool
+) -> Span:
     span = NEVER
     for index, rows in enumerate(ROWS):
-        compare = partial(_compare, device, dtype, depth, width, rows)
+        compare = partial(_compare, device, dtype, depth, width, gives_fp8, rows)
         share = unless_memory_is_short(compare, math.inf)
         if share < in_one.BETTER:
             smaller = ROWS[index + 1] if index + 1 < len(ROWS) else 0
@@ -96,27 +105,42 @@ def _choose(device: torch.device, dtype: torch.dtype, depth: int, width: int) ->
 
 
 @cache
-def _compare(device: torch.device, dtype: torch.dtype, depth: int, width: int, rows: int) -> float:
+def _compare(
+    device: torch.device, dtype: torch.dtype, depth: int, width: int, gives_fp8: bool, rows: int
+) -> float:
     """`in_one.time_share` of so many rows."""
 
-    def build() -> partial[Tensor]:
-        run, _ = draw(device, dtype, depth, width, rows)
+    def build() -> partial[Tensor | Fp8Rows]:
+        run, _ = draw(device, dtype, depth, width, gives_fp8, rows)
         return run
 
-    return in_one.time_share(NAME, device, build, lambda normed: normed)
+    apart = in_one.APART_IN_FP8 if gives_fp8 else in_one.APART
+    return in_one.time_share(NAME, device, build, read, apart)
 
 
 def draw(
-    device: torch.device, dtype: torch.dtype, depth: int, width: int, rows: int
-) -> tuple[partial[Tensor], nn.Linear]:
+    device: torch.device, dtype: torch.dtype, depth: int, width: int, gives_fp8: bool, rows: int
+) -> tuple[partial[Tensor | Fp8Rows], nn.Linear | Fp8Linear]:
     """What runs the product, the addition and the norm, in parts from so many rows on; the product."""
-    inner, linear = in_one.draw(device, rows, depth, width, dtype=dtype, has_bias=False)
-    x = torch.randn((rows, width), dtype=dtype, device=device)
-    return partial(_run, inner, linear, x, x.new_ones(width)), linear
+    plain = torch.bfloat16 if dtype == FP8 else dtype
+    prepare = in_one.draw_in_fp8 if dtype == FP8 else partial(in_one.draw, dtype=dtype)
+    inner, linear = prepare(device, rows, depth, width, has_bias=False)
+    x = torch.randn((rows, width), dtype=plain, device=device)
+    return partial(_run, inner, linear, x, x.new_ones(width), gives_fp8), linear
 
 
-def _run(inner: Tensor, linear: nn.Linear, x: Tensor, norm: Tensor, least_rows: int) -> Tensor:
+def _run(
+    inner: Tensor | Fp8Rows,
+    linear: nn.Linear | Fp8Linear,
+    x: Tensor,
+    weight: Tensor,
+    gives_fp8: bool,
+    least_rows: int,
+) -> Tensor | Fp8Rows:
+    pieces: Any = quantised if gives_fp8 else norms
+    normed: Tensor | Fp8Rows
     if len(x) >= least_rows:
-        _, normed = norms.add_parts_rms_norm(multiply(inner, linear.weight), x, norm, EPS)
-        return normed
-    return norms.add_rms_norm_(linear(inner), x, norm, EPS)
+        _, normed = pieces.add_parts_rms_norm(multiply(inner, linear), x, weight, EPS)
+    else:
+        normed = pieces.add_rms_norm_(linear(inner), x, weight, EPS)
+    return normed

@@ -263,27 +263,31 @@ def test_halves_of_layers_are_added_in_their_products_where_that_was_chosen(
         assert_near(expected, actual)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 def test_products_of_few_rows_stay_in_parts_where_that_was_chosen(
-    qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch
+    qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch, fp8: bool
 ) -> None:
     seen: list[int] = []
 
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        seen.append(x.numel() // x.shape[-1])
-        return split_before(x, weight)
+    def multiply(x: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear) -> Tensor:
+        rows = x.values if isinstance(x, Fp8Rows) else x
+        seen.append(rows.numel() // rows.shape[-1])
+        return split_before(x, linear)
 
     split_before = split.multiply
-    monkeypatch.setattr(split, "choose", lambda _: split.Span(1, NUM_TOKENS))
+    fusions = Fusions(fp8=fp8)
+    qwen_before, later_before = fused_copy(qwen, fusions), fused_copy(later_qwen, fusions)
+    monkeypatch.setattr(split, "choose", lambda *_, **__: split.Span(1, NUM_TOKENS))
     monkeypatch.setattr(split, "multiply", multiply)
-    fused, later = fused_copy(qwen), fused_copy(later_qwen)
+    fused, later = fused_copy(qwen, fusions), fused_copy(later_qwen, fusions)
 
-    assert_near(run_text(qwen), run_text(fused))
+    assert_near(run_text(qwen_before), run_text(fused))
     assert [NUM_TOKENS] * 2 * qwen.config.text_config.num_hidden_layers == seen
     seen.clear()
-    assert_near(run_text(qwen, NUM_TOKENS + 1), run_text(fused, NUM_TOKENS + 1))
+    assert_near(run_text(qwen_before, NUM_TOKENS + 1), run_text(fused, NUM_TOKENS + 1))
     assert not seen
-    assert_near(run_text(qwen, 1), run_text(fused, 1))
-    assert_near(run_text(later_qwen), run_text(later))
+    assert_near(run_text(qwen_before, 1), run_text(fused, 1))
+    assert_near(run_text(later_before), run_text(later))
 
 
 def test_norms_are_left_to_the_products_around_them_where_that_was_chosen(

@@ -542,14 +542,20 @@ def test_no_bound_where_one_output_would_cost_the_others_their_last_bits() -> No
 
 def test_products_in_parts_add_up_and_so_do_their_norms() -> None:
     inner, weight, x = drawn(2, 7, 64), drawn(48, 64, seed=1), drawn(2, 7, 48, seed=2)
-    norm = drawn(48, seed=3)
+    norm, linear = drawn(48, seed=3), as_linear(weight)
 
-    parts = split.multiply(inner, weight)
+    parts = split.multiply(inner, linear)
     total, normed = norms.add_parts_rms_norm(parts, x, norm, 1e-6)
 
     assert (14, 48) == parts.shape[1:]
     torch.testing.assert_close(total, x + inner @ weight.T)
     torch.testing.assert_close(normed, norms.rms_norm(total, norm, 1e-6))
+    rows, small = quantised.quantise(inner), quantised.Fp8Linear(linear)
+    in_fp8 = split.multiply(rows, small)
+    torch.testing.assert_close(in_fp8.sum(0), small(rows).flatten(0, 1))
+    total, of_fp8 = quantised.add_parts_rms_norm(in_fp8, x, norm, 1e-6)
+    expected = quantised.rms_norm(total, norm, 1e-6)
+    assert torch.equal(expected.read(), of_fp8.read())
 
 
 @pytest.mark.parametrize(
@@ -568,7 +574,9 @@ def test_products_are_split_for_the_numbers_of_rows_with_which_that_is_faster(
 ) -> None:
     monkeypatch.setattr(split, "_compare", lambda *args: shares[args[-1]])
 
-    assert split.Span(*span) == split._choose(torch.device("cpu"), torch.bfloat16, 8960, 1536)
+    assert split.Span(*span) == split._choose(
+        torch.device("cpu"), torch.bfloat16, 8960, 1536, False
+    )
 
 
 def test_a_cpu_goes_on_behind_every_product() -> None:
@@ -578,7 +586,7 @@ def test_a_cpu_goes_on_behind_every_product() -> None:
         assert in_one.NEVER == activated.choose(kind, "quick_gelu")
         assert in_one.NEVER == rotated.choose(kind, 16, 4)
         assert in_one.NEVER == added.choose(kind, is_rms=True, gives_fp8=False)
-        assert split.NEVER == split.choose(kind)
+        assert split.NEVER == split.choose(kind, gives_fp8=False)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_norms_left_to_products_and_products_in_parts_leave_answers_as_they_are(
     """Also where the first layers' results have something added (deepstack)."""
     monkeypatch.setattr(rotated, "choose", lambda *_: 10**6)
     monkeypatch.setattr(folded, "choose", lambda *_, **__: 20)
-    monkeypatch.setattr(split, "choose", lambda _: split.Span(1, 19))
+    monkeypatch.setattr(split, "choose", lambda *_, **__: split.Span(1, 19))
     asked = mixed_requests(6, "folded", with_times=HAS_SECONDS)
     llm = LLM(str(folder), limit_mm_per_prompt={"image": 8}, max_num_seqs=24)
 

@@ -32,6 +32,7 @@ from engine.kernels import (
     quantised,
     rope,
     rotated,
+    split,
     timing,
 )
 from tests.engine.linears import as_linear
@@ -199,6 +200,15 @@ def test_products_in_parts(
     assert len(parts) <= 16
     torch.testing.assert_close(parts.sum(0), x.float() @ weight.float().T, rtol=1e-3, atol=1e-3)
     assert torch.equal(parts, kernel("split").multiply(x, weight))
+    if depth % 128:
+        return
+    rows, small = quantised.quantise(x), quantised.quantise(weight)
+    given = rows.values, small.values, rows.scales, small.scales
+    in_fp8 = kernel("split").multiply(*given)
+    # Sums in the tensor cores have some 14 bits.
+    expected = rows.read() @ small.read().T
+    torch.testing.assert_close(in_fp8.sum(0), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(in_fp8, kernel("split").multiply(*given))
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])
@@ -215,6 +225,12 @@ def test_norms_of_what_stands_in_parts(num_rows: int, width: int, num_parts: int
     assert torch.equal(before, x)
     for ours, theirs in zip(actual, expected, strict=True):
         assert_near(theirs, ours)
+    if IS_INTERPRETED:  # it rounds up to a power of two wrongly
+        return
+    total, in_fp8 = kernel("norms").add_parts_norm_in_fp8(parts, x, weight.bfloat16(), None, 1e-6)
+    assert torch.equal(actual[0], total)
+    exact = quantised.quantise(expected[1]).read()
+    torch.testing.assert_close(quantised.Fp8Rows(*in_fp8).read().cpu(), exact, rtol=0.15, atol=0.02)
 
 
 HEADS = [(4, 2, 16), (12, 2, 128), (32, 32, 128), (16, 16, 80), (6, 1, 64), (3, 3, 8)]
@@ -675,6 +691,19 @@ def test_prompts_on_hopper_are_attended_to_by_a_kernel_of_its_own() -> None:
     )
     assert not prompts.is_usable(device, torch.bfloat16, 80)
     assert not prompts.is_usable(device, torch.float32, 128)
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="speed is a device's")
+def test_a_choice_of_split_products_is_made_for_each_shape() -> None:
+    for depth, width in ((8960, 1536), (1536, 1536), (11_008, 4096), (4096, 4096)):
+        linear = nn.Linear(depth, width, bias=False, dtype=torch.bfloat16, device=DEVICE)
+        for kind in (linear, quantised.Fp8Linear(linear)):
+            for gives_fp8 in (False, True):
+                span = split.choose(kind, gives_fp8=gives_fp8)
+                print(type(kind).__name__, depth, width, gives_fp8, span)
+
+                assert span == split.NEVER or span.has(span.most)
+        assert split.NEVER == split.choose(linear.float(), gives_fp8=False)
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="speed is a device's")

@@ -84,6 +84,16 @@ def add_parts_norm(
     return total, out
 
 
+def add_parts_norm_in_fp8(
+    parts: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`add_parts_norm`, the norm as values and the scales of rows."""
+    x = x.contiguous()
+    total, (out, scales) = torch.empty_like(x), _fp8_like(x)
+    _launch(x, total, weight, bias, out, scales, eps, adds=True, parts=parts)
+    return total, (out, scales)
+
+
 def norm_in_fp8(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from engine.kernels.gpu.processors import count_processors
 
-TILE_ROWS, TILE_COLUMNS, STEP = 64, 128, 64
+TILE_ROWS, TILE_COLUMNS = 64, 128
+STEP_BYTES = 128  # of the depth
 PROGRAMS = 2  # a processor
 MAX_PARTS = 16
 
@@ -17,10 +18,13 @@ def _multiply(
     x_ptr,
     weight_ptr,
     out_ptr,
+    row_scales_ptr,
+    column_scales_ptr,
     num_rows,
     width,
     depth,
     part_depth,
+    SCALED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -41,36 +45,46 @@ def _multiply(
         acc = tl.dot(tl.load(x_at), tl.trans(tl.load(weight_at)), acc)
         x_at += STEP
         weight_at += STEP
+    if SCALED:
+        of_row = tl.load(row_scales_ptr + row, mask=row < num_rows, other=0.0)
+        of_column = tl.load(column_scales_ptr + column, mask=column < width, other=0.0)
+        acc = acc * of_row[:, None] * of_column[None, :]
     at = (part.to(tl.int64) * num_rows + row[:, None]) * width + column[None, :]
     tl.store(out_ptr + at, acc, mask=(row < num_rows)[:, None] & (column < width)[None, :])
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
+def multiply(
+    x: Tensor, weight: Tensor, row_scales: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
     """
     Args:
-        x: (rows, depth), dense, 16 bits; depth a multiple of STEP.
+        x: (rows, depth), dense, 16 bits or fp8; depth a multiple of STEP_BYTES in numbers.
         weight: (width, depth), dense, as x.
+        row_scales, scales: of fp8, float32, (rows, 1) and (width, 1).
 
     Returns:
         (parts, rows, width), float32.
     """
     num_rows, depth = x.shape
-    width = len(weight)
+    width, step = len(weight), STEP_BYTES // x.itemsize
     down, across = triton.cdiv(num_rows, TILE_ROWS), triton.cdiv(width, TILE_COLUMNS)
-    num_parts = _count_parts(depth // STEP, down * across, x.device)
+    num_parts = _count_parts(depth // step, down * across, x.device)
     out = torch.empty((num_parts, num_rows, width), dtype=torch.float32, device=x.device)
     if num_rows:
         _multiply[(down, across, num_parts)](
             x,
             weight,
             out,
+            out if row_scales is None else row_scales,
+            out if scales is None else scales,
             num_rows,
             width,
             depth,
             depth // num_parts,
+            SCALED=scales is not None,
             TILE_ROWS=TILE_ROWS,
             TILE_COLUMNS=TILE_COLUMNS,
-            STEP=STEP,
+            STEP=step,
             num_warps=4,
             num_stages=4,
         )
