@@ -23,12 +23,12 @@ def multiply(inner: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear, x: Tensor) 
     x + linear(inner), in our kernel.
 
     Args:
-        inner: (..., depth), dense.
-        x: (..., width), dense.
+        inner: (..., depth).
+        x: (..., width).
     """
     from engine.kernels.gpu import in_one as gpu
 
-    bias, stream = linear.bias, x.view(-1, x.shape[-1])
+    bias, stream = linear.bias, flatten(x)
     if isinstance(linear, Fp8Linear):
         rows = inner if isinstance(inner, Fp8Rows) else quantise(inner)
         flat = Fp8Rows(rows.values.flatten(0, -2), rows.scales)

@@ -129,7 +129,7 @@ def multiply_and_sum_up(inner: Tensor, linear: nn.Linear, x: Tensor) -> Summed:
         return Summed(total, torch.stack([rows.sum(1), rows.square().sum(1)])[..., None])
     from engine.kernels.gpu import in_one as gpu
 
-    stream = x.view(-1, x.shape[-1])
+    stream = added.flatten(x)
     shape = 2, len(stream), gpu.count_tiles(stream.shape[1])
     totals = torch.empty(shape, dtype=torch.float32, device=x.device)
     flat = added.flatten(inner)

@@ -11,7 +11,8 @@ and so in one thread.
 """
 
 import math
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -688,7 +689,11 @@ def _launch(
 
 
 def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(
-        swizzle_byte_width=columns * x.itemsize, element_bitwidth=8 * x.itemsize, rank=2
-    )
+    layout = _layout(columns * x.itemsize, 8 * x.itemsize)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+
+
+@cache
+def _layout(width: int, bits: int) -> Any:
+    """width: of a row in shared memory, in bytes."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=2)
