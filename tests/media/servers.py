@@ -66,8 +66,8 @@ async def serve(
         task = asyncio.ensure_future(converse(reader, writer))
         tasks.add(task)
         await asyncio.wait({task})
-        tasks.discard(task)
         writer.transport.abort()
+        tasks.discard(task)
 
     server = await asyncio.start_server(on_connection, address, 0, ssl=tls, backlog=64)
     served.port = server.sockets[0].getsockname()[1]
@@ -75,9 +75,11 @@ async def serve(
         yield served
     finally:
         server.close()
-        for task in list(tasks):
-            task.cancel()
-        await asyncio.sleep(0.01)  # lets every conversation end before the loop does
+        while tasks:  # every conversation ends before the loop does, also one that has just begun
+            for task in tasks:
+                task.cancel()
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)  # and so do their connections
 
 
 def answering(
