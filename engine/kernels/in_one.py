@@ -66,7 +66,10 @@ def draw(
 def draw_in_fp8(
     device: torch.device, rows: int, depth: int, width: int, *, has_bias: bool
 ) -> tuple[Fp8Rows, Fp8Linear]:
+    """As `draw`, of rows and of outputs whose scales are not alike."""
     x, linear = draw(device, rows, depth, width, dtype=torch.bfloat16, has_bias=has_bias)
+    for part in (x, linear.weight.data):
+        part.mul_(torch.rand((len(part), 1), device=device))
     return quantise(x), Fp8Linear(linear)
 
 

@@ -630,21 +630,36 @@ def test_activated_products_are_compared_on_calls_for_which_there_is_memory(
         assert timing.ask_once(activated._choose, *asked) == 512
 
 
-def sum_exactly(x: Tensor | Fp8Rows, linear: Any, *, has_bias: bool) -> Tensor:
-    """The product in float32, which nobody has rounded."""
-    rows = x.read().view(x.values.shape) if isinstance(x, Fp8Rows) else x.float()
-    weight = linear.rows.read() if isinstance(linear, quantised.Fp8Linear) else linear.weight
-    return F.linear(rows, weight.float(), linear.bias.float() if has_bias else None)
+def sum_exactly(x: Tensor | Fp8Rows, linear: Any, fault: str | None) -> Tensor:
+    """The product in float32, which nobody has rounded, or what a kernel with a fault would make of it."""
+    given: list[Any] = [
+        x,
+        linear.rows if isinstance(linear, quantised.Fp8Linear) else linear.weight,
+    ]
+    for index, name in enumerate(("row scales", "column scales")):
+        if fault == name:
+            given[index] = given[index]._replace(scales=given[index].scales.roll(1, 0))
+    rows, weight = (part.read() if isinstance(part, Fp8Rows) else part.float() for part in given)
+    return F.linear(rows, weight, None if fault == "bias" else linear.bias.float())
 
 
-@pytest.mark.parametrize("is_right", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, quantised.FP8])
+@pytest.mark.parametrize(
+    ("dtype", "fault"),
+    [
+        (torch.bfloat16, None),
+        (torch.bfloat16, "bias"),
+        (quantised.FP8, None),
+        (quantised.FP8, "bias"),
+        (quantised.FP8, "row scales"),
+        (quantised.FP8, "column scales"),
+    ],
+)
 @pytest.mark.parametrize("product", [*get_args(activated.Activation), "rotated", "added"])
-def test_products_in_one_pass_their_comparisons_if_they_are_right_and_not_without_a_bias(
-    monkeypatch: pytest.MonkeyPatch, product: str, dtype: torch.dtype, is_right: bool
+def test_products_in_one_pass_their_comparisons_if_they_are_right(
+    monkeypatch: pytest.MonkeyPatch, product: str, dtype: torch.dtype, fault: str | None
 ) -> None:
     """With stand-ins for the kernels that round once, as these do."""
-    sum_up = partial(sum_exactly, has_bias=is_right)
+    sum_up = partial(sum_exactly, fault=fault)
 
     def activate(x: Tensor, linear: nn.Linear, activation: activated.Activation) -> Tensor:
         return activated.activate(sum_up(x, linear), activation).to(x.dtype)
@@ -688,7 +703,7 @@ def test_products_in_one_pass_their_comparisons_if_they_are_right_and_not_withou
             case _:
                 shares = [activated._compare.__wrapped__(*asked, product, 1280, 2048, True, rows)]
 
-        assert {1.0 if is_right else math.inf} == set(shares)
+        assert {math.inf if fault else 1.0} == set(shares)
 
 
 @pytest.mark.parametrize("fault", [None, "bias", "mean"])
