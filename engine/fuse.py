@@ -3,8 +3,8 @@ Swaps the layers of a loaded model for ones that pass over memory less often; we
 
 Queries, keys and values come from one matrix product, gates and what they gate from another; norms
 take the addition before them along, and large products what is behind them, on GPUs that can; rotary
-positions are read from a table and applied in place. `engine/kernels` has the pieces. What a layer computes does
-not change: tests/engine/test_fuse.py compares each with the one it replaces.
+positions are read from a table and applied in place. `engine/kernels` has the pieces. What a layer
+computes does not change: tests/engine/test_fuse.py compares each with the one it replaces.
 
 Products in fp8 are an option, and the one thing here that changes the numbers.
 

@@ -207,7 +207,7 @@ def test_products_in_parts(
     in_fp8 = kernel("split").multiply(*given)
     # Sums in the tensor cores have some 14 bits.
     expected = rows.read() @ small.read().T
-    torch.testing.assert_close(in_fp8.sum(0), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(in_fp8.sum(0), expected, rtol=2e-2, atol=2e-2)
     assert torch.equal(in_fp8, kernel("split").multiply(*given))
 
 
@@ -694,7 +694,9 @@ def test_prompts_on_hopper_are_attended_to_by_a_kernel_of_its_own() -> None:
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="speed is a device's")
-def test_a_choice_of_split_products_is_made_for_each_shape() -> None:
+def test_a_choice_of_split_products_is_made_for_each_shape(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     for depth, width in ((8960, 1536), (1536, 1536), (11_008, 4096), (4096, 4096)):
         linear = nn.Linear(depth, width, bias=False, dtype=torch.bfloat16, device=DEVICE)
         for kind in (linear, quantised.Fp8Linear(linear)):
@@ -704,6 +706,7 @@ def test_a_choice_of_split_products_is_made_for_each_shape() -> None:
 
                 assert span == split.NEVER or span.has(span.most)
         assert split.NEVER == split.choose(linear.float(), gives_fp8=False)
+    assert "unusable" not in caplog.text
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="speed is a device's")
