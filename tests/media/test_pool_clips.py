@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,13 @@ except (DecodeMemoryError, MemoryError):
 """
 
 
+@cache
+def build_small_and_large(codec: str) -> tuple[bytes, bytes]:
+    return clip(shades(3), codec=codec), clip(
+        [np.zeros((2160, 3840, 3), np.uint8)] * 2, codec=codec
+    )
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 @pytest.mark.parametrize("mebibytes", [4, 20, 60])
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4"])
@@ -79,8 +87,8 @@ def test_clip_for_which_memory_runs_out_is_not_called_damaged(
 ) -> None:
     """Of Python's own error a decoder process makes the other: `media_needs_too_much_memory`."""
     names = [str(tmp_path / name) for name in ("small", "large")]
-    Path(names[0]).write_bytes(clip(shades(3), codec=codec))
-    Path(names[1]).write_bytes(clip([np.zeros((2160, 3840, 3), np.uint8)] * 2, codec=codec))
+    for name, encoded in zip(names, build_small_and_large(codec), strict=True):
+        Path(name).write_bytes(encoded)
     command = [sys.executable, "-c", _WITH_LITTLE_MEMORY, *names, str(mebibytes << 20)]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
