@@ -112,13 +112,12 @@ def test_features_are_no_worse_than_transformers_own(folder: Path) -> None:
 
 @torch.inference_mode()
 def test_features_in_fp8_are_no_worse_in_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _do_all_in_one(monkeypatch)
     pictures = draw_pictures()
     wanted = features_by(Reference(folder), pictures)
-    with monkeypatch.context() as patch:
-        patch.setattr(in_one, "choose_rows", lambda _name, _compare: in_one.NEVER)
-        apart = encode(folder, pictures, quantization="fp8") - wanted
-    _do_all_in_one(monkeypatch)
     together = encode(folder, pictures, quantization="fp8") - wanted
+    monkeypatch.setattr(in_one, "choose_rows", lambda _name, _compare: in_one.NEVER)
+    apart = encode(folder, pictures, quantization="fp8") - wanted
 
     print(json.dumps({"apart": apart.norm().item(), "in one": together.norm().item()}))
     assert not torch.equal(apart, together)
