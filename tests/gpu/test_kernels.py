@@ -803,8 +803,10 @@ ROTATED = [
 
 
 @needs_hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("angle_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "angle_dtype"),  # each pair of both is compiled anew
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+)
 @pytest.mark.parametrize(("heads", "num_rotated", "dim", "depth"), ROTATED)
 def test_rotated_products(
     heads: int,
