@@ -68,7 +68,7 @@ def test_tokens_do_not_depend_on_how_a_prompt_is_cut(llm: LLM, seed: int) -> Non
 def test_the_last_layer_goes_on_with_the_ends_of_prompts_alone(llm: LLM) -> None:
     """Of the other tokens its keys and values are all that anybody reads."""
     num_rows: list[int] = []
-    last = llm.engine._runner._text.layers[-1].mlp
+    last = llm.engine._runner._text.layers[-1].mlp.down
     hook = last.register_forward_pre_hook(lambda _, given: num_rows.append(given[0].shape[1]))
     asked = [Request(prompt=f"{'y' * size}", params=GREEDY) for size in (9, 30, 17)]
     try:
