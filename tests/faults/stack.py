@@ -111,7 +111,7 @@ def wait_until_begun(
 
 
 def wait_until_completed(
-    database: Database, job: JobId, fleet: Fleet, *, timeout_s: float = 120
+    database: Database, job: JobId, fleet: Fleet, *, timeout_s: float = 240
 ) -> None:
     wait_until(is_state(database, job, JobState.COMPLETED), fleet, timeout_s=timeout_s)
 

@@ -43,7 +43,7 @@ from tests.storage import rows
 from tests.tasks.fakes import build_request
 from tests.tasks.processes import Fleet, open_fleet, wait_until
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

@@ -27,7 +27,7 @@ from tests.faults.stack import (
 from tests.services import freeze
 from tests.tasks.processes import Fleet, open_fleet, wait_until
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ POISON = 4
 
 
 @pytest.mark.services
+@pytest.mark.timeout(600)  # four workers have to start, one after the other
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_item_that_kills_its_worker_fails_alone(
     tmp_path: Path, database: Database, database_url: str, broker: Broker
@@ -52,7 +53,7 @@ def test_item_that_kills_its_worker_fails_alone(
                 worker = fleet.start("gpu", "0.1")
             return find(database, job).state is JobState.COMPLETED
 
-        wait_until(is_over, fleet, timeout_s=120)
+        wait_until(is_over, fleet, timeout_s=300)
         codes = stop(fleet, cpu, worker)
 
     with database.read() as session:
