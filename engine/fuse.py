@@ -1,5 +1,6 @@
 """
-Swaps the layers of a loaded model for ones that pass over memory less often; weights stay.
+Swaps the layers of a loaded model for ones that pass over memory less often; weights stay, but for
+those of norms that are left to the products around them.
 
 Queries, keys and values come from one matrix product, gates and what they gate from another; norms
 take the addition before them along, and large products what is behind them, on GPUs that can; rotary
