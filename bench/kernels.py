@@ -51,6 +51,7 @@ from engine.kernels import (
     split,
 )
 from engine.kernels.activated import Activation
+from engine.kernels.in_one import Product
 from engine.kernels.pictures import Cut, HopperCut
 from engine.sampler import Sampler
 
@@ -233,8 +234,8 @@ def measure_activated() -> None:
 def _activated(
     name: str, activation: Activation, rows: int, depth: int, width: int, *, has_bias: bool
 ) -> None:
-    shape = rows, depth, width
-    x, linear = in_one.draw(torch.device("cuda"), *shape, dtype=torch.bfloat16, has_bias=has_bias)
+    product = Product(torch.device("cuda"), DTYPE, depth, width, has_bias)
+    x, linear = in_one.draw_in_16_bits(product, rows)
     name, flops = f"{name} {activation} {rows}", 2 * rows * depth * width
     _line(f"{name} product alone", lambda: linear(x), flops=flops)
     for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):
@@ -242,7 +243,9 @@ def _activated(
         _line(f"{name} {way}", run, flops=flops)
         _line(f"{name} {way}, launched", run, flops=flops, in_graph=False)
     _print_choice(name, activated.choose(linear, activation))
-    rows_in_fp8, small = in_one.draw_in_fp8(torch.device("cuda"), *shape, has_bias=has_bias)
+    rows_in_fp8, small = in_one.draw(product._replace(dtype=quantised.FP8), rows)
+    assert isinstance(rows_in_fp8, quantised.Fp8Rows)
+    assert isinstance(small, quantised.Fp8Linear)
     bound = activated.find_bound(small, activation)
     name = f"{name} fp8"
     _line(f"{name} product alone", lambda: small(rows_in_fp8), flops=flops)
@@ -254,16 +257,12 @@ def _activated(
 
 def measure_rotated() -> None:
     """Queries, keys and values of the encoder, rotated in one kernel with their product and in two."""
-    ways: dict[str, Callable[..., Any]] = {
-        "bf16": partial(in_one.draw, dtype=DTYPE),
-        "fp8": in_one.draw_in_fp8,
-    }
-    for name, prepare in ways.items():
+    device, widths = torch.device("cuda"), (VISION_WIDTH, 3 * VISION_WIDTH)
+    for name, dtype in {"bf16": DTYPE, "fp8": quantised.FP8}.items():
         for rows in (PATCHES, 8192, 2048, 512):
-            shape = rows, VISION_WIDTH, 3 * VISION_WIDTH
-            x, linear = prepare(torch.device("cuda"), *shape, has_bias=True)
-            angles = torch.rand(rows, 80, device="cuda")
-            flops = 2 * math.prod(shape)
+            x, linear = in_one.draw(Product(device, dtype, *widths, has_bias=True), rows)
+            angles = torch.rand(rows, 80, device=device)
+            flops = 2 * rows * math.prod(widths)
             _line(f"rotated {name} {rows} product alone", partial(linear, x), flops=flops)
             for way, least_rows in (("apart", in_one.NEVER), ("in one", 0)):
                 run = partial(rotated.multiply, x, linear, angles, angles, 80, 32, least_rows)
@@ -273,23 +272,23 @@ def measure_rotated() -> None:
 
 def measure_added() -> None:
     """Products that end half a layer, and the norm behind them, in which one or the other adds."""
-    for name, shape, is_rms in (
-        ("encoder out", (PATCHES, VISION_WIDTH, VISION_WIDTH), False),
-        ("encoder down", (PATCHES, VISION_MLP, VISION_WIDTH), False),
-        ("text out", (PREFILL, TEXT_WIDTH, TEXT_WIDTH), True),
-        ("text down", (PREFILL, TEXT_MLP, TEXT_WIDTH), True),
-        ("LLaVA out", (8192, 4096, 4096), True),
-        ("LLaVA down", (8192, 11_008, 4096), True),
+    for name, rows, widths, is_rms in (
+        ("encoder out", PATCHES, (VISION_WIDTH, VISION_WIDTH), False),
+        ("encoder down", PATCHES, (VISION_MLP, VISION_WIDTH), False),
+        ("text out", PREFILL, (TEXT_WIDTH, TEXT_WIDTH), True),
+        ("text down", PREFILL, (TEXT_MLP, TEXT_WIDTH), True),
+        ("LLaVA out", 8192, (4096, 4096), True),
+        ("LLaVA down", 8192, (11_008, 4096), True),
     ):
         dtypes = ((DTYPE, False), (DTYPE, True), (quantised.FP8, True))
         for dtype, gives_fp8 in dtypes:
-            run, linear = added.draw(
-                torch.device("cuda"), dtype, *shape, not is_rms, is_rms, gives_fp8
-            )
+            product = Product(torch.device("cuda"), dtype, *widths, has_bias=not is_rms)
+            run = added.draw(product, is_rms, gives_fp8, rows)
             way = f"added {name} {dtype} {'fp8' if gives_fp8 else '16 bits'} behind"
-            flops = 2 * math.prod(shape)
+            flops = 2 * rows * math.prod(widths)
             _line(f"{way} norm adds", partial(run, in_one.NEVER), flops=flops)
             _line(f"{way} in one", partial(run, 0), flops=flops)
+            _, linear = in_one.draw(product, 1)
             _print_choice(way, added.choose(linear, is_rms=is_rms, gives_fp8=gives_fp8))
 
 
@@ -308,10 +307,13 @@ def measure_folded() -> None:
         ("LLaVA out, gates", 8192, (4096, 4096, 22_016), gated, True),
     ):
         depth, width, out = widths
-        first, second = (depth, width, not is_rms), (out, not is_rms)
+        first, second = (
+            Product(device, DTYPE, *pair, has_bias=not is_rms)
+            for pair in ((depth, width), (width, out))
+        )
         flops = 2 * rows * width * (depth + out)
         for way, added_rows in (("norm adds", in_one.NEVER), ("product adds", 0)):
-            run = folded.draw(device, DTYPE, first, second, behind, is_rms, added_rows, rows)
+            run = folded.draw(first, second, behind, is_rms, added_rows, rows)
             _line(f"{name} {way}", partial(run, in_one.NEVER), flops=flops)
         _line(f"{name} folded", partial(run, 0), flops=flops)
 
@@ -326,8 +328,10 @@ def measure_split() -> None:
     ):
         for dtype in (DTYPE, quantised.FP8):
             gives_fp8 = dtype == quantised.FP8
+            product = Product(torch.device("cuda"), dtype, depth, width, has_bias=False)
+            _, linear = in_one.draw(product, 1)
             for rows in (512, 448, 256, 128, 64, 16):
-                run, linear = split.draw(torch.device("cuda"), dtype, depth, width, gives_fp8, rows)
+                run = split.draw(product, gives_fp8, rows)
                 flops, moved = 2 * rows * depth * width, linear.weight.nbytes
                 way = f"{name} {dtype} {rows}"
                 _line(f"{way} whole", partial(run, in_one.NEVER), flops=flops, moved=moved)

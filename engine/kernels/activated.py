@@ -5,12 +5,12 @@ A matrix product and the activation of what it gives; see engine/kernels/in_one.
 from functools import cache, partial
 from typing import Literal, NamedTuple, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels import activations, in_one, quantised
-from engine.kernels.quantised import FP8, MOST, Fp8Linear, Fp8Rows
+from engine.kernels.in_one import Product
+from engine.kernels.quantised import MOST, Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once
 
 Activation = Literal["quick_gelu", "gelu_tanh", "silu_mul"]
@@ -151,51 +151,32 @@ def choose(linear: nn.Module, activation: Activation) -> int:
     """
     if not isinstance(linear, nn.Linear | Fp8Linear):
         return in_one.NEVER
-    weight, (width, depth) = linear.weight, linear.weight.shape
-    if activation == "silu_mul":
-        width //= 2
-    if not in_one.is_possible(weight.device, weight.dtype, width, depth):
+    product = Product.of(linear)
+    width = product.width // 2 if activation == "silu_mul" else product.width
+    if not in_one.is_possible(product.device, product.dtype, width, product.depth):
         return in_one.NEVER
     if isinstance(linear, Fp8Linear) and activation != "silu_mul" and not Bound.find(linear):
         return in_one.NEVER
-    has_bias = linear.bias is not None
-    return ask_once(_choose, weight.device, weight.dtype, activation, *weight.shape, has_bias)
+    return ask_once(_choose, product, activation)
 
 
-def _choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    activation: Activation,
-    width: int,
-    depth: int,
-    has_bias: bool,
-) -> int:
+def _choose(product: Product, activation: Activation) -> int:
+    _, dtype, depth, width, _ = product
     name = f"{NAME} dtype={dtype} activation={activation} width={width} depth={depth}"
-    compare = partial(_compare, device, dtype, activation, width, depth, has_bias)
-    return in_one.choose_rows(name, compare)
+    return in_one.choose_rows(name, partial(_compare, product, activation))
 
 
 @cache
-def _compare(
-    device: torch.device,
-    dtype: torch.dtype,
-    activation: Activation,
-    width: int,
-    depth: int,
-    has_bias: bool,
-    rows: int,
-) -> float:
+def _compare(product: Product, activation: Activation, rows: int) -> float:
     """`in_one.time_share` of so many rows."""
 
-    def build() -> partial[Tensor]:
-        x, linear = in_one.draw(device, rows, depth, width, dtype=dtype, has_bias=has_bias)
+    def build() -> partial[Tensor] | partial[Fp8Rows]:
+        x, linear = in_one.draw(product, rows)
+        if isinstance(linear, Fp8Linear):
+            assert isinstance(x, Fp8Rows)
+            bound = find_bound(linear, activation)
+            return partial(multiply_in_fp8, x, linear, activation, bound)
+        assert isinstance(x, Tensor)
         return partial(multiply, x, linear, activation)
 
-    def build_in_fp8() -> partial[Fp8Rows]:
-        x, linear = in_one.draw_in_fp8(device, rows, depth, width, has_bias=has_bias)
-        return partial(multiply_in_fp8, x, linear, activation, find_bound(linear, activation))
-
-    if dtype == FP8:
-        apart = in_one.APART_IN_FP8
-        return in_one.time_share(NAME, device, build_in_fp8, Fp8Rows.read, apart)
-    return in_one.time_share(NAME, device, build, lambda product: product)
+    return in_one.time_share(NAME, product.device, build)

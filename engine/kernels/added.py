@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import in_one, norms, quantised
-from engine.kernels.quantised import FP8, Fp8Linear, Fp8Rows, quantise
+from engine.kernels.in_one import EPS, Product
+from engine.kernels.quantised import Fp8Linear, Fp8Rows, quantise
 from engine.kernels.timing import ask_once
 
 NAME = "added_product"
-EPS = 1e-6
 
 
 def multiply(inner: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear, x: Tensor) -> Tensor:
@@ -58,71 +58,32 @@ def choose(linear: nn.Module, *, is_rms: bool, gives_fp8: bool) -> int:
     """
     if not isinstance(linear, nn.Linear | Fp8Linear):
         return in_one.NEVER
-    weight, shape = linear.weight, linear.weight.shape
-    if not in_one.is_possible(weight.device, weight.dtype, *shape):
+    product = Product.of(linear)
+    if not in_one.is_possible(product.device, product.dtype, product.width, product.depth):
         return in_one.NEVER
-    has_bias = linear.bias is not None
-    return ask_once(_choose, weight.device, weight.dtype, *shape, has_bias, is_rms, gives_fp8)
+    return ask_once(_choose, product, is_rms, gives_fp8)
 
 
-def _choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    depth: int,
-    has_bias: bool,
-    is_rms: bool,
-    gives_fp8: bool,
-) -> int:
+def _choose(product: Product, is_rms: bool, gives_fp8: bool) -> int:
+    _, dtype, depth, width, _ = product
     name = f"{NAME} dtype={dtype} width={width} depth={depth} fp8_behind={gives_fp8}"
-    return in_one.choose_rows(
-        name, partial(_compare, device, dtype, width, depth, has_bias, is_rms, gives_fp8)
-    )
+    return in_one.choose_rows(name, partial(_compare, product, is_rms, gives_fp8))
 
 
 @cache
-def _compare(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    depth: int,
-    has_bias: bool,
-    is_rms: bool,
-    gives_fp8: bool,
-    rows: int,
-) -> float:
+def _compare(product: Product, is_rms: bool, gives_fp8: bool, rows: int) -> float:
     """`in_one.time_share` of so many rows."""
-
-    def build() -> partial[Tensor | Fp8Rows]:
-        drawn, _ = draw(device, dtype, rows, depth, width, has_bias, is_rms, gives_fp8)
-        return drawn
-
-    apart = in_one.APART_IN_FP8 if gives_fp8 else in_one.APART
-    return in_one.time_share(NAME, device, build, read, apart)
+    build = partial(draw, product, is_rms, gives_fp8, rows)
+    return in_one.time_share(NAME, product.device, build)
 
 
-def draw(
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    depth: int,
-    width: int,
-    has_bias: bool,
-    is_rms: bool,
-    gives_fp8: bool,
-) -> tuple[partial[Tensor | Fp8Rows], nn.Linear | Fp8Linear]:
-    """What runs the product and the norm behind it, in one from so many rows on; and the product."""
-    inner: Tensor | Fp8Rows
-    linear: nn.Linear | Fp8Linear
-    plain = torch.bfloat16 if dtype == FP8 else dtype
-    if dtype == FP8:
-        inner, linear = in_one.draw_in_fp8(device, rows, depth, width, has_bias=has_bias)
-    else:
-        inner, linear = in_one.draw(device, rows, depth, width, dtype=dtype, has_bias=has_bias)
-    x = torch.randn((rows, width), dtype=plain, device=device)
+def draw(product: Product, is_rms: bool, gives_fp8: bool, rows: int) -> partial[Tensor | Fp8Rows]:
+    """What runs such a product and the norm behind it, in one from so many rows on."""
+    inner, linear = in_one.draw(product, rows)
+    x = torch.randn((rows, product.width), dtype=product.layer_dtype, device=product.device)
     # Of other norms the results are so large that their last places are further apart.
-    weight, bias = x.new_ones(width), None if is_rms else x.new_zeros(width)
-    return partial(run, inner, linear, x, weight, bias, gives_fp8), linear
+    weight, bias = x.new_ones(product.width), None if is_rms else x.new_zeros(product.width)
+    return partial(run, inner, linear, x, weight, bias, gives_fp8)
 
 
 def run(
@@ -145,8 +106,3 @@ def run(
         add_norm_ = pieces.add_rms_norm_ if bias is None else pieces.add_layer_norm_
         normed = add_norm_(linear(inner), x, *args)
     return normed
-
-
-def read(rows: Tensor | Fp8Rows) -> Tensor:
-    """The numbers of what a norm gives."""
-    return rows.read() if isinstance(rows, Fp8Rows) else rows

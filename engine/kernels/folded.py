@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.kernels import activated, added, has_kernels, in_one, rope, rotated
+from engine.kernels import activated, added, has_kernels, in_one, rotated
 from engine.kernels.activated import Activation, find_kind
+from engine.kernels.in_one import EPS, Product
 from engine.kernels.timing import ask_once
 
 NAME = "folded_norm"
@@ -75,8 +76,7 @@ class Folded(nn.Module):
         """And rotated, of a linear that is interleaved; see `rotated.multiply`."""
         if not has_kernels(summed.x):
             product = self._multiply(summed)
-            heads = product.view(len(product), -1, dim)[:, :num_heads]
-            rope.rotate_(heads, cos, sin, in_pairs=True)
+            rotated.rotate_(product, cos, sin, dim, num_heads)
             return product
         from engine.kernels.gpu import in_one as gpu
 
@@ -141,10 +141,10 @@ def fold_(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     """Put a norm's weight and bias, (depth,), into the product behind it."""
     exact = linear.weight.data.float()
     if bias is not None:
-        added = exact @ bias.float()
+        moved = exact @ bias.float()
         if linear.bias is not None:
-            added = added + linear.bias.float()
-        linear.bias = nn.Parameter(added.to(linear.weight.dtype), requires_grad=False)
+            moved = moved + linear.bias.float()
+        linear.bias = nn.Parameter(moved.to(linear.weight.dtype), requires_grad=False)
     linear.weight.data = (exact * weight.float()).to(linear.weight.dtype)
 
 
@@ -181,82 +181,45 @@ def choose(
         How many rows a call must have for two kernels to be faster than three; in_one.NEVER where they
         are not.
     """
-    device, dtype = end.weight.device, end.weight.dtype
-    width_out = len(reader.weight) // (1 + (behind.activation == "silu_mul"))
-    if dtype != reader.weight.dtype:
+    first, second = Product.of(end), Product.of(reader)
+    width_out = second.width // (1 + (behind.activation == "silu_mul"))
+    if first.dtype != second.dtype:
         return in_one.NEVER
-    if not in_one.is_possible(device, dtype, *end.weight.shape, width_out):
+    widths = first.width, first.depth, width_out
+    if not in_one.is_possible(first.device, first.dtype, *widths):
         return in_one.NEVER
-    return ask_once(
-        _choose,
-        device,
-        dtype,
-        (end.in_features, end.out_features, end.bias is not None),
-        (reader.out_features, reader.bias is not None),
-        behind,
-        is_rms,
-        least_added,
-    )
+    return ask_once(_choose, first, second, behind, is_rms, least_added)
 
 
-def _choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    end: tuple[int, int, bool],
-    reader: tuple[int, bool],
-    behind: Behind,
-    is_rms: bool,
-    least_added: int,
-) -> int:
-    depth, width, _ = end
-    name = f"{NAME} dtype={dtype} widths={depth},{width},{reader[0]} behind={behind}"
-    compare = partial(_compare, device, dtype, end, reader, behind, is_rms, least_added)
+def _choose(end: Product, reader: Product, behind: Behind, is_rms: bool, least_added: int) -> int:
+    widths = f"{end.depth},{end.width},{reader.width}"
+    name = f"{NAME} dtype={end.dtype} widths={widths} behind={behind}"
+    compare = partial(_compare, end, reader, behind, is_rms, least_added)
     return in_one.choose_rows(name, compare)
 
 
 @cache
 def _compare(
-    device: torch.device,
-    dtype: torch.dtype,
-    end: tuple[int, int, bool],
-    reader: tuple[int, bool],
-    behind: Behind,
-    is_rms: bool,
-    least_added: int,
-    rows: int,
+    end: Product, reader: Product, behind: Behind, is_rms: bool, least_added: int, rows: int
 ) -> float:
     """`in_one.time_share` of so many rows."""
-    build = partial(draw, device, dtype, end, reader, behind, is_rms, least_added, rows)
-    return in_one.time_share(NAME, device, build, lambda product: product)
+    build = partial(draw, end, reader, behind, is_rms, least_added, rows)
+    return in_one.time_share(NAME, end.device, build)
 
 
 def draw(
-    device: torch.device,
-    dtype: torch.dtype,
-    end: tuple[int, int, bool],
-    reader: tuple[int, bool],
-    behind: Behind,
-    is_rms: bool,
-    least_added: int,
-    rows: int,
+    end: Product, reader: Product, behind: Behind, is_rms: bool, least_added: int, rows: int
 ) -> partial[Tensor]:
-    """
-    What runs both products and the norm between them, folded from so many rows on.
-
-    Args:
-        end: columns in and out of the product before the norm, and whether it has a bias.
-        reader: columns out of the product behind it, and whether it has a bias.
-    """
-    depth, width, has_bias = end
-    inner, first = in_one.draw(device, rows, depth, width, dtype=dtype, has_bias=has_bias)
-    width_out, has_bias = reader
-    x, second = in_one.draw(device, rows, width, width_out, dtype=dtype, has_bias=has_bias)
+    """What runs both products and the norm between them, folded from so many rows on."""
+    device, dtype, _, width, _ = end
+    inner, first = in_one.draw_in_16_bits(end, rows)
+    x, second = in_one.draw_in_16_bits(reader, rows)
     x += torch.randn((rows, 1), dtype=dtype, device=device)  # means that are missed if they stay
     weight, bias = torch.rand((2, width), dtype=dtype, device=device)
     norm = weight, None if is_rms else bias
     twin = copy.deepcopy(second)
     fold_(twin, *norm)
-    product = Folded(twin, added.EPS, is_rms=is_rms)
+    product = Folded(twin, EPS, is_rms=is_rms)
     # As wide as transformers' own: the kernel is built for what divides the width, too.
     turns = torch.rand((rows, behind.dim // 2), device=device).repeat(1, 2)
     angles = turns.cos(), turns.sin()

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,39 @@ from engine.kernels.trials import left_out_if_broken, unless_memory_is_short
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 NEVER = sys.maxsize  # no call has so many rows
 ROWS = (8192, 2048, 512)  # of calls on which the two ways are compared, most first
 BETTER = 0.97  # of the other's time: less is no reason to leave what is known
 APART = 0.03  # of two results in 16 bits, to one more than their size
 APART_IN_FP8 = 0.15  # of two in fp8, with scales of their own: one of its steps may be an eighth
 ALIGNMENT = 16  # bytes at whose multiples rows begin, for the copy engine
+EPS = 1e-6  # of norms that are part of what is timed
+
+
+class Product(NamedTuple):
+    """
+    What decides how long a matrix product takes, but for the rows of a call.
+
+    Attributes:
+        dtype: of its weight, which is that of the rows that it multiplies.
+        depth, width: columns of these rows and of what they become.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    depth: int
+    width: int
+    has_bias: bool
+
+    @classmethod
+    def of(cls, linear: nn.Linear | Fp8Linear) -> Self:
+        weight, (width, depth) = linear.weight, linear.weight.shape
+        return cls(weight.device, weight.dtype, depth, width, linear.bias is not None)
+
+    @property
+    def layer_dtype(self) -> torch.dtype:
+        """Of the layers around it: products in fp8 stand between those in bfloat16."""
+        return torch.bfloat16 if self.dtype == FP8 else self.dtype
 
 
 def is_possible(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
@@ -53,24 +78,24 @@ def is_possible(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
     )
 
 
-def draw(
-    device: torch.device, rows: int, depth: int, width: int, *, dtype: torch.dtype, has_bias: bool
-) -> tuple[Tensor, nn.Linear]:
-    """Rows and a product to compare the two ways on, whose bias is large enough to be missed."""
+def draw(product: Product, rows: int) -> tuple[Tensor | Fp8Rows, nn.Linear | Fp8Linear]:
+    """As `draw_in_16_bits`; in fp8 with scales that are not alike, of rows and of outputs."""
+    x, linear = draw_in_16_bits(product, rows)
+    if product.dtype != FP8:
+        return x, linear
+    for part in (x, linear.weight.data):
+        part.mul_(torch.rand((len(part), 1), device=product.device))
+    return quantise(x), Fp8Linear(linear)
+
+
+def draw_in_16_bits(product: Product, rows: int) -> tuple[Tensor, nn.Linear]:
+    """(rows, depth) and a product to compare the two ways on, whose bias is large enough to be missed."""
+    device, _, depth, width, has_bias = product
+    dtype = product.layer_dtype
     linear = nn.Linear(depth, width, bias=has_bias, dtype=dtype, device=device)
     if has_bias:
         nn.init.normal_(linear.bias)
     return torch.randn((rows, depth), dtype=dtype, device=device), linear
-
-
-def draw_in_fp8(
-    device: torch.device, rows: int, depth: int, width: int, *, has_bias: bool
-) -> tuple[Fp8Rows, Fp8Linear]:
-    """As `draw`, of rows and of outputs whose scales are not alike."""
-    x, linear = draw(device, rows, depth, width, dtype=torch.bfloat16, has_bias=has_bias)
-    for part in (x, linear.weight.data):
-        part.mul_(torch.rand((len(part), 1), device=device))
-    return quantise(x), Fp8Linear(linear)
 
 
 def choose_rows(name: str, compare: Callable[[int], float]) -> int:
@@ -101,11 +126,7 @@ def choose_rows(name: str, compare: Callable[[int], float]) -> int:
 
 
 def time_share(
-    name: str,
-    device: torch.device,
-    build: Callable[[], Callable[[int], T]],
-    read: Callable[[T], Tensor],
-    apart: float = APART,
+    name: str, device: torch.device, build: Callable[[], Callable[[int], Tensor | Fp8Rows]]
 ) -> float:
     """
     How long our kernel takes, as a share of the other way's time; infinity where it does not work.
@@ -113,15 +134,21 @@ def time_share(
     Args:
         build: makes random inputs on the current device; what it gives computes them, in one if
             they have as many rows as it is told.
-        read: the numbers of a result.
-        apart: how far two of them may be, to one more than their size.
 
     Raises:
         OutOfMemoryError: so that they are compared again.
     """
     with left_out_if_broken(name, device), torch.cuda.device(device), torch.inference_mode():
         run = build()
-        if not torch.allclose(read(run(0)), read(run(NEVER)), rtol=apart, atol=apart):
+        if not _are_near(run(0), run(NEVER)):
             raise RuntimeError("it computes nonsense")
         return time_ms(lambda: run(0)) / time_ms(lambda: run(NEVER))
     return math.inf
+
+
+def _are_near(one: Tensor | Fp8Rows, other: Tensor | Fp8Rows) -> bool:
+    if isinstance(one, Fp8Rows):
+        assert isinstance(other, Fp8Rows)
+        return torch.allclose(one.read(), other.read(), rtol=APART_IN_FP8, atol=APART_IN_FP8)
+    assert isinstance(other, Tensor)
+    return torch.allclose(one, other, rtol=APART, atol=APART)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import in_one, rope
+from engine.kernels.in_one import Product
 from engine.kernels.quantised import FP8, Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once
 
@@ -43,9 +44,14 @@ def multiply(
     if len(cos) >= least_rows:
         return _multiply_in_one(x, linear, cos, sin, dim, num_heads)
     product: Tensor = linear(x)
+    rotate_(product, cos, sin, dim, num_heads)
+    return product
+
+
+def rotate_(product: Tensor, cos: Tensor, sin: Tensor, dim: int, num_heads: int) -> None:
+    """The first heads of what such a product gave, (T, width)."""
     heads = product.view(len(product), -1, dim)[:, :num_heads]
     rope.rotate_(heads, cos, sin, in_pairs=True)
-    return product
 
 
 def _multiply_in_one(
@@ -86,47 +92,28 @@ def choose(linear: nn.Linear | Fp8Linear, dim: int, num_heads: int) -> int:
     Returns:
         How many rows a call must have for our kernel to be the faster one; in_one.NEVER where it is not.
     """
-    weight, (width, depth) = linear.weight, linear.weight.shape
-    if dim % 2 or not in_one.is_possible(weight.device, weight.dtype, width, depth):
+    product = Product.of(linear)
+    widths = product.width, product.depth
+    if dim % 2 or not in_one.is_possible(product.device, product.dtype, *widths):
         return in_one.NEVER
-    has_bias = linear.bias is not None
-    return ask_once(_choose, weight.device, weight.dtype, dim, num_heads, width, depth, has_bias)
+    return ask_once(_choose, product, dim, num_heads)
 
 
-def _choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    dim: int,
-    num_heads: int,
-    width: int,
-    depth: int,
-    has_bias: bool,
-) -> int:
+def _choose(product: Product, dim: int, num_heads: int) -> int:
+    _, dtype, depth, width, _ = product
     name = f"{NAME} dtype={dtype} heads={num_heads} dim={dim} width={width} depth={depth}"
-    return in_one.choose_rows(
-        name, partial(_compare, device, dtype, dim, num_heads, width, depth, has_bias)
-    )
+    return in_one.choose_rows(name, partial(_compare, product, dim, num_heads))
 
 
 @cache
-def _compare(
-    device: torch.device,
-    dtype: torch.dtype,
-    dim: int,
-    num_heads: int,
-    width: int,
-    depth: int,
-    has_bias: bool,
-    rows: int,
-) -> float:
+def _compare(product: Product, dim: int, num_heads: int, rows: int) -> float:
     """`in_one.time_share` of so many rows."""
 
     def build() -> partial[Tensor]:
-        draw = in_one.draw_in_fp8 if dtype == FP8 else partial(in_one.draw, dtype=dtype)
-        x, linear = draw(device, rows, depth, width, has_bias=has_bias)
+        x, linear = in_one.draw(product, rows)
         # As wide as transformers' own: the kernel is built for what divides the width, too.
-        angles = torch.rand((rows, dim // 2), device=device).mul_(7.0).repeat(1, 2)
+        angles = torch.rand((rows, dim // 2), device=product.device).mul_(7.0).repeat(1, 2)
         cos, sin = angles.cos(), angles.sin()
         return partial(multiply, x, linear, cos, sin, dim, num_heads)
 
-    return in_one.time_share(NAME, device, build, lambda product: product)
+    return in_one.time_share(NAME, product.device, build)

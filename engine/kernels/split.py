@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import has_kernels, in_one, norms, quantised
-from engine.kernels.added import read
+from engine.kernels.in_one import EPS, Product
 from engine.kernels.quantised import FP8, Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once, chooses_by_time
 from engine.kernels.trials import unless_memory_is_short
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 NAME = "split_product"
 ROWS = (512, 256, 128, 64, 16)  # of calls on which the two ways are compared
 STEP_BYTES = 128  # of the depth; a weight whose rows it does not divide is not split
-EPS = 1e-6
 
 
 class Span(NamedTuple):
@@ -74,26 +73,28 @@ def choose(linear: nn.Module, *, gives_fp8: bool) -> Span:
 
     Args:
         gives_fp8: of that norm.
+
+    Returns:
+        How many rows a call must have for the parts to be faster; NEVER where they are not.
     """
     if not isinstance(linear, nn.Linear | Fp8Linear) or linear.bias is not None:
         return NEVER
-    weight, (width, depth) = linear.weight, linear.weight.shape
-    device, dtype = weight.device, weight.dtype
+    product = Product.of(linear)
+    device, dtype, depth, width, _ = product
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16, FP8):
         return NEVER
     if not chooses_by_time() or depth * dtype.itemsize % STEP_BYTES or width % 8:
         return NEVER
     if not has_kernels(torch.empty(1, device=device)):
         return NEVER
-    return ask_once(_choose, device, dtype, depth, width, gives_fp8)
+    return ask_once(_choose, product, gives_fp8)
 
 
-def _choose(
-    device: torch.device, dtype: torch.dtype, depth: int, width: int, gives_fp8: bool
-) -> Span:
+def _choose(product: Product, gives_fp8: bool) -> Span:
+    _, dtype, depth, width, _ = product
     span = NEVER
     for index, rows in enumerate(ROWS):
-        compare = partial(_compare, device, dtype, depth, width, gives_fp8, rows)
+        compare = partial(_compare, product, gives_fp8, rows)
         share = unless_memory_is_short(compare, math.inf)
         if share < in_one.BETTER:
             smaller = ROWS[index + 1] if index + 1 < len(ROWS) else 0
@@ -105,28 +106,17 @@ def _choose(
 
 
 @cache
-def _compare(
-    device: torch.device, dtype: torch.dtype, depth: int, width: int, gives_fp8: bool, rows: int
-) -> float:
+def _compare(product: Product, gives_fp8: bool, rows: int) -> float:
     """`in_one.time_share` of so many rows."""
-
-    def build() -> partial[Tensor | Fp8Rows]:
-        run, _ = draw(device, dtype, depth, width, gives_fp8, rows)
-        return run
-
-    apart = in_one.APART_IN_FP8 if gives_fp8 else in_one.APART
-    return in_one.time_share(NAME, device, build, read, apart)
+    build = partial(draw, product, gives_fp8, rows)
+    return in_one.time_share(NAME, product.device, build)
 
 
-def draw(
-    device: torch.device, dtype: torch.dtype, depth: int, width: int, gives_fp8: bool, rows: int
-) -> tuple[partial[Tensor | Fp8Rows], nn.Linear | Fp8Linear]:
-    """What runs the product, the addition and the norm, in parts from so many rows on; the product."""
-    plain = torch.bfloat16 if dtype == FP8 else dtype
-    prepare = in_one.draw_in_fp8 if dtype == FP8 else partial(in_one.draw, dtype=dtype)
-    inner, linear = prepare(device, rows, depth, width, has_bias=False)
-    x = torch.randn((rows, width), dtype=plain, device=device)
-    return partial(_run, inner, linear, x, x.new_ones(width), gives_fp8), linear
+def draw(product: Product, gives_fp8: bool, rows: int) -> partial[Tensor | Fp8Rows]:
+    """What runs such a product, the addition and the norm; in parts from so many rows on."""
+    inner, linear = in_one.draw(product, rows)
+    x = torch.randn((rows, product.width), dtype=product.layer_dtype, device=product.device)
+    return partial(_run, inner, linear, x, x.new_ones(product.width), gives_fp8)
 
 
 def _run(

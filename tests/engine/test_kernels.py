@@ -43,6 +43,7 @@ from engine.kernels import (
     timing,
     trials,
 )
+from engine.kernels.in_one import Product
 from engine.kernels.quantised import Fp8Rows
 from engine.request import SamplingParams
 from engine.sampler import Sampler, SamplingRow, draw_numbers
@@ -574,9 +575,9 @@ def test_products_are_split_for_the_numbers_of_rows_with_which_that_is_faster(
 ) -> None:
     monkeypatch.setattr(split, "_compare", lambda *args: shares[args[-1]])
 
-    assert split.Span(*span) == split._choose(
-        torch.device("cpu"), torch.bfloat16, 8960, 1536, False
-    )
+    product = Product(torch.device("cpu"), torch.bfloat16, 8960, 1536, has_bias=False)
+
+    assert split.Span(*span) == split._choose(product, False)
 
 
 def test_a_cpu_goes_on_behind_every_product() -> None:
@@ -587,6 +588,42 @@ def test_a_cpu_goes_on_behind_every_product() -> None:
         assert in_one.NEVER == rotated.choose(kind, 16, 4)
         assert in_one.NEVER == added.choose(kind, is_rms=True, gives_fp8=False)
         assert split.NEVER == split.choose(kind, gives_fp8=False)
+
+
+def test_each_kind_of_product_is_compared_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    aligned: list[tuple[int, ...]] = []
+
+    def is_possible(_device: torch.device, _dtype: torch.dtype, *widths: int) -> bool:
+        aligned.append(widths)
+        return True
+
+    def choose_rows(name: str, _compare: Any) -> int:
+        compared.append(name)
+        return 512
+
+    monkeypatch.setattr(in_one, "is_possible", is_possible)
+    monkeypatch.setattr(in_one, "choose_rows", choose_rows)
+    end, reader = as_linear(drawn(48, 32).bfloat16()), as_linear(drawn(96, 48).bfloat16())
+    small, behind = quantised.Fp8Linear(reader), folded.Behind("silu_mul", least_rows=2048)
+
+    chosen = [
+        activated.choose(reader, "silu_mul"),
+        activated.choose(small, "quick_gelu"),
+        rotated.choose(reader, 16, 4),
+        added.choose(small, is_rms=True, gives_fp8=True),
+        folded.choose(end, reader, behind, is_rms=True, least_added=in_one.NEVER),
+    ]
+
+    assert [512] * 5 == chosen
+    assert [
+        "activated_product dtype=torch.bfloat16 activation=silu_mul width=96 depth=48",
+        "activated_product dtype=torch.float8_e4m3fn activation=quick_gelu width=96 depth=48",
+        "rotated_product dtype=torch.bfloat16 heads=4 dim=16 width=96 depth=48",
+        "added_product dtype=torch.float8_e4m3fn width=96 depth=48 fp8_behind=True",
+        f"folded_norm dtype=torch.bfloat16 widths=32,48,96 behind={behind}",
+    ] == compared
+    assert [{48}, {48, 96}, {48, 96}, {48, 96}, {32, 48}] == [set(widths) for widths in aligned]
 
 
 @pytest.mark.parametrize(
@@ -604,7 +641,7 @@ def test_a_cpu_goes_on_behind_every_product() -> None:
 def test_activated_products_are_compared_on_calls_for_which_there_is_memory(
     monkeypatch: pytest.MonkeyPatch, shares: dict[int, float], least_rows: int
 ) -> None:
-    asked = torch.device("cpu"), torch.bfloat16, "silu_mul", 96, 48, False
+    asked = Product(torch.device("cpu"), torch.bfloat16, 48, 96, has_bias=False), "silu_mul"
     compared = []
 
     def compare(*args: Any) -> float:
@@ -689,19 +726,21 @@ def test_products_in_one_pass_their_comparisons_if_they_are_right(
     monkeypatch.setattr(in_one, "time_ms", lambda _call: 1.0)
     monkeypatch.setattr("torch.cuda.device", lambda _device: nullcontext())
     torch.manual_seed(0)
-    asked: Any = torch.device("cpu"), dtype
+    asked = Product(torch.device("cpu"), dtype, 2048, 1280, has_bias=True)
     for rows in (500, 3):
         match product:
             case "rotated":
-                shares = [rotated._compare.__wrapped__(*asked, 80, 10, 15 * 80, 2048, True, rows)]
+                heads = asked._replace(width=15 * 80)
+                shares = [rotated._compare.__wrapped__(heads, 80, 10, rows)]
             case "added":
                 shares = [
-                    added._compare.__wrapped__(*asked, 1280, 2048, True, is_rms, gives_fp8, rows)
+                    added._compare.__wrapped__(asked, is_rms, gives_fp8, rows)
                     for is_rms in (True, False)
                     for gives_fp8 in (True, False)
                 ]
             case _:
-                shares = [activated._compare.__wrapped__(*asked, product, 1280, 2048, True, rows)]
+                activation: Any = product
+                shares = [activated._compare.__wrapped__(asked, activation, rows)]
 
         assert {math.inf if fault else 1.0} == set(shares)
 
@@ -727,9 +766,10 @@ def test_folded_norms_pass_their_comparison_if_they_are_right(
     monkeypatch.setattr(in_one, "time_ms", lambda _call: 1.0)
     monkeypatch.setattr("torch.cuda.device", lambda _device: nullcontext())
     torch.manual_seed(0)
-    asked: Any = torch.device("cpu"), torch.bfloat16, (2048, 1280, True), (15 * 80, True), behind
+    end = Product(torch.device("cpu"), torch.bfloat16, 2048, 1280, has_bias=True)
+    reader = end._replace(depth=1280, width=15 * 80)
 
-    share = folded._compare.__wrapped__(*asked, False, in_one.NEVER, 200)
+    share = folded._compare.__wrapped__(end, reader, behind, False, in_one.NEVER, 200)
 
     assert (math.inf if fault else 1.0) == share
 
