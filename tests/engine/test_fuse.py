@@ -236,7 +236,13 @@ def test_encoders_rotate_in_their_products_where_that_was_chosen(
 def test_halves_of_layers_are_added_in_their_products_where_that_was_chosen(
     qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch, fp8: bool
 ) -> None:
+    """Also where, of fewer rows, they would stay in parts."""
     seen: list[int] = []
+    asked: set[tuple[bool, bool]] = set()
+
+    def choose(_linear: nn.Module, *, is_rms: bool, gives_fp8: bool) -> int:
+        asked.add((is_rms, gives_fp8))
+        return NUM_TOKENS
 
     def multiply(inner: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear, x: Tensor) -> Tensor:
         seen.append(x.numel() // x.shape[-1])
@@ -246,10 +252,12 @@ def test_halves_of_layers_are_added_in_their_products_where_that_was_chosen(
     fusions = Fusions(fp8=fp8)
     text, vision = run_text(fused_copy(qwen, fusions)), run_vision(fused_copy(qwen, fusions))
     later = run_later_vision(fused_copy(later_qwen, fusions))
-    monkeypatch.setattr(added, "choose", lambda *_, **__: NUM_TOKENS)
+    monkeypatch.setattr(added, "choose", choose)
     monkeypatch.setattr(added, "multiply", multiply)
+    monkeypatch.setattr(split, "choose", lambda *_, **__: split.Span(1, NUM_TOKENS))
     fused = fused_copy(qwen, fusions)
 
+    assert {(True, fp8), (False, fp8)} == asked  # of the text model and of the encoder
     assert_near(text, run_text(fused))
     assert [NUM_TOKENS] * 2 * qwen.config.text_config.num_hidden_layers == seen
     seen.clear()
@@ -288,31 +296,68 @@ def test_products_of_few_rows_stay_in_parts_where_that_was_chosen(
     assert not seen
     assert_near(run_text(qwen_before, 1), run_text(fused, 1))
     assert_near(run_text(later_before), run_text(later))
+    monkeypatch.setattr(split, "choose", lambda *_, **__: split.Span(1, 10**6))
+    seen.clear()
+    assert_near(run_vision(qwen_before), run_vision(fused_copy(qwen, fusions)))
+    assert not seen  # LayerNorm adds no parts
 
 
 def test_norms_are_left_to_the_products_around_them_where_that_was_chosen(
     qwen: Any, later_qwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the products before them would add alone."""
     seen: list[int] = []
+    normed: list[int] = []
+    asked: set[tuple[folded.Behind, bool, int]] = set()
+
+    def choose(
+        _end: nn.Linear,
+        _reader: nn.Linear,
+        behind: folded.Behind,
+        *,
+        is_rms: bool,
+        least_added: int,
+    ) -> int:
+        asked.add((behind, is_rms, least_added))
+        return NUM_TOKENS
 
     def multiply(inner: Tensor, linear: nn.Linear, x: Tensor) -> folded.Summed:
         seen.append(x.numel() // x.shape[-1])
         return folded_before(inner, linear, x)
 
-    folded_before = folded.multiply_and_sum_up
+    def norm(product: folded.Folded, summed: folded.Summed) -> Tensor:
+        normed.append(summed.totals.shape[1])
+        return norm_before(product, summed)
+
+    folded_before, norm_before = folded.multiply_and_sum_up, folded.Folded._multiply
     draw_norms(qwen)
     draw_norms(later_qwen)
     monkeypatch.setattr(rotated, "choose", lambda *_: 10**6)
-    monkeypatch.setattr(folded, "choose", lambda *_, **__: NUM_TOKENS)
+    monkeypatch.setattr(activated, "choose", lambda *_: 10**7)
+    monkeypatch.setattr(added, "choose", lambda *_, **__: NUM_TOKENS)
+    monkeypatch.setattr(folded, "choose", choose)
     monkeypatch.setattr(folded, "multiply_and_sum_up", multiply)
-    fused, later = fused_copy(qwen), fused_copy(later_qwen)
+    monkeypatch.setattr(folded.Folded, "_multiply", norm)
+    fused = fused_copy(qwen)
+    asked_of_qwen = set(asked)
+    later = fused_copy(later_qwen)
     num_layers = qwen.config.text_config.num_hidden_layers
     depth = qwen.config.vision_config.depth
 
     assert_near(run_text(qwen), run_text(fused))
     assert [NUM_TOKENS] * 2 * num_layers == seen
+    assert [NUM_TOKENS] * (2 * num_layers - 1) == normed  # behind the last layer is another norm
     assert_near(run_vision(qwen), run_vision(fused))
     assert [40] * 2 * depth == seen[2 * num_layers :]
+    assert [40] * (2 * depth - 1) == normed[2 * num_layers - 1 :]
+    heads = 2 * qwen.config.vision_config.num_heads
+    dim = 2 * qwen.config.vision_config.embed_dim // heads
+    assert {
+        (folded.Behind(), True, NUM_TOKENS),
+        (folded.Behind("silu_mul", least_rows=10**7), True, NUM_TOKENS),
+        (folded.Behind(dim=dim, num_heads=heads, least_rows=10**6), False, NUM_TOKENS),
+        (folded.Behind("quick_gelu", least_rows=10**7), False, NUM_TOKENS),
+    } == asked_of_qwen
     seen.clear()
     assert_near(run_text(qwen, NUM_TOKENS - 1), run_text(fused, NUM_TOKENS - 1))
     assert not seen
@@ -320,6 +365,50 @@ def test_norms_are_left_to_the_products_around_them_where_that_was_chosen(
         assert_near(expected, actual)
     assert {8 + 2 * 24 + 60} == set(seen)
     assert_near(run_text(later_qwen), run_text(later))
+
+
+def test_norms_stay_where_the_products_around_them_cannot_do_them(
+    qwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No product in fp8 can, and none of an encoder whose heads are not interleaved."""
+    draw_norms(qwen)
+    in_fp8 = run_text(fused_copy(qwen, Fusions(fp8=True)))
+    monkeypatch.setattr(folded, "choose", lambda *_, **__: 1)
+
+    small, fused = fused_copy(qwen, Fusions(fp8=True)), fused_copy(qwen)
+
+    assert torch.equal(in_fp8, run_text(small))
+    assert_near(run_vision(qwen), run_vision(fused))
+    ends = [module for module in fused.modules() if isinstance(module, fuse.Adding)]
+    num_layers, depth = (
+        qwen.config.text_config.num_hidden_layers,
+        qwen.config.vision_config.depth,
+    )
+    assert 2 * num_layers + depth == sum(end.least_folded == 1 for end in ends)
+
+
+def test_norms_keep_their_weights_where_nothing_is_left_to_products(qwen: Any) -> None:
+    draw_norms(qwen)
+    weights = [layer.post_attention_layernorm.weight for layer in qwen.model.language_model.layers]
+
+    fused = fused_copy(qwen).model.language_model
+
+    for weight, layer in zip(weights, fused.layers, strict=True):
+        assert torch.equal(weight, layer.mlp_norm.weight)
+
+
+def test_what_leaves_a_layer_is_rounded_once_and_its_own() -> None:
+    x, delta = torch.tensor([[1.0, 256.0]]).bfloat16(), torch.tensor([[2.0, 1.0]]).bfloat16()
+    parts = torch.tensor([[[1.0, 1.0]], [[1.0, 0.003]]])  # just over half a step from 256
+    before = x.clone()
+
+    carried, in_parts = fuse.leave(fuse.Carried(x, delta)), fuse.leave(fuse.InParts(x, parts))
+
+    assert [[3.0, 256.0]] == carried.tolist()
+    assert [[3.0, 258.0]] == in_parts.tolist()
+    assert torch.equal(before, x)
+    assert torch.equal(x, fuse.leave(folded.Summed(x, parts)))
+    assert torch.equal(x, fuse.leave(x))
 
 
 def draw_norms(model: nn.Module) -> None:
@@ -520,6 +609,33 @@ def test_fp8_stays_near(qwen: Any) -> None:
         exact, found = run(qwen), run(fused)
         assert not torch.equal(exact, found)
         assert torch.cosine_similarity(exact.flatten(), found.flatten(), dim=0) > 0.9
+
+
+def test_what_a_product_in_fp8_reads_is_activated_into_fp8(qwen: Any) -> None:
+    fused = fused_copy(qwen, Fusions(fp8=True))
+    seen: list[tuple[bool, bool]] = []
+
+    def look(inner: fuse.Activated, _inputs: Any, made: Tensor | Fp8Rows) -> None:
+        seen.append((inner.gives_fp8, isinstance(made, Fp8Rows)))
+
+    for module in fused.modules():
+        if isinstance(module, fuse.Activated):
+            module.register_forward_hook(look)
+    run_text(fused)
+    run_vision(fused)
+
+    assert {(True, True)} == set(seen)
+
+
+def test_no_product_in_16_bits_activates_into_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activated, "choose", lambda *_: 1)
+    linear, reader = (nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2))
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+
+    inner = fuse.Activated(linear, Fp8Linear(reader), "quick_gelu")
+
+    expected = activated.activate_in_fp8(linear(x), "quick_gelu")
+    assert torch.equal(expected.read(), inner(x).read())
 
 
 def test_encoders_in_fp8_activate_and_rotate_in_their_products_where_that_was_chosen(
