@@ -65,9 +65,10 @@ from engine.kernels.quantised import Fp8Linear, Fp8Rows
 # Reading rows in 16 bits and writing them in 8 takes as long as a product of about 1200 columns saves
 # (3 bytes a number at 2.7 TB/s, products at 750 and 1150 TFLOP/s), and decode steps pay a launch.
 LEAST_WIDTH_FOR_A_PASS = 2048
-EVEN_WIDTH = (
-    16  # a GPU's fast products want rows aligned; the inner 3420 of Qwen2.5-VL's encoder is not
-)
+# A GPU's fast products want rows aligned; the inner 3420 of Qwen2.5-VL's encoder is not.
+EVEN_WIDTH = 16
+
+Projection = nn.Linear | Fp8Linear | PackedLinear  # a product as it will run
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +181,13 @@ def _widen(linear: nn.Linear, missing: int, *, reads: bool = False) -> nn.Linear
     return wide
 
 
-def _project(linear: nn.Linear, fusions: Fusions) -> nn.Linear | Fp8Linear | PackedLinear:
+def _project(linear: nn.Linear, fusions: Fusions) -> Projection:
     """The product as it will run: in fp8 where that is asked for and the widths allow it."""
     of_8_bits = Fp8Linear.find(linear) if fusions.fp8 else None
     return of_8_bits or (PackedLinear.find(linear) if fusions.packs else None) or linear
 
 
-def _project_attended(linear: nn.Linear, fusions: Fusions) -> nn.Linear | Fp8Linear | PackedLinear:
+def _project_attended(linear: nn.Linear, fusions: Fusions) -> Projection:
     """Behind attention nothing quantises on its way, and a narrow product does not earn a pass."""
     is_narrow = linear.out_features < LEAST_WIDTH_FOR_A_PASS
     return _project(linear, replace(fusions, fp8=fusions.fp8 and not is_narrow))
@@ -245,7 +246,7 @@ class FusedLayerNorm(nn.Module):
 
 
 Arriving = Tensor | Carried | InParts | Summed  # from one half of a layer to the next
-Normed = Tensor | Fp8Rows | Summed  # to a product; of the last, which it norms itself
+Normed = Tensor | Fp8Rows | Summed  # to a product; the last is yet to be normed, by that product
 
 
 def _enter(norm: FusedRMSNorm | FusedLayerNorm, arriving: Arriving) -> tuple[Tensor, Normed]:
@@ -278,7 +279,7 @@ class Adding(nn.Module):
         norm: one like that behind it, which adds where the product does not.
     """
 
-    def __init__(self, linear: nn.Module, norm: FusedRMSNorm | FusedLayerNorm) -> None:
+    def __init__(self, linear: Projection, norm: FusedRMSNorm | FusedLayerNorm) -> None:
         super().__init__()
         self.linear = linear
         is_rms, gives_fp8 = isinstance(norm, FusedRMSNorm), norm.pieces is quantised
@@ -287,7 +288,7 @@ class Adding(nn.Module):
         self.least_folded = in_one.NEVER  # rows from which on the norm is left to what is behind it
 
     def forward(self, inner: Tensor | Fp8Rows, x: Tensor) -> Arriving:
-        """inner: (..., depth). x: (..., width)."""
+        """(..., depth) and (..., width): what arrives at the next half, with no norm yet."""
         num_rows = x.numel() // x.shape[-1]
         if num_rows >= self.least_folded:
             assert isinstance(self.linear, nn.Linear)
@@ -311,7 +312,7 @@ class Activated(nn.Module):
         reader: the product that reads the result; in fp8, where it multiplies that.
     """
 
-    def __init__(self, linear: nn.Module, reader: nn.Module, activation: Activation) -> None:
+    def __init__(self, linear: Projection, reader: Projection, activation: Activation) -> None:
         super().__init__()
         self.linear, self.activation = linear, activation
         self.gives_fp8 = isinstance(reader, Fp8Linear)
@@ -378,7 +379,7 @@ class QuickGELUMLP(nn.Module):
 
     def __init__(self, up: nn.Linear, down: nn.Linear, fusions: Fusions) -> None:
         super().__init__()
-        self.reader: nn.Linear | Fp8Linear | PackedLinear
+        self.reader: Projection
         self.inner: Activated | PackedLinear
         self.width = down.out_features
         may_scale = up.weight.dtype == torch.float32  # 16 bits would round the slope in
@@ -588,9 +589,8 @@ class FusedDecoderLayer(nn.Module):
         self.attention_end = Adding(self.attention.out, self.mlp_norm)
         self.mlp_end = Adding(self.mlp.down, self.attention_norm)
         _fold(self.attention_end, self.mlp_norm, self.mlp.inner)
-        _fold(
-            self.mlp_end, self.attention_norm, self.attention
-        )  # of the layer behind, which is alike
+        # Of the layer behind, which is alike.
+        _fold(self.mlp_end, self.attention_norm, self.attention)
         self.is_last = is_last  # of fused ones: a plain tensor
         self.gives_ends = False  # of all: its result is cut to what the call wants
 
@@ -712,6 +712,7 @@ class FusedVisionBlock(nn.Module):
         if isinstance(mlp.inner, Activated):
             _fold(self.attention_end, self.mlp_norm, mlp.inner)
         if self.attention.least_rows != in_one.NEVER:  # what is folded rotates
+            # Of the block behind, which is alike.
             _fold(self.mlp_end, self.attention_norm, self.attention)
         self.is_last = is_last  # or its result is looked at: a plain tensor
 

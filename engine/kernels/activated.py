@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels import activations, in_one, quantised
-from engine.kernels.in_one import Product
+from engine.kernels.in_one import Product, flatten
 from engine.kernels.quantised import MOST, Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once
 
@@ -58,9 +58,8 @@ def activate_in_fp8(product: Tensor, activation: Activation) -> Fp8Rows:
 def _multiply_in_one(x: Tensor, linear: nn.Linear, activation: Activation) -> Tensor:
     from engine.kernels.gpu import in_one as gpu
 
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
     kind = find_kind(activation)
-    out = gpu.multiply_and_activate(rows, linear.weight, linear.bias, kind)
+    out = gpu.multiply_and_activate(flatten(x), linear.weight, linear.bias, kind)
     return out.view(*x.shape[:-1], out.shape[1])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import in_one, norms, quantised
-from engine.kernels.in_one import EPS, Product
+from engine.kernels.in_one import EPS, Product, flatten
 from engine.kernels.quantised import Fp8Linear, Fp8Rows, quantise
 from engine.kernels.timing import ask_once
 
@@ -35,11 +35,6 @@ def multiply(inner: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear, x: Tensor) 
         return gpu.multiply_and_add(flat, linear.rows, bias, stream).view(x.shape)
     assert isinstance(inner, Tensor)
     return gpu.multiply_and_add(flatten(inner), linear.weight, bias, stream).view(x.shape)
-
-
-def flatten(inner: Tensor) -> Tensor:
-    """(..., depth) -> (rows, depth), dense."""
-    return inner.reshape(-1, inner.shape[-1]).contiguous()
 
 
 def choose(linear: nn.Module, *, is_rms: bool, gives_fp8: bool) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.kernels import activated, added, has_kernels, in_one, rotated
 from engine.kernels.activated import Activation, find_kind
-from engine.kernels.in_one import EPS, Product
+from engine.kernels.in_one import EPS, Product, flatten
 from engine.kernels.timing import ask_once
 
 NAME = "folded_norm"
@@ -129,11 +129,10 @@ def multiply_and_sum_up(inner: Tensor, linear: nn.Linear, x: Tensor) -> Summed:
         return Summed(total, torch.stack([rows.sum(1), rows.square().sum(1)])[..., None])
     from engine.kernels.gpu import in_one as gpu
 
-    stream = added.flatten(x)
+    stream = flatten(x)
     shape = 2, len(stream), gpu.count_tiles(stream.shape[1])
     totals = torch.empty(shape, dtype=torch.float32, device=x.device)
-    flat = added.flatten(inner)
-    out = gpu.multiply_and_add(flat, linear.weight, linear.bias, stream, totals)
+    out = gpu.multiply_and_add(flatten(inner), linear.weight, linear.bias, stream, totals)
     return Summed(out.view(x.shape), totals)
 
 

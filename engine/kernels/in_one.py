@@ -78,6 +78,11 @@ def is_possible(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
     )
 
 
+def flatten(x: Tensor) -> Tensor:
+    """(..., depth) -> (rows, depth), dense, as kernels read rows."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def draw(product: Product, rows: int) -> tuple[Tensor | Fp8Rows, nn.Linear | Fp8Linear]:
     """As `draw_in_16_bits`; in fp8 with scales that are not alike, of rows and of outputs."""
     x, linear = draw_in_16_bits(product, rows)

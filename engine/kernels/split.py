@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import has_kernels, in_one, norms, quantised
-from engine.kernels.in_one import EPS, Product
+from engine.kernels.in_one import EPS, Product, flatten
 from engine.kernels.quantised import FP8, Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once, chooses_by_time
 from engine.kernels.trials import unless_memory_is_short
@@ -55,7 +55,7 @@ def multiply(x: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear) -> Tensor:
         small = x if isinstance(x, Fp8Rows) else quantised.quantise(x)
         scales, x = (small.scales, linear.scales), small.values
     assert isinstance(x, Tensor)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = flatten(x)
     if has_kernels(x):
         from engine.kernels.gpu import split
 

@@ -644,6 +644,15 @@ def _launch(
     totals: Tensor | None = None,
     norm: "Norm | None" = None,
 ) -> None:
+    """
+    Args:
+        out: (M, width of the result), dense, written over.
+        kind: what happens to the sums, of which ADD alone reads `stream` and writes `totals`, and
+            ROTATE alone reads `angles`, `dim` and `num_rotated`.
+        scales: of rows and of weights, in fp8.
+        bound: of the scales of a result in fp8.
+        norm: brings totals of its own, which are read; not together with `totals`.
+    """
     num_rows, depth = x.shape
     if not num_rows:
         return

@@ -1,7 +1,7 @@
 """
 Whether kernels work here: some of each kind are run once on a few numbers and compared with their
-twins. Not those for fp8, angles and pixels; pictures.py, prompts.py, in_one.py and draw.py try their
-own before they use them.
+twins. Not those for fp8, angles and pixels; pictures.py, prompts.py, in_one.py, split.py and draw.py
+try their own before they use them.
 
 Triton may lack a compiler for its launchers, or meet a device that it does not know. It is better
 to find out at the start, and run the twins, than in the middle of somebody's job.
