@@ -811,6 +811,28 @@ def test_a_product_takes_on_a_norms_weight_and_bias_in_its_own_type(has_bias: bo
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.2)
 
 
+@pytest.mark.parametrize("lacks_a_part", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, quantised.FP8])
+@pytest.mark.parametrize("gives_fp8", [False, True])
+def test_products_in_parts_pass_their_comparison_if_they_are_right(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gives_fp8: bool, lacks_a_part: bool
+) -> None:
+    multiply = split.multiply
+
+    def multiply_some(x: Tensor | Fp8Rows, linear: nn.Linear | quantised.Fp8Linear) -> Tensor:
+        return multiply(x, linear)[int(lacks_a_part) :]
+
+    monkeypatch.setattr(split, "multiply", multiply_some)
+    monkeypatch.setattr(in_one, "time_ms", lambda _call: 1.0)
+    monkeypatch.setattr("torch.cuda.device", lambda _device: nullcontext())
+    torch.manual_seed(0)
+    asked = Product(torch.device("cpu"), dtype, 1024, 256, has_bias=False)
+
+    share = split._compare.__wrapped__(asked, gives_fp8, 64)
+
+    assert (math.inf if lacks_a_part else 1.0) == share
+
+
 def test_rows_of_equal_numbers_are_normed_too() -> None:
     """Their squares, rounded, may add up to less than their mean would have it."""
     linear = as_linear(drawn(8, 1280))
