@@ -266,8 +266,7 @@ def leave(ending: Arriving) -> Tensor:
     if isinstance(ending, Carried):
         return ending.delta.add_(ending.x)
     if isinstance(ending, InParts):
-        total = ending.x.float() + ending.parts.sum(0).view(ending.x.shape)
-        return total.to(ending.x.dtype)
+        return norms.add_parts(ending.parts, ending.x)
     return ending.x if isinstance(ending, Summed) else ending
 
 
@@ -339,7 +338,7 @@ class Activated(nn.Module):
             assert isinstance(x, Tensor)
             return activated.multiply(x, self.linear, self.activation, self.least_rows)
         assert isinstance(self.linear, Fp8Linear)
-        rows = x if isinstance(x, Fp8Rows) else quantised.quantise(x)
+        rows = quantised.as_rows(x)
         return activated.multiply_in_fp8(
             rows, self.linear, self.activation, self.bound, self.least_rows
         )

@@ -129,9 +129,8 @@ def _multiply_in_one_in_fp8(
     from engine.kernels.gpu import in_one as gpu
 
     shape = rows.values.shape[:-1]
-    flat = Fp8Rows(rows.values.flatten(0, -2), rows.scales)
     kind = find_kind(activation)
-    out = gpu.multiply_and_activate_in_fp8(flat, linear.rows, linear.bias, kind, bound)
+    out = gpu.multiply_and_activate_in_fp8(rows.flatten(), linear.rows, linear.bias, kind, bound)
     if bound is None:
         return quantised.quantise(out.view(*shape, -1))
     return Fp8Rows(out.view(*shape, -1), rows.scales * bound.share + bound.rest)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.kernels import in_one, norms, quantised
 from engine.kernels.in_one import EPS, Product, flatten
-from engine.kernels.quantised import Fp8Linear, Fp8Rows, quantise
+from engine.kernels.quantised import Fp8Linear, Fp8Rows
 from engine.kernels.timing import ask_once
 
 NAME = "added_product"
@@ -30,8 +30,7 @@ def multiply(inner: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear, x: Tensor) 
 
     bias, stream = linear.bias, flatten(x)
     if isinstance(linear, Fp8Linear):
-        rows = inner if isinstance(inner, Fp8Rows) else quantise(inner)
-        flat = Fp8Rows(rows.values.flatten(0, -2), rows.scales)
+        flat = quantised.as_rows(inner).flatten()
         return gpu.multiply_and_add(flat, linear.rows, bias, stream).view(x.shape)
     assert isinstance(inner, Tensor)
     return gpu.multiply_and_add(flatten(inner), linear.weight, bias, stream).view(x.shape)

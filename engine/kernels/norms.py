@@ -31,11 +31,16 @@ def add_rms_norm_(delta: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tenso
     return rms_norm(delta.add_(x), weight, eps)
 
 
+def add_parts(parts: Tensor, x: Tensor) -> Tensor:
+    """The sum of `x`, (..., width), and of all parts, (parts, rows, width) in float32; as x."""
+    return (x.float() + parts.sum(0).view(x.shape)).to(x.dtype)
+
+
 def add_parts_rms_norm(
     parts: Tensor, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """
-    The sum of `x` and of all parts, (parts, rows, width) in float32, and the sum's RMSNorm.
+    `add_parts`, and the sum's RMSNorm.
 
     Returns:
         Two of (..., width), as x.
@@ -44,7 +49,7 @@ def add_parts_rms_norm(
         from engine.kernels.gpu import norms
 
         return norms.add_parts_norm(parts, x, weight, None, eps)
-    total = (x.float() + parts.sum(0).view(x.shape)).to(x.dtype)
+    total = add_parts(parts, x)
     return total, rms_norm(total, weight, eps)
 
 

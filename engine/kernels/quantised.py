@@ -35,9 +35,13 @@ class Fp8Rows(NamedTuple):
     values: Tensor
     scales: Tensor
 
+    def flatten(self) -> "Fp8Rows":
+        """The same with values of (num_rows, width)."""
+        return Fp8Rows(self.values.flatten(0, -2), self.scales)
+
     def read(self) -> Tensor:
         """(num_rows, width): what they are, in float32."""
-        return self.values.flatten(0, -2).float() * self.scales
+        return self.flatten().values.float() * self.scales
 
 
 def can_multiply(device: torch.device, dtype: torch.dtype) -> bool:
@@ -60,6 +64,11 @@ def quantise(x: Tensor) -> Fp8Rows:
     scales = exact.abs().amax(-1, keepdim=True).div(MOST).clamp(min=LEAST_SCALE)
     values = (exact * (1.0 / scales)).clamp(-MOST, MOST).to(FP8)
     return Fp8Rows(values.view(x.shape), scales)
+
+
+def as_rows(x: Tensor | Fp8Rows) -> Fp8Rows:
+    """In fp8: as they are where they are that already."""
+    return x if isinstance(x, Fp8Rows) else quantise(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
@@ -162,9 +171,9 @@ class Fp8Linear(nn.Module):
         return Fp8Rows(self.weight, self.scales)
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
-        rows = x if isinstance(x, Fp8Rows) else quantise(x)
+        rows = as_rows(x)
         shape = (*rows.values.shape[:-1], len(self.weight))
-        values = rows.values.flatten(0, -2)
+        values = rows.flatten().values
         if values.is_cuda:
             product: Tensor = torch._scaled_mm(
                 values,

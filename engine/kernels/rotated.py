@@ -2,7 +2,7 @@
 The product that makes queries, keys and values, and the rotation of the first two; see
 engine/kernels/in_one.py.
 
-A kernel that rotates sums wants those that turn each other to be neighbours. So `interleave` puts the
+A kernel that rotates sums wants those that turn each other to be neighbours. So `interleave_` puts the
 two halves of each head of queries and of keys into one another, once, in the weights; no score between
 them changes.
 """

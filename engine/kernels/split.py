@@ -52,7 +52,7 @@ def multiply(x: Tensor | Fp8Rows, linear: nn.Linear | Fp8Linear) -> Tensor:
     """
     scales: tuple[Tensor, Tensor] | None = None
     if isinstance(linear, Fp8Linear):
-        small = x if isinstance(x, Fp8Rows) else quantised.quantise(x)
+        small = quantised.as_rows(x)
         scales, x = (small.scales, linear.scales), small.values
     assert isinstance(x, Tensor)
     rows = flatten(x)

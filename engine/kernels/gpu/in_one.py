@@ -1,6 +1,6 @@
 """
-A matrix product whose result is activated, rotated or added on its way out, for Hopper: rows (M, K) by
-weights (N, K), in 16 bits or in fp8.
+A matrix product whose result is activated, rotated, added or normed on its way out, for Hopper: rows
+(M, K) by weights (N, K), in 16 bits or in fp8.
 
 A block of threads stays on each multiprocessor and takes tiles of the result in turn, ordered so that
 those in work at a time share rows and weights in the L2 cache. One warp of it loads, by TMA, into a
