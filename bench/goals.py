@@ -108,7 +108,7 @@ def measure(
             process.wait()
             ended = f"after {timeout_s:g} s"
     lines = [json.loads(x) for x in (folder / f"{name}.jsonl").read_text().splitlines()]
-    said: list[dict[str, Any]] = [line for line in lines if goal.figure in line]
+    said: list[dict[str, Any]] = [line for line in lines if line.get(goal.figure) is not None]
     best = max(said, key=lambda line: float(line[goal.figure]), default=dict[str, Any]())
     line: dict[str, Any] = {"name": name, "figure": best.get(goal.figure)}
     line |= {key: best[key] for key in KEPT if key in best}

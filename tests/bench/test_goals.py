@@ -34,6 +34,16 @@ def test_fastest_run_counts_and_all_that_was_said_is_kept(tmp_path: Path) -> Non
     assert 4.5 == ratio["figure"]
 
 
+def test_figure_that_is_null_is_none(tmp_path: Path) -> None:
+    program = 'print(\'{"profile": "busy.json", "steady_busy_share": null}\')'
+    goal = Goal("", "steady_busy_share")
+
+    line = measure("busy", goal, tmp_path, timeout_s=60, engine=engine(program))
+
+    assert line["figure"] is None
+    assert "ended" not in line
+
+
 @pytest.mark.parametrize(
     ("program", "timeout_s", "ended"),
     [("raise SystemExit('no device')", 60, 1), ("import time; time.sleep(60)", 0.3, "after 0.3 s")],
