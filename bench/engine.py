@@ -10,6 +10,7 @@ profiler.
 import argparse
 import gc
 import json
+import logging
 import platform
 import statistics
 import tempfile
@@ -35,6 +36,7 @@ PROFILE_PICTURE = 2 * 10**6
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(name)s %(message)s")
     options = _options()
     with tempfile.TemporaryDirectory() as folder:
         if options.model_config:

@@ -30,7 +30,7 @@ ROWS = (8192, 2048, 512)  # of calls on which the two ways are compared, most fi
 BETTER = 0.97  # of the other's time: less is no reason to leave what is known
 APART = 0.03  # of two results in 16 bits, to one more than their size
 APART_IN_FP8 = 0.15  # of two in fp8, with scales of their own: one of its steps may be an eighth
-ALIGNMENT = 16  # bytes at whose multiples rows begin, for the copy engine
+RUN = 16  # columns that a thread of our kernel has side by side
 EPS = 1e-6  # of norms that are part of what is timed
 
 
@@ -73,7 +73,7 @@ def is_possible(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
         and dtype in (torch.bfloat16, torch.float16, FP8)
         and chooses_by_time()
         and is_hopper(device)
-        and not any(width * dtype.itemsize % ALIGNMENT for width in widths)
+        and not any(width % RUN for width in widths)
         and has_kernels(torch.empty(1, device=device))
     )
 
@@ -116,17 +116,19 @@ def choose_rows(name: str, compare: Callable[[int], float]) -> int:
     Returns:
         How many rows a call must have for ours to be the faster one; NEVER where it is not.
     """
-    least_rows = NEVER
+    least_rows, shares = NEVER, []
     for rows in ROWS:
         share = unless_memory_is_short(partial(compare, rows), None)
         if share is None:
             continue
+        shares.append(f"{rows}:{share:.3f}")
         if share >= BETTER:
             if share == math.inf:  # right with more rows or not, it is not to be trusted
                 least_rows = NEVER
             break
         least_rows = rows
-    logger.info("%s least_rows=%s", name, None if least_rows == NEVER else least_rows)
+    least = None if least_rows == NEVER else least_rows
+    logger.info("%s least_rows=%s time_shares=%s", name, least, ",".join(shares))
     return least_rows
 
 

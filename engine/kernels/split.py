@@ -92,16 +92,20 @@ def choose(linear: nn.Module, *, gives_fp8: bool) -> Span:
 
 def _choose(product: Product, gives_fp8: bool) -> Span:
     _, dtype, depth, width, _ = product
-    span = NEVER
+    span, shares = NEVER, []
     for index, rows in enumerate(ROWS):
         compare = partial(_compare, product, gives_fp8, rows)
         share = unless_memory_is_short(compare, math.inf)
+        shares.append(f"{rows}:{share:.3f}")
         if share < in_one.BETTER:
             smaller = ROWS[index + 1] if index + 1 < len(ROWS) else 0
             span = Span(smaller + 1, max(span.most, rows))
         elif span != NEVER or share == math.inf:
             break
-    logger.info("%s dtype=%s depth=%s width=%s rows=%s-%s", NAME, dtype, depth, width, *span)
+    logger.info(
+        "%s dtype=%s depth=%s width=%s rows=%s-%s time_shares=%s",
+        *(NAME, dtype, depth, width, *span, ",".join(shares)),
+    )
     return span
 
 

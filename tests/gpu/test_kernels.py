@@ -797,7 +797,7 @@ ROTATED = [
     (48, 32, 80, 1280),
     (48, 32, 64, 1024),
     (20, 16, 128, 1536),
-    (5, 4, 24, 40),
+    (6, 4, 24, 40),
     (6, 6, 8, 64),
 ]
 
@@ -930,8 +930,9 @@ def test_added_products(has_bias: bool, dtype: torch.dtype) -> None:
 
             assert x.shape == actual.shape
             assert torch.equal(before, x)
-            assert_near((x.float() + exact(inner.float())).to(dtype), actual)
-            assert torch.equal(actual, added.multiply(inner, linear, x))
+            if num_rows:
+                assert_near((x.float() + exact(inner.float())).to(dtype), actual)
+                assert torch.equal(actual, added.multiply(inner, linear, x))
 
 
 @needs_hopper

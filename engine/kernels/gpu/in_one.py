@@ -6,8 +6,10 @@ A block of threads stays on each multiprocessor and takes tiles of the result in
 those in work at a time share rows and weights in the L2 cache. One warp of it loads, by TMA, into a
 ring of stages; each of two groups of four warps multiplies 64 rows of the tile by all 256 columns,
 activates the sums in float32 and stores them by TMA. The groups go on by themselves, one some steps
-ahead: while it activates, the other has the tensor cores. Sums that rotate each other are neighbours,
-and so in one thread.
+ahead: while it activates, the other has the tensor cores. For no longer than these steps, so what is
+done to sums has to be short: weights are loaded in such an order that a thread has sums of sixteen
+columns side by side. It reads what belongs to them, and writes them, in few instructions, and sums that
+rotate each other are its own.
 """
 
 import math
@@ -29,7 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import activations
-from engine.kernels.gpu import LOG2_E
 from engine.kernels.gpu.processors import count_processors
 from engine.kernels.quantised import Fp8Rows
 
@@ -47,13 +48,13 @@ _ROTATE = gl.constexpr(ROTATE)
 _ADD = gl.constexpr(ADD)
 _NOTHING = gl.constexpr(NOTHING)
 _LAYER_NORM = gl.constexpr(LAYER_NORM)
-_LOG2_E = gl.constexpr(LOG2_E)
 _SLOPE = gl.constexpr(activations.QUICK_GELU)
 _SQRT_2_PI = gl.constexpr(math.sqrt(2 / math.pi))
 _GROUPS = gl.constexpr(2)  # of four warps that multiply
 _ROWS = gl.constexpr(64)  # of a tile, for each of them
 _HALF = gl.constexpr(128)  # columns of a tile, in two halves
 _PART = gl.constexpr(64)  # columns that are activated and stored at a time
+_RUN = gl.constexpr(16)  # columns side by side that one thread has
 _LINE_BITS = gl.constexpr(8 * LINE)
 _STAGES = gl.constexpr(4)  # of the ring
 _LEAD = 3  # steps by which the first group starts ahead
@@ -113,12 +114,24 @@ def _load(rings, bars, counts, GATED: gl.constexpr):
                     x_desc, [row + group * _ROWS, at], bar, x_ring.index(stage * _GROUPS + group)
                 )
             tma.async_copy_global_to_shared(
-                weight_desc, [first, at], bar, weight_ring.index(2 * stage)
+                weight_desc, [0, first // _RUN, 0, at], bar, weight_ring.index(2 * stage)
             )
             tma.async_copy_global_to_shared(
-                weight_desc, [other, at], bar, weight_ring.index(2 * stage + 1)
+                weight_desc, [0, other // _RUN, 0, at], bar, weight_ring.index(2 * stage + 1)
             )
             stage, phase = _next(stage, phase)
+
+
+@gluon.jit
+def _sort(x):
+    """
+    Columns in their order, of sums of weights in that of `_describe_weight`; registers only get other
+    names.
+    """
+    ROWS: gl.constexpr = x.shape[0]
+    # Halves, pairs of a run, parts of a half and runs of a part: each of these in another thread.
+    x = x.reshape([ROWS, 2, _RUN // 2, _HALF // _PART, _PART // _RUN, 2])
+    return x.permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, 2 * _HALF])
 
 
 @gluon.jit
@@ -130,144 +143,130 @@ def _halve(x):
 
 
 @gluon.jit
-def _sigmoid(exponent):
-    """
-    1 / (1 + 2**exponent) on the fast units, of which there are few: one number's reciprocal takes as
-    long as a dozen products. So four numbers share one: 1 / a is b / (a * b). Exponents are at most
-    31 for that, such that no product overflows.
-    """
+def _in_runs(part):
+    """Registers in the order of columns, too: sixteen of a row, and of the row eight further down."""
+    layout: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
+        lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[_ROWS, _PART],
+    )
+    return gl.convert_layout(part, layout)
+
+
+@gluon.jit
+def _split(sums):
+    """The parts of a tile, from left to right."""
+    left, right = _halve(_sort(sums))
+    a, b = _halve(left)
+    c, d = _halve(right)
+    return _in_runs(a), _in_runs(b), _in_runs(c), _in_runs(d)
+
+
+@gluon.jit
+def _tanh(x):
+    """On the fast units, to 11 bits; results have 8 at most, or 10 in float16."""
     return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .f32 a, b, c, d, ab, cd, r, s;
-        min.f32 a, $4, 0f41F80000;
-        min.f32 b, $5, 0f41F80000;
-        min.f32 c, $6, 0f41F80000;
-        min.f32 d, $7, 0f41F80000;
-        ex2.approx.ftz.f32 a, a;
-        ex2.approx.ftz.f32 b, b;
-        ex2.approx.ftz.f32 c, c;
-        ex2.approx.ftz.f32 d, d;
-        add.f32 a, a, 0f3F800000;
-        add.f32 b, b, 0f3F800000;
-        add.f32 c, c, 0f3F800000;
-        add.f32 d, d, 0f3F800000;
-        mul.f32 ab, a, b;
-        mul.f32 cd, c, d;
-        mul.f32 r, ab, cd;
-        rcp.approx.ftz.f32 r, r;
-        mul.f32 s, r, ab;
-        mul.f32 r, r, cd;
-        mul.f32 $0, r, b;
-        mul.f32 $1, r, a;
-        mul.f32 $2, s, d;
-        mul.f32 $3, s, c;
-        }
-        """,
-        "=&f,=&f,=&f,=&f,f,f,f,f",
-        [exponent],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=4,
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
 
 
 @gluon.jit
 def _activate(x, KIND: gl.constexpr):
+    """x / 2 * (1 + tanh(y)), which for y = slope * x / 2 is x / (1 + exp(-slope * x))."""
+    half = x * 0.5
     if KIND == _QUICK_GELU:
-        x = x * _sigmoid(x * (-_SLOPE * _LOG2_E))
+        y = x * (_SLOPE * 0.5)
     elif KIND == _GELU_TANH:
-        # (1 + tanh(y)) / 2 is sigmoid(2 * y)
-        scale: gl.constexpr = -2 * _LOG2_E * _SQRT_2_PI
-        slope = x * x * (scale * 0.044715) + scale
-        x = x * _sigmoid(x * slope)
+        y = x * (x * x * (_SQRT_2_PI * 0.044715) + _SQRT_2_PI)
     else:
-        x = x * _sigmoid(x * -_LOG2_E)
-    return x
+        y = half
+    return half * _tanh(y) + half
 
 
 @gluon.jit
-def _rotate(x, row, column, angles, DIM: gl.constexpr):
-    """Columns 2 j and 2 j + 1 of each head by angle j of their row, up to the last of such heads."""
+def _load_angles(row, column, angles, DIM: gl.constexpr, layout: gl.constexpr):
+    """Cosines and sines of a part; of columns that are not rotated, such that they stay."""
     cos_ptr, sin_ptr, stride, num_rows, num_rotated = angles
-    ROWS: gl.constexpr = x.shape[0]
-    PAIRS: gl.constexpr = x.shape[1] // 2
-    first, second = x.reshape([ROWS, PAIRS, 2]).split()
-    layout: gl.constexpr = first.type.layout
-    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    columns = column + 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(0, layout))
-    at = gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns % DIM // 2, 0)
-    inside = gl.expand_dims(rows < num_rows, 1) & gl.expand_dims(columns < num_rotated, 0)
-    cos = gl.load(cos_ptr + at, mask=inside, other=1.0).to(gl.float32)
-    sin = gl.load(sin_ptr + at, mask=inside, other=0.0).to(gl.float32)
+    rows = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
+    pairs = column // 2 + gl.arange(0, _PART // 2, layout=gl.SliceLayout(0, layout))
+    at = gl.expand_dims(rows * stride, 1) + gl.expand_dims(pairs % (DIM // 2), 0)
+    inside = gl.expand_dims(rows < num_rows, 1) & gl.expand_dims(pairs < num_rotated // 2, 0)
+    cos = gl.load(cos_ptr + at, mask=inside, other=1.0)
+    sin = gl.load(sin_ptr + at, mask=inside, other=0.0)
+    return cos, sin
+
+
+@gluon.jit
+def _split_pairs(x):
+    return x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+
+
+@gluon.jit
+def _rotate(x, angles):
+    """Columns 2 j and 2 j + 1 by angle j of their row."""
+    first, second = _split_pairs(x)
+    cos = angles[0].to(gl.float32)
+    sin = angles[1].to(gl.float32)
     return gl.join(first * cos - second * sin, second * cos + first * sin).reshape(x.shape)
 
 
 @gluon.jit
-def _unscale(x, row, column, offset, scales, HAS_BIAS: gl.constexpr):
+def _load_stream(row, column, stream, layout: gl.constexpr):
+    """What stands in the places of a part."""
+    stream_ptr, num_rows, width = stream
+    rows = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
+    columns = column + gl.arange(0, _PART, layout=gl.SliceLayout(0, layout))
+    at = gl.expand_dims(rows.to(gl.int64) * width, 1) + gl.expand_dims(columns, 0)
+    inside = gl.expand_dims(rows < num_rows, 1) & gl.expand_dims(columns < width, 0)
+    return gl.load(stream_ptr + at, mask=inside, other=0.0)
+
+
+@gluon.jit
+def _load_columns(
+    column,
+    offset,
+    columns_of,
+    SCALED: gl.constexpr,
+    NORM: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    layout: gl.constexpr,
+):
     """
-    Sums of numbers in fp8 by the scales of their row and of their weight, and a bias.
+    Of each column of a part: the factor of its weights, in fp8 their scale, for a LayerNorm their sum;
+    and its bias.
 
     offset: of the weight that makes a column, behind the one of this number.
     """
-    row_ptr, column_ptr, bias_ptr, num_rows, width, _bound = scales
-    layout: gl.constexpr = x.type.layout
-    rows = row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
-    columns = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
-    of_row = gl.load(row_ptr + rows, mask=rows < num_rows, other=0.0)
-    of_column = gl.load(column_ptr + offset + columns, mask=columns < width, other=0.0)
-    x = x * gl.expand_dims(of_row, 1) * gl.expand_dims(of_column, 0)
+    factors_ptr, bias_ptr, width = columns_of
+    columns = column + gl.arange(0, _PART, layout=gl.SliceLayout(0, layout))
+    factor = 0.0
+    bias = 0.0
+    if SCALED or NORM == _LAYER_NORM:
+        factor = gl.load(factors_ptr + offset + columns, mask=columns < width, other=0.0)
     if HAS_BIAS:
         bias = gl.load(bias_ptr + offset + columns, mask=columns < width, other=0.0)
-        x = x + gl.expand_dims(bias.to(gl.float32), 0)
-    return x
+    return factor, bias
 
 
 @gluon.jit
-def _rescale(x, row, scales):
-    """By what a row's result, no larger than a share of its scale and a rest, fits into fp8."""
-    row_ptr, _column_ptr, _bias_ptr, num_rows, _width, bound = scales
-    share, rest = bound
-    rows = row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
-    of_row = gl.load(row_ptr + rows, mask=rows < num_rows, other=1.0)
-    return x * gl.expand_dims(1.0 / (of_row * share + rest), 1)
+def _load_scales(row, scales, layout: gl.constexpr):
+    """Of each row in fp8; and by what its result, no larger than a share of that and a rest, fits."""
+    scales_ptr, num_rows, share, rest = scales
+    rows = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
+    scale = gl.load(scales_ptr + rows, mask=rows < num_rows, other=1.0)
+    return scale, 1.0 / (scale * share + rest)
 
 
 @gluon.jit
-def _add(x, row, column, stream):
-    """What stands in the stream in these places."""
-    stream_ptr, num_rows, width = stream
-    layout: gl.constexpr = x.type.layout
-    rows = row + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
-    columns = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
-    at = gl.expand_dims(rows.to(gl.int64) * width, 1) + gl.expand_dims(columns, 0)
-    inside = gl.expand_dims(rows < num_rows, 1) & gl.expand_dims(columns < width, 0)
-    return x + gl.load(stream_ptr + at, mask=inside, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def _add_up(total, squares, x):
-    """Of each row, as `_keep_totals` keeps them."""
-    return total + gl.sum(x, axis=1), squares + gl.sum(x * x, axis=1)
-
-
-@gluon.jit
-def _keep_totals(total, squares, row, across, num_across, num_rows, totals_ptr):
-    """Of the columns of a tile: what they add up to, and their squares; (2, rows, tiles across)."""
-    rows = row + gl.arange(0, total.shape[0], layout=total.type.layout)
-    at = totals_ptr + rows * num_across + across
-    gl.store(at, total, mask=rows < num_rows)
-    gl.store(at + num_rows * num_across, squares, mask=rows < num_rows)
-
-
-@gluon.jit
-def _find_norms(row, norms, NORM: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
+def _load_norms(row, norms, NORM: gl.constexpr, layout: gl.constexpr):
     """Of each row that was multiplied: its mean, zero where it is not taken off, and 1 / its size."""
-    totals_ptr, _sums_ptr, _bias_ptr, num_parts, num_rows, depth, eps = norms
-    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    totals_ptr, num_parts, num_rows, depth, eps = norms
+    rows = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
     at = totals_ptr + rows * num_parts
-    mean = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    squares = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    mean = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, layout))
+    squares = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, layout))
     for part in range(num_parts):
         squares += gl.load(at + num_rows * num_parts + part, mask=rows < num_rows, other=0.0)
         if NORM == _LAYER_NORM:
@@ -278,42 +277,84 @@ def _find_norms(row, norms, NORM: gl.constexpr, ROWS: gl.constexpr, layout: gl.c
 
 
 @gluon.jit
-def _normalise(
-    x, column, offset, width, mean, scale, norms, NORM: gl.constexpr, HAS_BIAS: gl.constexpr
+def _finish(
+    x, of_rows, of_columns, SCALED: gl.constexpr, NORM: gl.constexpr, HAS_BIAS: gl.constexpr
 ):
-    """What the normed row would have made of these sums."""
-    _totals_ptr, sums_ptr, bias_ptr, _num_parts, _num_rows, _depth, _eps = norms
-    layout: gl.constexpr = x.type.layout
-    columns = column + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
+    """Sums as they would be of numbers in 16 bits, of normed rows, and with a bias."""
+    factor, bias = of_columns
+    if SCALED:
+        x = x * gl.expand_dims(of_rows[0], 1) * gl.expand_dims(factor, 0)
     if NORM == _LAYER_NORM:
-        sums = gl.load(sums_ptr + offset + columns, mask=columns < width, other=0.0)
-        x = x - gl.expand_dims(mean, 1) * gl.expand_dims(sums, 0)
-    x = x * gl.expand_dims(scale, 1)
+        x = x - gl.expand_dims(of_rows[0], 1) * gl.expand_dims(factor, 0)
+    if NORM:
+        x = x * gl.expand_dims(of_rows[1], 1)
     if HAS_BIAS:
-        bias = gl.load(bias_ptr + offset + columns, mask=columns < width, other=0.0)
         x = x + gl.expand_dims(bias.to(gl.float32), 0)
     return x
 
 
 @gluon.jit
-def _load_bias(ptr, first, width, GATED: gl.constexpr, layout: gl.constexpr):
-    """Of a tile's 256 columns; a gated tile's are 128 of gates and 128 of the rest."""
-    columns = gl.arange(0, 2 * _HALF, layout=gl.SliceLayout(0, layout))
-    if GATED:
-        place = first + columns % _HALF
-        return gl.load(ptr + place + columns // _HALF * width, mask=place < width, other=0.0)
-    else:
-        return gl.load(ptr + first + columns, mask=first + columns < width, other=0.0)
+def _load_part(
+    row,
+    column,
+    behind,
+    KIND: gl.constexpr,
+    NORM: gl.constexpr,
+    SCALED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    DIM: gl.constexpr,
+    layout: gl.constexpr,
+    pair_layout: gl.constexpr,
+):
+    """All that is read to finish a part: of its columns, and by what it is gated, rotated or added to."""
+    _scales, _norms, columns_of, angles, stream = behind
+    of_columns = _load_columns(column, 0, columns_of, SCALED, NORM, HAS_BIAS, layout)
+    other = 0.0
+    if KIND == _SILU_MUL:
+        other = _load_columns(column, columns_of[2], columns_of, SCALED, NORM, HAS_BIAS, layout)
+    elif KIND == _ROTATE:
+        other = _load_angles(row, column, angles, DIM, pair_layout)
+    elif KIND == _ADD:
+        other = _load_stream(row, column, stream, layout)
+    return of_columns, other
 
 
 @gluon.jit
-def _put(out_desc, x, buffers, index: gl.constexpr, row, column):
-    """Store by TMA from one of two buffers, once what was stored from it before has left."""
-    tma.store_wait(pendings=1)
-    buffer = buffers.index(index)
-    buffer.store(x.to(out_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [row, column], buffer)
+def _keep_totals(total, squares, row, across, num_across, norms):
+    """Of the columns of a tile: what they add up to, and their squares; (2, rows, tiles across)."""
+    totals_ptr, _num_parts, num_rows, _depth, _eps = norms
+    rows = row + gl.arange(0, total.shape[0], layout=total.type.layout)
+    at = totals_ptr + rows * num_across + across
+    gl.store(at, total, mask=rows < num_rows)
+    gl.store(at + num_rows * num_across, squares, mask=rows < num_rows)
+
+
+@gluon.jit
+def _put(
+    out_desc,
+    x,
+    out_buffers,
+    row,
+    column,
+    GROUP: gl.constexpr,
+    PART: gl.constexpr,
+    LAST: gl.constexpr,
+):
+    """
+    Store a part by TMA: from as many buffers as a group has, once all are full and what was stored from
+    them before has left.
+    """
+    BUFFERS: gl.constexpr = out_buffers.shape[0] // _GROUPS
+    AT: gl.constexpr = PART % BUFFERS
+    if AT == 0:
+        tma.store_wait(pendings=0)
+    out_buffers.index(GROUP * BUFFERS + AT).store(x)
+    if AT == BUFFERS - 1 or PART == LAST:
+        fence_async_shared()
+        for at in gl.static_range(AT + 1):
+            tma.async_copy_shared_to_global(
+                out_desc, [row, column + (at - AT) * _PART], out_buffers.index(GROUP * BUFFERS + at)
+            )
 
 
 @gluon.jit
@@ -328,12 +369,12 @@ def _multiply_group(
     GROUP: gl.constexpr,
     LEAD: gl.constexpr,
 ):
-    out_desc, bias_ptr, x_ring, weight_ring, out_buffers, bars, counts = tensors
-    angles, scales, stream, norms = behind
+    out_desc, x_ring, weight_ring, out_buffers, bars, counts = tensors
+    scales, norms, _columns_of, _angles, _stream = behind
     full, empty, lead = bars
-    num_steps, num_down, num_across, width = counts
+    num_steps, num_down, num_across, _width = counts
     GATED: gl.constexpr = KIND == _SILU_MUL
-    WIDTH: gl.constexpr = _HALF if GATED else 2 * _HALF  # columns of the result in a tile
+    PARTS: gl.constexpr = (1 if GATED else 2) * _HALF // _PART  # of the result in a tile
     BITS: gl.constexpr = x_ring.dtype.primitive_bitwidth
     SCALED: gl.constexpr = BITS == 8
     layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -344,6 +385,8 @@ def _multiply_group(
     if GROUP == 1:
         mbarrier.wait(lead, 0)
     acc = gl.zeros((_ROWS, 2 * _HALF), gl.float32, layout)
+    part_layout: gl.constexpr = _split(acc)[0].type.layout
+    pair_layout: gl.constexpr = _split_pairs(_split(acc)[0])[0].type.layout
     done = 0
     for tile in range(gl.program_id(0), num_down * num_across, gl.num_programs(0)):
         down, across = _find_tile(tile, num_down, num_across)
@@ -363,63 +406,60 @@ def _multiply_group(
                     mbarrier.arrive(lead)
             stage, phase = _next(stage, phase)
             done += 1
-        # The bias is fetched while the last products are under way.
         row = down * (_GROUPS * _ROWS) + GROUP * _ROWS
-        column = across * WIDTH
-        if HAS_BIAS and not SCALED and NORM == 0:
-            bias = _load_bias(bias_ptr, column, width, GATED, layout)
+        column = across * (PARTS * _PART)
+        # Read while the last products are under way, and of each part while the one before it is stored.
+        of_rows = (0.0, 0.0)
+        if SCALED:
+            of_rows = _load_scales(row, scales, part_layout)
+        elif NORM:
+            of_rows = _load_norms(row, norms, NORM, part_layout)
+        of_part = _load_part(
+            row, column, behind, KIND, NORM, SCALED, HAS_BIAS, DIM, part_layout, pair_layout
+        )
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(empty.index(_before(stage)))
 
-        sums = acc
-        if HAS_BIAS and not SCALED and NORM == 0:
-            sums = sums + gl.expand_dims(bias.to(gl.float32), 0)
-        left, right = _halve(sums)
-        a, b = _halve(left)
-        c, d = _halve(right)
-        part_layout: gl.constexpr = a.type.layout
-        if NORM:
-            mean, scale = _find_norms(row, norms, NORM, _ROWS, part_layout)
-        if GATED:
-            gates, gated = (a, b), (c, d)
-            for part in gl.static_range(2):
-                gate, x = gates[part], gated[part]
-                if SCALED:
-                    gate = _unscale(gate, row, column, 0, scales, HAS_BIAS)
-                    x = _unscale(x, row, column, width, scales, HAS_BIAS)
-                if NORM:
-                    of_norm = (width, mean, scale, norms)
-                    gate = _normalise(gate, column, 0, *of_norm, NORM, HAS_BIAS)
-                    x = _normalise(x, column, width, *of_norm, NORM, HAS_BIAS)
-                _put(
-                    out_desc, _activate(gate, KIND) * x, out_buffers, 2 * GROUP + part, row, column
+        sums = _split(acc)
+        if KEEPS_TOTALS:
+            total = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, part_layout))
+            squares = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, part_layout))
+        for part in gl.static_range(PARTS):
+            of_columns, other = of_part
+            x = _finish(sums[part], of_rows, of_columns, SCALED, NORM, HAS_BIAS)
+            if GATED:
+                gated = _finish(sums[PARTS + part], of_rows, other, SCALED, NORM, HAS_BIAS)
+                x = _activate(x, KIND) * gated
+            elif KIND == _ROTATE:
+                x = _rotate(x, other)
+            elif KIND == _ADD:
+                x = x + other.to(gl.float32)
+            elif KIND != _NOTHING:
+                x = _activate(x, KIND)
+            if out_desc.dtype.primitive_bitwidth == 8:
+                x = x * gl.expand_dims(of_rows[1], 1)
+            x = x.to(out_desc.dtype)
+            if KEEPS_TOTALS:
+                exact = x.to(gl.float32)
+                total += gl.sum(exact, axis=1)
+                squares += gl.sum(exact * exact, axis=1)
+            if part < PARTS - 1:
+                of_part = _load_part(
+                    row,
+                    column + _PART,
+                    behind,
+                    KIND,
+                    NORM,
+                    SCALED,
+                    HAS_BIAS,
+                    DIM,
+                    part_layout,
+                    pair_layout,
                 )
-                column += _PART
-        else:
-            parts = (a, b, c, d)
-            if KEEPS_TOTALS:
-                total = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, part_layout))
-                squares = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, part_layout))
-            for part in gl.static_range(4):
-                x = parts[part]
-                if SCALED:
-                    x = _unscale(x, row, column, 0, scales, HAS_BIAS)
-                if NORM:
-                    x = _normalise(x, column, 0, width, mean, scale, norms, NORM, HAS_BIAS)
-                if KIND == _ROTATE:
-                    x = _rotate(x, row, column, angles, DIM)
-                elif KIND == _ADD:
-                    x = _add(x, row, column, stream)
-                elif KIND != _NOTHING:
-                    x = _activate(x, KIND)
-                if KEEPS_TOTALS:
-                    total, squares = _add_up(total, squares, x.to(out_desc.dtype).to(gl.float32))
-                if out_desc.dtype.primitive_bitwidth == 8:
-                    x = _rescale(x, row, scales)
-                _put(out_desc, x, out_buffers, 2 * GROUP + part % 2, row, column)
-                column += _PART
-            if KEEPS_TOTALS:
-                _keep_totals(total, squares, row, across, num_across, stream[1], norms[0])
+            _put(out_desc, x, out_buffers, row, column, GROUP, part, PARTS - 1)
+            column += _PART
+        if KEEPS_TOTALS:
+            _keep_totals(total, squares, row, across, num_across, norms)
     tma.store_wait(pendings=0)
 
 
@@ -433,9 +473,8 @@ def _multiply(
     cos_ptr,
     sin_ptr,
     row_scales_ptr,
-    column_scales_ptr,
+    factors_ptr,
     totals_ptr,
-    weight_sums_ptr,
     num_rows,
     num_steps,
     width,
@@ -458,10 +497,13 @@ def _multiply(
     dtype: gl.constexpr = x_desc.dtype
     STEP: gl.constexpr = _LINE_BITS // dtype.primitive_bitwidth
     x_ring = gl.allocate_shared_memory(dtype, [_STAGES * _GROUPS, _ROWS, STEP], x_desc.layout)
-    weight_ring = gl.allocate_shared_memory(dtype, [_STAGES, 2 * _HALF, STEP], weight_desc.layout)
-    weight_halves = weight_ring._reinterpret(dtype, [2 * _STAGES, _HALF, STEP], weight_desc.layout)
+    weight_ring = gl.allocate_shared_memory(dtype, [_STAGES, 2 * _HALF, STEP], x_desc.layout)
+    weight_halves = weight_ring._reinterpret(
+        dtype, [2 * _STAGES, _RUN // 2, _HALF // _RUN, 2, STEP], weight_desc.layout
+    )
+    BUFFERS: gl.constexpr = 32 // out_desc.dtype.primitive_bitwidth  # of a group
     out_buffers = gl.allocate_shared_memory(
-        out_desc.dtype, [2 * _GROUPS, _ROWS, _PART], out_desc.layout
+        out_desc.dtype, [BUFFERS * _GROUPS, _ROWS, _PART], out_desc.layout
     )
     full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
@@ -477,11 +519,14 @@ def _multiply(
     bars = (full, empty, lead)
     counts = (num_steps, num_down, num_across, width)
     rings = (x_desc, weight_desc, x_ring, weight_halves)
-    tensors = (out_desc, bias_ptr, x_ring, weight_ring, out_buffers, bars, counts)
-    angles = (cos_ptr, sin_ptr, angle_stride, num_rows, num_rotated)
-    scales = (row_scales_ptr, column_scales_ptr, bias_ptr, num_rows, width, (share, rest))
-    norms = (totals_ptr, weight_sums_ptr, bias_ptr, num_parts, num_rows, depth, eps)
-    behind = (angles, scales, (stream_ptr, num_rows, width), norms)
+    tensors = (out_desc, x_ring, weight_ring, out_buffers, bars, counts)
+    behind = (
+        (row_scales_ptr, num_rows, share, rest),
+        (totals_ptr, num_parts, num_rows, depth, eps),
+        (factors_ptr, bias_ptr, width),
+        (cos_ptr, sin_ptr, angle_stride, num_rows, num_rotated),
+        (stream_ptr, num_rows, width),
+    )
     gl.warp_specialize(
         [
             (_multiply_group, (tensors, behind, KIND, NORM, KEEPS_TOTALS, DIM, HAS_BIAS, 0, LEAD)),
@@ -506,13 +551,14 @@ def multiply_and_activate(
     """
     Args:
         x: (M, K), dense, bfloat16 or float16; K a multiple of 8, as TMA wants rows aligned.
-        weight: (N, K), dense, as x. For SILU_MUL the first half of it makes gates.
+        weight: (N, K), dense, as x. For SILU_MUL the first half of it makes gates. N, or half of it,
+            is a multiple of 16.
         bias: (N,) or None.
         kind: QUICK_GELU, GELU_TANH or SILU_MUL.
         norm: of x, with which the sums are normed instead.
 
     Returns:
-        (M, N), or (M, N / 2) for SILU_MUL; its width is a multiple of 8 too.
+        (M, N), or (M, N / 2) for SILU_MUL.
     """
     width = len(weight) // 2 if kind == SILU_MUL else len(weight)
     out = x.new_empty((len(x), width))
@@ -659,24 +705,23 @@ def _launch(
     step = LINE // x.itemsize
     num_steps = triton.cdiv(depth, step)
     tiles = triton.cdiv(num_rows, _GROUPS.value * _ROWS.value) * count_tiles(len(weight))
-    norm_kind, sums = 0, None
+    norm_kind, factors = 0, None
     if norm is not None:
-        totals, sums = norm.totals, norm.weight_sums
-        norm_kind = RMS_NORM if sums is None else LAYER_NORM
+        totals, factors = norm.totals, norm.weight_sums
+        norm_kind = RMS_NORM if factors is None else LAYER_NORM
     cos, sin = angles or (out, out)
-    row_scales, column_scales = scales or (out, out)
+    row_scales, factors = scales or (out, factors)
     _multiply[(min(tiles, count_processors(x.device)),)](
         _describe(x, _ROWS.value, step),
-        _describe(weight, _HALF.value, step),
+        _describe_weight(weight, step),
         _describe(out, _ROWS.value, _PART.value),
         out if bias is None else bias,
         out if stream is None else stream,
         cos,
         sin,
         row_scales,
-        column_scales,
+        out if factors is None else factors,
         out if totals is None else totals,
-        out if sums is None else sums,
         num_rows,
         num_steps,
         out.shape[1],
@@ -702,7 +747,20 @@ def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
+def _describe_weight(weight: Tensor, step: int) -> TensorDescriptor:
+    """
+    Half of a tile's, the first pair of each run of columns before the second pairs, and so on: a thread
+    has every fourth pair of what is multiplied.
+    """
+    width, depth = weight.shape
+    run = _RUN.value
+    shape = [run // 2, width // run, 2, depth]
+    strides = [2 * depth, run * depth, depth, 1]
+    block = [run // 2, _HALF.value // run, 2, step]
+    return TensorDescriptor(weight, shape, strides, block, _layout(LINE, 8 * weight.itemsize, 4))
+
+
 @cache
-def _layout(width: int, bits: int) -> Any:
+def _layout(width: int, bits: int, rank: int = 2) -> Any:
     """width: of a row in shared memory, in bytes."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=2)
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
