@@ -81,7 +81,8 @@ class Folded(nn.Module):
         from engine.kernels.gpu import in_one as gpu
 
         x, weight, bias, norm = self._take(summed)
-        return gpu.multiply_and_rotate(x, weight, bias, cos, sin, dim, num_heads * dim, norm)
+        angles = rotated.pack(cos, sin, dim)
+        return gpu.multiply_and_rotate(x, weight, bias, angles, dim, num_heads * dim, norm)
 
     def _take(self, summed: Summed) -> tuple[Tensor, Tensor, Tensor | None, "Norm"]:
         x = summed.x.view(-1, summed.x.shape[-1])

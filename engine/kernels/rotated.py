@@ -7,10 +7,13 @@ two halves of each head of queries and of keys into one another, once, in the we
 them changes.
 """
 
+from collections.abc import MutableMapping
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from engine.kernels import in_one, rope
 from engine.kernels.in_one import Product
@@ -64,12 +67,38 @@ def _multiply_in_one(
 ) -> Tensor:
     from engine.kernels.gpu import in_one as gpu
 
-    of_heads = cos, sin, dim, num_heads * dim
+    of_heads = pack(cos, sin, dim), dim, num_heads * dim
     if isinstance(linear, Fp8Linear):
         assert isinstance(x, Fp8Rows)
         return gpu.multiply_and_rotate(x, linear.rows, linear.bias, *of_heads)
     assert isinstance(x, Tensor)
     return gpu.multiply_and_rotate(x.contiguous(), linear.weight, linear.bias, *of_heads)
+
+
+# Of cosines: the dim, and what `pack` made of them.
+_packed: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
+
+
+def pack(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
+    """
+    Angles as the kernel reads them: cosine and sine of each in float16, side by side, and rows some
+    multiple of 16 apart. An eighth of what results in bfloat16 are rounded by is lost.
+
+    All layers of a model rotate by the same ones, so they are kept for as long as the cosines are.
+
+    Args:
+        cos, sin: of `multiply`; made for one call of a model, and not written to after that.
+
+    Returns:
+        (T, at least dim), float16.
+    """
+    known = _packed.get(cos)
+    if known is not None and known[0] == dim:
+        return known[1]
+    pairs = torch.stack([cos[:, : dim // 2], sin[:, : dim // 2]], dim=2).flatten(1)
+    packed = F.pad(pairs.half(), (0, -dim % 16))
+    _packed[cos] = dim, packed
+    return packed
 
 
 def interleave_(linear: nn.Linear | Fp8Linear, dim: int, num_heads: int) -> None:

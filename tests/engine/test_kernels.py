@@ -493,6 +493,23 @@ def test_rotated_products_give_the_scores_of_a_product_and_a_rotation(has_bias: 
     torch.testing.assert_close(actual[:, 4], expected[:, 4])
 
 
+def test_angles_are_packed_once_and_for_as_long_as_they_live() -> None:
+    angles = drawn(5, 36, seed=3).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    packed = rotated.pack(cos, sin, 72)
+
+    assert 0 == packed.stride(0) % 16
+    torch.testing.assert_close(packed[:, :72:2].float(), cos[:, :36], rtol=0, atol=3e-4)
+    torch.testing.assert_close(packed[:, 1:72:2].float(), sin[:, :36], rtol=0, atol=3e-4)
+    assert packed is rotated.pack(cos, sin, 72)
+    assert packed is not rotated.pack(cos, sin, 64)
+    assert packed is not rotated.pack(cos.clone(), sin, 72)
+    kept = len(rotated._packed)
+    del cos
+    assert kept - 1 == len(rotated._packed)
+
+
 def test_products_in_fp8_are_interleaved_with_their_scales() -> None:
     x, angles = drawn(7, 48), drawn(7, 8, seed=3)
     linear = as_linear(drawn(5 * 16, 48, seed=1), drawn(5 * 16, seed=2))

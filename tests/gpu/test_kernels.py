@@ -728,7 +728,7 @@ def test_activated_products(
     activation: activated.Activation, has_bias: bool, dtype: torch.dtype
 ) -> None:
     """At widths that tiles do not divide, as a product in float32 activates them."""
-    for width, depth in ((6848, 1280), (4304, 1152), (48, 40)):
+    for width, depth in ((6848, 1280), (4320, 1152), (96, 40)):
         weight = (drawn(width, depth, seed=1) * depth**-0.5).to(dtype)
         bias = drawn(width, dtype=dtype, seed=2) if has_bias else None
         for num_rows in (0, 1, 129, 3001):

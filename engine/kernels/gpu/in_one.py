@@ -187,28 +187,22 @@ def _activate(x, KIND: gl.constexpr):
 
 @gluon.jit
 def _load_angles(row, column, angles, DIM: gl.constexpr, layout: gl.constexpr):
-    """Cosines and sines of a part; of columns that are not rotated, such that they stay."""
-    cos_ptr, sin_ptr, stride, num_rows, num_rotated = angles
+    """Of a part, as `multiply_and_rotate` has them; columns that are not rotated turn by nothing."""
+    angles_ptr, stride, num_rows, num_rotated = angles
     rows = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, layout))
-    pairs = column // 2 + gl.arange(0, _PART // 2, layout=gl.SliceLayout(0, layout))
-    at = gl.expand_dims(rows * stride, 1) + gl.expand_dims(pairs % (DIM // 2), 0)
-    inside = gl.expand_dims(rows < num_rows, 1) & gl.expand_dims(pairs < num_rotated // 2, 0)
-    cos = gl.load(cos_ptr + at, mask=inside, other=1.0)
-    sin = gl.load(sin_ptr + at, mask=inside, other=0.0)
-    return cos, sin
-
-
-@gluon.jit
-def _split_pairs(x):
-    return x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+    columns = column + gl.arange(0, _PART, layout=gl.SliceLayout(0, layout))
+    at = gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns % DIM, 0)
+    inside = gl.expand_dims(rows < num_rows, 1) & gl.expand_dims(columns < num_rotated, 0)
+    nothing = gl.expand_dims(gl.where(columns % 2 == 0, 1.0, 0.0), 0)
+    return gl.load(angles_ptr + at, mask=inside, other=nothing.to(gl.float16))
 
 
 @gluon.jit
 def _rotate(x, angles):
     """Columns 2 j and 2 j + 1 by angle j of their row."""
-    first, second = _split_pairs(x)
-    cos = angles[0].to(gl.float32)
-    sin = angles[1].to(gl.float32)
+    PAIRS: gl.constexpr = x.shape[1] // 2
+    first, second = x.reshape([x.shape[0], PAIRS, 2]).split()
+    cos, sin = angles.to(gl.float32).reshape([x.shape[0], PAIRS, 2]).split()
     return gl.join(first * cos - second * sin, second * cos + first * sin).reshape(x.shape)
 
 
@@ -304,7 +298,6 @@ def _load_part(
     HAS_BIAS: gl.constexpr,
     DIM: gl.constexpr,
     layout: gl.constexpr,
-    pair_layout: gl.constexpr,
 ):
     """All that is read to finish a part: of its columns, and by what it is gated, rotated or added to."""
     _scales, _norms, columns_of, angles, stream = behind
@@ -313,7 +306,7 @@ def _load_part(
     if KIND == _SILU_MUL:
         other = _load_columns(column, columns_of[2], columns_of, SCALED, NORM, HAS_BIAS, layout)
     elif KIND == _ROTATE:
-        other = _load_angles(row, column, angles, DIM, pair_layout)
+        other = _load_angles(row, column, angles, DIM, layout)
     elif KIND == _ADD:
         other = _load_stream(row, column, stream, layout)
     return of_columns, other
@@ -386,7 +379,6 @@ def _multiply_group(
         mbarrier.wait(lead, 0)
     acc = gl.zeros((_ROWS, 2 * _HALF), gl.float32, layout)
     part_layout: gl.constexpr = _split(acc)[0].type.layout
-    pair_layout: gl.constexpr = _split_pairs(_split(acc)[0])[0].type.layout
     done = 0
     for tile in range(gl.program_id(0), num_down * num_across, gl.num_programs(0)):
         down, across = _find_tile(tile, num_down, num_across)
@@ -414,9 +406,7 @@ def _multiply_group(
             of_rows = _load_scales(row, scales, part_layout)
         elif NORM:
             of_rows = _load_norms(row, norms, NORM, part_layout)
-        of_part = _load_part(
-            row, column, behind, KIND, NORM, SCALED, HAS_BIAS, DIM, part_layout, pair_layout
-        )
+        of_part = _load_part(row, column, behind, KIND, NORM, SCALED, HAS_BIAS, DIM, part_layout)
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(empty.index(_before(stage)))
 
@@ -445,16 +435,7 @@ def _multiply_group(
                 squares += gl.sum(exact * exact, axis=1)
             if part < PARTS - 1:
                 of_part = _load_part(
-                    row,
-                    column + _PART,
-                    behind,
-                    KIND,
-                    NORM,
-                    SCALED,
-                    HAS_BIAS,
-                    DIM,
-                    part_layout,
-                    pair_layout,
+                    row, column + _PART, behind, KIND, NORM, SCALED, HAS_BIAS, DIM, part_layout
                 )
             _put(out_desc, x, out_buffers, row, column, GROUP, part, PARTS - 1)
             column += _PART
@@ -470,8 +451,7 @@ def _multiply(
     out_desc,
     bias_ptr,
     stream_ptr,
-    cos_ptr,
-    sin_ptr,
+    angles_ptr,
     row_scales_ptr,
     factors_ptr,
     totals_ptr,
@@ -524,7 +504,7 @@ def _multiply(
         (row_scales_ptr, num_rows, share, rest),
         (totals_ptr, num_parts, num_rows, depth, eps),
         (factors_ptr, bias_ptr, width),
-        (cos_ptr, sin_ptr, angle_stride, num_rows, num_rotated),
+        (angles_ptr, angle_stride, num_rows, num_rotated),
         (stream_ptr, num_rows, width),
     )
     gl.warp_specialize(
@@ -599,8 +579,7 @@ def multiply_and_rotate(
     x: Tensor | Fp8Rows,
     weight: Tensor | Fp8Rows,
     bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    angles: Tensor,
     dim: int,
     num_rotated: int,
     norm: "Norm | None" = None,
@@ -608,15 +587,14 @@ def multiply_and_rotate(
     """
     Args:
         x, weight, bias, norm: as of `multiply_and_activate`, or both of the first in fp8.
-        cos, sin: (M, at least dim / 2), any float type, dense in the last axis and of equal strides.
+        angles: (M, at least dim), float16, rows some multiple of 16 apart: of angle j in columns 2 j and
+            2 j + 1 its cosine and its sine.
         dim: of a head, whose numbers 2 j and 2 j + 1 turn by angle j.
         num_rotated: columns of the result that are such heads; those behind them stay.
 
     Returns:
         (M, N), of fp8 in bfloat16.
     """
-    assert cos.stride() == sin.stride()
-    assert cos.stride(1) == 1
     x, weight, scales = _take_apart(x, weight)
     out = x.new_empty((len(x), len(weight)), dtype=x.dtype if scales is None else torch.bfloat16)
     _launch(
@@ -625,7 +603,7 @@ def multiply_and_rotate(
         bias,
         out,
         ROTATE,
-        angles=(cos, sin),
+        angles=angles,
         dim=dim,
         num_rotated=num_rotated,
         scales=scales,
@@ -682,7 +660,7 @@ def _launch(
     kind: int,
     *,
     stream: Tensor | None = None,
-    angles: tuple[Tensor, Tensor] | None = None,
+    angles: Tensor | None = None,
     dim: int = 2,
     num_rotated: int = 0,
     scales: tuple[Tensor, Tensor] | None = None,
@@ -709,7 +687,6 @@ def _launch(
     if norm is not None:
         totals, factors = norm.totals, norm.weight_sums
         norm_kind = RMS_NORM if factors is None else LAYER_NORM
-    cos, sin = angles or (out, out)
     row_scales, factors = scales or (out, factors)
     _multiply[(min(tiles, count_processors(x.device)),)](
         _describe(x, _ROWS.value, step),
@@ -717,15 +694,14 @@ def _launch(
         _describe(out, _ROWS.value, _PART.value),
         out if bias is None else bias,
         out if stream is None else stream,
-        cos,
-        sin,
+        out if angles is None else angles,
         row_scales,
         out if factors is None else factors,
         out if totals is None else totals,
         num_rows,
         num_steps,
         out.shape[1],
-        cos.stride(0) if angles else 0,
+        0 if angles is None else angles.stride(0),
         num_rotated,
         *bound,
         1 if totals is None else totals.shape[2],
