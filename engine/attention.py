@@ -451,6 +451,7 @@ def attend_vision(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    fp8_factors: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """
@@ -460,6 +461,7 @@ def attend_vision(
     Args:
         query, key, value: (1, heads, patches, dim), or a batch of pictures instead of 1.
         cu_seq_lens_q: the starts that this layer hands on; read only to know layers with windows.
+        fp8_factors: (heads * dim,): the result may be in fp8, times these; see kernels/attended.py.
 
     Returns:
         (1, patches, heads, dim), and no weights.
@@ -481,7 +483,7 @@ def attend_vision(
     if context.windows is not None and cu_seq_lens_q is context.windows[0]:
         context = context.windows[1]
     if context.starts is not None:
-        return _attend_varlen(query, key, value, context, scaling), None
+        return _attend_varlen(query, key, value, context, scaling, fp8_factors), None
     runs, start = [], 0
     for num_pictures, num_patches in context.runs:
         end = start + num_pictures * num_patches
@@ -525,7 +527,12 @@ def _try_attend_batch(
 
 
 def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, context: VisionContext, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: VisionContext,
+    scaling: float | None,
+    fp8_factors: Tensor | None,
 ) -> Tensor:
     """Pictures of any sizes in one kernel: ours, or torch's own, private as in `_attend_flash`."""
     assert context.starts is not None
@@ -533,7 +540,7 @@ def _attend_varlen(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if context.cut is not None and pictures.takes(q, k, v):
         scale = _scale(q, scaling)
-        return pictures.attend(q, k, v, context.starts, most, scale, context.cut)[None]
+        return pictures.attend(q, k, v, context.starts, most, scale, context.cut, fp8_factors)[None]
     attended, *_ = torch.ops.aten._flash_attention_forward(
         q,
         k,

@@ -49,6 +49,7 @@ from engine.kernels import (
     activated,
     activations,
     added,
+    attended,
     folded,
     in_one,
     norms,
@@ -642,7 +643,7 @@ def _fuse_rotary(rotary: Any, fusions: Fusions, _is_last: bool) -> nn.Module | N
 class FusedVisionAttention(nn.Module):
     """Attention of a Qwen-VL encoder block on packed patches, (T, width), but for its last product."""
 
-    def __init__(self, attention: Any, fusions: Fusions) -> None:
+    def __init__(self, attention: Any, norm: nn.Module, fusions: Fusions) -> None:
         super().__init__()
         fusions = replace(fusions, packs=False)  # of many rows: blocks cost what products save
         self.config, self.scaling = attention.config, attention.scaling
@@ -653,8 +654,18 @@ class FusedVisionAttention(nn.Module):
         assert not isinstance(linear, PackedLinear)
         self.linear = linear
         self.folded: Folded | None = None
-        self.out = _project_attended(attention.proj, fusions)
         self.head_dim: int = attention.head_dim
+        self.factors: Tensor | None  # of what attention gives, where that is in fp8
+        self.out: Projection
+        if fusions.fp8 and attended.is_possible(attention.proj, self.head_dim):
+            width = attention.proj.in_features
+            bias = None if attention.qkv.bias is None else attention.qkv.bias[-width:]
+            factors = attended.find_factors(attention.qkv.weight[-width:], bias, norm)
+            self.factors = nn.Buffer(factors, persistent=False)
+            self.out = attended.read_by(attention.proj, self.factors)
+        else:
+            self.factors = None
+            self.out = _project_attended(attention.proj, fusions)
         # From how many rows on the product rotates what it makes. Its heads may then be interleaved,
         # also where it makes fewer.
         self.least_rows = rotated.choose(linear, self.head_dim, 2 * self.num_heads)
@@ -685,13 +696,15 @@ class FusedVisionAttention(nn.Module):
         x: Normed,
         position_embeddings: tuple[Tensor, Tensor],
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | Fp8Rows:
         heads = self._make_heads(x, position_embeddings)
         query, key, value = (part.transpose(0, 1)[None] for part in heads.tensor_split(3, dim=1))
-        attended = _call_attention(
+        if self.factors is not None:
+            kwargs["fp8_factors"] = self.factors
+        found = _call_attention(
             self, query, key, value, attention_mask=None, is_causal=False, **kwargs
-        )
-        return attended.reshape(len(heads), -1)
+        ).reshape(len(heads), -1)
+        return found if self.factors is None else attended.quantise(found, self.factors)
 
 
 class FusedVisionBlock(nn.Module):
@@ -701,7 +714,7 @@ class FusedVisionBlock(nn.Module):
         self, block: Any, mlp: "GatedMLP | QuickGELUMLP", fusions: Fusions, is_last: bool
     ) -> None:
         super().__init__()
-        self.attention = FusedVisionAttention(block.attn, fusions)
+        self.attention = FusedVisionAttention(block.attn, block.norm1, fusions)
         self.mlp = mlp
         norm = FusedLayerNorm if isinstance(block.norm1, nn.LayerNorm) else FusedRMSNorm
         self.attention_norm = norm(block.norm1, self.attention.linear)
@@ -731,8 +744,8 @@ class FusedVisionBlock(nn.Module):
             "max_length_k": max_seqlen,
         }
         x, normed = _enter(self.attention_norm, hidden_states)
-        attended = self.attention(normed, position_embeddings, **kwargs)
-        x, normed = _enter(self.mlp_norm, self.attention_end(attended, x))
+        found = self.attention(normed, position_embeddings, **kwargs)
+        x, normed = _enter(self.mlp_norm, self.attention_end(found, x))
         ending = _run_mlp(self.mlp, self.mlp_end, normed, x)
         return leave(ending) if self.is_last else ending
 

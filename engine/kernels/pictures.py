@@ -83,6 +83,7 @@ def attend(
     max_len: int,
     scale: float,
     cut: Cut | HopperCut = CUTS[0],
+    factors: Tensor | None = None,
 ) -> Tensor:
     """
     Args:
@@ -91,6 +92,7 @@ def attend(
         max_len: no picture has more patches.
         scale: what the scores are multiplied by; over 0.
         cut: changes speed, and how sums are rounded.
+        factors: (heads * dim,), float32: kernels give fp8, the result times these; see attended.py.
 
     Returns:
         (T, heads, dim), dense. Rows behind the last picture mean nothing.
@@ -99,7 +101,15 @@ def attend(
         from engine.kernels.gpu import pictures_hopper
 
         return pictures_hopper.attend(
-            query, key, value, starts, max_len, scale, groups=cut.groups, tile=cut.tile
+            query,
+            key,
+            value,
+            starts,
+            max_len,
+            scale,
+            groups=cut.groups,
+            tile=cut.tile,
+            factors=factors,
         )
     if isinstance(cut, Cut) and has_kernels(query) and query.shape[2] in DIMS:
         from engine.kernels.gpu import pictures
@@ -114,6 +124,7 @@ def attend(
             rows=cut.rows,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
+            factors=factors,
         )
     sizes = starts.diff().tolist()
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)

@@ -26,6 +26,7 @@ from engine.kernels import (
     activated,
     activations,
     added,
+    attended,
     decode,
     draw,
     folded,
@@ -491,6 +492,41 @@ def test_rotated_products_give_the_scores_of_a_product_and_a_rotation(has_bias: 
         scores, expected_scores = (x[:, one] @ x[:, other].T for x in (actual, expected))
         torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(actual[:, 4], expected[:, 4])
+
+
+@pytest.mark.parametrize("is_rms", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_no_value_of_a_normed_row_is_beyond_what_fp8_holds(has_bias: bool, is_rms: bool) -> None:
+    width, depth = 32, 48
+    weight = drawn(width, depth, seed=1) * torch.logspace(-3, 3, width)[:, None]
+    bias = drawn(width, seed=2) if has_bias else None
+    norm = nn.RMSNorm(depth, eps=0.0) if is_rms else nn.LayerNorm(depth, eps=0.0)
+    for number, parameter in enumerate(norm.parameters()):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    # Of all rows one is the worst for each value: the one that its weights are.
+    rows = torch.cat([weight * norm.weight, -weight * norm.weight, drawn(50, depth) ** 5])
+
+    factors = attended.find_factors(weight, bias, norm)
+
+    values = F.linear(norm(rows), weight, bias) * factors
+    assert (width,) == factors.shape
+    assert values.abs().max() <= quantised.MOST
+    if is_rms and not has_bias:  # and the bound is no further off than it says
+        assert values.abs().max() > 0.99 * quantised.MOST / attended.SURE
+
+
+def test_a_product_reads_what_attention_gives_in_fp8() -> None:
+    linear = as_linear(drawn(48, 32, seed=1), drawn(48, seed=2))
+    factors = torch.logspace(0, 2, 32)
+    x = drawn(7, 32)
+
+    rows = attended.quantise(x, factors)
+
+    assert quantised.FP8 == rows.values.dtype
+    again = attended.quantise(rows.values, factors)
+    assert torch.equal(rows.read(), again.read())
+    actual = attended.read_by(linear, factors)(rows)
+    assert (actual - linear(x)).norm() < 0.05 * linear(x).norm()
 
 
 def test_angles_are_packed_once_and_for_as_long_as_they_live() -> None:

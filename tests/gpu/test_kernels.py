@@ -483,6 +483,34 @@ def test_attention_in_pictures_on_hopper(
 
 
 @needs_hopper
+@pytest.mark.parametrize("cut", [*HOPPER_CUTS, pictures.WINDOW_CUT], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [(4, 64), (16, 80), (2, 96), (1, 128)])
+def test_attention_in_pictures_gives_fp8(
+    heads: int, dim: int, cut: pictures.Cut | pictures.HopperCut
+) -> None:
+    """Each column times its factor, and nothing behind the last picture."""
+    lens = [64, 1, 200, 129, 576, 0]
+    merged = drawn(sum(lens) + 30, 3 * heads, dim, dtype=torch.bfloat16)
+    q, k, v = torch.split(merged, heads, dim=1)
+    starts = starts_of(lens).to(DEVICE)
+    factors = torch.logspace(0, 2, heads * dim, device=DEVICE)
+    call = q, k, v, starts, max(lens), dim**-0.5, cut
+
+    actual = pictures.attend(*call, factors)
+
+    assert quantised.FP8 == actual.dtype
+    plain = pictures.attend(*call)[: sum(lens)].float() * factors.view(heads, dim)
+    expected = plain.clamp(-quantised.MOST, quantised.MOST)
+    torch.testing.assert_close(
+        actual[: sum(lens)].float(), expected, rtol=1 / 16 + 1 / 128, atol=0.02
+    )
+    assert torch.equal(
+        actual[: sum(lens)].view(torch.uint8),
+        pictures.attend(*call, factors)[: sum(lens)].view(torch.uint8),
+    )
+
+
+@needs_hopper
 @pytest.mark.parametrize("cut", HOPPER_CUTS, ids=str)
 @pytest.mark.parametrize("dim", [72, 80, 128])
 def test_pictures_on_hopper_know_nothing_of_each_other(dim: int, cut: pictures.HopperCut) -> None:

@@ -42,13 +42,15 @@ def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
         [0x7FFF0000, 0x7FFF0000, FAR.value, heads, dim],
         [(1 << 34) - stride, stride, stride, x.stride(1), 1],
         [1, 1, rows, 1, width],
-        _layout(width),
+        _layout(width, x.itemsize),
     )
 
 
 @cache
-def _layout(width: int) -> Any:
-    return gl.NVMMASharedLayout(min(2 * width, 128), 16, rank=5)
+def _layout(width: int, itemsize: int) -> Any:
+    num_bytes = width * itemsize
+    swizzle = min(num_bytes, 128) if num_bytes >= 32 else 0
+    return gl.NVMMASharedLayout(swizzle, 8 * itemsize, rank=5)
 
 
 @gluon.jit

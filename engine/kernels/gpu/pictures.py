@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.gpu import LOG2_E
+from engine.kernels.quantised import FP8
 
 TILE = 64  # keys of one turn of the loop; 32 and 128 were slower in every cut
 
@@ -69,6 +70,7 @@ def _attend(
     value_ptr,
     starts_ptr,
     out_ptr,
+    factors_ptr,
     scale_log2,
     query_stride,
     key_stride,
@@ -120,10 +122,15 @@ def _attend(
             )  # fmt: skip
         to = out_ptr + ((start + row) * heads + head) * (WIDE + REST)
         out = out / total[:, None]
+        out_rest = out_rest / total[:, None]
         kind = out_ptr.dtype.element_ty
+        if kind.primitive_bitwidth == 8:
+            factors = factors_ptr + head * (WIDE + REST)
+            out *= tl.load(factors + wide)[None, :]
+            if REST > 0:
+                out_rest *= tl.load(factors + rest)[None, :]
         tl.store(to[:, None] + wide[None, :], out.to(kind), mask=is_row[:, None])
         if REST > 0:
-            out_rest = out_rest / total[:, None]
             tl.store(to[:, None] + rest[None, :], out_rest.to(kind), mask=is_row[:, None])
 
 
@@ -138,6 +145,7 @@ def attend(
     rows: int = 128,
     num_warps: int = 8,
     num_stages: int = 3,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """As engine/kernels/pictures.py says; the rest is for measuring."""
     num_tokens, heads, dim = query.shape
@@ -145,7 +153,8 @@ def attend(
         assert x.stride(2) == 1
         assert x.stride(1) == query.stride(1)
     assert key.stride(0) == value.stride(0)
-    out = torch.empty((num_tokens, heads, dim), dtype=query.dtype, device=query.device)
+    dtype = query.dtype if factors is None else FP8
+    out = torch.empty((num_tokens, heads, dim), dtype=dtype, device=query.device)
     if num_tokens == 0:
         return out
     wide = 128 if dim == 128 else 64
@@ -156,6 +165,7 @@ def attend(
         value,
         starts,
         out,
+        starts if factors is None else factors,
         scale * LOG2_E,
         query.stride(0),
         key.stride(0),

@@ -34,6 +34,7 @@ from engine.kernels.gpu.hopper import (
     next_stage,
     send,
 )
+from engine.kernels.quantised import FP8
 
 
 @gluon.jit
@@ -93,9 +94,19 @@ def _score(query, query_rest, key, key_rest, nothing, REST: gl.constexpr):
 
 
 @gluon.jit
-def _attend_rows(group, descs, rings, work, scale_log2, REST: gl.constexpr):
+def _as_fp8(places):
+    """Twice as many places, each of half as many bytes."""
+    WIDTH: gl.constexpr = places.shape[2]
+    SWIZZLE: gl.constexpr = WIDTH if WIDTH >= 32 else 0
+    layout: gl.constexpr = gl.NVMMASharedLayout(SWIZZLE, 8, rank=2)
+    return places._reinterpret(gl.float8e4nv, [2 * places.shape[0], places.shape[1], WIDTH], layout)
+
+
+@gluon.jit
+def _attend_rows(group, descs, rings, work, scale_log2, factors_ptr, REST: gl.constexpr):
     """One group of four warps: its 64 query rows, of one head after the other."""
     out_desc, out_rest_desc = descs
+    GIVES_FP8: gl.constexpr = out_desc.dtype.primitive_bitwidth == 8
     query, query_rest, key, key_rest, value, value_rest = rings
     barriers, picture, first, head, num_heads = work
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
@@ -206,23 +217,34 @@ def _attend_rows(group, descs, rings, work, scale_log2, REST: gl.constexpr):
             stage, phase = next_stage(stage, phase, STAGES)
             share = 1.0 / total
             out *= gl.convert_layout(share, gl.SliceLayout(1, out_layout))[:, None]
-            # The queries have been read, so what they lie in takes what goes out.
-            my_query.store(out.to(kind))
             if REST > 0:
                 out_rest *= gl.convert_layout(share, gl.SliceLayout(1, rest_layout))[:, None]
-                my_query_rest.store(out_rest.to(kind))
+            # The queries have been read, so what they lie in takes what goes out.
+            my_out = my_query
+            my_out_rest = my_query_rest
+            if GIVES_FP8:
+                at = factors_ptr + (head + turn) * (WIDE + REST)
+                out *= gl.load(at + gl.arange(0, WIDE, gl.SliceLayout(0, out_layout)))[None, :]
+                my_out = _as_fp8(query).index(2 * place)
+                if REST > 0:
+                    places = gl.arange(0, REST_BLOCK, gl.SliceLayout(0, rest_layout))
+                    out_rest *= gl.load(at + WIDE + places)[None, :]
+                    my_out_rest = _as_fp8(query_rest).index(2 * place)
+            my_out.store(out.to(out_desc.dtype))
+            if REST > 0:
+                my_out_rest.store(out_rest.to(out_desc.dtype))
             fence_async_shared()
             gl.thread_barrier()
-            send(out_desc, start, length, row, head + turn, 0, my_query)
+            send(out_desc, start, length, row, head + turn, 0, my_out)
             if REST > 0:
-                send(out_rest_desc, start, length, row, head + turn, WIDE, my_query_rest)
+                send(out_rest_desc, start, length, row, head + turn, WIDE, my_out_rest)
         tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["heads_a_program"])
 def _attend(
     query_desc, query_rest_desc, key_desc, key_rest_desc, value_desc, value_rest_desc,
-    out_desc, out_rest_desc, starts_ptr, scale_log2, heads_a_program,
+    out_desc, out_rest_desc, starts_ptr, factors_ptr, scale_log2, heads_a_program,
     WIDE: gl.constexpr, REST: gl.constexpr, GROUPS: gl.constexpr, TILE: gl.constexpr,
     STAGES: gl.constexpr, GROUP_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -253,8 +275,14 @@ def _attend(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend_rows, (gl.to_tensor(0), out_descs, rings, work, scale_log2, REST)),
-                (_attend_rows, (gl.to_tensor(1), out_descs, rings, work, scale_log2, REST)),
+                (
+                    _attend_rows,
+                    (gl.to_tensor(0), out_descs, rings, work, scale_log2, factors_ptr, REST),
+                ),
+                (
+                    _attend_rows,
+                    (gl.to_tensor(1), out_descs, rings, work, scale_log2, factors_ptr, REST),
+                ),
                 (_fetch_all, (descs, rings, work, REST)),
             ],
             [4, 1],
@@ -263,9 +291,18 @@ def _attend(
     else:
         gl.warp_specialize(
             [
-                (_attend_rows, (gl.to_tensor(0), out_descs, rings, work, scale_log2, REST)),
-                (_attend_rows, (gl.to_tensor(1), out_descs, rings, work, scale_log2, REST)),
-                (_attend_rows, (gl.to_tensor(2), out_descs, rings, work, scale_log2, REST)),
+                (
+                    _attend_rows,
+                    (gl.to_tensor(0), out_descs, rings, work, scale_log2, factors_ptr, REST),
+                ),
+                (
+                    _attend_rows,
+                    (gl.to_tensor(1), out_descs, rings, work, scale_log2, factors_ptr, REST),
+                ),
+                (
+                    _attend_rows,
+                    (gl.to_tensor(2), out_descs, rings, work, scale_log2, factors_ptr, REST),
+                ),
                 (_fetch_all, (descs, rings, work, REST)),
             ],
             [4, 4, 1],
@@ -283,16 +320,20 @@ def attend(
     *,
     groups: int = 2,
     tile: int = 128,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """
     As engine/kernels/pictures.py says; the three may lie apart.
 
     Args:
+        factors: (heads * dim,), float32: the result is in fp8 and so many times as large. Heads are a
+            multiple of 16 numbers wide then.
         groups: of four warps, 2 or 3.
         tile: keys of one turn of the loop: 64 or 128, with 3 groups 64.
     """
     num_tokens, heads, dim = query.shape
-    out = torch.empty((num_tokens, heads, dim), dtype=query.dtype, device=query.device)
+    dtype = query.dtype if factors is None else FP8
+    out = torch.empty((num_tokens, heads, dim), dtype=dtype, device=query.device)
     if num_tokens == 0:
         return out
     wide = 128 if dim == 128 else 64
@@ -307,6 +348,7 @@ def attend(
     _attend[(triton.cdiv(max_len, num_rows), heads // together, len(starts) - 1)](
         *descs,
         starts,
+        starts if factors is None else factors,
         scale * LOG2_E,
         together,
         WIDE=wide,

@@ -1,0 +1,81 @@
+"""
+What attention gives, in fp8, for the product behind it.
+
+No row of it lies together anywhere before it is written: heads are computed apart, so its largest number
+is known too late for a scale. But what a head gives is a mean of values, and no value is larger than its
+weights make of a row that is normed. So each column has a factor of its own, found once, that is taken
+back in the weights of the product behind.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels import has_kernels, is_hopper
+from engine.kernels.pictures import HOPPER_DIMS
+from engine.kernels.quantised import FP8, MOST, STEP, Fp8Linear, Fp8Rows
+
+# Rows and weights in fp8 are some 6 % off at worst, each.
+SURE = 1.15
+LEAST = 1e-12  # of a value that is always zero
+
+
+def is_possible(out: nn.Linear, dim: int) -> bool:
+    """
+    Whether the product behind may read what attention among patches gives in fp8. On a GPU only where
+    the kernel for the Hopper generation writes it, as it would cost a pass elsewhere.
+
+    Args:
+        out: that product. dim: of a head.
+    """
+    if out.in_features % STEP or out.out_features % STEP:
+        return False
+    device = out.weight.device
+    if device.type == "cpu":
+        return True
+    takes = dim in HOPPER_DIMS and dim % STEP == 0
+    return takes and is_hopper(device) and has_kernels(torch.empty(1, device=device))
+
+
+def find_factors(weight: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
+    """
+    What columns are multiplied by in fp8, such that none is beyond the largest number.
+
+    Args:
+        weight, bias: (width, depth) and (width,) of what makes values.
+        norm: LayerNorm or RMSNorm of the rows that it multiplies; of such a row the squares add up to
+            its depth before it is weighed.
+
+    Returns:
+        (width,), float32.
+    """
+    exact = weight.float()
+    size = (exact * norm.weight.float()).norm(dim=1) * weight.shape[1] ** 0.5
+    moved = torch.zeros_like(size) if bias is None else bias.float()
+    norm_bias = getattr(norm, "bias", None)
+    if norm_bias is not None:
+        moved = moved + exact @ norm_bias.float()
+    largest: Tensor = (size + moved.abs()) * SURE
+    return MOST / largest.clamp(min=LEAST)
+
+
+def read_by(linear: nn.Linear, factors: Tensor) -> Fp8Linear:
+    """The product that reads what is multiplied by these, (depth,)."""
+    scaled = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    exact = linear.weight.data.float() / factors
+    scaled.weight = nn.Parameter(exact.to(linear.weight.dtype), requires_grad=False)
+    scaled.bias = linear.bias
+    return Fp8Linear(scaled)
+
+
+def quantise(attended: Tensor, factors: Tensor) -> Fp8Rows:
+    """
+    Args:
+        attended: (T, width), in 16 bits, or in fp8 and multiplied already.
+        factors: (width,).
+    """
+    if attended.dtype != FP8:
+        attended = (attended.float() * factors).clamp(-MOST, MOST).to(FP8)
+    scales = torch.ones((len(attended), 1), dtype=torch.float32, device=attended.device)
+    return Fp8Rows(attended, scales)
