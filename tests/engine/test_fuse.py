@@ -512,9 +512,37 @@ def test_llava_says_the_same(llava: Any) -> None:
 
     assert swapped["LlamaDecoderLayer"] == 3
     assert swapped["CLIPAttention"] == swapped["CLIPMLP"] == 3
+    assert swapped["Conv2d"] == 1
     assert_near(run_text(llava), run_text(fused))
     for one, other in zip(actual, expected, strict=True):
         assert_near(other, one)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(42, 28), (45, 41)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_patches_of_a_convolution_come_from_a_product(
+    height: int, width: int, has_bias: bool, memory_format: torch.memory_format
+) -> None:
+    """Also of pictures that patches do not divide, whose last pixels no patch has."""
+    conv = nn.Conv2d(3, 24, (14, 7), (14, 7), bias=has_bias)
+    x = torch.randn(2, 3, height, width).to(memory_format=memory_format)
+
+    fused = fuse.FusedPatches(conv)
+
+    assert conv.weight is fused.weight
+    assert_near(conv(x), fused(x))
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": 4}, {"padding": 1}, {"dilation": 2}, {"groups": 3}], ids=str
+)
+def test_a_convolution_of_another_kind_stays(change: dict[str, Any]) -> None:
+    kind: dict[str, Any] = {"kernel_size": 8, "stride": 8, **change}
+    model = nn.Sequential(nn.Conv2d(3, 24, **kind), nn.Conv2d(24, 8, 2, 2))
+
+    assert {"Conv2d": 1} == fuse.apply(model)
+    assert isinstance(model[0], nn.Conv2d)
 
 
 def test_siglip_says_the_same() -> None:
