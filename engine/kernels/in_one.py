@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 NEVER = sys.maxsize  # no call has so many rows
 ROWS = (8192, 2048, 512)  # of calls on which the two ways are compared, most first
-BETTER = 0.97  # of the other's time: less is no reason to leave what is known
+BETTER = 0.985  # of the other's time: less is no reason to leave what is known
 APART = 0.03  # of two results in 16 bits, to one more than their size
 APART_IN_FP8 = 0.15  # of two in fp8, with scales of their own: one of its steps may be an eighth
 RUN = 16  # columns that a thread of our kernel has side by side

@@ -705,7 +705,7 @@ def test_each_kind_of_product_is_compared_as_it_is(monkeypatch: pytest.MonkeyPat
     [
         ({8192: 0.8, 2048: 0.9, 512: 1.1}, 2048),
         ({8192: 0.8, 2048: 0.9, 512: 0.9}, 512),
-        ({8192: 0.98}, in_one.NEVER),
+        ({8192: 0.99}, in_one.NEVER),
         ({8192: 0.8, 2048: math.inf}, in_one.NEVER),
         ({2048: 0.9, 512: 1.1}, 2048),  # no memory for 8192
         ({512: 0.9}, 512),
