@@ -17,7 +17,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import activations
+from engine.kernels.gpu.hopper import count_blocks
 from engine.kernels.gpu.processors import count_processors
 from engine.kernels.quantised import Fp8Rows
 
@@ -638,7 +638,7 @@ def multiply_and_add(
 
 def count_tiles(width: int) -> int:
     """Across a result that is not gated."""
-    return triton.cdiv(width, 2 * _HALF.value)
+    return count_blocks(width, 2 * _HALF.value)
 
 
 def _take_apart(
@@ -681,8 +681,8 @@ def _launch(
     if not num_rows:
         return
     step = LINE // x.itemsize
-    num_steps = triton.cdiv(depth, step)
-    tiles = triton.cdiv(num_rows, _GROUPS.value * _ROWS.value) * count_tiles(len(weight))
+    num_steps = count_blocks(depth, step)
+    tiles = count_blocks(num_rows, _GROUPS.value * _ROWS.value) * count_tiles(len(weight))
     norm_kind, factors = 0, None
     if norm is not None:
         totals, factors = norm.totals, norm.weight_sums

@@ -26,6 +26,7 @@ from engine.kernels.gpu import LOG2_E
 from engine.kernels.gpu.hopper import (
     QUERIES,
     REGISTERS,
+    count_blocks,
     count_heads,
     count_stages,
     describe,
@@ -343,9 +344,9 @@ def attend(
         first = describe(x, rows, wide)
         descs += [first, describe(x, rows, rest) if rest else first]
     num_rows = groups * 64
-    together = count_heads(heads, triton.cdiv(num_tokens, num_rows), query.device)
+    together = count_heads(heads, count_blocks(num_tokens, num_rows), query.device)
     registers, group_registers, fetch_registers = REGISTERS[groups]
-    _attend[(triton.cdiv(max_len, num_rows), heads // together, len(starts) - 1)](
+    _attend[(count_blocks(max_len, num_rows), heads // together, len(starts) - 1)](
         *descs,
         starts,
         starts if factors is None else factors,

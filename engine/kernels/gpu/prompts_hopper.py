@@ -7,7 +7,6 @@ tile is masked at the edge of what is seen only: one or two of them, the rest ar
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,6 +22,7 @@ from engine.kernels.gpu import LOG2_E
 from engine.kernels.gpu.hopper import (
     QUERIES,
     REGISTERS,
+    count_blocks,
     count_heads,
     count_stages,
     describe,
@@ -263,9 +263,9 @@ def attend(
         return out
     groups, tile = GROUPS.value, TILE.value
     num_rows = 64 * groups
-    together = count_heads(heads, triton.cdiv(num_tokens, num_rows), query.device)
+    together = count_heads(heads, count_blocks(num_tokens, num_rows), query.device)
     registers, group_registers, fetch_registers = REGISTERS[groups]
-    _attend[(heads // together, len(query_starts) - 1, triton.cdiv(max_queries, num_rows))](
+    _attend[(heads // together, len(query_starts) - 1, count_blocks(max_queries, num_rows))](
         describe(query, 64, dim),
         describe(keys, tile, dim),
         describe(values, tile, dim),
