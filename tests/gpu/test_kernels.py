@@ -964,6 +964,19 @@ def test_added_products(has_bias: bool, dtype: torch.dtype) -> None:
 
 
 @needs_hopper
+def test_added_products_take_a_bias_from_any_address() -> None:
+    """Also right after one whose address is a multiple of more: it is read in fewer pieces."""
+    weight = drawn(1280, 640, dtype=torch.bfloat16, seed=1) * 0.04
+    biases = drawn(1281, dtype=torch.bfloat16, seed=2)
+    inner, x = (drawn(1, 300, width, dtype=torch.bfloat16) for width in (640, 1280))
+    for bias in (biases[:-1], biases[1:], biases[:-1]):
+        exact = as_linear(weight.float(), bias.float())(inner.float())
+        actual = added.multiply(inner, as_linear(weight, bias), x)
+
+        assert_near((x.float() + exact).bfloat16(), actual)
+
+
+@needs_hopper
 @pytest.mark.parametrize("in_fp8", [False, True])
 def test_added_products_know_nothing_of_what_lies_behind(
     in_fp8: bool, monkeypatch: pytest.MonkeyPatch

@@ -1,11 +1,12 @@
 """
-What the kernels for GPUs of the Hopper generation share, above all the two that attend: rows that come
-and go through descriptors which end where a picture or a prompt ends, rings of tiles with their
-barriers, and how much of a processor a program takes.
+What the kernels for GPUs of the Hopper generation share, above all the two that attend: launches that
+cost the host little, rows that come and go through descriptors which end where a picture or a prompt
+ends, rings of tiles with their barriers, and how much of a processor a program takes.
 
 What lies behind an end reads as zeros and is not written.
 """
 
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,40 @@ SHARED_BYTES = 226 << 10  # of a processor for one program, but for its barriers
 MAX_HEADS = 4  # of one program: more leaves too few of them
 MIN_PROGRAMS = 4  # a processor, before heads are put together
 REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}  # by groups: at the start, of a group, to fetch
+
+_built: dict[tuple[Hashable, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: tuple[Any, ...],
+    built_for: tuple[Hashable, ...],
+    **options: Any,
+) -> None:
+    """
+    `kernel[grid](*args, **options)`, but without looking each time for what Triton has built.
+
+    That is most of what a launch costs the host: types are put into words for it, and constants compared.
+    So what is found for a kind of arguments is kept, and all launches of that kind are of that, as those
+    in Triton's tutorial on softmax are.
+
+    Args:
+        args: all that the kernel takes, constants included.
+        built_for: all of it that Triton builds another kernel for: the device; types; whether an address
+            is a multiple of 16, as `of_pointer` says; numbers, but for floats and what the kernel does
+            not specialise; constants. Options, and blocks and layouts of descriptors, follow from these.
+    """
+    key = (kernel, *built_for)
+    built = _built.get(key)
+    if built is None:
+        built = _built[key] = kernel.warmup(*args, grid=grid, **options)
+    built[grid](*args)
+
+
+def of_pointer(x: Tensor) -> tuple[torch.dtype, int]:
+    """What a kernel is built for, of a tensor that it takes as a pointer."""
+    return x.dtype, x.data_ptr() % 16
 
 
 def count_blocks(rows: int, block: int) -> int:

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import activations
-from engine.kernels.gpu.hopper import count_blocks
+from engine.kernels.gpu.hopper import count_blocks, launch, of_pointer
 from engine.kernels.gpu.processors import count_processors
 from engine.kernels.quantised import Fp8Rows
 
@@ -680,6 +680,7 @@ def _launch(
     num_rows, depth = x.shape
     if not num_rows:
         return
+    width = out.shape[1]
     step = LINE // x.itemsize
     num_steps = count_blocks(depth, step)
     tiles = count_blocks(num_rows, _GROUPS.value * _ROWS.value) * count_tiles(len(weight))
@@ -688,34 +689,45 @@ def _launch(
         totals, factors = norm.totals, norm.weight_sums
         norm_kind = RMS_NORM if factors is None else LAYER_NORM
     row_scales, factors = scales or (out, factors)
-    _multiply[(min(tiles, count_processors(x.device)),)](
-        _describe(x, _ROWS.value, step),
-        _describe_weight(weight, step),
-        _describe(out, _ROWS.value, _PART.value),
+    pointers = (
         out if bias is None else bias,
         out if stream is None else stream,
         out if angles is None else angles,
         row_scales,
         out if factors is None else factors,
         out if totals is None else totals,
+    )
+    angle_stride = 0 if angles is None else angles.stride(0)
+    num_parts = 1 if totals is None else totals.shape[2]
+    constants = (
+        kind,
+        norm_kind,
+        totals is not None and norm is None,
+        dim,
+        bias is not None,
+        min(_LEAD, num_steps),
+    )
+    args = (
+        _describe(x, _ROWS.value, step),
+        _describe_weight(weight, step),
+        _describe(out, _ROWS.value, _PART.value),
+        *pointers,
         num_rows,
         num_steps,
-        out.shape[1],
-        0 if angles is None else angles.stride(0),
+        width,
+        angle_stride,
         num_rotated,
         *bound,
-        1 if totals is None else totals.shape[2],
+        num_parts,
         depth,
         0.0 if norm is None else norm.eps,
-        KIND=kind,
-        NORM=norm_kind,
-        KEEPS_TOTALS=totals is not None and norm is None,
-        DIM=dim,
-        HAS_BIAS=bias is not None,
-        LEAD=min(_LEAD, num_steps),
-        num_warps=4,
-        maxnreg=168,
+        *constants,
     )
+    types = x.dtype, weight.dtype, out.dtype, *map(of_pointer, pointers)
+    numbers = width, angle_stride, num_rotated, num_parts, depth
+    built_for = (x.device, *types, *numbers, *constants)
+    grid = min(tiles, count_processors(x.device)), 1, 1
+    launch(_multiply, grid, args, built_for, num_warps=4, maxnreg=168)
 
 
 def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

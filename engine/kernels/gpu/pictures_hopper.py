@@ -31,8 +31,10 @@ from engine.kernels.gpu.hopper import (
     count_stages,
     describe,
     fetch,
+    launch,
     make_barriers,
     next_stage,
+    of_pointer,
     send,
 )
 from engine.kernels.quantised import FP8
@@ -346,20 +348,12 @@ def attend(
     num_rows = groups * 64
     together = count_heads(heads, count_blocks(num_tokens, num_rows), query.device)
     registers, group_registers, fetch_registers = REGISTERS[groups]
-    _attend[(count_blocks(max_len, num_rows), heads // together, len(starts) - 1)](
-        *descs,
-        starts,
-        starts if factors is None else factors,
-        scale * LOG2_E,
-        together,
-        WIDE=wide,
-        REST=rest,
-        GROUPS=groups,
-        TILE=tile,
-        STAGES=count_stages(groups, tile, wide + rest),
-        GROUP_REGISTERS=group_registers,
-        FETCH_REGISTERS=fetch_registers,
-        num_warps=4,
-        maxnreg=registers,
-    )
+    stages = count_stages(groups, tile, wide + rest)
+    constants = wide, rest, groups, tile, stages, group_registers, fetch_registers
+    pointers = starts, starts if factors is None else factors
+    args = (*descs, *pointers, scale * LOG2_E, together, *constants)
+    types = query.dtype, key.dtype, value.dtype, dtype, *map(of_pointer, pointers)
+    grid = count_blocks(max_len, num_rows), heads // together, len(starts) - 1
+    built_for = (query.device, *types, *constants)
+    launch(_attend, grid, args, built_for, num_warps=4, maxnreg=registers)
     return out

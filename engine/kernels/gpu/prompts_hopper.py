@@ -27,6 +27,7 @@ from engine.kernels.gpu.hopper import (
     count_stages,
     describe,
     fetch,
+    launch,
     make_barriers,
     next_stage,
     send,
@@ -265,22 +266,21 @@ def attend(
     num_rows = 64 * groups
     together = count_heads(heads, count_blocks(num_tokens, num_rows), query.device)
     registers, group_registers, fetch_registers = REGISTERS[groups]
-    _attend[(heads // together, len(query_starts) - 1, count_blocks(max_queries, num_rows))](
+    tables = query_starts, slab_starts, lens
+    constants = dim, count_stages(groups, tile, dim), group_registers, fetch_registers
+    args = (
         describe(query, 64, dim),
         describe(keys, tile, dim),
         describe(values, tile, dim),
         describe(out, 64, dim),
-        query_starts,
-        slab_starts,
-        lens,
+        *tables,
         scale * LOG2_E,
         together,
         heads // keys.shape[1],
-        DIM=dim,
-        STAGES=count_stages(groups, tile, dim),
-        GROUP_REGISTERS=group_registers,
-        FETCH_REGISTERS=fetch_registers,
-        num_warps=4,
-        maxnreg=registers,
+        *constants,
     )
+    types = query.dtype, keys.dtype, values.dtype, *(table.dtype for table in tables)
+    grid = heads // together, len(query_starts) - 1, count_blocks(max_queries, num_rows)
+    built_for = (query.device, *types, *constants)
+    launch(_attend, grid, args, built_for, num_warps=4, maxnreg=registers)
     return out
