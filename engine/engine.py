@@ -60,7 +60,9 @@ MAX_UNPREPARED = 128
 # one at any moment; more would only be prepared all at once, while Python has kernels to launch.
 NUM_PREFILLS_AHEAD = 3
 GPU_NUM_SEQS, CPU_NUM_SEQS = 512, 256  # that decode together: weights are read once for all of them
-GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16_384, 8192  # of one call
+# Of one call. A GPU's are as many as fill a H100's 132 multiprocessors to the last with tiles of 128 rows,
+# however many columns a product has.
+GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 132 * 128, 8192
 MAX_MEDIA_THREADS = 8  # by default beside a GPU, for the same reason
 NUM_MEDIA_THREADS_BESIDE = 2  # more than there are processes that decode
 GPU_FLIGHTS = 2  # batches that a GPU may have before the tokens of the first are read
@@ -181,6 +183,7 @@ class Engine:
             checkpoint,
             rows,
             max_num_seqs=self.max_num_seqs,
+            max_prefill_tokens=max_prefill_tokens,
             cache_bytes=config.encoder_cache_bytes,
             uses_graphs=config.uses_graphs,
             is_deterministic=config.deterministic,

@@ -67,6 +67,7 @@ class Runner:
         num_rows: int,
         *,
         max_num_seqs: int,
+        max_prefill_tokens: int,
         cache_bytes: int = 0,
         uses_graphs: bool = True,
         is_deterministic: bool = False,
@@ -76,6 +77,7 @@ class Runner:
         self._text, self._embed = self._family.text, self._family.embed
         self._head = self._family.head
         self._num_axes = self._family.num_axes
+        self._max_prefill_tokens = max_prefill_tokens
         shape = checkpoint.kv_shape
         self._rows = KVRows(shape, num_rows, self.device)
         self.meter = Meter(self.device)
@@ -239,7 +241,8 @@ class Runner:
         both_ways = self._find_both_ways(sequences)
         if self._prefills is not None and not both_ways:  # rounded up, sizes come back
             # Empty prompts, and blocks behind the end of one, cost next to nothing.
-            num_places, num_spans = round_up(num_tokens), power_up(num_spans, 64)
+            num_places = max(num_tokens, min(round_up(num_tokens), self._max_prefill_tokens))
+            num_spans = power_up(num_spans, 64)
             most, most_rows = power_up(most, 1024), power_up(most_rows, 1024)
         # One table goes up: ids, the axes of positions, and rows to write. What fills it up
         # writes to scratch, and no sequence looks at it.

@@ -219,3 +219,22 @@ def test_recorded_calls_say_what_they_say_one_by_one(
         assert not runner._prefills.are_given_up
         # Those with pictures that see both ways are run as they are.
         assert runner._prefills.num_graphs > 0 or runner._family.sees_both_ways
+
+
+def test_a_prefill_is_filled_up_to_no_more_than_it_may_have(
+    build: Callable[[Path, str], LLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a budget was chosen for, such as tiles that fill a GPU to the last, stays."""
+    with build(write_tiny_qwen2_vl(tmp_path / "model", seed=1), "pieces") as llm:
+        prefills, sizes = llm.engine._runner._prefills, []
+        assert prefills is not None
+        run = prefills.run
+
+        def recorded(key: Any, *rest: Any) -> Tensor:
+            sizes.append(key[0])
+            return run(key, *rest)
+
+        monkeypatch.setattr(prefills, "run", recorded)
+        llm.generate(["x", "y" * 70], SamplingParams(max_tokens=2), use_tqdm=False)
+
+    assert {40} == set(sizes)  # of tokens; sizes come in steps of 256
