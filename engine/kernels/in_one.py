@@ -26,7 +26,7 @@ from engine.kernels.trials import left_out_if_broken, unless_memory_is_short
 logger = logging.getLogger(__name__)
 
 NEVER = sys.maxsize  # no call has so many rows
-ROWS = (8192, 2048, 512)  # of calls on which the two ways are compared, most first
+ROWS = (16_384, 8192, 2048, 512)  # of calls on which the two ways are compared, most first
 BETTER = 0.985  # of the other's time: less is no reason to leave what is known
 APART = 0.03  # of two results in 16 bits, to one more than their size
 APART_IN_FP8 = 0.15  # of two in fp8, with scales of their own: one of its steps may be an eighth

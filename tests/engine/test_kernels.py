@@ -703,11 +703,12 @@ def test_each_kind_of_product_is_compared_as_it_is(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("shares", "least_rows"),
     [
-        ({8192: 0.8, 2048: 0.9, 512: 1.1}, 2048),
-        ({8192: 0.8, 2048: 0.9, 512: 0.9}, 512),
-        ({8192: 0.99}, in_one.NEVER),
-        ({8192: 0.8, 2048: math.inf}, in_one.NEVER),
-        ({2048: 0.9, 512: 1.1}, 2048),  # no memory for 8192
+        ({16_384: 0.7, 8192: 0.8, 2048: 0.9, 512: 1.1}, 2048),
+        ({16_384: 0.9, 8192: 1.1}, 16_384),
+        ({16_384: 0.7, 8192: 0.8, 2048: 0.9, 512: 0.9}, 512),
+        ({16_384: 0.99}, in_one.NEVER),
+        ({16_384: 0.8, 8192: math.inf}, in_one.NEVER),
+        ({2048: 0.9, 512: 1.1}, 2048),  # no memory for more
         ({512: 0.9}, 512),
         ({}, in_one.NEVER),
     ],
