@@ -6,7 +6,7 @@ Axes: T patches, heads, dim; pictures. Every patch sees all of its own picture a
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 DIMS = (64, 80, 96, 128)  # widths of heads that the kernel takes
 HOPPER_DIMS = (*DIMS, 72)  # that the one for GPUs of the Hopper generation takes, in 16 bits
 CALLS = ((40, 576), (20, 1564))  # pictures and patches each, on which kernels are compared
+SHORT = 1024  # patches; pictures between the two
 BETTER = 0.95  # of the other's time: less is no reason to leave what is known
 APART = 0.02  # of two attentions in 16 bits
 
@@ -63,11 +64,17 @@ class Choice:
         beats_dense: whether ours is faster than dense batches of equal pictures too.
         windows: the same as `own` for pictures of some 64 patches, of which the kernel for Hopper
             would leave most of its rows empty.
+        short: the same where no picture has more than SHORT patches; None for `own`.
     """
 
     own: Cut | HopperCut | None = None
     beats_dense: bool = False
     windows: Cut | None = None
+    short: Cut | HopperCut | None = None
+
+    def find_own(self, most_patches: int) -> Cut | HopperCut | None:
+        """For a call whose largest picture has so many."""
+        return (self.short or self.own) if most_patches <= SHORT else self.own
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -183,10 +190,11 @@ def _choose(
         with left_out_if_broken("pictures_kernel", device):
             choice = _compare(device, dtype, heads, dim, calls, cuts, by_time=by_time)
             logger.info(
-                "pictures_kernel heads=%s dim=%s own=%s beats_dense=%s windows=%s by_time=%s",
+                "pictures_kernel heads=%s dim=%s own=%s short=%s beats_dense=%s windows=%s by_time=%s",
                 heads,
                 dim,
                 choice.own,
+                choice.short,
                 choice.beats_dense,
                 choice.windows,
                 by_time,
@@ -221,7 +229,7 @@ def _compare(
     *,
     by_time: bool,
 ) -> Choice:
-    totals: dict[Way, float] = {}
+    times: dict[int, dict[Way, float]] = {}  # by patches of a picture
     taken = take(cuts)
     if not by_time:
         cuts = [cut for cut in cuts if cut in (taken.own, taken.windows)]
@@ -231,13 +239,14 @@ def _compare(
         starts = torch.arange(num + 1, dtype=torch.int32, device=device) * patches
         ways = _ways(q, k, v, starts, num, patches, cuts)
         expected = ways["varlen"]()
+        times[patches] = {}
         for name, way in ways.items():
             # Turned around: what is not a number is nonsense too.
             if not (way().reshape(expected.shape) - expected).abs().max().item() <= APART:
                 raise RuntimeError(f"{name} computes nonsense")
             if by_time:
-                totals[name] = totals.get(name, 0.0) + time_ms(way)
-    return pick(totals) if by_time else taken
+                times[patches][name] = time_ms(way)
+    return pick_by_size(times) if by_time else taken
 
 
 def take(cuts: Sequence[Cut | HopperCut]) -> Choice:
@@ -257,6 +266,15 @@ def pick(totals: Mapping[Way, float]) -> Choice:
         beats_dense=ours[own] < BETTER * min(totals["dense"], totals["varlen"]),
         windows=small if small and plain[small] < BETTER * totals["varlen"] else None,
     )
+
+
+def pick_by_size(times: Mapping[int, Mapping[Way, float]]) -> Choice:
+    """`pick` over all calls, and for short pictures by the call of such alone."""
+    short, *_ = sorted(times)
+    choice = pick({way: sum(of_call[way] for of_call in times.values()) for way in times[short]})
+    if choice.own is None or short > SHORT:
+        return choice
+    return replace(choice, short=pick(times[short]).own)
 
 
 def _fastest(totals: Mapping[Ours, float]) -> Ours:

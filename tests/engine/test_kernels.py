@@ -340,6 +340,23 @@ def test_a_tie_of_kernels_goes_to_the_first() -> None:
     assert second == pictures.pick({**WAYS, first: 6.0, second: 5.6}).own
 
 
+def test_short_pictures_have_a_kernel_of_their_own() -> None:
+    first, second = pictures.HOPPER_CUTS
+    long: dict[pictures.Way, float] = {**WAYS, first: 6.0, second: 6.5}
+    short: dict[pictures.Way, float] = {**WAYS, first: 3.0, second: 2.7}
+
+    choice = pictures.pick_by_size({1564: long, 576: short})
+
+    assert [second, second, first] == [choice.find_own(most) for most in (4, 1024, 1025)]
+    alone = pictures.pick_by_size({1564: long})
+    assert [first, first] == [alone.find_own(most) for most in (4, 1564)]
+    slow: dict[pictures.Way, float] = {**WAYS, first: 11.0, second: 11.0}
+    neither = pictures.pick_by_size({1564: slow, 576: slow})
+    assert [None, None] == [neither.find_own(most) for most in (4, 1564)]
+    only_long = pictures.pick_by_size({1564: {**WAYS, first: 1.0, second: 1.1}, 576: slow})
+    assert [first, first] == [only_long.find_own(most) for most in (4, 1564)]
+
+
 def test_without_a_stopwatch_the_first_kernel_is_used() -> None:
     cuts = *pictures.HOPPER_CUTS, pictures.WINDOW_CUT
     plain, *_ = pictures.CUTS
