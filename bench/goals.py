@@ -42,16 +42,16 @@ class Goal:
 GOALS = {
     "caption": Goal(f"{QWEN} --num 2048 --runs 2 --warm-up 640", least=130),
     "caption-fp8": Goal(f"{QWEN} {FP8} --num 2048 --runs 2 --warm-up 640", least=180),
-    "frames": Goal(f"{QWEN} --work frames --num 384 --runs 1 --warm-up 96", least=25),
-    "large": Goal(f"{QWEN} --work large --num 480 --runs 1 --warm-up 128", least=45),
-    "llava": Goal(f"{LLAVA} --num 768 --runs 1 --warm-up 192", least=42),
+    "frames": Goal(f"{QWEN} --work frames --num 768 --runs 1 --warm-up 96", least=25),
+    "large": Goal(f"{QWEN} --work large --num 960 --runs 1 --warm-up 128", least=45),
+    "llava": Goal(f"{LLAVA} --num 1536 --runs 1 --warm-up 192", least=42),
     "llava-fp8": Goal(
         f"{LLAVA} {FP8} --llm kv_cache_dtype=fp8 --num 768 --runs 1 --warm-up 192", least=60
     ),
     "even": Goal(f"{QWEN} --work even --runs 1 --warm-up 640", "output_tokens_s"),
     "tail": Goal(f"{QWEN} --work tail --runs 1 --warm-up 640", "output_tokens_s", 0.85, "even"),
     "generate": Goal(
-        f"{QWEN} --num 512 --runs 1 --warm-up 512 --peer transformers --peer-num 128 "
+        f"{QWEN} --num 2048 --runs 1 --warm-up 640 --peer transformers --peer-num 128 "
         "--peer-batches 128",
         "ratio",
         6,
