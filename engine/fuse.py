@@ -782,13 +782,11 @@ class FusedPatches(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.weight, self.bias = (
-            conv.weight,
-            conv.bias,
-        )  # transformers' own callers look at the type
+        self.weight, self.bias = conv.weight, conv.bias  # of the first, callers read the type
         self.height, self.width = conv.kernel_size
         flat = conv.weight.data.flatten(1)
-        flat = F.pad(flat, (0, -flat.shape[1] % EVEN_WIDTH))
+        self.depth = flat.shape[1]  # of a patch
+        flat = F.pad(flat, (0, -self.depth % EVEN_WIDTH))
         self.flat = nn.Buffer(flat, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -798,9 +796,8 @@ class FusedPatches(nn.Module):
         whole = x[..., : rows * self.height, : columns * self.width]
         shape = num, channels, rows, self.height, columns, self.width
         in_order = whole.view(shape).permute(0, 2, 4, 1, 3, 5)
-        depth = in_order[0, 0, 0].numel()
         patches = x.new_zeros((num, rows, columns, self.flat.shape[1]))
-        patches[..., :depth].view(in_order.shape).copy_(in_order)
+        patches[..., : self.depth].view(in_order.shape).copy_(in_order)
         return F.linear(patches, self.flat, self.bias).permute(0, 3, 1, 2)
 
 

@@ -532,6 +532,7 @@ def test_patches_of_a_convolution_come_from_a_product(
 
     assert conv.weight is fused.weight
     assert_near(conv(x), fused(x))
+    assert conv(x[:0]).shape == fused(x[:0]).shape
 
 
 @pytest.mark.parametrize(
