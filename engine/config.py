@@ -146,7 +146,7 @@ class EngineConfig:
         max_model_len: prompt and output together, in tokens; None for the model's own maximum.
         max_num_seqs: sequences that decode together; None for 512 on a GPU and 256 on a CPU.
         max_num_batched_tokens: prompt tokens of one prefill call; a longer prompt is read in pieces of
-            so many, between decode steps of the others. None for 16384 on a GPU and 8192 on a CPU.
+            so many, between decode steps of the others. None for 16896 on a GPU and 8192 on a CPU.
         kv_cache_memory_bytes: memory for KV rows; None for a share of what the device has free.
         gpu_memory_utilization: that share, of the whole device, 0 to 1.
         media: area of pictures and frames after resampling, where it is not the checkpoint's, and

@@ -60,7 +60,7 @@ MAX_UNPREPARED = 128
 # one at any moment; more would only be prepared all at once, while Python has kernels to launch.
 NUM_PREFILLS_AHEAD = 3
 GPU_NUM_SEQS, CPU_NUM_SEQS = 512, 256  # that decode together: weights are read once for all of them
-# Of one call. A GPU's are as many as fill a H100's 132 multiprocessors to the last with tiles of 128 rows,
+# Of one call. A GPU's are as many as fill an H100's 132 multiprocessors to the last with tiles of 128 rows,
 # however many columns a product has.
 GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 132 * 128, 8192
 MAX_MEDIA_THREADS = 8  # by default beside a GPU, for the same reason
