@@ -117,8 +117,7 @@ class PackedEncoder:
                 starts behind the others, and these layers hand them on.
         """
         packings = [packing] if windows is None else [packing, windows]
-        most = max(size for _, size in packing.runs)
-        cuts = self.choice.find_own(most), self.choice.windows
+        cuts = self.choice.find_own(packing.max_patches), self.choice.windows
         all_starts = [upload(each.starts, self.device) for each in packings]
 
         def call(*given: Tensor) -> Tensor:
