@@ -140,7 +140,7 @@ def choose(linear: nn.Module, activation: Activation) -> int:
     """
     Compare the two ways, once for each device and shape.
 
-    It takes a tenth of a second, and two where Triton has not compiled the kernel before.
+    It takes some two tenths of a second, and more where Triton has not compiled the kernel before.
 
     NOTE: not while a CUDA graph is captured.
 

@@ -40,7 +40,7 @@ def choose(linear: nn.Module, *, is_rms: bool, gives_fp8: bool) -> int:
     """
     Compare the two ways, once for each device and shape.
 
-    It takes a tenth of a second, and two where Triton has not compiled the kernel before.
+    It takes some two tenths of a second, and more where Triton has not compiled the kernel before.
 
     NOTE: not while a CUDA graph is captured.
 

@@ -220,7 +220,7 @@ def draw(
     twin = copy.deepcopy(second)
     fold_(twin, *norm)
     product = Folded(twin, EPS, is_rms=is_rms)
-    # As wide as transformers' own: the kernel is built for what divides the width, too.
+    # As wide as transformers' own: the kernel that rotates apart is built for that, too.
     turns = torch.rand((rows, behind.dim // 2), device=device).repeat(1, 2)
     angles = turns.cos(), turns.sin()
     return partial(_run, inner, first, x, norm, second, product, angles, behind, least_added)

@@ -114,7 +114,7 @@ def choose(linear: nn.Linear | Fp8Linear, dim: int, num_heads: int) -> int:
     """
     Compare the two ways, once for each device and shape.
 
-    It takes a tenth of a second, and two where Triton has not compiled the kernel before.
+    It takes some two tenths of a second, and more where Triton has not compiled the kernel before.
 
     NOTE: not while a CUDA graph is captured.
 
@@ -140,7 +140,7 @@ def _compare(product: Product, dim: int, num_heads: int, rows: int) -> float:
 
     def build() -> partial[Tensor]:
         x, linear = in_one.draw(product, rows)
-        # As wide as transformers' own: the kernel is built for what divides the width, too.
+        # As wide as transformers' own: the kernel that rotates apart is built for that, too.
         angles = torch.rand((rows, dim // 2), device=product.device).mul_(7.0).repeat(1, 2)
         cos, sin = angles.cos(), angles.sin()
         return partial(multiply, x, linear, cos, sin, dim, num_heads)
