@@ -106,9 +106,9 @@ def _as_fp8(places):
 
 
 @gluon.jit
-def _attend_rows(group, descs, rings, work, scale_log2, factors_ptr, REST: gl.constexpr):
+def _attend_rows(group, outs, rings, work, scale_log2, REST: gl.constexpr):
     """One group of four warps: its 64 query rows, of one head after the other."""
-    out_desc, out_rest_desc = descs
+    out_desc, out_rest_desc, factors_ptr = outs
     GIVES_FP8: gl.constexpr = out_desc.dtype.primitive_bitwidth == 8
     query, query_rest, key, key_rest, value, value_rest = rings
     barriers, picture, first, head, num_heads = work
@@ -272,20 +272,14 @@ def _attend(
     head = gl.program_id(1) * heads_a_program
     num_heads = gl.where(first < length, heads_a_program, 0)
     descs = (query_desc, query_rest_desc, key_desc, key_rest_desc, value_desc, value_rest_desc)
-    out_descs = (out_desc, out_rest_desc)
+    outs = (out_desc, out_rest_desc, factors_ptr)
     rings = (query, query_rest, key, key_rest, value, value_rest)
     work = (barriers, picture, first, head, num_heads)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _attend_rows,
-                    (gl.to_tensor(0), out_descs, rings, work, scale_log2, factors_ptr, REST),
-                ),
-                (
-                    _attend_rows,
-                    (gl.to_tensor(1), out_descs, rings, work, scale_log2, factors_ptr, REST),
-                ),
+                (_attend_rows, (gl.to_tensor(0), outs, rings, work, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(1), outs, rings, work, scale_log2, REST)),
                 (_fetch_all, (descs, rings, work, REST)),
             ],
             [4, 1],
@@ -294,18 +288,9 @@ def _attend(
     else:
         gl.warp_specialize(
             [
-                (
-                    _attend_rows,
-                    (gl.to_tensor(0), out_descs, rings, work, scale_log2, factors_ptr, REST),
-                ),
-                (
-                    _attend_rows,
-                    (gl.to_tensor(1), out_descs, rings, work, scale_log2, factors_ptr, REST),
-                ),
-                (
-                    _attend_rows,
-                    (gl.to_tensor(2), out_descs, rings, work, scale_log2, factors_ptr, REST),
-                ),
+                (_attend_rows, (gl.to_tensor(0), outs, rings, work, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(1), outs, rings, work, scale_log2, REST)),
+                (_attend_rows, (gl.to_tensor(2), outs, rings, work, scale_log2, REST)),
                 (_fetch_all, (descs, rings, work, REST)),
             ],
             [4, 4, 1],
