@@ -30,7 +30,7 @@ ROWS = (16_384, 8192, 2048, 512)  # of calls on which the two ways are compared,
 BETTER = 0.985  # of the other's time: less is no reason to leave what is known
 APART = 0.03  # of two results in 16 bits, to one more than their size
 APART_IN_FP8 = 0.15  # of two in fp8, with scales of their own: one of its steps may be an eighth
-RUN = 16  # columns that a thread of our kernel has side by side
+RUN = 16  # columns side by side that a thread of our kernel has; all widths are multiples of it
 EPS = 1e-6  # of norms that are part of what is timed
 
 

@@ -32,6 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from engine.kernels import activations
 from engine.kernels.gpu.hopper import count_blocks, launch, of_pointer
 from engine.kernels.gpu.processors import count_processors
+from engine.kernels.in_one import RUN
 from engine.kernels.quantised import Fp8Rows
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ _GROUPS = gl.constexpr(2)  # of four warps that multiply
 _ROWS = gl.constexpr(64)  # of a tile, for each of them
 _HALF = gl.constexpr(128)  # columns of a tile, in two halves
 _PART = gl.constexpr(64)  # columns that are activated and stored at a time
-_RUN = gl.constexpr(16)  # columns side by side that one thread has
+_RUN = gl.constexpr(RUN)
 _LINE_BITS = gl.constexpr(8 * LINE)
 _STAGES = gl.constexpr(4)  # of the ring
 _LEAD = 3  # steps by which the first group starts ahead
@@ -166,7 +167,10 @@ def _split(sums):
 
 @gluon.jit
 def _tanh(x):
-    """On the fast units, to 11 bits; results have 8 at most, or 10 in float16."""
+    """
+    On the fast units, to 11 bits: what is activated may be off by |x| / 2**12. Rounding x to bfloat16 may
+    change it by sixteen times as much, to float16 by twice; a result below zero is less exact than that.
+    """
     return gl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
