@@ -27,7 +27,17 @@ from transformers.vision_utils import get_vision_window_index
 from engine import fuse
 from engine.attention import VISION_ATTENTION, Ends, TextContext, VisionContext, using
 from engine.fuse import Fusions
-from engine.kernels import activated, added, folded, products, quantised, rope, rotated, split
+from engine.kernels import (
+    activated,
+    added,
+    attended,
+    folded,
+    products,
+    quantised,
+    rope,
+    rotated,
+    split,
+)
 from engine.kernels.products import PackedLinear
 from engine.kernels.quantised import Fp8Linear, Fp8Rows
 from tests.engine.tiny import ALL_KV_HEADS, ONE_KV_HEAD, Shape, write_tiny_qwen2_vl
@@ -697,6 +707,28 @@ def test_encoders_in_fp8_activate_and_rotate_in_their_products_where_that_was_ch
     assert {"quick_gelu", "rotated"} == seen
     assert not torch.equal(apart, in_one)
     assert (in_one - exact).norm() < 1.2 * (apart - exact).norm()
+
+
+def test_an_encoder_in_fp8_knows_how_large_its_values_become(
+    qwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the weights of these: those of queries and keys are much smaller here."""
+    draw_norms(qwen)
+    depth, width = qwen.config.vision_config.depth, qwen.config.vision_config.embed_dim
+    for block in qwen.model.visual.blocks:
+        block.attn.qkv.weight.data[2 * width :] *= 100.0
+    seen: list[float] = []
+    quantise = attended.quantise
+
+    def look(found: Tensor, factors: Tensor) -> Fp8Rows:
+        seen.append((found * factors).abs().max().item())
+        return quantise(found, factors)
+
+    monkeypatch.setattr(attended, "quantise", look)
+    run_vision(fused_copy(qwen, Fusions(fp8=True)))
+
+    assert depth == len(seen)
+    assert all(quantised.MOST / 32 < most <= quantised.MOST for most in seen)
 
 
 @pytest.mark.parametrize(("width", "kind"), [(48, Fp8Linear), (40, nn.Linear)])
