@@ -26,6 +26,8 @@ from engine.attention import (
     using,
 )
 from engine.errors import BadConfig
+from engine.families.packed import PackedEncoder
+from engine.kernels import pictures
 from engine.kernels.decode import DecodeAttention, attend
 from engine.kernels.pictures import Cut
 from engine.runner import MAX_ENCODER_PATCHES, _calls
@@ -279,6 +281,35 @@ def test_batches_go_as_pictures_in_a_row_where_that_is_faster(num: int) -> None:
 
                 torch.testing.assert_close(expected, attended)
                 assert attended.reshape(num, 9, -1).shape == (num, 9, 2 * DIM)
+
+
+@pytest.mark.parametrize(("most", "is_short"), [(1024, True), (1025, False)])
+def test_packed_pictures_are_attended_to_by_the_kernel_for_their_size(
+    most: int, is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is told what results in fp8 are multiplied by."""
+    seen: list[tuple[Any, ...]] = []
+    own, short = pictures.HOPPER_CUTS
+    encoder = PackedEncoder(torch.device("cpu"), torch.float32, 2, DIM)
+    encoder.has_varlen, encoder.choice = True, pictures.Choice(own, short=short)
+    factors, attend_plainly = torch.ones(2 * DIM), pictures.attend
+
+    def look(*args: Any) -> Tensor:
+        seen.append(args[-2:])
+        return attend_plainly(*args)
+
+    def see(_starts: Tensor, merged: Tensor) -> Tensor:
+        heads = torch.split(merged.view(-1, 6, DIM), 2, dim=1)
+        query, key, value = (part.transpose(0, 1)[None] for part in heads)
+        attended, _ = attend_vision(module(), query, key, value, None, SCALE, fp8_factors=factors)
+        return attended[0]
+
+    monkeypatch.setattr(pictures, "attend", look)
+    packing = encoder.pack([5, most], rounds_up=False)
+    found = encoder.run(packing, None, see, torch.randn(packing.num_patches, 6 * DIM))
+
+    assert (5 + most, 2, DIM) == found.shape
+    assert [(short if is_short else own, factors)] == seen
 
 
 @pytest.mark.parametrize("shape", [QWEN2_5_VL, QWEN2_5_VL_OTHER], ids=["default", "other"])
