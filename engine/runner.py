@@ -55,6 +55,7 @@ class Runner:
         checkpoint: its family attached to the loaded model.
         num_rows: KV rows to hold, scratch included.
         max_num_seqs: sequences that decode together at most.
+        max_prefill_tokens: of one prefill; no prefill is filled up beyond that.
         cache_bytes: of encoded pictures that are kept for prompts to come.
         uses_graphs: whether decode steps become CUDA graphs, on a GPU.
         is_deterministic: whether calls have shapes that do not depend on who else is there: a picture

@@ -56,9 +56,9 @@ def launch(
     built[grid](*args)
 
 
-def of_pointer(x: Tensor) -> tuple[torch.dtype, int]:
+def of_pointer(x: Tensor) -> tuple[torch.dtype, bool]:
     """What a kernel is built for, of a tensor that it takes as a pointer."""
-    return x.dtype, x.data_ptr() % 16
+    return x.dtype, x.data_ptr() % 16 == 0
 
 
 def count_blocks(rows: int, block: int) -> int:
