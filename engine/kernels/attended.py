@@ -54,9 +54,12 @@ def find_factors(weight: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
     size = (exact * norm.weight.float()).norm(dim=1) * weight.shape[1] ** 0.5
     moved = torch.zeros_like(size) if bias is None else bias.float()
     norm_bias = getattr(norm, "bias", None)
+    unsure = torch.zeros_like(size)
     if norm_bias is not None:
         moved = moved + exact @ norm_bias.float()
-    largest: Tensor = (size + moved.abs()) * SURE
+        # Where its products cancel each other out, what fp8 takes off each of them does not.
+        unsure = exact.abs() @ norm_bias.float().abs() * (SURE - 1)
+    largest: Tensor = (size + moved.abs()) * SURE + unsure
     return MOST / largest.clamp(min=LEAST)
 
 

@@ -532,6 +532,22 @@ def test_no_value_of_a_normed_row_is_beyond_what_fp8_holds(has_bias: bool, is_rm
         assert values.abs().max() > 0.99 * quantised.MOST / attended.SURE
 
 
+def test_no_value_is_beyond_what_fp8_holds_where_biases_cancel_each_other_out() -> None:
+    """Rounded to fp8 they do not: what is left of them may be more than all that rows add."""
+    norm = nn.LayerNorm(64)
+    nn.init.constant_(norm.weight, 0.01)
+    nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(1))
+    bias = norm.bias.data
+    weight = drawn(32, 64)
+    weight -= (weight @ bias)[:, None] * bias / (bias @ bias)
+    rows = quantised.layer_norm(drawn(500, 64, seed=2), norm.weight, bias, norm.eps)
+
+    factors = attended.find_factors(weight, None, norm)
+
+    values = quantised.Fp8Linear(as_linear(weight))(rows) * factors
+    assert values.abs().max() <= quantised.MOST
+
+
 def test_a_product_reads_what_attention_gives_in_fp8() -> None:
     linear = as_linear(drawn(48, 32, seed=1), drawn(48, seed=2))
     factors = torch.logspace(0, 2, 32)
