@@ -4,7 +4,7 @@ those of norms that are left to the products around them.
 
 Queries, keys and values come from one matrix product, gates and what they gate from another; norms
 take the addition before them along, and large products what is behind them, on GPUs that can; rotary
-positions are read from a table and applied in place. `engine/kernels` has the pieces. What a layer
+positions are read from a table and applied in place; a convolution that cuts patches is a product, too. `engine/kernels` has the pieces. What a layer
 computes does not change: tests/engine/test_fuse.py compares each with the one it replaces.
 
 Products in fp8 are an option, and the one thing here that changes the numbers.
@@ -189,7 +189,7 @@ def _project(linear: nn.Linear, fusions: Fusions) -> Projection:
 
 
 def _project_attended(linear: nn.Linear, fusions: Fusions) -> Projection:
-    """Behind attention nothing quantises on its way, and a narrow product does not earn a pass."""
+    """Attention in 16 bits is not quantised on its way, and a narrow product does not earn a pass."""
     is_narrow = linear.out_features < LEAST_WIDTH_FOR_A_PASS
     return _project(linear, replace(fusions, fp8=fusions.fp8 and not is_narrow))
 
