@@ -4,8 +4,9 @@ those of norms that are left to the products around them.
 
 Queries, keys and values come from one matrix product, gates and what they gate from another; norms
 take the addition before them along, and large products what is behind them, on GPUs that can; rotary
-positions are read from a table and applied in place; a convolution that cuts patches is a product, too. `engine/kernels` has the pieces. What a layer
-computes does not change: tests/engine/test_fuse.py compares each with the one it replaces.
+positions are read from a table and applied in place; a convolution that cuts patches is a product,
+too. `engine/kernels` has the pieces. What a layer computes does not change: tests/engine/test_fuse.py
+compares each with the one it replaces.
 
 Products in fp8 are an option, and the one thing here that changes the numbers.
 
