@@ -1,5 +1,6 @@
 """
-Attention among the patches of each picture, on GPUs of the Hopper generation, in 16 bits; results may be in fp8.
+Attention among the patches of each picture, on GPUs of the Hopper generation, in 16 bits;
+results may be in fp8.
 
 One warp fetches tiles of keys and values with the copy engine into a ring in shared memory; two or
 three groups of four warps, each with 64 query rows, multiply. A group has the next tile's scores
