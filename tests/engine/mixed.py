@@ -46,11 +46,16 @@ class Mixed:
         )
 
 
-def mixed_requests(num: int, seed: str = "mixed", *, with_times: bool = False) -> list[Mixed]:
-    """with_times: some clips know when their frames are shown."""
-    return [
-        _mixed(random.Random(f"{seed}/{index}"), str(index), with_times) for index in range(num)
-    ]
+def mixed_requests(
+    num: int, seed: str = "mixed", *, first: int = 0, with_times: bool = False
+) -> list[Mixed]:
+    """
+    Args:
+        first: number of the first of them; each is the same in any row of numbers.
+        with_times: some clips know when their frames are shown.
+    """
+    numbers = range(first, first + num)
+    return [_mixed(random.Random(f"{seed}/{index}"), str(index), with_times) for index in numbers]
 
 
 def _mixed(rng: random.Random, name: str, with_times: bool) -> Mixed:
