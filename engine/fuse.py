@@ -8,7 +8,7 @@ positions are read from a table and applied in place; a convolution that cuts pa
 too. `engine/kernels` has the pieces. What a layer computes does not change: tests/engine/test_fuse.py
 compares each with the one it replaces.
 
-Products in fp8 are an option, and the one thing here that changes the numbers.
+Products in fp8 are an option, and the one thing here that changes numbers by more than rounding.
 
 What it does not know it leaves as it is: another class, another activation, rotary positions that
 change with the length. It refuses to know batches and slabs; attention is called as transformers'
@@ -777,13 +777,13 @@ class FusedCLIPAttention(nn.Module):
 
 class FusedPatches(nn.Module):
     """
-    A convolution whose patches lie side by side, as a product: of three colours and fourteen rows no
-    library has a fast one.
+    A convolution whose patches lie side by side, as a product: for three colours and patches of fourteen
+    rows no library's convolution is fast.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias  # of the first, callers read the type
+        self.weight, self.bias = conv.weight, conv.bias  # callers read the weight's type
         self.height, self.width = conv.kernel_size
         flat = conv.weight.data.flatten(1)
         self.depth = flat.shape[1]  # of a patch

@@ -1,10 +1,10 @@
 """
 What attention gives, in fp8, for the product behind it.
 
-No row of it lies together anywhere before it is written: heads are computed apart, so its largest number
-is known too late for a scale. But what a head gives is a mean of values, and no value is larger than its
-weights make of a row that is normed. So each column has a factor of its own, found once, that is taken
-back in the weights of the product behind.
+Heads are computed apart, so the largest number of a row is known only when all of it has been written:
+too late for a scale. But what a head gives is a mean of values, and a value is no larger than its weights
+can make of a row that is normed. So each column has a factor of its own, found once, that the weights of
+the product behind take back.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from engine.kernels import has_kernels, is_hopper
 from engine.kernels.pictures import HOPPER_DIMS
 from engine.kernels.quantised import FP8, MOST, STEP, Fp8Linear, Fp8Rows
 
-# Rows and weights in fp8 are some 6 % off at worst, each.
+# Bounds are raised by so much: rows and weights in fp8 are some 6 % off at worst, each.
 SURE = 1.15
-LEAST = 1e-12  # of a value that is always zero
+LEAST = 1e-12  # of a bound: a value may always be zero
 
 
 def is_possible(out: nn.Linear, dim: int) -> bool:
@@ -40,12 +40,12 @@ def is_possible(out: nn.Linear, dim: int) -> bool:
 
 def find_factors(weight: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
     """
-    What columns are multiplied by in fp8, such that none is beyond the largest number.
+    What columns are multiplied by, so that no result is beyond the largest number of fp8.
 
     Args:
         weight, bias: (width, depth) and (width,) of what makes values.
-        norm: LayerNorm or RMSNorm of the rows that it multiplies; of such a row the squares add up to
-            its depth before it is weighed.
+        norm: LayerNorm or RMSNorm of the rows that these multiply. Before it weighs a row, the squares
+            of that add up to its depth at most.
 
     Returns:
         (width,), float32.
@@ -64,7 +64,7 @@ def find_factors(weight: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
 
 
 def read_by(linear: nn.Linear, factors: Tensor) -> Fp8Linear:
-    """The product that reads what is multiplied by these, (depth,)."""
+    """The same product of rows that are multiplied by these factors, (depth,)."""
     scaled = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     exact = linear.weight.data.float() / factors
     scaled.weight = nn.Parameter(exact.to(linear.weight.dtype), requires_grad=False)

@@ -1,5 +1,6 @@
 """
-Matrix products in fp8: each row of both sides has a scale of its own, sums are float32.
+Matrix products in fp8: each row of both sides has a scale of its own, sums are float32. (Rows of what
+attention gives share factors of their columns instead, which weights take back: attended.py.)
 
 What comes before a product quantises its result in the same pass, so the numbers in 16 bits are
 never written: `rms_norm` and the others here are those of norms.py and activations.py with rows in
