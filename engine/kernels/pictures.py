@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 DIMS = (64, 80, 96, 128)  # widths of heads that the kernel takes
 HOPPER_DIMS = (*DIMS, 72)  # that the one for GPUs of the Hopper generation takes, in 16 bits
 CALLS = ((40, 576), (20, 1564))  # pictures and patches each, on which kernels are compared
-SHORT = 1024  # patches; pictures between the two
+SHORT = 1024  # patches of a picture at most; between those of the two calls
 BETTER = 0.95  # of the other's time: less is no reason to leave what is known
 APART = 0.02  # of two attentions in 16 bits
 
@@ -64,7 +64,7 @@ class Choice:
         beats_dense: whether ours is faster than dense batches of equal pictures too.
         windows: the same as `own` for pictures of some 64 patches, of which the kernel for Hopper
             would leave most of its rows empty.
-        short: the same where no picture has more than SHORT patches; None for `own`.
+        short: the same as `own` for calls whose pictures have at most SHORT patches; None for `own`.
     """
 
     own: Cut | HopperCut | None = None
@@ -269,7 +269,7 @@ def pick(totals: Mapping[Way, float]) -> Choice:
 
 
 def pick_by_size(times: Mapping[int, Mapping[Way, float]]) -> Choice:
-    """`pick` over all calls, and for short pictures by the call of such alone."""
+    """`pick` over all calls, and for short pictures over the call of short ones alone."""
     short, *_ = sorted(times)
     choice = pick({way: sum(of_call[way] for of_call in times.values()) for way in times[short]})
     if choice.own is None or short > SHORT:

@@ -75,14 +75,14 @@ def _multiply_in_one(
     return gpu.multiply_and_rotate(x.contiguous(), linear.weight, linear.bias, *of_heads)
 
 
-# Of cosines: the dim, and what `pack` made of them.
+# By cosines: the dim, and what `pack` made of them.
 _packed: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
 
 
 def pack(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
     """
     Angles as the kernel reads them: cosine and sine of each in float16, side by side, and rows some
-    multiple of 16 apart. An eighth of what results in bfloat16 are rounded by is lost.
+    multiple of 16 apart. That rounds them by an eighth of what results are rounded by to bfloat16.
 
     All layers of a model rotate by the same ones, so they are kept for as long as the cosines are.
 

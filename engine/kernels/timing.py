@@ -60,8 +60,8 @@ def time_ms(call: Callable[[], object]) -> float:
     """
     The least time of IN_A_ROW calls on the current CUDA device, however long launching them takes.
 
-    Not the median: a host that is held up for longer than the GPU is kept waiting makes most of a kernel's
-    times ten times as long.
+    Not the median: a host that is held up for longer than the GPU is kept waiting can make most of a
+    kernel's times ten times as long.
     """
     times: list[float] = []
     for repeat in range(WARM_UP + REPEATS):

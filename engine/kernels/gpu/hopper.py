@@ -39,9 +39,9 @@ def launch(
     """
     `kernel[grid](*args, **options)`, but without looking each time for what Triton has built.
 
-    That is most of what a launch costs the host: types are put into words for it, and constants compared.
-    So what is found for a kind of arguments is kept, and all launches of that kind are of that, as those
-    in Triton's tutorial on softmax are.
+    That is a third to a half of what a launch costs the host: types are put into words for it, and constants
+    compared. So what Triton has built for arguments of a kind is kept, and launched for all that are of
+    that kind, as Triton's tutorial on softmax does.
 
     Args:
         args: all that the kernel takes, constants included.

@@ -5,11 +5,11 @@ A matrix product whose result is activated, rotated, added or normed on its way 
 A block of threads stays on each multiprocessor and takes tiles of the result in turn, ordered so that
 those in work at a time share rows and weights in the L2 cache. One warp of it loads, by TMA, into a
 ring of stages; each of two groups of four warps multiplies 64 rows of the tile by all 256 columns,
-activates the sums in float32 and stores them by TMA. The groups go on by themselves, one some steps
-ahead: while it activates, the other has the tensor cores. For no longer than these steps, so what is
-done to sums has to be short: weights are loaded in such an order that a thread has sums of sixteen
-columns side by side. It reads what belongs to them, and writes them, in few instructions, and sums that
-rotate each other are its own.
+goes on with the sums in float32 and stores them by TMA. The groups go on by themselves, one some steps
+ahead: while one is at its sums, the other has the tensor cores. It is so for no more than these steps,
+and what is done to sums has to be short. So weights are loaded in such an order that a thread has sums
+of sixteen columns side by side: it reads what belongs to them, and writes them, in few instructions, and
+sums that rotate each other are in one thread.
 """
 
 import math
@@ -126,11 +126,11 @@ def _load(rings, bars, counts, GATED: gl.constexpr):
 @gluon.jit
 def _sort(x):
     """
-    Columns in their order, of sums of weights in that of `_describe_weight`; registers only get other
-    names.
+    Sums with their columns in order, where `_describe_weight` loads weights in another; registers only
+    get other names.
     """
     ROWS: gl.constexpr = x.shape[0]
-    # Halves, pairs of a run, parts of a half and runs of a part: each of these in another thread.
+    # Halves, pairs of a run, parts of a half, runs of a part (each in another thread), columns of a pair.
     x = x.reshape([ROWS, 2, _RUN // 2, _HALF // _PART, _PART // _RUN, 2])
     return x.permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, 2 * _HALF])
 
@@ -169,7 +169,8 @@ def _split(sums):
 def _tanh(x):
     """
     On the fast units, to 11 bits: what is activated may be off by |x| / 2**12. Rounding x to bfloat16 may
-    change it by sixteen times as much, to float16 by twice; a result below zero is less exact than that.
+    change it by sixteen times as much, to float16 by twice. What a negative x becomes is near zero and may
+    be off by as much, too.
     """
     return gl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
@@ -338,8 +339,8 @@ def _put(
     LAST: gl.constexpr,
 ):
     """
-    Store a part by TMA: from as many buffers as a group has, once all are full and what was stored from
-    them before has left.
+    Lay a part into the next buffer of the group, the first only when what was stored before has left; once
+    all are full, or it is the last part, store them by TMA.
     """
     BUFFERS: gl.constexpr = out_buffers.shape[0] // _GROUPS
     AT: gl.constexpr = PART % BUFFERS
@@ -741,8 +742,8 @@ def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def _describe_weight(weight: Tensor, step: int) -> TensorDescriptor:
     """
-    Half of a tile's, the first pair of each run of columns before the second pairs, and so on: a thread
-    has every fourth pair of what is multiplied.
+    Of half a tile: the first pair of each run of columns, then the second pairs, and so on, as a thread has
+    every fourth pair of what is multiplied.
     """
     width, depth = weight.shape
     run = _RUN.value
