@@ -56,6 +56,12 @@ GOALS = {
         "ratio",
         6,
     ),
+    "generate-fp8": Goal(
+        f"{QWEN} {FP8} --num 2048 --runs 1 --warm-up 640 --peer transformers --peer-num 128 "
+        "--peer-batches 128",
+        "ratio",
+        6,
+    ),
     "busy": Goal(
         f"{QWEN} --num 64 --runs 1 --warm-up 640 --profile busy.json --profile-num 640",
         "steady_busy_share",
