@@ -62,6 +62,12 @@ GOALS = {
         "ratio",
         6,
     ),
+    "generate-frames": Goal(
+        f"{QWEN} --work frames --num 384 --runs 1 --warm-up 96 --peer transformers --peer-num 64 "
+        "--peer-batches 16,32",
+        "ratio",
+        6,
+    ),
     "busy": Goal(
         f"{QWEN} --num 64 --runs 1 --warm-up 640 --profile busy.json --profile-num 640",
         "steady_busy_share",
