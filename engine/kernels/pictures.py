@@ -104,30 +104,16 @@ def attend(
     Returns:
         (T, heads, dim), dense. Rows behind the last picture mean nothing.
     """
+    call = query, key, value, starts, max_len, scale
     if isinstance(cut, HopperCut) and has_kernels(query):
         from engine.kernels.gpu import pictures_hopper
 
-        return pictures_hopper.attend(
-            query,
-            key,
-            value,
-            starts,
-            max_len,
-            scale,
-            groups=cut.groups,
-            tile=cut.tile,
-            factors=factors,
-        )
+        return pictures_hopper.attend(*call, groups=cut.groups, tile=cut.tile, factors=factors)
     if isinstance(cut, Cut) and has_kernels(query) and query.shape[2] in DIMS:
         from engine.kernels.gpu import pictures
 
         return pictures.attend(
-            query,
-            key,
-            value,
-            starts,
-            max_len,
-            scale,
+            *call,
             rows=cut.rows,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
