@@ -7,6 +7,7 @@ can make of a row that is normed. So each column has a factor of its own, found 
 the product behind take back.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def is_possible(out: nn.Linear, dim: int) -> bool:
     Args:
         out: that product. dim: of a head.
     """
-    if out.in_features % STEP or out.out_features % STEP:
+    if not Fp8Linear.takes(out):
         return False
     device = out.weight.device
     if device.type == "cpu":
@@ -65,10 +66,8 @@ def find_factors(weight: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
 
 def read_by(linear: nn.Linear, factors: Tensor) -> Fp8Linear:
     """The same product of rows that are multiplied by these factors, (depth,)."""
-    scaled = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    exact = linear.weight.data.float() / factors
-    scaled.weight = nn.Parameter(exact.to(linear.weight.dtype), requires_grad=False)
-    scaled.bias = linear.bias
+    scaled = copy.deepcopy(linear)
+    scaled.weight.data.div_(factors)
     return Fp8Linear(scaled)
 
 

@@ -149,7 +149,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        if linear.in_features % STEP or linear.out_features % STEP:
+        if not self.takes(linear):
             raise ValueError(
                 f"a product in fp8 needs widths that are multiples of {STEP}, not "
                 f"{linear.in_features} and {linear.out_features}"
@@ -160,11 +160,15 @@ class Fp8Linear(nn.Module):
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
 
+    @staticmethod
+    def takes(linear: nn.Linear) -> bool:
+        """Whether its widths allow it."""
+        return linear.in_features % STEP == 0 and linear.out_features % STEP == 0
+
     @classmethod
     def find(cls, linear: nn.Linear) -> Self | None:
         """None where the widths do not allow it."""
-        fits = linear.in_features % STEP == 0 and linear.out_features % STEP == 0
-        return cls(linear) if fits else None
+        return cls(linear) if cls.takes(linear) else None
 
     @property
     def rows(self) -> Fp8Rows:
