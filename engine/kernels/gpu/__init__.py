@@ -9,3 +9,8 @@ float64; nothing is autotuned, so nothing is measured while others wait.
 import math
 
 LOG2_E = math.log2(math.e)  # exponentials are powers of two, as the device has them
+
+
+def count_blocks(number: int, block: int) -> int:
+    """As triton.cdiv, which is made for kernels, too, and takes the host 2 us."""
+    return -(-number // block)

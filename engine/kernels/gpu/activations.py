@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.activations import QUICK_GELU
+from engine.kernels.gpu import count_blocks
 
 BLOCK = 2048
 
@@ -42,7 +43,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     block = min(BLOCK, triton.next_power_of_2(width))
     for first in range(0, num_rows, 65_535):
         rows = slice(first, first + 65_535)
-        grid = (triton.cdiv(width, block), len(flat_in[rows]))
+        grid = (count_blocks(width, block), len(flat_in[rows]))
         _silu_mul[grid](flat_in[rows], flat_out[rows], width, BLOCK=block, num_warps=4)
     return out
 
@@ -52,5 +53,5 @@ def quick_gelu_(x: Tensor) -> Tensor:
     assert x.is_contiguous()
     num = x.numel()
     if num:
-        _quick_gelu[(triton.cdiv(num, BLOCK),)](x, num, SLOPE=QUICK_GELU, BLOCK=BLOCK, num_warps=4)
+        _quick_gelu[(count_blocks(num, BLOCK),)](x, num, SLOPE=QUICK_GELU, BLOCK=BLOCK, num_warps=4)
     return x

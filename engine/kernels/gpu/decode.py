@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.gpu import LOG2_E
+from engine.kernels.gpu import LOG2_E, count_blocks
 
 TILE = 64  # KV rows of one turn of the loop
 JOINED = 16  # splits that the second kernel reads at once
@@ -169,7 +169,7 @@ def attend(
     out = torch.empty((num_seqs, heads, dim), dtype=query.dtype, device=query.device)
     if num_seqs == 0:
         return out
-    num_splits = max(1, triton.cdiv(max_len, split_rows))
+    num_splits = max(1, count_blocks(max_len, split_rows))
     parts, sums, maxima = out, out, out
     if num_splits > 1:
         shape = (num_seqs, heads, num_splits)

@@ -26,7 +26,7 @@ from engine.kernels.draw import (
     TOP_P,
     UNIFORM_BITS,
 )
-from engine.kernels.gpu import LOG2_E
+from engine.kernels.gpu import LOG2_E, count_blocks
 from engine.kernels.greedy import NO_TOKEN
 
 SPAN, NUM_SPANS = 32, 128  # ids of a span, spans of a piece
@@ -442,7 +442,7 @@ def draw(logits: Tensor, draws: Tensor) -> Tensor:
     out = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return out
-    num_pieces = triton.cdiv(vocab, SPAN * NUM_SPANS)
+    num_pieces = count_blocks(vocab, SPAN * NUM_SPANS)
     tops = torch.empty((num_rows, num_pieces, NUM_SPANS), dtype=torch.float32, device=device)
     best = torch.empty((num_rows, num_pieces), dtype=torch.float32, device=device)
     index = torch.empty((num_rows, num_pieces), dtype=torch.int32, device=device)

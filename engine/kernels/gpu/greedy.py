@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.gpu import count_blocks
 from engine.kernels.greedy import NO_TOKEN
 
 BLOCK = 4096
@@ -49,7 +50,7 @@ def argmax(logits: Tensor) -> Tensor:
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return out
-    num_pieces = triton.cdiv(vocab, BLOCK)
+    num_pieces = count_blocks(vocab, BLOCK)
     best = torch.empty((num_rows, num_pieces), dtype=torch.float32, device=logits.device)
     index = torch.empty((num_rows, num_pieces), dtype=torch.int32, device=logits.device)
     _best_of_piece[(num_rows, num_pieces)](

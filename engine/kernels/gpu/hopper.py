@@ -61,11 +61,6 @@ def of_pointer(x: Tensor) -> tuple[torch.dtype, bool]:
     return x.dtype, x.data_ptr() % 16 == 0
 
 
-def count_blocks(rows: int, block: int) -> int:
-    """As triton.cdiv, which is made for kernels, too, and takes the host 2 us."""
-    return -(-rows // block)
-
-
 def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """
     A descriptor of rows of one head of (T, heads, dim), for `fetch` and `send`.

@@ -30,7 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import activations
-from engine.kernels.gpu.hopper import count_blocks, launch, of_pointer
+from engine.kernels.gpu import count_blocks
+from engine.kernels.gpu.hopper import launch, of_pointer
 from engine.kernels.gpu.processors import count_processors
 from engine.kernels.in_one import RUN
 from engine.kernels.quantised import Fp8Rows

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.gpu import LOG2_E
+from engine.kernels.gpu import LOG2_E, count_blocks
 from engine.kernels.quantised import FP8
 
 TILE = 64  # keys of one turn of the loop; 32 and 128 were slower in every cut
@@ -159,7 +159,7 @@ def attend(
         return out
     wide = 128 if dim == 128 else 64
     rest = dim - wide
-    _attend[(triton.cdiv(max_len, rows), heads, len(starts) - 1)](
+    _attend[(count_blocks(max_len, rows), heads, len(starts) - 1)](
         query,
         key,
         value,

@@ -23,11 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from engine.kernels.gpu import LOG2_E
+from engine.kernels.gpu import LOG2_E, count_blocks
 from engine.kernels.gpu.hopper import (
     QUERIES,
     REGISTERS,
-    count_blocks,
     count_heads,
     count_stages,
     describe,

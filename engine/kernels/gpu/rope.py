@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.gpu import count_blocks
 from engine.kernels.quantised import FP8, MOST
 
 
@@ -137,7 +138,7 @@ def _launch(
     assert cos.stride(-1) == sin.stride(-1) == 1
     assert cos.stride(0) == sin.stride(0)
     heads_block = min(16, triton.next_power_of_2(num_rotated))
-    _rotate[(num_tokens, triton.cdiv(num_rotated, heads_block))](
+    _rotate[(num_tokens, count_blocks(num_rotated, heads_block))](
         heads,
         cos,
         sin,

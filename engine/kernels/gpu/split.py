@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.gpu import count_blocks
 from engine.kernels.gpu.processors import count_processors
 
 TILE_ROWS, TILE_COLUMNS = 64, 128
@@ -69,7 +70,7 @@ def multiply(
     """
     num_rows, depth = x.shape
     width, step = len(weight), STEP_BYTES // x.itemsize
-    down, across = triton.cdiv(num_rows, TILE_ROWS), triton.cdiv(width, TILE_COLUMNS)
+    down, across = count_blocks(num_rows, TILE_ROWS), count_blocks(width, TILE_COLUMNS)
     num_parts = _count_parts(num_rows, width, depth, depth // step, x.device)
     out = torch.empty((num_parts, num_rows, width), dtype=torch.float32, device=x.device)
     if num_rows:
@@ -100,12 +101,12 @@ def _count_parts(
     Equally deep ones, so many that the processor with the most work has least of it. Each of them is
     written and read again.
     """
-    num_tiles = triton.cdiv(num_rows, TILE_ROWS) * triton.cdiv(width, TILE_COLUMNS)
+    num_tiles = count_blocks(num_rows, TILE_ROWS) * count_blocks(width, TILE_COLUMNS)
     processors = count_processors(device)
 
     def cost(num_parts: int) -> float:
         """In tiles of the whole depth."""
-        busiest = triton.cdiv(num_tiles * num_parts, processors) / num_parts
-        return busiest + PART_COST * num_rows * width / depth * num_parts  # type: ignore[no-any-return]
+        busiest = count_blocks(num_tiles * num_parts, processors) / num_parts
+        return busiest + PART_COST * num_rows * width / depth * num_parts
 
     return min((n for n in range(1, MAX_PARTS + 1) if num_steps % n == 0), key=cost)
