@@ -77,15 +77,16 @@ def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
         [0x7FFF0000, 0x7FFF0000, FAR.value, heads, dim],
         [(1 << 34) - stride, stride, stride, x.stride(1), 1],
         [1, 1, rows, 1, width],
-        _layout(width, x.itemsize),
+        lay_out(width, x.itemsize, 5),
     )
 
 
 @cache
-def _layout(width: int, itemsize: int) -> Any:
+def lay_out(width: int, itemsize: int, rank: int) -> Any:
+    """How rows of so many numbers lie in shared memory, such that nobody waits for the same bank."""
     num_bytes = width * itemsize
     swizzle = min(num_bytes, 128) if num_bytes >= 32 else 0
-    return gl.NVMMASharedLayout(swizzle, 8 * itemsize, rank=5)
+    return gl.NVMMASharedLayout(swizzle, 8 * itemsize, rank)
 
 
 @gluon.jit

@@ -13,8 +13,7 @@ sums that rotate each other are in one thread.
 """
 
 import math
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import activations
 from engine.kernels.gpu import count_blocks
-from engine.kernels.gpu.hopper import launch, of_pointer
+from engine.kernels.gpu.hopper import launch, lay_out, of_pointer
 from engine.kernels.gpu.processors import count_processors
 from engine.kernels.in_one import RUN
 from engine.kernels.quantised import Fp8Rows
@@ -737,7 +736,7 @@ def _launch(
 
 
 def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = _layout(columns * x.itemsize, 8 * x.itemsize)
+    layout = lay_out(columns, x.itemsize, 2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
@@ -751,10 +750,4 @@ def _describe_weight(weight: Tensor, step: int) -> TensorDescriptor:
     shape = [run // 2, width // run, 2, depth]
     strides = [2 * depth, run * depth, depth, 1]
     block = [run // 2, _HALF.value // run, 2, step]
-    return TensorDescriptor(weight, shape, strides, block, _layout(LINE, 8 * weight.itemsize, 4))
-
-
-@cache
-def _layout(width: int, bits: int, rank: int = 2) -> Any:
-    """width: of a row in shared memory, in bytes."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
+    return TensorDescriptor(weight, shape, strides, block, lay_out(step, weight.itemsize, 4))
