@@ -71,7 +71,8 @@ def multiply(
     num_rows, depth = x.shape
     width, step = len(weight), STEP_BYTES // x.itemsize
     down, across = count_blocks(num_rows, TILE_ROWS), count_blocks(width, TILE_COLUMNS)
-    num_parts = _count_parts(num_rows, width, depth, depth // step, x.device)
+    part_cost = PART_COST * num_rows * width / depth
+    num_parts = _count_parts(depth // step, down * across, part_cost, x.device)
     out = torch.empty((num_parts, num_rows, width), dtype=torch.float32, device=x.device)
     if num_rows:
         _multiply[(down, across, num_parts)](
@@ -94,19 +95,17 @@ def multiply(
     return out
 
 
-def _count_parts(
-    num_rows: int, width: int, depth: int, num_steps: int, device: torch.device
-) -> int:
+def _count_parts(num_steps: int, num_tiles: int, part_cost: float, device: torch.device) -> int:
     """
-    Equally deep ones, so many that the processor with the most work has least of it. Each of them is
-    written and read again.
+    Equally deep ones, so many that the processor with the most work has least of it.
+
+    Args:
+        part_cost: to write a part and read it again, in tiles of the whole depth.
     """
-    num_tiles = count_blocks(num_rows, TILE_ROWS) * count_blocks(width, TILE_COLUMNS)
     processors = count_processors(device)
 
     def cost(num_parts: int) -> float:
-        """In tiles of the whole depth."""
         busiest = count_blocks(num_tiles * num_parts, processors) / num_parts
-        return busiest + PART_COST * num_rows * width / depth * num_parts
+        return busiest + part_cost * num_parts
 
     return min((n for n in range(1, MAX_PARTS + 1) if num_steps % n == 0), key=cost)
