@@ -21,6 +21,9 @@ USUAL = "--dtype bfloat16 --llm encoder_cache_bytes=0"
 QWEN, LLAVA = f"{USUAL} --model-config qwen2-vl-2b", f"{USUAL} --model-config llava-1.5-7b"
 KEPT = ("prompts_s", "ms_a_prompt", "ready_s")  # beside the figure
 FP8 = "--llm quantization=fp8"
+BESIDE_GENERATE = (
+    "--num 2048 --runs 1 --warm-up 640 --peer transformers --peer-num 128 --peer-batches 128"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +53,8 @@ GOALS = {
     ),
     "even": Goal(f"{QWEN} --work even --runs 1 --warm-up 640", "output_tokens_s"),
     "tail": Goal(f"{QWEN} --work tail --runs 1 --warm-up 640", "output_tokens_s", 0.85, "even"),
-    "generate": Goal(
-        f"{QWEN} --num 2048 --runs 1 --warm-up 640 --peer transformers --peer-num 128 "
-        "--peer-batches 128",
-        "ratio",
-        6,
-    ),
-    "generate-fp8": Goal(
-        f"{QWEN} {FP8} --num 2048 --runs 1 --warm-up 640 --peer transformers --peer-num 128 "
-        "--peer-batches 128",
-        "ratio",
-        6,
-    ),
+    "generate": Goal(f"{QWEN} {BESIDE_GENERATE}", "ratio", 6),
+    "generate-fp8": Goal(f"{QWEN} {FP8} {BESIDE_GENERATE}", "ratio", 6),
     "generate-frames": Goal(
         f"{QWEN} --work frames --num 384 --runs 1 --warm-up 96 --peer transformers --peer-num 64 "
         "--peer-batches 16,32",
